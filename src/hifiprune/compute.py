@@ -1,0 +1,81 @@
+"""Where and in which arithmetic a run computes, and what it will roughly cost."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig
+
+from hifiprune.checkpoint import DTYPES, Checkpoint
+from hifiprune.errors import UserError, nearest_name
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How to run the model.
+
+    Attributes:
+        device: `auto` (CUDA if there is one, else the CPU) or a torch device.
+        dtype: `auto` (float32 on a CPU, the checkpoint's own on a GPU) or a floating dtype by name; the output
+            keeps the checkpoint's own dtype in any case.
+        batch_size: windows per step.
+        recompute: trade time for memory; None decides by free memory.
+        attention: transformers' name of an attention implementation, such as `flash_attention_2`; None is the default.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    batch_size: int = 1
+    recompute: bool | None = None
+    attention: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            known = ", ".join(DTYPES)
+            raise UserError(
+                f"dtype '{self.dtype}' is not known; known are auto, {known}{nearest_name(self.dtype, DTYPES)}"
+            )
+        if self.batch_size < 1:
+            raise UserError(f"batch size {self.batch_size} must be at least 1")
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError(f"device '{self.device}': torch {torch.__version__} sees no CUDA GPU; use --device cpu")
+        try:
+            torch.device(self.resolved_device)
+        except RuntimeError as error:
+            raise UserError(f"device '{self.device}' is not known; use auto, cpu or cuda") from error
+
+    @property
+    def resolved_device(self) -> str:
+        """The device, with `auto` decided."""
+        return ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+
+    def dtype_for(self, checkpoint: Checkpoint) -> torch.dtype:
+        """The dtype to compute in, with `auto` decided."""
+        if self.dtype != "auto":
+            return DTYPES[self.dtype]
+        return torch.float32 if self.resolved_device == "cpu" else checkpoint.dtype()
+
+
+def estimate_seconds(config: PretrainedConfig, tokens: int, positions: int, device: str, dtype: torch.dtype) -> float:
+    """Rough time to score `tokens`: operations of forward and backward over the speed of a matrix product here."""
+    text = config.get_text_config()
+    layers, hidden, width = text.num_hidden_layers, text.hidden_size, text.intermediate_size
+    heads = text.num_attention_heads
+    head_width = getattr(text, "head_dim", None) or hidden // heads
+    keys = getattr(text, "num_key_value_heads", None) or heads
+    weights = layers * (3 * hidden * width + 2 * hidden * head_width * (heads + keys)) + hidden * text.vocab_size
+    attention = 7 * layers * positions * heads * head_width  # causal: 2 forward, 5 backward
+    operations = tokens * (4 * weights + attention)
+    return float(operations) / _product_speed(hidden, width, device, dtype)
+
+
+def _product_speed(hidden: int, width: int, device: str, dtype: torch.dtype) -> float:
+    """Operations per second of `[512, hidden] @ [hidden, width]`."""
+    left = torch.randn(512, hidden, device=device, dtype=dtype)
+    right = torch.randn(hidden, width, device=device, dtype=dtype)
+    (left @ right).sum().item()
+    start, products = time.perf_counter(), 0
+    while time.perf_counter() - start < 0.1:
+        (left @ right).sum().item()
+        products += 1
+    return products * 2 * 512 * hidden * width / (time.perf_counter() - start)

@@ -1,0 +1,26 @@
+"""Errors that a user can act on: each says the value, the limit and the remedy."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class HifipruneError(Exception):
+    """Base of all errors that hifiprune raises on purpose; the command line exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class UserError(HifipruneError, ValueError):
+    """The request cannot be carried out as asked: a wrong value, file or combination (exit code 2)."""
+
+    exit_code = 2
+
+
+class RunError(HifipruneError, RuntimeError):
+    """The request was sound but the run failed: numbers, disk, memory or an interruption (exit code 1)."""
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str:
+    """Return `"; did you mean 'x'?"` for the known name closest to `name`, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""

@@ -1,0 +1,137 @@
+"""How well a model predicts a text, and how close its predictions stay to the dense model's.
+
+Logits of both models are formed a slice of positions at a time, so two whole `[positions, vocabulary]` matrices never
+exist. All arithmetic on distributions is float32, sums over positions are float64.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hifiprune.blocks import BlockChain, frozen
+from hifiprune.errors import UserError
+from hifiprune.evaluation.intervals import Estimate, bootstrap_mean
+from hifiprune.objectives import SLICE_BYTES, Head
+
+LogProbs = Float[Tensor, "rows vocabulary"]
+
+METRICS = {
+    "perplexity": "exp of the mean cross-entropy of the next token",
+    "dense_perplexity": "the same of the dense model on the same windows",
+    "kl": "KL(dense || pruned) in nats, 0 for identical models",
+    "js_distance": "Jensen-Shannon distance, square root of the divergence in bits: 0 identical, 1 disjoint",
+    "top1_agreement": "share of positions with the same most likely token, 1 for identical models",
+    "top5_jaccard": "Jaccard similarity of the 5 most likely tokens, 1 for identical models",
+    "top15_jaccard": "Jaccard similarity of the 15 most likely tokens, 1 for identical models",
+    "entropy": "mean entropy of the output distribution in nats",
+    "entropy_shift": "entropy of the pruned minus that of the dense model, in nats",
+}
+
+
+@torch.no_grad()
+def measure(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "windows positions"],
+    against: PreTrainedModel | None = None,
+    *,
+    batch_size: int = 1,
+    seed: int = 0,
+    track: Callable[[Iterable[Tensor]], Iterable[Tensor]] = lambda batches: batches,
+) -> dict[str, Estimate]:
+    """Perplexity and entropy of `model` on `windows`; against a dense model also every fidelity metric.
+
+    Every window is scored from its second token; the distributions compared are those at the same positions. Means are
+    over positions, intervals from a bootstrap over windows.
+
+    Args:
+        model: the model to measure, of a supported family.
+        windows: token ids, at least two positions.
+        against: the dense model.
+        batch_size: windows per step.
+        seed: of the bootstrap.
+        track: wraps the batches, to show progress.
+
+    Returns:
+        an estimate for each name in `METRICS` that applies.
+
+    Raises:
+        UserError: the two models have different vocabularies.
+    """
+    models = [model] if against is None else [model, against]
+    collected: dict[str, list[Tensor]] = {}
+    with ExitStack() as stack:
+        for each in models:
+            stack.enter_context(frozen(each))
+        chains = [BlockChain(each) for each in models]
+        heads = [chain.head for chain in chains]
+        sizes = [head.vocabulary for head in heads]
+        if len(set(sizes)) != 1:
+            raise UserError(f"the vocabularies differ ({sizes[0]} and {sizes[1]}); compare a model with its own origin")
+        for batch in track(windows.split(batch_size)):
+            tokens = batch.to(model.device, torch.int64)
+            hidden = [chain.final_hidden(tokens)[:, :-1] for chain in chains]
+            for name, values in _per_position(heads, hidden, tokens[:, 1:]).items():
+                collected.setdefault(name, []).append(values.double().mean(1).cpu())
+    estimates = {name: bootstrap_mean(torch.cat(values), seed) for name, values in collected.items()}
+    return {name: value.exp() if name.endswith("perplexity") else value for name, value in estimates.items()}
+
+
+def _per_position(
+    heads: list[Head], hidden: list[Tensor], targets: Int[Tensor, "windows positions"]
+) -> dict[str, Float[Tensor, "windows positions"]]:
+    """Every metric at every position; the perplexities as the negative log-probability of the target."""
+    flat = [states.reshape(-1, states.shape[-1]) for states in hidden]
+    answers = targets.reshape(-1, 1)
+    step = heads[0].rows_per(SLICE_BYTES)
+    parts: dict[str, list[Tensor]] = {}
+    for start in range(0, len(answers), step):
+        rows = slice(start, start + step)
+        log_probs = [head.logits(states[rows]).log_softmax(-1) for head, states in zip(heads, flat, strict=True)]
+        entropies = [_entropy(each) for each in log_probs]
+        metrics = {"perplexity": -log_probs[0].gather(1, answers[rows])[:, 0], "entropy": entropies[0]}
+        if len(log_probs) == 2:
+            pruned, dense = log_probs
+            metrics["dense_perplexity"] = -dense.gather(1, answers[rows])[:, 0]
+            metrics["entropy_shift"] = entropies[0] - entropies[1]
+            metrics |= compare(dense, pruned)
+        for name, values in metrics.items():
+            parts.setdefault(name, []).append(values)
+    return {name: torch.cat(values).view_as(targets) for name, values in parts.items()}
+
+
+def compare(dense: LogProbs, pruned: LogProbs) -> dict[str, Float[Tensor, "rows"]]:
+    """Fidelity metrics of each row's pair of distributions, given as log-probabilities.
+
+    Each is exact for identical distributions: 0 for divergences, 1 for agreements.
+    """
+    probs = dense.exp()
+    difference = pruned - dense
+    # log of (1 + e^d) / 2 without cancellation at d = 0; beyond 60 the other factor is below 1e-26
+    ratio = difference.clamp(-60, 60)
+    js = -0.5 * (
+        torch.linalg.vecdot(probs, (ratio.expm1() / 2).log1p())
+        + torch.linalg.vecdot(pruned.exp(), ((-ratio).expm1() / 2).log1p())
+    )
+    top = [each.topk(min(15, each.shape[-1]), -1).indices for each in (dense, pruned)]
+    return {
+        "kl": -torch.linalg.vecdot(probs, difference),
+        "js_distance": (js / torch.tensor(2.0).log().item()).clamp(min=0).sqrt(),
+        "top1_agreement": (top[0][:, 0] == top[1][:, 0]).float(),
+        "top5_jaccard": jaccard(top[0][:, :5], top[1][:, :5]),
+        "top15_jaccard": jaccard(*top),
+    }
+
+
+def jaccard(first: Int[Tensor, "rows k"], second: Int[Tensor, "rows k"]) -> Float[Tensor, "rows"]:
+    """Size of the intersection over size of the union of two sets of distinct indices."""
+    shared = (first.unsqueeze(-1) == second.unsqueeze(-2)).sum((-1, -2)).float()
+    return shared / (2 * first.shape[-1] - shared)
+
+
+def _entropy(log_probs: LogProbs) -> Float[Tensor, "rows"]:
+    entropy: Tensor = torch.linalg.vecdot(log_probs.exp(), log_probs)
+    return -entropy

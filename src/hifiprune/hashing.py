@@ -1,0 +1,38 @@
+"""Content hashes: which weights and which tokens a result belongs to."""
+
+import hashlib
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hifiprune.errors import UserError
+
+CHUNK = 2**24  # elements converted and hashed at a time
+
+
+def hash_model(model: PreTrainedModel) -> str:
+    """SHA-256 of the names, shapes and values of all weights, tied ones once.
+
+    Values are hashed as float32, so a bfloat16 checkpoint has one hash in whichever wider dtype it was loaded.
+
+    Raises:
+        UserError: a weight is NaN or infinite.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {list(parameter.shape)}\n".encode())
+        for chunk in parameter.detach().reshape(-1).split(CHUNK):
+            values = chunk.float().cpu()
+            if not values.isfinite().all():
+                raise UserError(f"the weights {name} contain NaN or infinite values; the checkpoint is damaged")
+            digest.update(values.numpy().data)
+    return digest.hexdigest()
+
+
+def hash_tokens(windows: Int[Tensor, "windows positions"]) -> str:
+    """SHA-256 of token windows, whatever their integer dtype."""
+    digest = hashlib.sha256(f"{list(windows.shape)}\n".encode())
+    digest.update(windows.to("cpu", torch.int64).contiguous().numpy())
+    return digest.hexdigest()

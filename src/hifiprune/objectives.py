@@ -1,0 +1,139 @@
+"""What pruning should preserve: scalar objectives of the output distribution and their gradients.
+
+An objective is evaluated a slice of positions at a time, so the `[positions, vocabulary]` matrix of logits never exists
+as a whole: extra memory is two `[slice, vocabulary]` float32 matrices at most, whatever the number of positions.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+SLICE_BYTES = 24 * 2**20  # one [slice, vocabulary] float32 matrix: large enough for a fast matrix product
+CACHE_BYTES = 3 * 2**20  # rows that a CPU's cache holds while the elementwise steps pass over them
+
+Kernel = Callable[[Float[Tensor, "rows vocabulary"]], Float[Tensor, "rows"]]
+"""Objective per position: takes logits, overwrites them with its gradient, returns its value in nats."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """From the normalised final hidden state to the logits, as the model computes them but in float32.
+
+    `logits = cap * tanh(scale * (hidden @ weight.T + bias) / cap)`, without the outer part where `cap` is None.
+    """
+
+    linear: nn.Linear
+    scale: float = 1.0
+    cap: float | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Head":
+        """The head of `model`, with the logit scaling of Cohere and Granite and the soft-capping of Gemma 2."""
+        config = model.config.get_text_config()
+        linear = model.get_output_embeddings()
+        assert isinstance(linear, nn.Linear)
+        scale = getattr(config, "logit_scale", None) or 1.0
+        divisor = getattr(config, "logits_scaling", None) or 1.0
+        return cls(linear, scale / divisor, getattr(config, "final_logit_softcapping", None))
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of logits per position."""
+        return self.linear.out_features
+
+    def rows_per(self, byte_limit: int) -> int:
+        """How many rows of logits fit into `byte_limit` bytes of float32, at least one."""
+        return max(1, byte_limit // (4 * self.vocabulary))
+
+    def logits(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocabulary"]:
+        """Float32 logits of a few positions."""
+        hidden = hidden.float()
+        logits = torch.empty(len(hidden), self.vocabulary, device=hidden.device)
+        for columns, weight in self._float_weight():
+            torch.mm(hidden, weight.T, out=logits[:, columns])
+        if self.linear.bias is not None:
+            logits += self.linear.bias
+        if self.scale != 1.0:
+            logits *= self.scale
+        if self.cap is not None:
+            logits.div_(self.cap).tanh_().mul_(self.cap)
+        return logits
+
+    def pull_back(self, gradient: Float[Tensor, "rows vocabulary"]) -> Float[Tensor, "rows hidden"]:
+        """Float32 gradient at the hidden rows from the gradient at the logits before soft-capping."""
+        hidden = torch.zeros(len(gradient), self.linear.in_features, device=gradient.device)
+        for columns, weight in self._float_weight():
+            hidden.addmm_(gradient[:, columns], weight, alpha=self.scale)
+        return hidden
+
+    def _float_weight(self) -> Iterator[tuple[slice, Float[Tensor, "columns hidden"]]]:
+        """The weight in float32: whole where it is stored so, else converted a part of the vocabulary at a time."""
+        weight = self.linear.weight
+        step = self.vocabulary if weight.dtype == torch.float32 else 16_384
+        for start in range(0, self.vocabulary, step):
+            yield slice(start, start + step), weight[start : start + step].float()
+
+
+def entropy_(logits: Float[Tensor, "rows vocabulary"]) -> Float[Tensor, "rows"]:
+    """Entropy of each row's distribution, in nats; overwrites `logits` with its gradient.
+
+    Same as `H = -(p * p.log()).sum(-1)` with `p = logits.softmax(-1)`, and `logits <- dH/dlogits = -p * (p.log() + H)`,
+    with one exponential and one scratch matrix. Source: arXiv 2603.08083, eq. 3.
+    """
+    logits -= logits.amax(-1, keepdim=True)
+    weights = logits.exp()
+    normaliser = weights.sum(-1, keepdim=True)
+    mean = torch.linalg.vecdot(weights, logits).unsqueeze(-1) / normaliser
+    values = normaliser.log() - mean
+    # -p * (log p + H) = -w / Z * (z - mean): the row's log-normaliser cancels.
+    logits.sub_(mean).mul_(weights).div_(-normaliser)
+    return values.squeeze(-1)
+
+
+def mean_over_positions(
+    kernel: Kernel,
+    hidden: Float[Tensor, "windows positions hidden"],
+    head: Head,
+    slice_rows: int | None = None,
+) -> tuple[Float[Tensor, "windows"], Float[Tensor, "windows positions hidden"]]:
+    """Mean of `kernel` over the positions of each window, and its gradient with respect to `hidden`.
+
+    Same as `kernel(head.logits(hidden)).mean(-1)` and its autograd gradient, without storing the logits.
+
+    Args:
+        kernel: objective per position, such as `entropy_`.
+        hidden: the model's final hidden state after its last norm, any floating dtype.
+        head: maps it to logits.
+        slice_rows: positions per matrix product; by default as many as make 24 MiB of logits.
+
+    Returns:
+        float32 values in nats, one a window, and the gradient in the dtype of `hidden`.
+    """
+    windows, positions, width = hidden.shape
+    rows = hidden.reshape(-1, width)
+    values = torch.empty(len(rows), device=hidden.device)
+    gradient = torch.empty_like(rows)
+    step = slice_rows or head.rows_per(SLICE_BYTES)
+    part = head.rows_per(CACHE_BYTES) if hidden.device.type == "cpu" else step
+    for start in range(0, len(rows), step):
+        logits = head.logits(rows[start : start + step])
+        for first in range(0, len(logits), part):
+            piece = logits[first : first + part]
+            at = slice(start + first, start + first + len(piece))
+            values[at] = _through_cap(kernel, piece, head.cap)
+        gradient[start : start + step] = head.pull_back(logits).div_(positions)
+    return values.view(windows, positions).mean(-1), gradient.view_as(hidden)
+
+
+def _through_cap(kernel: Kernel, logits: Float[Tensor, "rows vocabulary"], cap: float | None) -> Float[Tensor, "rows"]:
+    """Apply `kernel` to soft-capped logits and carry its gradient to before the cap."""
+    if cap is None:
+        return kernel(logits)
+    slope = 1 - (logits / cap).square()  # d(cap * tanh(z / cap))/dz
+    values = kernel(logits)
+    logits *= slope
+    return values

@@ -1,0 +1,319 @@
+"""The story of each command, told in order: what is checked, what is computed, what is written."""
+
+import gc
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hifiprune.allocation import Budget, Shape, allocate
+from hifiprune.calibration import (
+    SELF,
+    Calibration,
+    cut_windows,
+    join_documents,
+    load_windows,
+    read_documents,
+    sample_windows,
+)
+from hifiprune.checkpoint import Checkpoint, find_checkpoint, verify_shards
+from hifiprune.compute import Compute, estimate_seconds
+from hifiprune.criteria import find_criterion
+from hifiprune.errors import UserError
+from hifiprune.evaluation import Estimate, measure
+from hifiprune.hashing import hash_model
+from hifiprune.neurons import count_parameters, find_mlps
+from hifiprune.output import check_space, check_target, replacing
+from hifiprune.plan import Plan
+from hifiprune.record import RunRecord
+from hifiprune.scores import Scores
+from hifiprune.scoring import score
+from hifiprune.surgery import cut_
+from hifiprune.voice import Voice
+
+SILENT = Voice()
+
+
+def inspect(model: str) -> dict[str, Any]:
+    """Architecture, MLPs, parameters by part and the width at 10-50%, without loading weights."""
+    checkpoint = find_checkpoint(model)
+    skeleton = checkpoint.skeleton()
+    mlps = find_mlps(skeleton)
+    shape = _shape_of(skeleton)
+    in_mlps = sum(p.numel() for mlp in mlps for linear in (*mlp.inputs, mlp.output) for p in linear.parameters())
+    ends = {p for m in (skeleton.get_input_embeddings(), skeleton.get_output_embeddings()) for p in m.parameters()}
+    in_ends = sum(parameter.numel() for parameter in ends)
+    widths: dict[str, dict[str, Any]] = {}
+    for percent in (10, 20, 30, 40, 50):
+        budget = Budget(ratio=percent / 100)
+        try:
+            exact, rounded = shape.width_at(budget), shape.width_at(budget, 128)
+            reached = shape.ratio_at(rounded)
+            widths[f"{percent}%"] = {"width": exact, "width_rounded_to_128": rounded, "ratio_reached": reached}
+        except UserError as error:
+            widths[f"{percent}%"] = {"impossible": str(error)}
+    return {
+        "model": model,
+        "architecture": type(skeleton).__name__,
+        "model_type": skeleton.config.model_type,
+        "mlps": len(mlps),
+        "neurons_per_mlp": shape.neurons,
+        "neurons": shape.neurons * len(mlps),
+        "parameters": {
+            "total": shape.total_parameters,
+            "mlps": in_mlps,
+            "embeddings_and_head": in_ends,
+            "attention_and_norms": shape.total_parameters - in_mlps - in_ends,
+        },
+        "weight_bytes": checkpoint.weight_bytes,
+        "widths": widths,
+    }
+
+
+def score_checkpoint(
+    model: str,
+    output: str | Path,
+    calibration: Calibration,
+    *,
+    criterion: str = "entropy",
+    compute: Compute = Compute(),
+    overwrite: bool = False,
+    voice: Voice = SILENT,
+) -> RunRecord:
+    """Score a checkpoint and write the scores, from which it can be pruned at any ratio in seconds.
+
+    Raises:
+        UserError: something asked for cannot be done, found before the weights are loaded where possible.
+        RunError: numbers, memory or disk failed.
+    """
+    record = RunRecord(
+        "score",
+        _arguments(model=model, output=output, calibration=calibration, criterion=criterion, compute=compute),
+    )
+    find_criterion(criterion)
+    checkpoint = find_checkpoint(model)
+    target = check_target(output, overwrite=overwrite, inputs=(checkpoint.path,))
+    _check_model(checkpoint, calibration)
+    scores, _ = _score(checkpoint, calibration, criterion, compute, voice, record)
+    scores.save(target)
+    record.results = _describe_scores(scores)
+    return record
+
+
+def prune(
+    model: str,
+    output: str | Path,
+    budget: Budget,
+    calibration: Calibration | None = None,
+    *,
+    scores: Scores | None = None,
+    criterion: str = "entropy",
+    round_to: int = 128,
+    compute: Compute = Compute(),
+    shard_size: str = "5GB",
+    overwrite: bool = False,
+    voice: Voice = SILENT,
+) -> RunRecord:
+    """Prune a checkpoint into the new folder `output`, from calibration data or from scores made before.
+
+    The folder holds an ordinary checkpoint, `run.json`, and the scores and the plan in its folder `hifiprune`.
+
+    Args:
+        model: local folder, hub id or GGUF file.
+        output: folder to be made; written beside and renamed when whole.
+        budget: how much to remove.
+        calibration: what to score on; exactly one of `calibration` and `scores`.
+        scores: scores of this very model.
+        criterion: how to score.
+        round_to: widths become the nearest multiple of it.
+        compute: device and arithmetic of scoring.
+        shard_size: largest weight file, such as `5GB`.
+        overwrite: replace an existing output.
+        voice: tells of progress.
+
+    Raises:
+        UserError: something asked for cannot be done, found before the weights are loaded where possible.
+        RunError: numbers, memory or disk failed.
+    """
+    if (calibration is None) == (scores is None):
+        raise UserError("give exactly one of --calibration and --scores")
+    sources = _arguments(model=model, output=output, budget=budget, calibration=calibration, compute=compute)
+    record = RunRecord("prune", sources | {"round_to": round_to, "criterion": criterion, "shard_size": shard_size})
+    find_criterion(criterion)
+    checkpoint = find_checkpoint(model)
+    target = check_target(output, overwrite=overwrite, inputs=(checkpoint.path,))
+    shape = _check_model(checkpoint, calibration)
+    width = shape.width_at(budget, round_to)
+    check_space(target, int(checkpoint.dtype().itemsize * shape.total_parameters * (1 - shape.ratio_at(width))))
+    voice.say(_announce(budget, shape, width, round_to))
+
+    loaded: PreTrainedModel | None = None
+    if scores is None:
+        assert calibration is not None
+        scores, loaded = _score(checkpoint, calibration, criterion, compute, voice, record)
+    if loaded is None or loaded.dtype != checkpoint.dtype():
+        with record.stage("loading the weights"):
+            loaded = None
+            gc.collect()
+            loaded = checkpoint.load(device=compute.resolved_device)
+    scores.require_model(hash_model(loaded))
+    plan = allocate(scores, budget, round_to=round_to)
+    with record.stage("cutting"):
+        cut_(loaded, plan)
+    record.results = _describe_plan(plan) | _describe_scores(scores)
+    with record.stage("writing"), replacing(target) as folder:
+        checkpoint.save(loaded, folder, shard_size)
+        (folder / "hifiprune").mkdir()
+        scores.save(folder / "hifiprune" / "scores.safetensors")
+        plan.save(folder / "hifiprune" / "plan.json")
+        after = Checkpoint(str(target), folder).weight_bytes
+        record.results["weight_bytes"] = {"before": checkpoint.weight_bytes, "after": after}
+        record.save(folder / "run.json")
+    return record
+
+
+def evaluate(
+    model: str,
+    text: str,
+    *,
+    against: str | None = None,
+    seq_len: int = 1024,
+    max_windows: int | None = None,
+    text_column: str | None = None,
+    compute: Compute = Compute(),
+    voice: Voice = SILENT,
+) -> RunRecord:
+    """Perplexity of a checkpoint on a text, and its fidelity to the dense one `against`.
+
+    The text is one stream of tokens cut into windows of `seq_len` without overlap, each scored from its second token.
+
+    Raises:
+        UserError: the text is too short or something else asked for cannot be done.
+    """
+    record = RunRecord(
+        "evaluate",
+        _arguments(model=model, against=against, text=text, seq_len=seq_len, max_windows=max_windows, compute=compute),
+    )
+    source = Calibration(text, 1, seq_len)
+    checkpoints = [find_checkpoint(name) for name in (model, against) if name]
+    for checkpoint in checkpoints:
+        _check_model(checkpoint, source)
+    stream = join_documents(read_documents(text, text_column), checkpoints[0].tokenizer())
+    windows = cut_windows(stream, seq_len)[:max_windows]
+    if len(windows) == 0:
+        raise UserError(
+            f"too little text in {text}: its {len(stream)} tokens make no window of {seq_len}; "
+            f"use more text or --seq-len {max(2, len(stream))}"
+        )
+    with record.stage("loading the weights"):
+        models = [_load(checkpoint, compute) for checkpoint in checkpoints]
+    names = " against ".join(checkpoint.name for checkpoint in checkpoints)
+    voice.say(f"Evaluating {names} on {len(windows)} windows of {seq_len} tokens of {text}.")
+    with record.stage("evaluating"):
+        metrics = evaluate_models(models, windows, compute.batch_size, voice)
+    plain = {name: asdict(estimate) for name, estimate in metrics.items()}
+    record.results = {"windows": len(windows), "positions": seq_len, "metrics": plain}
+    return record
+
+
+def evaluate_models(
+    models: list[PreTrainedModel], windows: Int[Tensor, "windows positions"], batch_size: int = 1, voice: Voice = SILENT
+) -> dict[str, Estimate]:
+    """`measure` the first model, against the second if there is one, with progress."""
+    against = models[1] if len(models) > 1 else None
+    track = voice.track("evaluating", -(-len(windows) // batch_size))
+    return measure(models[0], windows, against, batch_size=batch_size, track=track)
+
+
+def _check_model(checkpoint: Checkpoint, calibration: Calibration | None) -> Shape:
+    """All that can be known before weights load: family, layout, shards, sequence length; returns the model's shape."""
+    shape = _shape_of(checkpoint.skeleton())
+    if not checkpoint.gguf:
+        verify_shards(checkpoint.name, checkpoint.folder)
+    if calibration:
+        calibration.check(getattr(checkpoint.config().get_text_config(), "max_position_embeddings", None))
+    return shape
+
+
+def _shape_of(skeleton: PreTrainedModel) -> Shape:
+    mlps = find_mlps(skeleton)
+    return Shape(mlps[0].neurons, len(mlps), mlps[0].parameters_per_neuron, count_parameters(skeleton))
+
+
+def _load(checkpoint: Checkpoint, compute: Compute) -> PreTrainedModel:
+    return checkpoint.load(compute.dtype_for(checkpoint), compute.resolved_device, compute.attention)
+
+
+def _score(
+    checkpoint: Checkpoint, calibration: Calibration, criterion: str, compute: Compute, voice: Voice, record: RunRecord
+) -> tuple[Scores, PreTrainedModel]:
+    """Windows, weights, pass; the model comes back for surgery."""
+    windows: Int[Tensor, "windows positions"] | None = None
+    if calibration.source != SELF:
+        with record.stage("reading the calibration data"):
+            windows = load_windows(calibration, checkpoint.tokenizer())
+    with record.stage("loading the weights"):
+        model = _load(checkpoint, compute)
+        hash_model(model)  # refuses NaN weights before the long pass
+    if windows is None:
+        steps = -(-calibration.num_samples // 16) * (calibration.seq_len - 1)
+        with record.stage("sampling text from the model"):
+            windows = sample_windows(model, calibration, voice.track("sampling text from the model", steps))
+    seconds = estimate_seconds(model.config, windows.numel(), windows.shape[1], compute.resolved_device, model.dtype)
+    voice.say(
+        f"Scoring {checkpoint.name} by '{criterion}' on {len(windows)} windows of {windows.shape[1]} tokens of "
+        f"{calibration.source}, {model.dtype} on {compute.resolved_device}: about {_duration(seconds)}."
+    )
+    with record.stage("scoring"):
+        scores = score(
+            model,
+            windows,
+            criterion,
+            batch_size=compute.batch_size,
+            recompute=compute.recompute,
+            track=voice.track("scoring", -(-len(windows) // compute.batch_size)),
+            settings={"calibration": asdict(calibration)},
+        )
+    return scores, model
+
+
+def _announce(budget: Budget, shape: Shape, width: int, round_to: int) -> str:
+    reached = f"{shape.ratio_at(width):.2%} of all parameters, {1 - width / shape.neurons:.2%} of the neurons"
+    if budget.width is not None:
+        return f"Width {shape.neurons} -> {width}: removes {reached}."
+    asked = f"{budget.ratio:.2%} of all parameters" if budget.ratio else f"{budget.neuron_ratio:.2%} of the neurons"
+    return f"Asked: {asked}. Width {shape.neurons} -> {width} (a multiple of {round_to}): removes {reached}."
+
+
+def _arguments(**values: Any) -> dict[str, Any]:
+    """Arguments as plain data."""
+    return {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in values.items()}
+
+
+def _describe_scores(scores: Scores) -> dict[str, Any]:
+    return {
+        "criterion": scores.criterion,
+        "mean_entropy_nats": scores.objective,
+        "model_hash": scores.model_hash,
+        "data_hash": scores.data_hash,
+        "scoring": scores.settings,
+    }
+
+
+def _describe_plan(plan: Plan) -> dict[str, Any]:
+    kept, neurons = sum(plan.widths), sum(plan.neurons)
+    return {
+        "width": {"before": plan.neurons[0], "after": plan.widths[0]},
+        "parameters": {"before": plan.parameters_before, "after": plan.parameters_after},
+        "ratio": {"asked": plan.ratio_asked, "reached": plan.ratio_reached},
+        "neuron_ratio_reached": 1 - kept / neurons,
+    }
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,80 @@
+"""`Plan`: which neurons every MLP keeps, decided before anything is cut."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hifiprune.errors import UserError
+from hifiprune.output import replacing
+
+FORMAT = "hifiprune-plan-1"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The neurons kept, one ascending int64 tensor an MLP in layer order, and what they were decided from.
+
+    Attributes:
+        kept: indices of the neurons kept.
+        neurons: width of each MLP before.
+        names: path of each MLP in the model.
+        ratio_asked: fraction of all parameters that was to be removed, where that was the budget.
+        ratio_reached: fraction that is removed.
+        parameters_before: of the model, tied weights counted once.
+        parameters_after: likewise, once cut.
+        criterion: name of the criterion of the scores.
+        model_hash: SHA-256 of the dense weights, empty to cut any model of the right shape.
+        data_hash: SHA-256 of the calibration windows.
+    """
+
+    kept: list[Int[Tensor, "_"]]
+    neurons: list[int]
+    names: list[str]
+    ratio_asked: float | None
+    ratio_reached: float
+    parameters_before: int
+    parameters_after: int
+    criterion: str = ""
+    model_hash: str = ""
+    data_hash: str = ""
+
+    def __post_init__(self) -> None:
+        for name, kept, neurons in zip(self.names, self.kept, self.neurons, strict=True):
+            ascending = len(kept) > 0 and bool((kept.diff() > 0).all())
+            if not ascending or not 0 <= int(kept[0]) <= int(kept[-1]) < neurons:
+                raise UserError(f"the plan for {name} must keep neurons of 0 to {neurons - 1} in ascending order")
+
+    @property
+    def widths(self) -> list[int]:
+        """How many neurons each MLP keeps."""
+        return [len(kept) for kept in self.kept]
+
+    def to_json(self) -> str:
+        """The plan as JSON text, the same bytes for the same plan."""
+        facts = asdict(self) | {"format": FORMAT, "kept": [kept.tolist() for kept in self.kept]}
+        return json.dumps(facts, sort_keys=True) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        with replacing(path) as temporary:
+            temporary.write_text(self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """Read a plan that `save` wrote.
+
+        Raises:
+            UserError: the file is missing or holds no plan.
+        """
+        try:
+            facts = json.loads(Path(path).read_text())
+            if facts.pop("format") != FORMAT:
+                raise KeyError("format")
+            kept = [torch.tensor(indices, dtype=torch.int64) for indices in facts.pop("kept")]
+            return cls(kept=kept, **facts)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is not a readable plan in the format {FORMAT} ({error})") from error

@@ -1,0 +1,126 @@
+"""Results as tables on standard output, each ending with what to do next."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hifiprune.evaluation.fidelity import METRICS
+from hifiprune.record import RunRecord
+
+
+def pruned(record: RunRecord, output: Path) -> None:
+    """What `prune` made."""
+    results, table = record.results, _table("", "dense", "pruned")
+    parameters, width, size = results["parameters"], results["width"], results["weight_bytes"]
+    table.add_row("parameters", f"{parameters['before']:,}", f"{parameters['after']:,}")
+    table.add_row("MLP width", f"{width['before']:,}", f"{width['after']:,}")
+    table.add_row("weight files", megabytes(size["before"]), megabytes(size["after"]))
+    ratio = results["ratio"]
+    asked = "" if ratio["asked"] is None else f"asked {ratio['asked']:.2%}"
+    table.add_row("parameters removed", asked, f"{ratio['reached']:.2%}")
+    table.add_row("neurons removed", "", f"{results['neuron_ratio_reached']:.2%}")
+    _show(table)
+    _costs(record)
+    next_step(f"hifiprune evaluate {output} --against {record.arguments['model']} --text FILE")
+
+
+def scored(record: RunRecord, model: str, output: Path) -> None:
+    """What `score` made."""
+    results, table = record.results, _table("", "")
+    table.add_row("criterion", results["criterion"])
+    table.add_row("windows x tokens", f"{results['scoring']['windows']} x {results['scoring']['positions']}")
+    table.add_row("mean output entropy", f"{results['mean_entropy_nats']:.4f} nats")
+    _show(table)
+    _costs(record)
+    next_step(f"hifiprune prune {model} --scores {output} --ratio 0.2 --output DIR")
+
+
+def evaluated(record: RunRecord) -> None:
+    """What `evaluate` measured."""
+    table = _table("metric", "value", "95% interval", "meaning")
+    for name, estimate in record.results["metrics"].items():
+        interval = "" if estimate["low"] is None else f"{estimate['low']:.4g} to {estimate['high']:.4g}"
+        table.add_row(name, f"{estimate['value']:.4g}", interval, METRICS[name])
+    _show(table)
+    size = f"{record.results['windows']} windows of {record.results['positions']} tokens"
+    Console().print(f"{size}; intervals by bootstrap over windows")
+
+
+def inspected(facts: dict[str, Any]) -> None:
+    """What `inspect` found."""
+    table = _table(facts["architecture"], facts["model_type"])
+    table.add_row("MLPs x neurons", f"{facts['mlps']} x {facts['neurons_per_mlp']:,}")
+    for part, count in facts["parameters"].items():
+        table.add_row(f"parameters: {part.replace('_', ' ')}", f"{count:,}")
+    table.add_row("weight files", megabytes(facts["weight_bytes"]))
+    _show(table)
+    widths = _table("--ratio", "width with --round-to 1", "width with --round-to 128", "ratio reached")
+    for percent, row in facts["widths"].items():
+        if "impossible" in row:
+            widths.add_row(percent, "impossible", "", "")
+        else:
+            reached = f"{row['ratio_reached']:.2%}"
+            widths.add_row(percent, f"{row['width']:,}", f"{row['width_rounded_to_128']:,}", reached)
+    _show(widths)
+    next_step(f"hifiprune prune {facts['model']} --ratio 0.2 --calibration SOURCE --output DIR")
+
+
+def demonstrated(summary: dict[str, Any], output: Path) -> None:
+    """What the demo showed."""
+    results, table = summary["results"], _table("", "dense", "pruned")
+    parameters, width, size = results["parameters"], results["width"], results["weight_bytes"]
+    table.add_row("parameters", f"{parameters['before']:,}", f"{parameters['after']:,}")
+    table.add_row("MLP width", f"{width['before']:,}", f"{width['after']:,}")
+    table.add_row("weight files", megabytes(size["before"]), megabytes(size["after"]))
+    metrics = {name: _interval(estimate) for name, estimate in results["metrics"].items()}
+    table.add_row("perplexity", metrics.pop("dense_perplexity"), metrics.pop("perplexity"))
+    for name, text in metrics.items():
+        table.add_row(name.replace("_", " "), "", text)
+    for stage in summary["stages"]:
+        table.add_row(stage["name"], *_cost(stage))
+    _show(table)
+    Console().print(f"Metrics on {results['measured_on']}, with 95% intervals: compare them with each other only.")
+    samples = _table("prompt", "dense", "pruned", lines=True)
+    for sample in results["continuations"]:
+        samples.add_row(sample["prompt"], sample["dense"], sample["pruned"])
+    _show(samples)
+    next_step(f"hifiprune prune {output / 'dense'} --ratio 0.3 --calibration self --num-samples 32 --output DIR")
+
+
+def megabytes(count: int) -> str:
+    """Bytes for a reader."""
+    return f"{count / 1e6:,.1f} MB"
+
+
+def next_step(command: str) -> None:
+    """Tell what to run next."""
+    Console().print(f"Next: {command}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _interval(estimate: dict[str, float | None]) -> str:
+    bounds = "" if estimate["low"] is None else f" ({estimate['low']:.4g} to {estimate['high']:.4g})"
+    return f"{estimate['value']:.4g}{bounds}"
+
+
+def _cost(stage: dict[str, Any]) -> tuple[str, str]:
+    return f"{stage['seconds']:.1f} s", f"peak {megabytes(stage['peak_memory_bytes'])}"
+
+
+def _costs(record: RunRecord) -> None:
+    table = _table("stage", "seconds", "memory")
+    for stage in record.stages:
+        table.add_row(stage["name"], *_cost(stage))
+    _show(table)
+
+
+def _table(*columns: str, lines: bool = False) -> Table:
+    table = Table(show_header=any(columns[1:]) or bool(columns[0]), show_lines=lines)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _show(table: Table) -> None:
+    Console().print(table)

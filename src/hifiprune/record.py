@@ -1,0 +1,101 @@
+"""`RunRecord`: what a run did, with which versions, on what, and what it cost; saved as `run.json`."""
+
+import json
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+LIBRARIES = ("hifiprune", "torch", "transformers", "safetensors", "tokenizers", "datasets")
+
+
+@dataclass
+class RunRecord:
+    """A run's arguments, environment, stages and results.
+
+    Attributes:
+        command: name of the command.
+        arguments: as given, defaults filled in.
+        results: what came out: ratios, widths, hashes, metrics.
+        stages: seconds and peak memory in bytes of each stage, in order.
+        environment: versions, platform and device.
+    """
+
+    command: str
+    arguments: dict[str, Any]
+    results: dict[str, Any] = field(default_factory=dict)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    environment: dict[str, Any] = field(default_factory=lambda: describe_environment())
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure what happens within: wall-clock seconds and peak memory (resident, and of a GPU if there is one)."""
+        reset_peak_memory()
+        start = time.perf_counter()
+        yield
+        seconds = round(time.perf_counter() - start, 3)
+        self.stages.append({"name": name, "seconds": seconds, **peak_memory()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain data."""
+        return {"format": "hifiprune-run-1", **vars(self)}
+
+    def save(self, path: str | Path) -> None:
+        """Write the record as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2, default=str) + "\n")
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions and the machine."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in LIBRARIES},
+        "platform": platform.platform(),
+        "processor": _processor_name(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+    }
+
+
+def reset_peak_memory() -> None:
+    """Start measuring peak memory anew where the system allows it (Linux and CUDA)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def peak_memory() -> dict[str, int]:
+    """Peak resident memory in bytes since `reset_peak_memory` (Linux; elsewhere what there is), and of the GPU."""
+    usage = psutil.Process().memory_info()
+    peaks = {"peak_memory_bytes": _high_water_bytes() or getattr(usage, "peak_wset", usage.rss)}
+    if torch.cuda.is_available():
+        peaks["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
+    return peaks
+
+
+def _high_water_bytes() -> int:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
+
+
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())

@@ -1,0 +1,110 @@
+"""The pass that turns calibration windows into `Scores`."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import psutil
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hifiprune.blocks import BlockChain, frozen
+from hifiprune.criteria import find_criterion
+from hifiprune.errors import RunError, UserError
+from hifiprune.hashing import hash_model, hash_tokens
+from hifiprune.neurons import count_parameters
+from hifiprune.scores import Scores
+
+Track = Callable[[Iterable[Tensor]], Iterable[Tensor]]
+
+
+def score(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "windows positions"],
+    criterion: str = "hfprune",
+    *,
+    batch_size: int = 1,
+    recompute: bool | None = None,
+    track: Track = lambda batches: batches,
+    settings: dict[str, Any] | None = None,
+) -> Scores:
+    """Score every MLP neuron of `model` on `windows`; the model is not changed.
+
+    Args:
+        model: a causal language model of a supported family, on any device and in any floating dtype.
+        windows: integer token ids.
+        criterion: see `hifiprune.criteria.CRITERIA`.
+        batch_size: windows per step; scores do not depend on it, since every window's mean is taken by itself.
+        recompute: run each block twice instead of keeping its graph, for a fraction of the memory; by default only
+            where the graphs would not fit into half of the free memory.
+        track: wraps the batches, to show progress.
+        settings: more facts to keep in the scores.
+
+    Returns:
+        scores with one float32 `[neurons]` tensor per MLP in layer order.
+
+    Raises:
+        UserError: the criterion, the windows or the architecture cannot be used.
+        RunError: an activation or gradient is NaN or infinite.
+    """
+    chosen = find_criterion(criterion)
+    _check_windows(model, windows, batch_size)
+    with frozen(model):
+        chain = BlockChain(model)
+        totals = [torch.zeros(mlp.neurons, dtype=torch.float64) for mlp in chain.mlps]
+        if recompute is None:
+            recompute = graph_bytes(model, batch_size * windows.shape[1]) > free_bytes(model.device) // 2
+        objective = 0.0
+
+        def add(layer: int, activation: Tensor, gradient: Tensor) -> None:
+            totals[layer] += chosen.accumulate(activation, gradient).cpu()
+
+        for batch in track(windows.split(batch_size)):
+            tokens = batch.to(model.device, torch.int64)
+            objective += chain.sweep(tokens, chosen.objective, add, recompute=recompute).double().sum().item()
+            if not all(total.isfinite().all() for total in totals):
+                chain.final_hidden(tokens)  # names the block if the forward pass is to blame
+                layer = max(i for i, total in enumerate(totals) if not total.isfinite().all())
+                raise RunError(
+                    f"the gradients at {chain.mlps[layer].name} are NaN or infinite in {model.dtype}; "
+                    "compute in float32 (--dtype float32)"
+                )
+    facts = {"windows": len(windows), "positions": windows.shape[1], "compute_dtype": str(model.dtype).split(".")[1]}
+    return Scores(
+        values=[total.float() for total in totals],
+        names=[mlp.name for mlp in chain.mlps],
+        parameters_per_neuron=[mlp.parameters_per_neuron for mlp in chain.mlps],
+        total_parameters=count_parameters(model),
+        criterion=criterion,
+        objective=objective / len(windows),
+        model_hash=hash_model(model),
+        data_hash=hash_tokens(windows),
+        settings=facts | (settings or {}),
+    )
+
+
+def graph_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Estimated memory of all blocks' graphs for `tokens` positions: what autograd keeps, in the model's dtype."""
+    config = model.config.get_text_config()
+    per_position = 4 * config.intermediate_size + 14 * config.hidden_size
+    return int(tokens * config.num_hidden_layers * per_position * model.dtype.itemsize)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a new allocation on `device` could still get."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _check_windows(model: PreTrainedModel, windows: Tensor, batch_size: int) -> None:
+    if windows.ndim != 2 or windows.numel() == 0 or windows.is_floating_point():
+        found = f"{windows.dtype} {list(windows.shape)}"
+        raise UserError(f"windows must be integer token ids [windows, positions], not {found}")
+    vocabulary = model.config.get_text_config().vocab_size
+    low, high = int(windows.min()), int(windows.max())
+    if not 0 <= low <= high < vocabulary:
+        raise UserError(f"token ids must lie in 0 to {vocabulary - 1}; found {low} to {high}")
+    if batch_size < 1:
+        raise UserError(f"batch size {batch_size} must be at least 1")
