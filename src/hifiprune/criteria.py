@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -29,8 +30,9 @@ class Criterion:
 def absolute_sum(
     activation: Float[Tensor, "windows positions neurons"], gradient: Float[Tensor, "windows positions neurons"]
 ) -> Float[Tensor, "neurons"]:
-    """First-order Taylor importance in float32, same as `(h * dC/dh).abs().sum((0, 1))`; overwrites `gradient`."""
-    return gradient.float().mul_(activation).abs_().sum((0, 1))  # eq. 4, arXiv 2603.08083
+    """First-order Taylor importance in float32 or better, same as `(h * dC/dh).abs().sum((0, 1))`; overwrites `gradient`."""
+    precise = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    return precise.mul_(activation).abs_().sum((0, 1))  # eq. 4, arXiv 2603.08083
 
 
 CRITERIA: dict[str, Criterion] = {

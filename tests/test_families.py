@@ -1,0 +1,161 @@
+"""The contract that every supported family keeps: exact invariants on a tiny random model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from hifiprune import find_mlps, score
+from hifiprune.blocks import BlockChain, frozen
+from hifiprune.neurons import FAMILIES
+from hifiprune.objectives import entropy_
+from hifiprune.plan import Plan
+from hifiprune.surgery import cut_
+from tests.families import VARIANTS, tiny_model, tiny_tokens
+
+Seen = dict[int, tuple[Tensor, Tensor]]
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_every_family_has_a_variant() -> None:
+    assert {name.split("-")[0] for name in VARIANTS} == set(FAMILIES)
+
+
+def logits_of(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+    return logits
+
+
+def plan_keeping(model: PreTrainedModel, kept: list[Tensor]) -> Plan:
+    mlps = find_mlps(model)
+    return Plan(kept, [mlp.neurons for mlp in mlps], [mlp.name for mlp in mlps], None, 0.0, 0, 0)
+
+
+def random_plan(model: PreTrainedModel, width: int) -> Plan:
+    chance = torch.Generator().manual_seed(5)
+    kept = [torch.randperm(mlp.neurons, generator=chance)[:width].sort().values for mlp in find_mlps(model)]
+    return plan_keeping(model, kept)
+
+
+def naive_sweep(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Seen]:
+    """Full logits, one graph, plain formula, hooks."""
+    activations: list[Tensor] = []
+    hooks = [
+        mlp.output.register_forward_pre_hook(lambda _, arguments: activations.append(arguments[0]))
+        for mlp in find_mlps(model)
+    ]
+    probs = model(input_ids=tokens, use_cache=False).logits.softmax(-1)
+    values = -(probs * probs.log()).sum(-1).mean(-1)
+    gradients = torch.autograd.grad(values.sum(), activations)
+    for hook in hooks:
+        hook.remove()
+    return values.detach(), {i: (a.detach(), g) for i, (a, g) in enumerate(zip(activations, gradients, strict=True))}
+
+
+def chain_sweep(model: PreTrainedModel, tokens: Tensor, *, recompute: bool) -> tuple[Tensor, Seen]:
+    seen: Seen = {}
+    with frozen(model):
+        values = BlockChain(model).sweep(
+            tokens, entropy_, lambda layer, h, g: seen.update({layer: (h.clone(), g.clone())}), recompute=recompute
+        )
+    return values, seen
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_sweep_equals_autograd_through_the_whole_model(variant: str, recompute: bool) -> None:
+    model, tokens = tiny_model(variant), tiny_tokens()
+    expected_values, expected = naive_sweep(model, tokens)
+    values, seen = chain_sweep(model, tokens, recompute=recompute)
+    torch.testing.assert_close(values, expected_values, rtol=1e-10, atol=1e-12)
+    assert sorted(seen) == sorted(expected)
+    for layer, (activation, gradient) in expected.items():
+        torch.testing.assert_close(seen[layer][0], activation, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(seen[layer][1], gradient, rtol=1e-8, atol=1e-13)
+
+
+def test_the_model_is_left_as_it_was(variant: str) -> None:
+    model, tokens = tiny_model(variant).train(), tiny_tokens()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    score(model, tokens)
+    assert model.training
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_batched_scores_equal_single_ones(variant: str) -> None:
+    model, tokens = tiny_model(variant), tiny_tokens(windows=5)
+    single, batched = score(model, tokens), score(model, tokens, batch_size=2)
+    for one, other in zip(single.values, batched.values, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
+
+
+def test_keeping_all_neurons_changes_no_bit(variant: str) -> None:
+    model, tokens = tiny_model(variant, torch.float32), tiny_tokens()
+    before = logits_of(model, tokens)
+    cut_(model, plan_keeping(model, [torch.arange(mlp.neurons) for mlp in find_mlps(model)]))
+    assert torch.equal(logits_of(model, tokens), before)
+
+
+def test_cutting_equals_setting_activations_to_zero(variant: str) -> None:
+    model, tokens = tiny_model(variant), tiny_tokens()
+    plan = random_plan(model, 17)
+    hooks = []
+    for mlp, kept in zip(find_mlps(model), plan.kept, strict=True):
+        mask = torch.zeros(mlp.neurons, dtype=torch.float64)
+        mask[kept] = 1
+        hooks.append(mlp.output.register_forward_pre_hook(lambda _, arguments, mask=mask: arguments[0] * mask))
+    masked = logits_of(model, tokens)
+    for hook in hooks:
+        hook.remove()
+    assert not torch.allclose(masked, logits_of(model, tokens))
+    cut_(model, plan)
+    torch.testing.assert_close(logits_of(model, tokens), masked, rtol=1e-10, atol=1e-12)
+
+
+def test_permuting_the_neurons_permutes_the_scores(variant: str) -> None:
+    model, tokens = tiny_model(variant), tiny_tokens()
+    before = score(model, tokens)
+    orders = [torch.randperm(mlp.neurons) for mlp in find_mlps(model)]
+    with torch.no_grad():
+        for mlp, order in zip(find_mlps(model), orders, strict=True):
+            for linear in mlp.inputs:
+                linear.weight.copy_(linear.weight[order].clone())
+                if linear.bias is not None:
+                    linear.bias.copy_(linear.bias[order].clone())
+            mlp.output.weight.copy_(mlp.output.weight[:, order].clone())
+    after = score(model, tokens)
+    for one, other, order in zip(before.values, after.values, orders, strict=True):
+        torch.testing.assert_close(one[order], other, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cut_model_reloads_without_our_code(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, tokens = tiny_model(variant, dtype), tiny_tokens()
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    cut_(model, random_plan(model, 24))
+    model.save_pretrained(tmp_path)
+    again, report = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert again.config.intermediate_size == 24
+    assert {parameter.dtype for parameter in again.parameters()} == {dtype}
+    assert all(mlp.neurons == 24 == linear.out_features for mlp in find_mlps(again) for linear in mlp.inputs)
+    assert (again.get_input_embeddings().weight is again.get_output_embeddings().weight) == tied
+    assert torch.equal(logits_of(again, tokens), logits_of(model, tokens))
+    assert again.generate(tokens[:1], max_new_tokens=3, do_sample=False).shape[1] > tokens.shape[1]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_half_precision_weights_score_near_the_truth(variant: str, recompute: bool) -> None:
+    model, tokens = tiny_model(variant, torch.bfloat16), tiny_tokens()
+    truth = score(tiny_model(variant, torch.bfloat16).double(), tokens)
+    for one, other in zip(score(model, tokens, recompute=recompute).values, truth.values, strict=True):
+        assert torch.corrcoef(torch.stack((one, other)))[0, 1] > 0.99
