@@ -1,5 +1,5 @@
 # Targets: demo, test, check, bench, wheel-test. All of them make the environment first if it is not there.
-PYTHON ?= python3.11
+PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
@@ -20,12 +20,14 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/scoring.py
 
 wheel-test: $(VENV)/.dev
-	rm -rf dist build/wheel-env
+	rm -rf dist build
 	$(BIN)/python -m build --wheel --outdir dist .
-	$(PYTHON) -m venv build/wheel-env
-	build/wheel-env/bin/pip install --quiet --constraint constraints.txt dist/*.whl
-	cd build && wheel-env/bin/hifiprune --version && wheel-env/bin/hifiprune prune --help > /dev/null
-	cd build && wheel-env/bin/hifiprune inspect ../.cache/smollm2 --json > /dev/null
+	$(PYTHON) -m venv build/env
+	build/env/bin/pip install --quiet --constraint constraints.txt dist/*.whl
+	$(BIN)/python -c "from pathlib import Path; from hifiprune.demonstration import fetch_smollm2; fetch_smollm2(Path('.cache/smollm2'))"
+	cd build && env/bin/hifiprune --version && env/bin/hifiprune inspect ../.cache/smollm2
+	cd build && env/bin/hifiprune prune ../.cache/smollm2 --output pruned --ratio 0.2 --calibration python-docs \
+		--num-samples 1 --seq-len 128
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

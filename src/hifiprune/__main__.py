@@ -1,0 +1,5 @@
+"""`python -m hifiprune` is the command line."""
+
+from hifiprune.cli import main
+
+main()

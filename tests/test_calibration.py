@@ -1,0 +1,162 @@
+"""Sources, samplers, seeds, and what is said when there is too little text."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hifiprune import Calibration, UserError
+from hifiprune.calibration import cut_windows, join_documents, load_windows, python_docs, read_documents, sample_windows
+from tests.conftest import byte_tokenizer
+
+DOCUMENTS = ["".join(chr(97 + (i * k) % 26) for i in range(30 * k)) for k in range(1, 9)]
+
+
+def write(path: Path, documents: list[str] = DOCUMENTS) -> Path:
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(documents)))
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pa.table({"id": range(len(documents)), "text": documents}), path)
+    else:
+        path.write_text("\n".join(documents))
+    return path
+
+
+def test_every_file_kind_holds_the_same_documents(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "a.parquet"):
+        assert read_documents(str(write(tmp_path / name))) == DOCUMENTS
+    assert read_documents(str(write(tmp_path / "b.txt"))) == ["\n".join(DOCUMENTS)]
+    assert read_documents(str(write(tmp_path / "b.raw"))) == ["\n".join(DOCUMENTS)]
+    assert sorted(read_documents(str(tmp_path))) == sorted([*DOCUMENTS, *DOCUMENTS, "\n".join(DOCUMENTS)])
+
+
+def test_documents_gives_one_window_from_each_long_document(tmp_path: Path) -> None:
+    tokenizer, source = byte_tokenizer(), str(write(tmp_path / "a.jsonl"))
+    windows = load_windows(Calibration(source, 6, 61, sampler="documents"), tokenizer)
+    texts = [tokenizer.decode(window) for window in windows]
+    origins = [next(i for i, document in enumerate(DOCUMENTS) if text in document) for text in texts]
+    assert sorted(origins) == [2, 3, 4, 5, 6, 7]  # the documents of 90 bytes and more
+
+
+def test_stream_gives_windows_of_the_joined_documents_without_overlap(tmp_path: Path) -> None:
+    tokenizer, source = byte_tokenizer(), str(write(tmp_path / "a.jsonl"))
+    joined = tokenizer.eos_token.join(DOCUMENTS)
+    windows = load_windows(Calibration(source, 5, 100, sampler="stream"), tokenizer)
+    pieces = cut_windows(join_documents(DOCUMENTS, tokenizer), 100)
+    assert "".join(tokenizer.decode(piece) for piece in pieces) in joined
+    found = {tuple(window.tolist()) for window in windows}
+    assert len(found) == 5
+    assert found <= {tuple(piece.tolist()) for piece in pieces}
+
+
+@pytest.mark.parametrize("sampler", ["documents", "stream"])
+def test_the_seed_decides_the_windows(tmp_path: Path, sampler: str) -> None:
+    source = str(write(tmp_path / "a.jsonl"))
+    first, again, other = (
+        load_windows(Calibration(source, 3, 50, seed, sampler), byte_tokenizer()) for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_too_little_text_says_how_much_there_is_and_what_to_change(tmp_path: Path) -> None:
+    source = str(write(tmp_path / "a.jsonl"))
+    with pytest.raises(UserError, match=r"9 windows of 200 tokens asked for, 2 possible with the sampler 'documents'") as caught:
+        load_windows(Calibration(source, 9, 200, sampler="documents"), byte_tokenizer())
+    assert "--num-samples 2, --sampler stream (gives 5), a --seq-len below 200" in str(caught.value)
+    assert len(load_windows(Calibration(source, 5, 200, sampler="stream"), byte_tokenizer())) == 5
+    with pytest.raises(UserError, match="6 windows of 200 tokens asked for, 5 possible with the sampler 'stream'"):
+        load_windows(Calibration(source, 6, 200, sampler="stream"), byte_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", b"", "is empty: it holds no text"),
+        ("blank.jsonl", b'{"text": "  "}\n', "is empty: it holds no text"),
+        ("binary.txt", b"abc\0def", r"is binary, not text \(a zero byte at 3\)"),
+        ("latin.txt", "café".encode("latin-1"), r"is not UTF-8 \(byte 0xe9 at 3\)"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: broken JSON"),
+        ("list.jsonl", b"[1]\n", "line 1: a JSON object is needed, not list"),
+        ("column.jsonl", b'{"a": "x", "b": "y"}\n', "no text column called text.*the columns are a, b; name one with --text-column"),
+        ("bad.parquet", b"PAR1 not really", "is not a readable Parquet file"),
+    ],
+)
+def test_unreadable_sources(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_documents(str(tmp_path / name))
+
+
+def test_text_columns_are_named_or_guessed(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"title": "t", "content": "c"}\n')
+    assert read_documents(str(path)) == ["c"]
+    assert read_documents(str(path), "title") == ["t"]
+    path.write_text('{"body": "only", "id": 3}\n')
+    assert read_documents(str(path)) == ["only"]
+    with pytest.raises(UserError, match="no text column 'nope'"):
+        read_documents(str(path), "nope")
+
+
+def test_empty_folders_and_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no .txt, .jsonl, .parquet files"):
+        read_documents(str(tmp_path))
+    with pytest.raises(UserError, match="does not exist"):
+        Calibration(str(tmp_path / "none.txt")).check(None)
+    with pytest.raises(UserError, match="seq-len 100 exceeds the model's 64 positions; use --seq-len 64"):
+        Calibration("self", 1, 100).check(64)
+
+
+def test_hub_data_sets_are_streamed_by_id_config_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import Dataset
+
+    asked = []
+
+    def load(name: str, config: str | None, split: str, *, streaming: bool) -> object:
+        asked.append((name, config, split, streaming))
+        return Dataset.from_dict({"text": DOCUMENTS}).to_iterable_dataset()
+
+    monkeypatch.setattr("hifiprune.calibration.load_dataset", load)
+    for source in ("org/data", "org/data:validation", "org/data:en:test"):
+        assert sorted(read_documents(source)) == sorted(DOCUMENTS)
+    assert asked == [
+        ("org/data", None, "train", True),
+        ("org/data", None, "validation", True),
+        ("org/data", "en", "test", True),
+    ]
+    with pytest.raises(UserError, match="is written id"):
+        read_documents("a:b:c:d")
+
+
+def test_an_unreachable_hub_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ConnectionError("no route\nlong story")
+
+    monkeypatch.setattr("hifiprune.calibration.load_dataset", fail)
+    with pytest.raises(UserError, match="there is no file org/data here, and the data hub could not give it: no route$"):
+        read_documents("org/data")
+
+
+def test_python_documentation_is_long_enough_for_the_demo() -> None:
+    assert sum(map(len, python_docs())) > 300_000
+
+
+def test_text_sampled_from_the_model_follows_its_distribution(make_checkpoint: Callable[..., Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(make_checkpoint(initializer_range=0.5), dtype=torch.float32)
+    calibration = Calibration("self", 40, 12, seed=3)
+    windows = sample_windows(model, calibration)
+    assert windows.shape == (40, 12)
+    assert torch.equal(windows, sample_windows(model, calibration))
+    assert (windows[:, 0] == model.config.bos_token_id).all()
+    with torch.no_grad():
+        log_probs = model(input_ids=windows).logits[:, :-1].log_softmax(-1)
+    likelihood = log_probs.gather(-1, windows[:, 1:, None]).mean().item()
+    entropy = -(log_probs.exp() * log_probs).sum(-1).mean().item()
+    assert -likelihood == pytest.approx(entropy, rel=0.08)  # sampled tokens are as surprising as the entropy says
+    assert entropy < 0.95 * torch.tensor(float(model.config.vocab_size)).log().item()

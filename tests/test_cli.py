@@ -1,0 +1,418 @@
+"""The commands from a user's side: what they print and write, and how they refuse and fail."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hifiprune import Plan, pipeline
+from hifiprune.checkpoint import Checkpoint
+from hifiprune.cli import main
+
+MESSAGE_LIMIT = 600
+
+
+class Result:
+    """What a run of the command line left: exit code, output, messages."""
+
+    def __init__(self, code: int, out: str, err: str):
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Run the command line in this process."""
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["hifiprune", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        captured = capsys.readouterr()
+        code = stopped.value.code
+        return Result(code if isinstance(code, int) else 0, captured.out, captured.err)
+
+    return run
+
+
+Cli = Callable[..., Result]
+
+
+def refused(result: Result, message: str, code: int = 2) -> None:
+    """One clear message with the right exit code and no traceback."""
+    assert result.code == code, result.err
+    assert "Traceback" not in result.err
+    last = result.err[result.err.rindex("error: ") :]
+    assert message in last
+    assert len(last) < MESSAGE_LIMIT
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.endswith(".partial")]
+
+
+CALIBRATION = ("--num-samples", 4, "--seq-len", 16, "--round-to", 8)
+
+
+def test_prune_writes_an_ordinary_checkpoint(cli: Cli, checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    (checkpoint / "LICENSE").write_text("terms")
+    output = tmp_path / "pruned"
+    result = cli("prune", checkpoint, "--output", output, "--neuron-ratio", 0.4, "--calibration", text, *CALIBRATION, "--json")
+    assert result.code == 0, result.err
+    record = result.json
+    assert record == json.loads((output / "run.json").read_text())
+    assert record["results"]["width"] == {"before": 40, "after": 24}
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert model.config.intermediate_size == 24
+    assert record["results"]["parameters"]["after"] == sum(p.numel() for p in model.parameters())
+    assert AutoTokenizer.from_pretrained(output)("abc").input_ids == AutoTokenizer.from_pretrained(checkpoint)("abc").input_ids
+    assert (output / "LICENSE").read_text() == "terms"
+    assert {stage["name"] for stage in record["stages"]} >= {"scoring", "cutting", "writing"}
+    assert all(stage["peak_memory_bytes"] > 1e6 for stage in record["stages"])
+    assert not leftovers(tmp_path)
+
+
+def test_scores_prune_at_any_ratio_to_the_same_plan(cli: Cli, checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    assert cli("score", checkpoint, "--output", tmp_path / "s.safetensors", "--calibration", text, *CALIBRATION[:4]).code == 0
+    outputs = []
+    for name, source in (("a", ("--scores", tmp_path / "s.safetensors")), ("b", ("--calibration", text, *CALIBRATION[:4]))):
+        outputs.append(tmp_path / name)
+        result = cli("prune", checkpoint, "--output", outputs[-1], "--ratio", 0.1, "--round-to", 1, *source)
+        assert result.code == 0, result.err
+    plans = [(output / "hifiprune" / "plan.json").read_bytes() for output in outputs]
+    assert plans[0] == plans[1]
+    plan = Plan.load(outputs[0] / "hifiprune" / "plan.json")
+    assert plan.ratio_reached == pytest.approx(0.1, abs=0.01)
+    assert load_file(outputs[0] / "model.safetensors").keys() == load_file(outputs[1] / "model.safetensors").keys()
+
+
+def test_evaluate_prints_every_metric(cli: Cli, checkpoint: Path, text: Path) -> None:
+    result = cli("evaluate", checkpoint, "--against", checkpoint, "--text", text, "--seq-len", 32, "--json")
+    assert result.code == 0, result.err
+    metrics = result.json["results"]["metrics"]
+    assert metrics["kl"] == {"value": 0, "low": 0, "high": 0}
+    assert metrics["top5_jaccard"]["value"] == 1
+    assert metrics["perplexity"]["low"] < metrics["perplexity"]["value"] < metrics["perplexity"]["high"]
+    table = cli("evaluate", checkpoint, "--against", checkpoint, "--text", text, "--seq-len", 32, "--max-windows", 3)
+    assert "Jaccard similarity" in table.out
+    assert "3 windows of 32 tokens" in table.out
+
+
+def test_inspect_loads_no_weights(cli: Cli, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Checkpoint, "load", None)
+    facts = cli("inspect", checkpoint, "--json").json
+    total = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(checkpoint).parameters())
+    assert facts["parameters"]["total"] == total
+    assert sum(facts["parameters"].values()) == 2 * total
+    assert facts["parameters"]["mlps"] == 3 * 40 * 24 * 3
+    assert facts["widths"]["10%"]["width"] == round(40 - 0.1 * total / (3 * 72))
+    assert "impossible" in facts["widths"]["50%"]
+    assert "impossible" in cli("inspect", checkpoint).out
+
+
+def test_calibrating_on_text_from_the_model_itself(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ("--ratio", 0.1, "--calibration", "self", *CALIBRATION, "--json")
+    hashes = [
+        cli("prune", checkpoint, "--output", tmp_path / name, *arguments).json["results"]["data_hash"] for name in "ab"
+    ]
+    assert hashes[0] == hashes[1]
+
+
+def test_the_output_keeps_the_checkpoints_dtype(cli: Cli, make_checkpoint: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    folder = make_checkpoint("half", dtype="bfloat16")
+    AutoModelForCausalLM.from_pretrained(folder).to(torch.bfloat16).save_pretrained(folder)
+    output = tmp_path / "out"
+    result = cli("prune", folder, "--output", output, "--width", 20, "--calibration", text, *CALIBRATION, "--json")
+    assert result.code == 0, result.err
+    assert result.json["results"]["scoring"]["compute_dtype"] == "float32"  # on a CPU
+    assert {tensor.dtype for tensor in load_file(output / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_large_checkpoints_are_sharded(cli: Cli, checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    arguments = ("--width", 20, "--calibration", text, *CALIBRATION, "--shard-size", "20KB")
+    assert cli("prune", checkpoint, "--output", tmp_path / "out", *arguments).code == 0
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
+    again = cli("prune", tmp_path / "out", "--output", tmp_path / "twice", *arguments[2:], "--width", 8, "--json")
+    assert again.json["results"]["width"] == {"before": 20, "after": 8}
+    (tmp_path / "out" / "model-00002-of-00005.safetensors").unlink(missing_ok=True)
+    shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
+    shards[-1].unlink()
+    refused(cli("prune", tmp_path / "out", "--output", tmp_path / "x", *arguments), "lacks the weight file model-")
+
+
+BUDGETS = [
+    (("--ratio", "0"), "ratio 0 must lie in (0, 1)"),
+    (("--ratio", "1"), "ratio 1 must lie in (0, 1)"),
+    (("--ratio", "20"), "did you mean 0.2?"),
+    (("--ratio", "nan"), "ratio nan must lie in (0, 1)"),
+    (("--ratio", "0.9"), "the largest possible --ratio is"),
+    (("--ratio", "0.2", "--width", "10"), "give exactly one of --ratio, --neuron-ratio, --width; given: ratio, width"),
+    ((), "given: none"),
+    (("--width", "40"), "width 40 must be below the model's own width 40"),
+]
+
+
+@pytest.mark.parametrize(("budget", "message"), BUDGETS)
+def test_impossible_budgets(
+    cli: Cli, checkpoint: Path, text: Path, tmp_path: Path, budget: tuple[str, ...], message: str
+) -> None:
+    refused(cli("prune", checkpoint, "--output", tmp_path / "out", "--calibration", text, *CALIBRATION, *budget), message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_ratio_that_is_a_word(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    result = cli("prune", checkpoint, "--output", tmp_path / "out", "--ratio", "fifth", "--calibration", "self")
+    assert result.code == 2
+    assert "'fifth' is not a valid float" in result.err
+
+
+def _break_missing(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def _break_empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def _break_truncated(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def _break_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def _edit_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def _break_architecture(folder: Path) -> None:
+    _edit_config(folder, model_type="gpt2", architectures=["GPT2LMHeadModel"])
+
+
+def _break_model_type(folder: Path) -> None:
+    _edit_config(folder, model_type="lama")
+
+
+def _break_quantized(folder: Path) -> None:
+    _edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+
+
+def _break_tokenizer(folder: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+def _break_pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def _break_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def _break_nan(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+MODELS = [
+    (_break_missing, "there is no model folder or .gguf file"),
+    (_break_empty, "holds no config.json (found: nothing)"),
+    (_break_truncated, "model.safetensors is truncated or damaged"),
+    (_break_config, "the configuration of"),
+    (_break_architecture, "model type 'gpt2' (GPT2LMHeadModel) is not supported; supported are gemma2"),
+    (_break_model_type, "did you mean 'llama'"),
+    (_break_quantized, "is quantized (gptq) and cannot be cut; prune the original checkpoint"),
+    (_break_tokenizer, "has no tokenizer files"),
+    (_break_pickled, "pytorch_model.bin would have to be unpickled"),
+    (_break_tensor, "lacks 1 tensors, such as model.layers.1.mlp.up_proj.weight"),
+    (_break_nan, "model.layers.1.mlp.up_proj.weight contain NaN or infinite values"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), MODELS)
+def test_unusable_models(
+    cli: Cli, checkpoint: Path, text: Path, tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    damage(checkpoint)
+    refused(cli("prune", checkpoint, "--output", tmp_path / "out", "--width", 8, "--calibration", text, *CALIBRATION), message)
+    assert not (tmp_path / "out").exists()
+    assert not leftovers(tmp_path)
+
+
+def test_a_hub_id_that_cannot_be_reached(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def fail(*_: object, **__: object) -> None:
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr("hifiprune.checkpoint.snapshot_download", fail)
+    refused(cli("inspect", "org/model"), "there is no folder org/model here, and the model hub could not be reached")
+
+
+def test_a_hub_id_is_downloaded_without_pickled_files(cli: Cli, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(checkpoint)
+
+    monkeypatch.setattr("hifiprune.checkpoint.snapshot_download", download)
+    assert cli("inspect", "org/model", "--json").json["neurons_per_mlp"] == 40
+    assert asked[0][0] == "org/model"
+    assert not any("bin" in pattern or pattern == "*" for pattern in asked[0][1])
+
+
+def test_other_values_out_of_range(cli: Cli, checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    start = ("prune", checkpoint, "--output", tmp_path / "out", "--width", 8, "--calibration", text)
+    refused(cli(*start, "--seq-len", 65), "seq-len 65 exceeds the model's 64 positions; use --seq-len 64")
+    refused(cli(*start, "--seq-len", 1), "seq-len 1 must be at least 2")
+    refused(cli(*start, "--num-samples", 0), "num-samples 0 must be at least 1")
+    refused(cli(*start, "--batch-size", 0), "batch size 0 must be at least 1")
+    refused(cli(*start, "--dtype", "float23"), "dtype 'float23' is not known")
+    refused(cli(*start, "--device", "gpu7"), "device 'gpu7' is not known")
+    refused(cli(*start, "--criterion", "entropi"), "did you mean 'entropy'")
+    refused(cli(*start, "--sampler", "x"), "sampler 'x' is not known")
+    refused(cli(*start, "--num-samples", 999, "--seq-len", 64), "too little text")
+    refused(cli(*start, "--shard-size", "lots", *CALIBRATION), "shard size 'lots'")
+    refused(cli(*start, "--attention", "flash_attention_9", *CALIBRATION), "attention")
+    refused(cli(*start, "--scores", text), "give exactly one of --calibration and --scores")
+    refused(cli(*start[:-2]), "give exactly one of --calibration and --scores")
+    if not torch.cuda.is_available():
+        refused(cli(*start, "--device", "cuda"), "sees no CUDA GPU; use --device cpu")
+    refused(cli("evaluate", checkpoint, "--text", text, "--seq-len", 65), "seq-len 65 exceeds")
+    (tmp_path / "short.txt").write_text("few words")
+    refused(cli("evaluate", checkpoint, "--text", tmp_path / "short.txt", "--seq-len", 32), "its 9 tokens make no window of 32")
+    refused(cli("evaluate", checkpoint, "--text", tmp_path / "missing.txt", "--seq-len", 32), "does not exist")
+    assert not (tmp_path / "out").exists()
+
+
+def test_scores_of_another_model_are_refused(
+    cli: Cli, make_checkpoint: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    first = make_checkpoint("first")
+    assert cli("score", first, "--output", tmp_path / "s", "--calibration", text, *CALIBRATION[:4]).code == 0
+    second = make_checkpoint("second", initializer_range=0.1)
+    refused(cli("prune", second, "--output", tmp_path / "out", "--width", 8, "--scores", tmp_path / "s"), "another model")
+    refused(cli("prune", first, "--output", tmp_path / "out", "--width", 8, "--scores", text), "no readable scores file")
+    assert not (tmp_path / "out").exists()
+
+
+def test_outputs_that_must_not_be_written(cli: Cli, checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    def prune(output: Path, *more: str) -> Result:
+        return cli("prune", checkpoint, "--output", output, "--width", 8, "--calibration", text, *CALIBRATION, *more)
+
+    (tmp_path / "taken").mkdir()
+    refused(prune(tmp_path / "taken"), "exists already; choose another name, or replace it with --overwrite")
+    refused(prune(checkpoint, "--overwrite"), "is the input itself")
+    refused(prune(tmp_path, "--overwrite"), "contains the input")
+    (tmp_path / "file").write_text("x")
+    refused(prune(tmp_path / "file" / "out"), "is not a writable folder")
+    assert prune(tmp_path / "taken", "--overwrite").code == 0
+    assert (tmp_path / "taken" / "config.json").is_file()
+    assert not leftovers(tmp_path)
+
+
+def test_a_full_disk_is_foreseen(
+    cli: Cli, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
+    monkeypatch.setattr(Checkpoint, "load", None)  # refused before weights load
+    arguments = ("--width", 8, "--calibration", text, *CALIBRATION)
+    refused(cli("prune", checkpoint, "--output", tmp_path / "out", *arguments), "GB free, the output needs", code=1)
+
+
+def test_a_disk_that_fills_up_leaves_nothing(
+    cli: Cli, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Checkpoint.save
+
+    def fill(self: Checkpoint, *arguments: Any) -> None:
+        real(self, *arguments)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Checkpoint, "save", fill)
+    arguments = ("--width", 8, "--calibration", text, *CALIBRATION)
+    refused(cli("prune", checkpoint, "--output", tmp_path / "out", *arguments), "the disk is full", code=1)
+    assert not (tmp_path / "out").exists()
+    assert not leftovers(tmp_path)
+
+
+STAGES = ["find_checkpoint", "load_windows", "_load", "score", "allocate", "cut_", "Checkpoint.save", "Plan.save"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stage", STAGES)
+def test_signals_in_every_stage_leave_nothing(
+    cli: Cli, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, number: int
+) -> None:
+    target = f"hifiprune.pipeline.{stage}"
+    owner: Any = pipeline
+    for name in stage.split("."):
+        before, owner = owner, getattr(owner, name)
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        result = owner(*arguments, **options)
+        os.kill(os.getpid(), number)
+        return result
+
+    assert before is not None
+    monkeypatch.setattr(target, interrupted)
+    old = (tmp_path / "out", "kept from before")
+    old[0].mkdir()
+    (old[0] / "note").write_text(old[1])
+    arguments = ("--width", 8, "--calibration", text, *CALIBRATION, "--overwrite")
+    result = cli("prune", checkpoint, "--output", tmp_path / "out", *arguments)
+    refused(result, f"interrupted by {signal.Signals(number).name}", code=1)
+    assert (old[0] / "note").read_text() == old[1]
+    assert not leftovers(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_real_process_stops_at_once_while_it_scores(checkpoint: Path, text: Path, tmp_path: Path, number: int) -> None:
+    arguments = ["--width", "8", "--calibration", "self", "--num-samples", "100000", "--seq-len", "64"]
+    command = [sys.executable, "-m", "hifiprune", "prune", str(checkpoint), "--output", str(tmp_path / "out"), *arguments]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(12)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert f"interrupted by {signal.Signals(number).name}" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+    assert not leftovers(tmp_path)
+
+
+def test_bugs_show_a_traceback_only_with_debug(cli: Cli, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Checkpoint, "skeleton", lambda _: 1 / 0)
+    refused(cli("inspect", checkpoint), "ZeroDivisionError: division by zero (a bug", code=1)
+    monkeypatch.setattr(sys, "argv", ["hifiprune", "inspect", str(checkpoint), "--debug"])
+    with pytest.raises(ZeroDivisionError):
+        main()
+
+
+def test_importing_the_command_line_loads_no_torch() -> None:
+    code = "import sys, hifiprune.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,122 @@
+"""What the scores mean, and how scoring refuses what it cannot do."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from hifiprune import CRITERIA, RunError, UserError, find_mlps, score
+from hifiprune.hashing import hash_model
+from tests.families import tiny_model, tiny_tokens
+
+
+def entropies(model: torch.nn.Module, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        probs = model(input_ids=tokens, use_cache=False).logits.softmax(-1)
+    entropy: Tensor = -(probs * probs.log()).sum(-1).mean(-1)
+    return entropy
+
+
+@pytest.mark.parametrize(("layer", "neuron"), [(0, 3), (1, 0), (2, 39)])
+def test_the_score_predicts_the_change_of_entropy_to_first_order(layer: int, neuron: int) -> None:
+    """Scale one neuron by (1 - epsilon) at one position at a time and add up how much the real entropy moves."""
+    model, tokens = tiny_model("llama"), tiny_tokens(windows=2, positions=7)
+    predicted = score(model, tokens, batch_size=2).values[layer][neuron].item()
+    linear, epsilon, measured = find_mlps(model)[layer].output, 1e-5, 0.0
+    for position in range(tokens.shape[1]):
+
+        def weaken(_: torch.nn.Module, arguments: tuple[Tensor], factor: float, position: int = position) -> Tensor:
+            activation = arguments[0].clone()
+            activation[:, position, neuron] *= factor
+            return activation
+
+        changed = []
+        for factor in (1 - epsilon, 1 + epsilon):
+            hook = linear.register_forward_pre_hook(lambda m, a, factor=factor: weaken(m, a, factor))
+            changed.append(entropies(model, tokens))
+            hook.remove()
+        measured += (changed[1] - changed[0]).abs().sum().item() / (2 * epsilon)
+    assert predicted == pytest.approx(measured, rel=1e-5)
+    assert predicted > 1e-6
+
+
+def test_a_neuron_that_writes_nothing_scores_zero() -> None:
+    model = tiny_model("llama", torch.float32)
+    with torch.no_grad():
+        find_mlps(model)[1].output.weight[:, 5] = 0
+    scores = score(model, tiny_tokens())
+    assert scores.values[1][5] == 0
+    assert (scores.values[1] > 0).sum() == 39
+
+
+def test_the_mean_objective_is_the_models_entropy() -> None:
+    model, tokens = tiny_model("qwen3"), tiny_tokens()
+    assert score(model, tokens).objective == pytest.approx(entropies(model, tokens).mean().item(), rel=1e-10)
+
+
+def test_scores_add_up_over_windows_in_any_order() -> None:
+    model, tokens = tiny_model("llama"), tiny_tokens(windows=4)
+    whole, first, second = (score(model, part) for part in (tokens.flip(0), tokens[:2], tokens[2:]))
+    for all_of, one, other in zip(whole.values, first.values, second.values, strict=True):
+        torch.testing.assert_close(all_of, one + other, rtol=1e-6, atol=0)
+
+
+def test_the_same_call_gives_the_same_bytes() -> None:
+    first, second = (score(tiny_model("mistral", torch.float32), tiny_tokens()) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.values, second.values, strict=True))
+    assert (first.model_hash, first.data_hash) == (second.model_hash, second.data_hash)
+
+
+def test_hfprune_and_entropy_are_the_same_today() -> None:
+    model, tokens = tiny_model("llama"), tiny_tokens()
+    first, second = score(model, tokens, "hfprune"), score(model, tokens, "entropy")
+    assert all(torch.equal(a, b) for a, b in zip(first.values, second.values, strict=True))
+    assert all(criterion.name == name and "arXiv" in criterion.reference for name, criterion in CRITERIA.items())
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_infinite_activations_stop_the_run_and_name_the_block(layer: int) -> None:
+    model = tiny_model("llama", torch.float32)
+    with torch.no_grad():
+        find_mlps(model)[layer].output.weight[0, 0] = float("inf")
+    with pytest.raises(RunError, match=f"decoder block {layer} of 3 are NaN or infinite in torch.float32"):
+        score(model, tiny_tokens())
+
+
+def test_overflow_late_in_the_data_is_found_too() -> None:
+    model, tokens = tiny_model("llama", torch.float32), tiny_tokens(windows=2)
+    tokens[0], tokens[1, 3] = tokens[0].clamp(max=59), 60
+    with torch.no_grad():
+        model.get_input_embeddings().weight[60] = float("nan")
+        with pytest.raises(RunError, match="decoder block 0"):
+            score(model, tokens)
+
+
+@pytest.mark.parametrize(
+    ("windows", "message"),
+    [
+        (torch.zeros(0, 5, dtype=torch.int64), "windows must be integer token ids"),
+        (torch.zeros(5, dtype=torch.int64), "windows must be integer token ids"),
+        (torch.zeros(2, 5), "windows must be integer token ids"),
+        (torch.tensor([[1, 61]]), "token ids must lie in 0 to 60; found 1 to 61"),
+        (torch.tensor([[-1, 3]]), "token ids must lie in 0 to 60; found -1 to 3"),
+    ],
+)
+def test_unusable_windows_are_refused(windows: Tensor, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        score(tiny_model("llama"), windows)
+
+
+def test_unknown_criteria_and_architectures_are_refused_by_name() -> None:
+    with pytest.raises(UserError, match="criterion 'entrpy' is not known.*did you mean 'entropy'"):
+        score(tiny_model("llama"), tiny_tokens(), "entrpy")
+    with pytest.raises(UserError, match=r"model type 'gpt2' \(GPT2Config\) is not supported; supported are gemma2"):
+        score(tiny_model("gpt2"), tiny_tokens())
+
+
+def test_model_hashes_follow_the_values_not_the_dtype() -> None:
+    half = tiny_model("llama", torch.bfloat16)
+    before = hash_model(half)
+    assert before == hash_model(half.float())
+    with torch.no_grad():
+        half.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
+    assert before != hash_model(half)
