@@ -51,7 +51,7 @@ def papers_way(model: PreTrainedModel, windows: Tensor, seconds: list[float]) ->
         entropy.backward()  # type: ignore[no-untyped-call]
         for total, activation in zip(scores, activations, strict=True):
             assert activation.grad is not None
-            total += (activation * activation.grad).abs().sum((0, 1)).detach()
+            total.add_((activation * activation.grad).abs().sum((0, 1)).detach())
         activations.clear()
         model.zero_grad()
         seconds.append(time.perf_counter() - start)
@@ -116,7 +116,7 @@ def _time_product(rows: int, inner: int, columns: int) -> float:
 
 
 def attention_operations(model: PreTrainedModel) -> float:
-    """Operations of causal attention for one window: 2 products forward, 5 backward (the first block's backward none)."""
+    """Operations of causal attention for one window: 2 products forward, 5 backward (none in the first block)."""
     config = model.config
     width = config.num_attention_heads * config.head_dim
     return float(POSITIONS**2 * width * (7 * config.num_hidden_layers - 5))

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from hifiprune.demonstration import fetch_smollm2
+from hifiprune.demonstration import fetch_gguf, fetch_smollm2
 from tests.families import VOCABULARY, tiny_config
 
 ROOT = Path(__file__).parent.parent
@@ -78,3 +78,9 @@ def text(tmp_path: Path) -> Path:
     lines = [f'{{"text": "{" ".join(f"{word * number}" for word in range(3, 30))}"}}\n' for number in range(1, 21)]
     path.write_text("".join(lines))
     return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The same model as a GGUF file."""
+    return fetch_gguf(ROOT / ".cache")

@@ -39,7 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def tiny_config(variant: str, **options: object) -> PretrainedConfig:
     """The configuration of a variant."""
     config: PretrainedConfig = AutoConfig.for_model(
-        variant.split("-")[0], **{**SIZES, **VARIANTS.get(variant, {}), **options}
+        variant.split("-", maxsplit=1)[0], **{**SIZES, **VARIANTS.get(variant, {}), **options}
     )
     return config
 
@@ -51,7 +51,7 @@ def tiny_model(variant: str, dtype: torch.dtype = torch.float64, seed: int = 0, 
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
-                parameter += 0.2 * torch.randn_like(parameter)
+                parameter.add_(0.2 * torch.randn_like(parameter))
     return model
 
 

@@ -79,12 +79,12 @@ def test_impossible_budgets(arguments: dict[str, float], message: str) -> None:
 
 
 def test_budgets_beyond_the_mlps_name_the_largest_possible() -> None:
-    with pytest.raises(UserError, match="ratio 0.7 is more than the MLPs hold.*largest possible --ratio is 0.591"):
+    with pytest.raises(UserError, match=r"ratio 0\.7 is more than the MLPs hold.*largest possible --ratio is 0.591"):
         SMOLLM2.width_at(Budget(ratio=0.7))
     assert SMOLLM2.width_at(Budget(ratio=0.591)) >= 1
     with pytest.raises(UserError, match="width 1536 must be below the model's own width 1536"):
         SMOLLM2.width_at(Budget(width=1536))
-    with pytest.raises(UserError, match="nothing would be removed.*--round-to 1"):
+    with pytest.raises(UserError, match=r"nothing would be removed.*--round-to 1"):
         SMOLLM2.width_at(Budget(ratio=0.01), 128)
     with pytest.raises(UserError, match="round-to 0 must be at least 1"):
         SMOLLM2.width_at(Budget(ratio=0.2), 0)
@@ -113,7 +113,7 @@ def test_damaged_files_and_scores_are_refused(tmp_path: Path) -> None:
         Scores.load(tmp_path / "missing")
     scores = make_scores()
     scores.values[1][3] = float("nan")
-    with pytest.raises(UserError, match="model.layers.1.mlp contain NaN"):
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp contain NaN"):
         allocate(scores, Budget(width=3))
     with pytest.raises(UserError, match="ascending order"):
         Plan([torch.tensor([2, 1])], [5], ["mlp"], None, 0.0, 0, 0)

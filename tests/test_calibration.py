@@ -66,7 +66,9 @@ def test_the_seed_decides_the_windows(tmp_path: Path, sampler: str) -> None:
 
 def test_too_little_text_says_how_much_there_is_and_what_to_change(tmp_path: Path) -> None:
     source = str(write(tmp_path / "a.jsonl"))
-    with pytest.raises(UserError, match=r"9 windows of 200 tokens asked for, 2 possible with the sampler 'documents'") as caught:
+    with pytest.raises(
+        UserError, match=r"9 windows of 200 tokens asked for, 2 possible with the sampler 'documents'"
+    ) as caught:
         load_windows(Calibration(source, 9, 200, sampler="documents"), byte_tokenizer())
     assert "--num-samples 2, --sampler stream (gives 5), a --seq-len below 200" in str(caught.value)
     assert len(load_windows(Calibration(source, 5, 200, sampler="stream"), byte_tokenizer())) == 5
@@ -83,7 +85,11 @@ def test_too_little_text_says_how_much_there_is_and_what_to_change(tmp_path: Pat
         ("latin.txt", "café".encode("latin-1"), r"is not UTF-8 \(byte 0xe9 at 3\)"),
         ("broken.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: broken JSON"),
         ("list.jsonl", b"[1]\n", "line 1: a JSON object is needed, not list"),
-        ("column.jsonl", b'{"a": "x", "b": "y"}\n', "no text column called text.*the columns are a, b; name one with --text-column"),
+        (
+            "column.jsonl",
+            b'{"a": "x", "b": "y"}\n',
+            "no text column called text.*the columns are a, b; name one with --text-column",
+        ),
         ("bad.parquet", b"PAR1 not really", "is not a readable Parquet file"),
     ],
 )
@@ -105,7 +111,7 @@ def test_text_columns_are_named_or_guessed(tmp_path: Path) -> None:
 
 
 def test_empty_folders_and_missing_files(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no .txt, .jsonl, .parquet files"):
+    with pytest.raises(UserError, match=r"holds no \.txt, \.jsonl, \.parquet files"):
         read_documents(str(tmp_path))
     with pytest.raises(UserError, match="does not exist"):
         Calibration(str(tmp_path / "none.txt")).check(None)
@@ -139,7 +145,9 @@ def test_an_unreachable_hub_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch)
         raise ConnectionError("no route\nlong story")
 
     monkeypatch.setattr("hifiprune.calibration.load_dataset", fail)
-    with pytest.raises(UserError, match="there is no file org/data here, and the data hub could not give it: no route$"):
+    with pytest.raises(
+        UserError, match=r"there is no file org/data here, and the data hub could not give it: no route$"
+    ):
         read_documents("org/data")
 
 

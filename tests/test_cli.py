@@ -71,8 +71,11 @@ CALIBRATION = ("--num-samples", 4, "--seq-len", 16, "--round-to", 8)
 
 def test_prune_writes_an_ordinary_checkpoint(cli: Cli, checkpoint: Path, text: Path, tmp_path: Path) -> None:
     (checkpoint / "LICENSE").write_text("terms")
+    (checkpoint / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.7, "eos_token_id": 2}')
     output = tmp_path / "pruned"
-    result = cli("prune", checkpoint, "--output", output, "--neuron-ratio", 0.4, "--calibration", text, *CALIBRATION, "--json")
+    result = cli(
+        "prune", checkpoint, "--output", output, "--neuron-ratio", 0.4, "--calibration", text, *CALIBRATION, "--json"
+    )
     assert result.code == 0, result.err
     record = result.json
     assert record == json.loads((output / "run.json").read_text())
@@ -80,17 +83,27 @@ def test_prune_writes_an_ordinary_checkpoint(cli: Cli, checkpoint: Path, text: P
     model = AutoModelForCausalLM.from_pretrained(output)
     assert model.config.intermediate_size == 24
     assert record["results"]["parameters"]["after"] == sum(p.numel() for p in model.parameters())
-    assert AutoTokenizer.from_pretrained(output)("abc").input_ids == AutoTokenizer.from_pretrained(checkpoint)("abc").input_ids
-    assert (output / "LICENSE").read_text() == "terms"
+    assert (
+        AutoTokenizer.from_pretrained(output)("abc").input_ids
+        == AutoTokenizer.from_pretrained(checkpoint)("abc").input_ids
+    )
+    for name in ("LICENSE", "generation_config.json"):
+        assert (output / name).read_bytes() == (checkpoint / name).read_bytes()
     assert {stage["name"] for stage in record["stages"]} >= {"scoring", "cutting", "writing"}
     assert all(stage["peak_memory_bytes"] > 1e6 for stage in record["stages"])
     assert not leftovers(tmp_path)
 
 
 def test_scores_prune_at_any_ratio_to_the_same_plan(cli: Cli, checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    assert cli("score", checkpoint, "--output", tmp_path / "s.safetensors", "--calibration", text, *CALIBRATION[:4]).code == 0
+    assert (
+        cli("score", checkpoint, "--output", tmp_path / "s.safetensors", "--calibration", text, *CALIBRATION[:4]).code
+        == 0
+    )
     outputs = []
-    for name, source in (("a", ("--scores", tmp_path / "s.safetensors")), ("b", ("--calibration", text, *CALIBRATION[:4]))):
+    for name, source in (
+        ("a", ("--scores", tmp_path / "s.safetensors")),
+        ("b", ("--calibration", text, *CALIBRATION[:4])),
+    ):
         outputs.append(tmp_path / name)
         result = cli("prune", checkpoint, "--output", outputs[-1], "--ratio", 0.1, "--round-to", 1, *source)
         assert result.code == 0, result.err
@@ -133,7 +146,9 @@ def test_calibrating_on_text_from_the_model_itself(cli: Cli, checkpoint: Path, t
     assert hashes[0] == hashes[1]
 
 
-def test_the_output_keeps_the_checkpoints_dtype(cli: Cli, make_checkpoint: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+def test_the_output_keeps_the_checkpoints_dtype(
+    cli: Cli, make_checkpoint: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
     folder = make_checkpoint("half", dtype="bfloat16")
     AutoModelForCausalLM.from_pretrained(folder).to(torch.bfloat16).save_pretrained(folder)
     output = tmp_path / "out"
@@ -141,6 +156,16 @@ def test_the_output_keeps_the_checkpoints_dtype(cli: Cli, make_checkpoint: Calla
     assert result.code == 0, result.err
     assert result.json["results"]["scoring"]["compute_dtype"] == "float32"  # on a CPU
     assert {tensor.dtype for tensor in load_file(output / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_scores_made_in_a_narrower_dtype_belong_to_the_stored_weights(
+    cli: Cli, checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    scores = ("--output", tmp_path / "s", "--calibration", text, *CALIBRATION[:4], "--dtype", "bfloat16")
+    assert cli("score", checkpoint, *scores).code == 0
+    result = cli("prune", checkpoint, "--output", tmp_path / "out", "--width", 8, "--scores", tmp_path / "s")
+    assert result.code == 0, result.err
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float32}
 
 
 def test_large_checkpoints_are_sharded(cli: Cli, checkpoint: Path, text: Path, tmp_path: Path) -> None:
@@ -171,7 +196,9 @@ BUDGETS = [
 def test_impossible_budgets(
     cli: Cli, checkpoint: Path, text: Path, tmp_path: Path, budget: tuple[str, ...], message: str
 ) -> None:
-    refused(cli("prune", checkpoint, "--output", tmp_path / "out", "--calibration", text, *CALIBRATION, *budget), message)
+    refused(
+        cli("prune", checkpoint, "--output", tmp_path / "out", "--calibration", text, *CALIBRATION, *budget), message
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -257,7 +284,10 @@ def test_unusable_models(
     cli: Cli, checkpoint: Path, text: Path, tmp_path: Path, damage: Callable[[Path], None], message: str
 ) -> None:
     damage(checkpoint)
-    refused(cli("prune", checkpoint, "--output", tmp_path / "out", "--width", 8, "--calibration", text, *CALIBRATION), message)
+    refused(
+        cli("prune", checkpoint, "--output", tmp_path / "out", "--width", 8, "--calibration", text, *CALIBRATION),
+        message,
+    )
     assert not (tmp_path / "out").exists()
     assert not leftovers(tmp_path)
 
@@ -272,7 +302,9 @@ def test_a_hub_id_that_cannot_be_reached(cli: Cli, tmp_path: Path, monkeypatch: 
     refused(cli("inspect", "org/model"), "there is no folder org/model here, and the model hub could not be reached")
 
 
-def test_a_hub_id_is_downloaded_without_pickled_files(cli: Cli, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_is_downloaded_without_pickled_files(
+    cli: Cli, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[Any] = []
 
     def download(name: str, allow_patterns: list[str]) -> str:
@@ -304,7 +336,10 @@ def test_other_values_out_of_range(cli: Cli, checkpoint: Path, text: Path, tmp_p
         refused(cli(*start, "--device", "cuda"), "sees no CUDA GPU; use --device cpu")
     refused(cli("evaluate", checkpoint, "--text", text, "--seq-len", 65), "seq-len 65 exceeds")
     (tmp_path / "short.txt").write_text("few words")
-    refused(cli("evaluate", checkpoint, "--text", tmp_path / "short.txt", "--seq-len", 32), "its 9 tokens make no window of 32")
+    refused(
+        cli("evaluate", checkpoint, "--text", tmp_path / "short.txt", "--seq-len", 32),
+        "its 9 tokens make no window of 32",
+    )
     refused(cli("evaluate", checkpoint, "--text", tmp_path / "missing.txt", "--seq-len", 32), "does not exist")
     assert not (tmp_path / "out").exists()
 
@@ -315,8 +350,12 @@ def test_scores_of_another_model_are_refused(
     first = make_checkpoint("first")
     assert cli("score", first, "--output", tmp_path / "s", "--calibration", text, *CALIBRATION[:4]).code == 0
     second = make_checkpoint("second", initializer_range=0.1)
-    refused(cli("prune", second, "--output", tmp_path / "out", "--width", 8, "--scores", tmp_path / "s"), "another model")
-    refused(cli("prune", first, "--output", tmp_path / "out", "--width", 8, "--scores", text), "no readable scores file")
+    refused(
+        cli("prune", second, "--output", tmp_path / "out", "--width", 8, "--scores", tmp_path / "s"), "another model"
+    )
+    refused(
+        cli("prune", first, "--output", tmp_path / "out", "--width", 8, "--scores", text), "no readable scores file"
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -391,9 +430,20 @@ def test_signals_in_every_stage_leave_nothing(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_real_process_stops_at_once_while_it_scores(checkpoint: Path, text: Path, tmp_path: Path, number: int) -> None:
+def test_a_real_process_stops_at_once_while_it_scores(
+    checkpoint: Path, text: Path, tmp_path: Path, number: int
+) -> None:
     arguments = ["--width", "8", "--calibration", "self", "--num-samples", "100000", "--seq-len", "64"]
-    command = [sys.executable, "-m", "hifiprune", "prune", str(checkpoint), "--output", str(tmp_path / "out"), *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "hifiprune",
+        "prune",
+        str(checkpoint),
+        "--output",
+        str(tmp_path / "out"),
+        *arguments,
+    ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         time.sleep(12)
         process.send_signal(number)

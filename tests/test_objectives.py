@@ -19,7 +19,9 @@ def naive_entropy(logits: Tensor) -> Tensor:
 
 def make_head(vocabulary: int, width: int, dtype: torch.dtype = torch.float64, **options: float) -> Head:
     torch.manual_seed(3)
-    return Head(nn.Linear(width, vocabulary, bias=bool(options.pop("bias", 0)), dtype=dtype).requires_grad_(False), **options)
+    return Head(
+        nn.Linear(width, vocabulary, bias=bool(options.pop("bias", 0)), dtype=dtype).requires_grad_(False), **options
+    )
 
 
 def naive_mean(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
@@ -87,7 +89,9 @@ def test_float32_error_is_no_worse_than_the_naive_formula(spread: float) -> None
 def test_extreme_logits_stay_finite() -> None:
     logits = torch.tensor([[1e4, 0.0, -1e4], [0.0, 0.0, 0.0]])
     values = entropy_(logits)
-    torch.testing.assert_close(values, torch.tensor([0.0, 3.0]).where(torch.tensor([True, False]), torch.tensor(3.0).log()))
+    torch.testing.assert_close(
+        values, torch.tensor([0.0, 3.0]).where(torch.tensor([True, False]), torch.tensor(3.0).log())
+    )
     assert logits.isfinite().all()
 
 
@@ -125,5 +129,3 @@ def test_an_unknown_head_is_refused_instead_of_ignored() -> None:
     model.lm_head.forward = lambda hidden: 1.5 * original(hidden)  # type: ignore[method-assign,assignment]
     with pytest.raises(UserError, match="head has a step that hifiprune does not know"):
         BlockChain(model)
-
-

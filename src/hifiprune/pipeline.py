@@ -1,6 +1,7 @@
 """The story of each command, told in order: what is checked, what is computed, what is written."""
 
 import gc
+import re
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from hifiprune.output import check_space, check_target, replacing
 from hifiprune.plan import Plan
 from hifiprune.record import RunRecord
 from hifiprune.scores import Scores
-from hifiprune.scoring import score
+from hifiprune.scoring import choose_recompute, score, working_bytes
 from hifiprune.surgery import cut_
 from hifiprune.voice import Voice
 
@@ -143,6 +144,7 @@ def prune(
     sources = _arguments(model=model, output=output, budget=budget, calibration=calibration, compute=compute)
     record = RunRecord("prune", sources | {"round_to": round_to, "criterion": criterion, "shard_size": shard_size})
     find_criterion(criterion)
+    _check_shard_size(shard_size)
     checkpoint = find_checkpoint(model)
     target = check_target(output, overwrite=overwrite, inputs=(checkpoint.path,))
     shape = _check_model(checkpoint, calibration)
@@ -228,6 +230,11 @@ def evaluate_models(
     return measure(models[0], windows, against, batch_size=batch_size, track=track)
 
 
+def _check_shard_size(shard_size: str) -> None:
+    if not re.fullmatch(r"\d+(KB|MB|GB|KiB|MiB|GiB)", shard_size):
+        raise UserError(f"shard size '{shard_size}' must be a number and a unit, such as 500MB or 5GB")
+
+
 def _check_model(checkpoint: Checkpoint, calibration: Calibration | None) -> Shape:
     """All that can be known before weights load: family, layout, shards, sequence length; returns the model's shape."""
     shape = _shape_of(checkpoint.skeleton())
@@ -256,16 +263,22 @@ def _score(
         with record.stage("reading the calibration data"):
             windows = load_windows(calibration, checkpoint.tokenizer())
     with record.stage("loading the weights"):
-        model = _load(checkpoint, compute)
-        hash_model(model)  # refuses NaN weights before the long pass
+        model = checkpoint.load(device=compute.resolved_device, attention=compute.attention)
+        model_hash = hash_model(model)  # of the weights as stored; refuses NaN before the long pass
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(compute.dtype_for(checkpoint))
     if windows is None:
         steps = -(-calibration.num_samples // 16) * (calibration.seq_len - 1)
         with record.stage("sampling text from the model"):
             windows = sample_windows(model, calibration, voice.track("sampling text from the model", steps))
     seconds = estimate_seconds(model.config, windows.numel(), windows.shape[1], compute.resolved_device, model.dtype)
+    tokens = compute.batch_size * windows.shape[1]
+    recompute = choose_recompute(model, tokens) if compute.recompute is None else compute.recompute
+    memory = working_bytes(model, tokens, recompute=recompute)
     voice.say(
         f"Scoring {checkpoint.name} by '{criterion}' on {len(windows)} windows of {windows.shape[1]} tokens of "
-        f"{calibration.source}, {model.dtype} on {compute.resolved_device}: about {_duration(seconds)}."
+        f"{calibration.source}, {model.dtype} on {compute.resolved_device}: about {_duration(seconds)} and "
+        f"{memory / 1e9:.1f} GB above the weights{' (recomputing)' if recompute else ''}."
     )
     with record.stage("scoring"):
         scores = score(
@@ -273,9 +286,10 @@ def _score(
             windows,
             criterion,
             batch_size=compute.batch_size,
-            recompute=compute.recompute,
+            recompute=recompute,
             track=voice.track("scoring", -(-len(windows) // compute.batch_size)),
             settings={"calibration": asdict(calibration)},
+            model_hash=model_hash,
         )
     return scores, model
 

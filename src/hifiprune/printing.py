@@ -69,24 +69,35 @@ def inspected(facts: dict[str, Any]) -> None:
 
 def demonstrated(summary: dict[str, Any], output: Path) -> None:
     """What the demo showed."""
-    results, table = summary["results"], _table("", "dense", "pruned")
-    parameters, width, size = results["parameters"], results["width"], results["weight_bytes"]
-    table.add_row("parameters", f"{parameters['before']:,}", f"{parameters['after']:,}")
-    table.add_row("MLP width", f"{width['before']:,}", f"{width['after']:,}")
-    table.add_row("weight files", megabytes(size["before"]), megabytes(size["after"]))
-    metrics = {name: _interval(estimate) for name, estimate in results["metrics"].items()}
-    table.add_row("perplexity", metrics.pop("dense_perplexity"), metrics.pop("perplexity"))
-    for name, text in metrics.items():
-        table.add_row(name.replace("_", " "), "", text)
-    for stage in summary["stages"]:
-        table.add_row(stage["name"], *_cost(stage))
+    table = _table("", "dense", "pruned")
+    for row in demo_rows(summary):
+        table.add_row(*row)
     _show(table)
+    results = summary["results"]
     Console().print(f"Metrics on {results['measured_on']}, with 95% intervals: compare them with each other only.")
     samples = _table("prompt", "dense", "pruned", lines=True)
     for sample in results["continuations"]:
         samples.add_row(sample["prompt"], sample["dense"], sample["pruned"])
     _show(samples)
-    next_step(f"hifiprune prune {output / 'dense'} --ratio 0.3 --calibration self --num-samples 32 --output DIR")
+    next_step(f"hifiprune inspect {output / 'pruned'}")
+
+
+def demo_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The rows of the demo's table: what, dense, pruned."""
+    results = summary["results"]
+    parameters, width, size = results["parameters"], results["width"], results["weight_bytes"]
+    metrics = {name: _interval(estimate) for name, estimate in results["metrics"].items()}
+    seconds = sum(stage["seconds"] for stage in summary["stages"])
+    scoring = next(stage for stage in summary["stages"] if stage["name"] == "scoring")
+    return [
+        ("parameters", f"{parameters['before']:,}", f"{parameters['after']:,}"),
+        ("MLP width", f"{width['before']:,}", f"{width['after']:,}"),
+        ("weight files", megabytes(size["before"]), megabytes(size["after"])),
+        ("perplexity", metrics.pop("dense_perplexity"), metrics.pop("perplexity")),
+        *((name.replace("_", " "), "", text) for name, text in metrics.items() if name != "entropy"),
+        ("time of scoring, of all", "", f"{scoring['seconds']:.0f} s, {seconds:.0f} s"),
+        ("peak memory", "", megabytes(max(stage["peak_memory_bytes"] for stage in summary["stages"]))),
+    ]
 
 
 def megabytes(count: int) -> str:

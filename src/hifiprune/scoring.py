@@ -14,6 +14,7 @@ from hifiprune.criteria import find_criterion
 from hifiprune.errors import RunError, UserError
 from hifiprune.hashing import hash_model, hash_tokens
 from hifiprune.neurons import count_parameters
+from hifiprune.objectives import SLICE_BYTES
 from hifiprune.scores import Scores
 
 Track = Callable[[Iterable[Tensor]], Iterable[Tensor]]
@@ -28,6 +29,7 @@ def score(
     recompute: bool | None = None,
     track: Track = lambda batches: batches,
     settings: dict[str, Any] | None = None,
+    model_hash: str | None = None,
 ) -> Scores:
     """Score every MLP neuron of `model` on `windows`; the model is not changed.
 
@@ -40,13 +42,14 @@ def score(
             where the graphs would not fit into half of the free memory.
         track: wraps the batches, to show progress.
         settings: more facts to keep in the scores.
+        model_hash: of the weights as stored, if known; else these are hashed.
 
     Returns:
         scores with one float32 `[neurons]` tensor per MLP in layer order.
 
     Raises:
         UserError: the criterion, the windows or the architecture cannot be used.
-        RunError: an activation or gradient is NaN or infinite.
+        RunError: an activation or gradient is NaN or infinite, or memory ran out.
     """
     chosen = find_criterion(criterion)
     _check_windows(model, windows, batch_size)
@@ -54,7 +57,7 @@ def score(
         chain = BlockChain(model)
         totals = [torch.zeros(mlp.neurons, dtype=torch.float64) for mlp in chain.mlps]
         if recompute is None:
-            recompute = graph_bytes(model, batch_size * windows.shape[1]) > free_bytes(model.device) // 2
+            recompute = choose_recompute(model, batch_size * windows.shape[1])
         objective = 0.0
 
         def add(layer: int, activation: Tensor, gradient: Tensor) -> None:
@@ -62,7 +65,13 @@ def score(
 
         for batch in track(windows.split(batch_size)):
             tokens = batch.to(model.device, torch.int64)
-            objective += chain.sweep(tokens, chosen.objective, add, recompute=recompute).double().sum().item()
+            try:
+                objective += chain.sweep(tokens, chosen.objective, add, recompute=recompute).double().sum().item()
+            except torch.OutOfMemoryError as error:
+                raise RunError(
+                    f"not enough memory on {model.device} for {tokens.numel()} tokens at once; use --recompute, "
+                    "a smaller --batch-size or --seq-len, or --dtype bfloat16"
+                ) from error
             if not all(total.isfinite().all() for total in totals):
                 chain.final_hidden(tokens)  # names the block if the forward pass is to blame
                 layer = max(i for i, total in enumerate(totals) if not total.isfinite().all())
@@ -78,17 +87,24 @@ def score(
         total_parameters=count_parameters(model),
         criterion=criterion,
         objective=objective / len(windows),
-        model_hash=hash_model(model),
+        model_hash=model_hash or hash_model(model),
         data_hash=hash_tokens(windows),
         settings=facts | (settings or {}),
     )
 
 
-def graph_bytes(model: PreTrainedModel, tokens: int) -> int:
-    """Estimated memory of all blocks' graphs for `tokens` positions: what autograd keeps, in the model's dtype."""
+def choose_recompute(model: PreTrainedModel, tokens: int) -> bool:
+    """Whether the graphs of all blocks would not fit into half of the memory that is free."""
+    return working_bytes(model, tokens, recompute=False) > free_bytes(model.device) // 2
+
+
+def working_bytes(model: PreTrainedModel, tokens: int, *, recompute: bool) -> int:
+    """Estimated memory above the weights for steps of `tokens` positions: graphs and slices of logits."""
     config = model.config.get_text_config()
-    per_position = 4 * config.intermediate_size + 14 * config.hidden_size
-    return int(tokens * config.num_hidden_layers * per_position * model.dtype.itemsize)
+    graph = tokens * (4 * config.intermediate_size + 14 * config.hidden_size)
+    boundaries = config.num_hidden_layers * tokens * 2 * config.hidden_size
+    kept = 2 * graph + boundaries if recompute else config.num_hidden_layers * graph
+    return int(kept * model.dtype.itemsize + 2 * SLICE_BYTES)
 
 
 def free_bytes(device: torch.device) -> int:

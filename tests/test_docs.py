@@ -1,0 +1,86 @@
+"""The documents keep to what exists: commands parse, targets exist, names resolve, figures come from the results."""
+
+import importlib
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+import hifiprune
+from hifiprune.cli import app
+from hifiprune.printing import demo_rows
+
+ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", "CONTRIBUTING.md", "docs/method.md"]
+
+
+def commands(page: str) -> list[list[str]]:
+    """The `hifiprune` command lines in a page's code blocks, continued lines joined."""
+    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("hifiprune ")]
+
+
+@pytest.mark.parametrize("words", commands("README.md"), ids=" ".join)
+def test_commands_exist_and_parse(words: list[str]) -> None:
+    group: Any = typer.main.get_command(app)
+    command = group.commands[words[1]]
+    context = command.make_context(words[1], words[2:])
+    assert context.params["model"] or words[1] == "demo"
+
+
+def test_the_readme_shows_all_commands() -> None:
+    group: Any = typer.main.get_command(app)
+    assert {words[1] for words in commands("README.md")} == set(group.commands)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_make_targets_and_files_exist(page: str) -> None:
+    text = (ROOT / page).read_text()
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"`?make ([\w-]+)", text)) - {"the"} <= targets
+    for path in re.findall(r"`((?:tests|benchmarks|docs|src)/[\w/.-]+\.\w+)`", text) + re.findall(r"\]\(([\w/.]+)\)", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_functions_named_in_the_method_exist() -> None:
+    names = re.findall(r"`((?:\w+\.)+\w+_?)`", (ROOT / "docs" / "method.md").read_text())
+    resolved = 0
+    for name in names:
+        module, *path = name.split(".")
+        if not (ROOT / "src" / "hifiprune" / f"{module}.py").is_file():
+            continue
+        found: Any = importlib.import_module(f"hifiprune.{module}")
+        for part in path:
+            found = getattr(found, part)
+        resolved += 1
+    assert resolved >= 10
+
+
+def test_the_public_names_resolve() -> None:
+    for name in hifiprune.__all__:
+        assert getattr(hifiprune, name).__doc__ or name == "CRITERIA"
+    with pytest.raises(AttributeError, match="no attribute 'prun'"):
+        hifiprune.prun  # noqa: B018
+
+
+def test_the_readmes_demo_table_is_the_recorded_one() -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
+    rows = [f"| {' | '.join(row)} |" for row in demo_rows(results)]
+    readme = (ROOT / "README.md").read_text()
+    assert [row for row in rows if row not in readme] == []
+
+
+def test_the_readmes_speed_figures_are_the_recorded_ones() -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "scoring.json").read_text())["results"]
+    readme = (ROOT / "README.md").read_text()
+    for variant, result in results.items():
+        figures = [f"{result['seconds_per_window']:.1f} s", f"{result['peak_bytes_above_weights'] / 1e9:.2f} GB"]
+        if variant != "papers":
+            figures += [f"{result['time_ratio']:.2f}", f"{result['memory_ratio']:.2f}"]
+        for figure in figures:
+            assert figure in readme, (variant, figure)

@@ -1,0 +1,68 @@
+"""The main job on the real model: from checkpoint, or GGUF file, to a smaller checkpoint."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hifiprune import Budget, Calibration, evaluate, inspect, prune
+from hifiprune.demonstration import run, write_texts
+from hifiprune.hashing import hash_model
+from hifiprune.voice import Voice
+
+
+def test_inspect_counts_the_real_model(smollm2_folder: Path) -> None:
+    facts = inspect(str(smollm2_folder))
+    assert facts["parameters"]["total"] == 134_515_008
+    assert facts["widths"]["20%"] == {"width": 1017, "width_rounded_to_128": 1024, "ratio_reached": 26542080 / 134515008}
+
+
+def test_a_gguf_file_is_pruned_to_an_ordinary_checkpoint(smollm2_gguf: Path, smollm2_folder: Path, tmp_path: Path) -> None:
+    assert inspect(str(smollm2_gguf))["parameters"]["total"] == 134_515_008
+    record = prune(str(smollm2_gguf), tmp_path / "out", Budget(width=1024), Calibration("python-docs", 1, 64))
+    dense = AutoModelForCausalLM.from_pretrained(smollm2_folder)
+    assert record.results["model_hash"] == hash_model(dense)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert model.config.intermediate_size == 1024
+    assert getattr(model.config, "quantization_config", None) is None
+    assert tokenizer("Good morning").input_ids == AutoTokenizer.from_pretrained(smollm2_folder)("Good morning").input_ids
+    assert tokenizer.chat_template
+
+
+def test_the_demo_prunes_measures_and_records(smollm2_folder: Path, tmp_path: Path) -> None:
+    summary = run(tmp_path, str(smollm2_folder), 2, 128, Voice())
+    assert summary == json.loads((tmp_path / "demo.json").read_text())
+    results = summary["results"]
+    assert results["width"] == {"before": 1536, "after": 1024}
+    metrics = {name: estimate["value"] for name, estimate in results["metrics"].items()}
+    assert metrics["dense_perplexity"] < metrics["perplexity"] < 100 * metrics["dense_perplexity"]
+    assert 0.1 < metrics["top1_agreement"] < 1
+    assert [len(sample["dense"]) > 20 for sample in results["continuations"]] == [True, True]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    assert sum(p.numel() for p in model.parameters()) == results["parameters"]["after"] == 107_972_928
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def test_the_demos_texts_share_no_paragraph(tmp_path: Path) -> None:
+    parts = []
+    for path in write_texts(tmp_path):
+        texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+        parts.append({paragraph for text in texts for paragraph in text.split("\n\n")})
+    assert parts[0].isdisjoint(parts[1])
+    assert all(sum(map(len, part)) > 100_000 for part in parts)
+
+
+def test_perplexity_equals_that_of_the_models_own_loss(smollm2_folder: Path, tmp_path: Path) -> None:
+    text = "The quick brown fox jumps over the lazy dog while the sun sets slowly behind the old stone mill. " * 4
+    (tmp_path / "text.txt").write_text(text)
+    record = evaluate(str(smollm2_folder), str(tmp_path / "text.txt"), seq_len=32)
+    model = AutoModelForCausalLM.from_pretrained(smollm2_folder)
+    stream = torch.tensor(AutoTokenizer.from_pretrained(smollm2_folder)(text).input_ids)
+    windows = stream[: len(stream) // 32 * 32].view(-1, 32)
+    with torch.no_grad():
+        loss = model(input_ids=windows, labels=windows).loss
+    found = record.results["metrics"]["perplexity"]
+    torch.testing.assert_close(torch.tensor(found["value"]).log(), loss.double().cpu(), rtol=1e-4, atol=0, check_dtype=False)
+    assert record.results["windows"] == len(windows)
