@@ -134,7 +134,7 @@ def test_inspect_loads_no_weights(cli: Cli, checkpoint: Path, monkeypatch: pytes
     assert sum(facts["parameters"].values()) == 2 * total
     assert facts["parameters"]["mlps"] == 3 * 40 * 24 * 3
     assert facts["widths"]["10%"]["width"] == round(40 - 0.1 * total / (3 * 72))
-    assert "impossible" in facts["widths"]["50%"]
+    assert facts["widths"]["50%"]["width"] is None
     assert "impossible" in cli("inspect", checkpoint).out
 
 
@@ -205,7 +205,8 @@ def test_impossible_budgets(
 def test_a_ratio_that_is_a_word(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
     result = cli("prune", checkpoint, "--output", tmp_path / "out", "--ratio", "fifth", "--calibration", "self")
     assert result.code == 2
-    assert "'fifth' is not a valid float" in result.err
+    assert "'--ratio'" in result.err
+    assert "valid number" in result.err
 
 
 def _break_missing(folder: Path) -> None:
@@ -399,7 +400,16 @@ def test_a_disk_that_fills_up_leaves_nothing(
     assert not leftovers(tmp_path)
 
 
-STAGES = ["find_checkpoint", "load_windows", "_load", "score", "allocate", "cut_", "Checkpoint.save", "Plan.save"]
+STAGES = [
+    "find_checkpoint",
+    "load_windows",
+    "Checkpoint.load",
+    "score",
+    "allocate",
+    "cut_",
+    "Checkpoint.save",
+    "Plan.save",
+]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

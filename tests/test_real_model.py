@@ -15,10 +15,16 @@ from hifiprune.voice import Voice
 def test_inspect_counts_the_real_model(smollm2_folder: Path) -> None:
     facts = inspect(str(smollm2_folder))
     assert facts["parameters"]["total"] == 134_515_008
-    assert facts["widths"]["20%"] == {"width": 1017, "width_rounded_to_128": 1024, "ratio_reached": 26542080 / 134515008}
+    assert facts["widths"]["20%"] == {
+        "width": 1017,
+        "width_rounded_to_128": 1024,
+        "ratio_reached": 26542080 / 134515008,
+    }
 
 
-def test_a_gguf_file_is_pruned_to_an_ordinary_checkpoint(smollm2_gguf: Path, smollm2_folder: Path, tmp_path: Path) -> None:
+def test_a_gguf_file_is_pruned_to_an_ordinary_checkpoint(
+    smollm2_gguf: Path, smollm2_folder: Path, tmp_path: Path
+) -> None:
     assert inspect(str(smollm2_gguf))["parameters"]["total"] == 134_515_008
     record = prune(str(smollm2_gguf), tmp_path / "out", Budget(width=1024), Calibration("python-docs", 1, 64))
     dense = AutoModelForCausalLM.from_pretrained(smollm2_folder)
@@ -27,7 +33,9 @@ def test_a_gguf_file_is_pruned_to_an_ordinary_checkpoint(smollm2_gguf: Path, smo
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert model.config.intermediate_size == 1024
     assert getattr(model.config, "quantization_config", None) is None
-    assert tokenizer("Good morning").input_ids == AutoTokenizer.from_pretrained(smollm2_folder)("Good morning").input_ids
+    assert (
+        tokenizer("Good morning").input_ids == AutoTokenizer.from_pretrained(smollm2_folder)("Good morning").input_ids
+    )
     assert tokenizer.chat_template
 
 
@@ -64,5 +72,7 @@ def test_perplexity_equals_that_of_the_models_own_loss(smollm2_folder: Path, tmp
     with torch.no_grad():
         loss = model(input_ids=windows, labels=windows).loss
     found = record.results["metrics"]["perplexity"]
-    torch.testing.assert_close(torch.tensor(found["value"]).log(), loss.double().cpu(), rtol=1e-4, atol=0, check_dtype=False)
+    torch.testing.assert_close(
+        torch.tensor(found["value"]).log(), loss.double().cpu(), rtol=1e-4, atol=0, check_dtype=False
+    )
     assert record.results["windows"] == len(windows)

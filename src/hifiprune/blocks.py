@@ -48,7 +48,7 @@ class BlockChain:
     """
 
     def __init__(self, model: PreTrainedModel):
-        family = family_of(model.config)
+        family = family_of(model.config.model_type, [type(model).__name__])
         blocks = model.get_submodule(family.blocks)
         assert isinstance(blocks, nn.ModuleList)
         self.model = model

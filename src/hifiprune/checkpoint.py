@@ -72,8 +72,11 @@ class Checkpoint:
             UserError: it is missing or broken, of an unsupported family, or says that the weights are quantized.
         """
         with _explained(self.name, "the configuration"):
+            if not self.gguf:  # before transformers refuses a type that it does not know
+                facts = json.loads((self.folder / "config.json").read_text())
+                family_of(facts.get("model_type", "none"), facts.get("architectures"))
             config: PretrainedConfig = AutoConfig.from_pretrained(self.folder, gguf_file=self.gguf)
-        family_of(config)
+        family_of(config.model_type, config.architectures)
         quantization = getattr(config, "quantization_config", None)
         if quantization is not None and not self.gguf:
             facts = quantization if isinstance(quantization, dict) else quantization.to_dict()
@@ -238,6 +241,8 @@ def _explained(name: str, what: str) -> Iterator[None]:
     """Turn a library's error about a user's file into one line."""
     try:
         yield
+    except UserError:
+        raise
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise RunError(f"not enough memory for {what} of {name}; try --dtype bfloat16") from error
     except LIBRARY_ERRORS as error:

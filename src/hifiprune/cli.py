@@ -85,7 +85,7 @@ def prune(
         output,
         hp.Budget(ratio, neuron_ratio, width),
         hp.Calibration(calibration, num_samples, seq_len, seed, sampler, text_column) if calibration else None,
-        scores=hp.Scores.load(scores) if scores else None,
+        scores=scores,
         criterion=criterion,
         round_to=round_to,
         compute=hp.Compute(device, dtype, batch_size, recompute, attention),

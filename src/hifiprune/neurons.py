@@ -4,11 +4,12 @@ A layout is data plus a structural check: a row of `FAMILIES` says where an arch
 the linear maps of their MLPs, and `find_mlps` proves on the model at hand that the maps fit together as neurons.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hifiprune.errors import UserError, nearest_name
 
@@ -62,18 +63,18 @@ class Mlp:
         return rows + self.output.out_features
 
 
-def family_of(config: PretrainedConfig) -> Family:
+def family_of(model_type: str, architectures: Sequence[str] | None = None) -> Family:
     """Return the layout of an architecture, or refuse it by name.
 
     Raises:
         UserError: the model type is not supported.
     """
-    if config.model_type in FAMILIES:
-        return FAMILIES[config.model_type]
-    found = ", ".join(config.architectures or []) or type(config).__name__
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    found = f" ({', '.join(architectures)})" if architectures else ""
     raise UserError(
-        f"model type '{config.model_type}' ({found}) is not supported; "
-        f"supported are {', '.join(sorted(FAMILIES))}{nearest_name(config.model_type, FAMILIES)}"
+        f"model type '{model_type}'{found} is not supported; "
+        f"supported are {', '.join(sorted(FAMILIES))}{nearest_name(model_type, FAMILIES)}"
     )
 
 
@@ -86,7 +87,7 @@ def find_mlps(model: PreTrainedModel) -> list[Mlp]:
         UserError: the architecture is not supported, or a module is not a plain linear map of the expected shape, as
             with quantized weights or adapters that were not merged.
     """
-    family = family_of(model.config)
+    family = family_of(model.config.model_type, [type(model).__name__])
     blocks = model.get_submodule(family.blocks)
     assert isinstance(blocks, nn.ModuleList)
     mlps = [_checked_mlp(block.get_submodule(family.mlp), family, i) for i, block in enumerate(blocks)]

@@ -49,13 +49,9 @@ def inspect(model: str) -> dict[str, Any]:
     in_ends = sum(parameter.numel() for parameter in ends)
     widths: dict[str, dict[str, Any]] = {}
     for percent in (10, 20, 30, 40, 50):
-        budget = Budget(ratio=percent / 100)
-        try:
-            exact, rounded = shape.width_at(budget), shape.width_at(budget, 128)
-            reached = shape.ratio_at(rounded)
-            widths[f"{percent}%"] = {"width": exact, "width_rounded_to_128": rounded, "ratio_reached": reached}
-        except UserError as error:
-            widths[f"{percent}%"] = {"impossible": str(error)}
+        exact, rounded = (_possible_width(shape, Budget(ratio=percent / 100), step) for step in (1, 128))
+        reached = None if rounded is None else shape.ratio_at(rounded)
+        widths[f"{percent}%"] = {"width": exact, "width_rounded_to_128": rounded, "ratio_reached": reached}
     return {
         "model": model,
         "architecture": type(skeleton).__name__,
@@ -110,7 +106,7 @@ def prune(
     budget: Budget,
     calibration: Calibration | None = None,
     *,
-    scores: Scores | None = None,
+    scores: Scores | str | Path | None = None,
     criterion: str = "entropy",
     round_to: int = 128,
     compute: Compute = Compute(),
@@ -127,7 +123,7 @@ def prune(
         output: folder to be made; written beside and renamed when whole.
         budget: how much to remove.
         calibration: what to score on; exactly one of `calibration` and `scores`.
-        scores: scores of this very model.
+        scores: scores of this very model, or the file of them.
         criterion: how to score.
         round_to: widths become the nearest multiple of it.
         compute: device and arithmetic of scoring.
@@ -141,6 +137,7 @@ def prune(
     """
     if (calibration is None) == (scores is None):
         raise UserError("give exactly one of --calibration and --scores")
+    scores = Scores.load(scores) if isinstance(scores, str | Path) else scores
     sources = _arguments(model=model, output=output, budget=budget, calibration=calibration, compute=compute)
     record = RunRecord("prune", sources | {"round_to": round_to, "criterion": criterion, "shard_size": shard_size})
     find_criterion(criterion)
@@ -166,11 +163,12 @@ def prune(
     with record.stage("cutting"):
         cut_(loaded, plan)
     record.results = _describe_plan(plan) | _describe_scores(scores)
-    with record.stage("writing"), replacing(target) as folder:
-        checkpoint.save(loaded, folder, shard_size)
-        (folder / "hifiprune").mkdir()
-        scores.save(folder / "hifiprune" / "scores.safetensors")
-        plan.save(folder / "hifiprune" / "plan.json")
+    with replacing(target) as folder:
+        with record.stage("writing"):
+            checkpoint.save(loaded, folder, shard_size)
+            (folder / "hifiprune").mkdir()
+            scores.save(folder / "hifiprune" / "scores.safetensors")
+            plan.save(folder / "hifiprune" / "plan.json")
         after = Checkpoint(str(target), folder).weight_bytes
         record.results["weight_bytes"] = {"before": checkpoint.weight_bytes, "after": after}
         record.save(folder / "run.json")
@@ -248,6 +246,13 @@ def _check_model(checkpoint: Checkpoint, calibration: Calibration | None) -> Sha
 def _shape_of(skeleton: PreTrainedModel) -> Shape:
     mlps = find_mlps(skeleton)
     return Shape(mlps[0].neurons, len(mlps), mlps[0].parameters_per_neuron, count_parameters(skeleton))
+
+
+def _possible_width(shape: Shape, budget: Budget, round_to: int) -> int | None:
+    try:
+        return shape.width_at(budget, round_to)
+    except UserError:
+        return None
 
 
 def _load(checkpoint: Checkpoint, compute: Compute) -> PreTrainedModel:

@@ -58,11 +58,10 @@ def inspected(facts: dict[str, Any]) -> None:
     _show(table)
     widths = _table("--ratio", "width with --round-to 1", "width with --round-to 128", "ratio reached")
     for percent, row in facts["widths"].items():
-        if "impossible" in row:
-            widths.add_row(percent, "impossible", "", "")
-        else:
-            reached = f"{row['ratio_reached']:.2%}"
-            widths.add_row(percent, f"{row['width']:,}", f"{row['width_rounded_to_128']:,}", reached)
+        exact, rounded = (
+            "impossible" if width is None else f"{width:,}" for width in (row["width"], row["width_rounded_to_128"])
+        )
+        widths.add_row(percent, exact, rounded, "" if row["ratio_reached"] is None else f"{row['ratio_reached']:.2%}")
     _show(widths)
     next_step(f"hifiprune prune {facts['model']} --ratio 0.2 --calibration SOURCE --output DIR")
 

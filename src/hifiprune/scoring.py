@@ -52,7 +52,7 @@ def score(
         RunError: an activation or gradient is NaN or infinite, or memory ran out.
     """
     chosen = find_criterion(criterion)
-    _check_windows(model, windows, batch_size)
+    check_windows(model, windows, batch_size)
     with frozen(model):
         chain = BlockChain(model)
         totals = [torch.zeros(mlp.neurons, dtype=torch.float64) for mlp in chain.mlps]
@@ -114,7 +114,8 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _check_windows(model: PreTrainedModel, windows: Tensor, batch_size: int) -> None:
+def check_windows(model: PreTrainedModel, windows: Tensor, batch_size: int) -> None:
+    """Refuse windows or a batch size that `model` cannot be scored on."""
     if windows.ndim != 2 or windows.numel() == 0 or windows.is_floating_point():
         found = f"{windows.dtype} {list(windows.shape)}"
         raise UserError(f"windows must be integer token ids [windows, positions], not {found}")

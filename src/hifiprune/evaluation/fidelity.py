@@ -4,6 +4,7 @@ Logits of both models are formed a slice of positions at a time, so two whole `[
 exist. All arithmetic on distributions is float32, sums over positions are float64.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 
@@ -119,7 +120,7 @@ def compare(dense: LogProbs, pruned: LogProbs) -> dict[str, Float[Tensor, "rows"
     top = [each.topk(min(15, each.shape[-1]), -1).indices for each in (dense, pruned)]
     return {
         "kl": -torch.linalg.vecdot(probs, difference),
-        "js_distance": (js / torch.tensor(2.0).log().item()).clamp(min=0).sqrt(),
+        "js_distance": (js / math.log(2)).clamp(min=0).sqrt(),
         "top1_agreement": (top[0][:, 0] == top[1][:, 0]).float(),
         "top5_jaccard": jaccard(top[0][:, :5], top[1][:, :5]),
         "top15_jaccard": jaccard(*top),
@@ -128,7 +129,7 @@ def compare(dense: LogProbs, pruned: LogProbs) -> dict[str, Float[Tensor, "rows"
 
 def jaccard(first: Int[Tensor, "rows k"], second: Int[Tensor, "rows k"]) -> Float[Tensor, "rows"]:
     """Size of the intersection over size of the union of two sets of distinct indices."""
-    shared = (first.unsqueeze(-1) == second.unsqueeze(-2)).sum((-1, -2)).float()
+    shared = (first.unsqueeze(-1) == second.unsqueeze(-2)).sum((-1, -2)).double()
     return shared / (2 * first.shape[-1] - shared)
 
 
