@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test check bench wheel-test
 
 demo: $(VENV)/.installed
-	$(BIN)/hifiprune demo --output demo-out
+	@$(BIN)/hifiprune demo --output demo-out
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
@@ -18,6 +18,8 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/scoring.py
+	$(BIN)/hifiprune demo --output demo-out
+	cp demo-out/demo.json benchmarks/results/demo.json
 
 wheel-test: $(VENV)/.dev
 	rm -rf dist build
@@ -30,10 +32,11 @@ wheel-test: $(VENV)/.dev
 		--num-samples 1 --seq-len 128
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
-	touch $@
+	@echo "Making the environment in $(VENV) (some minutes) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .[dev]
-	touch $@
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable .[dev]
+	@touch $@

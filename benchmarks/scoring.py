@@ -48,7 +48,7 @@ def papers_way(model: PreTrainedModel, windows: Tensor, seconds: list[float]) ->
         logits = model(input_ids=window.unsqueeze(0), use_cache=False).logits
         probs = torch.softmax(logits, -1)
         entropy = -(probs * torch.log_softmax(logits, -1)).sum(-1).mean()
-        entropy.backward()  # type: ignore[no-untyped-call]
+        entropy.backward()
         for total, activation in zip(scores, activations, strict=True):
             assert activation.grad is not None
             total.add_((activation * activation.grad).abs().sum((0, 1)).detach())

