@@ -85,7 +85,7 @@ def product_seconds(model: PreTrainedModel) -> tuple[float, float]:
     seconds = operations = 0.0
     timed: dict[tuple[int, int, int], float] = {}
     chain = BlockChain(model)
-    slices = chain.head.rows_per(24 * 2**20)
+    slices = chain.head.slice_rows
     shapes = [
         (POSITIONS, *linear.weight.shape, POSITIONS, 2 if layer or linear is chain.mlps[0].output else 1)
         for layer, block in enumerate(chain.blocks)

@@ -45,9 +45,16 @@ class Head:
         """The number of logits per position."""
         return self.linear.out_features
 
-    def rows_per(self, byte_limit: int) -> int:
-        """How many rows of logits fit into `byte_limit` bytes of float32, at least one."""
-        return max(1, byte_limit // (4 * self.vocabulary))
+    @property
+    def slice_rows(self) -> int:
+        """Positions per matrix product: as many rows of logits as fit into `SLICE_BYTES`, at least one."""
+        return max(1, SLICE_BYTES // (4 * self.vocabulary))
+
+    @property
+    def cache_rows(self) -> int:
+        """Rows per elementwise pass: on a CPU as many as stay in its cache, elsewhere a whole slice."""
+        on_cpu = self.linear.weight.device.type == "cpu"
+        return max(1, CACHE_BYTES // (4 * self.vocabulary)) if on_cpu else self.slice_rows
 
     def logits(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocabulary"]:
         """Logits of a few positions, in float32 or better."""
@@ -117,14 +124,12 @@ def mean_over_positions(
     rows = hidden.reshape(-1, width)
     values = rows.new_empty(len(rows), dtype=_precise(hidden.dtype))
     gradient = torch.empty_like(rows)
-    step = slice_rows or head.rows_per(SLICE_BYTES)
-    part = head.rows_per(CACHE_BYTES) if hidden.device.type == "cpu" else step
+    step = slice_rows or head.slice_rows
     for start in range(0, len(rows), step):
         logits = head.logits(rows[start : start + step])
-        for first in range(0, len(logits), part):
-            piece = logits[first : first + part]
-            at = slice(start + first, start + first + len(piece))
-            values[at] = _through_cap(kernel, piece, head.cap)
+        pieces = zip(logits.split(head.cache_rows), values[start : start + step].split(head.cache_rows), strict=True)
+        for piece, target in pieces:
+            target.copy_(_through_cap(kernel, piece, head.cap))
         gradient[start : start + step] = head.pull_back(logits).div_(positions)
     return values.view(windows, positions).mean(-1), gradient.view_as(hidden)
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from hifiprune.blocks import BlockChain, frozen
 from hifiprune.errors import UserError
 from hifiprune.evaluation.intervals import Estimate, bootstrap_mean
-from hifiprune.objectives import SLICE_BYTES, Head
+from hifiprune.objectives import Head
 
 LogProbs = Float[Tensor, "rows vocabulary"]
 
@@ -87,21 +87,29 @@ def _per_position(
     """Every metric at every position; the perplexities as the negative log-probability of the target."""
     flat = [states.reshape(-1, states.shape[-1]) for states in hidden]
     answers = targets.reshape(-1, 1)
-    step = heads[0].rows_per(SLICE_BYTES)
     parts: dict[str, list[Tensor]] = {}
-    for start in range(0, len(answers), step):
-        rows = slice(start, start + step)
-        log_probs = [head.logits(states[rows]).log_softmax(-1) for head, states in zip(heads, flat, strict=True)]
-        entropies = [_entropy(each) for each in log_probs]
-        metrics = {"perplexity": -log_probs[0].gather(1, answers[rows])[:, 0], "entropy": entropies[0]}
-        if len(log_probs) == 2:
-            pruned, dense = log_probs
-            metrics["dense_perplexity"] = -dense.gather(1, answers[rows])[:, 0]
-            metrics["entropy_shift"] = entropies[0] - entropies[1]
-            metrics |= compare(dense, pruned)
-        for name, values in metrics.items():
-            parts.setdefault(name, []).append(values)
+    for start in range(0, len(answers), heads[0].slice_rows):
+        rows = slice(start, start + heads[0].slice_rows)
+        logits = [head.logits(states[rows]) for head, states in zip(heads, flat, strict=True)]
+        for piece in zip(*(each.split(heads[0].cache_rows) for each in (answers[rows], *logits)), strict=True):
+            for name, values in _metrics(*piece).items():
+                parts.setdefault(name, []).append(values)
     return {name: torch.cat(values).view_as(targets) for name, values in parts.items()}
+
+
+def _metrics(
+    answers: Int[Tensor, "rows 1"], logits: LogProbs, dense_logits: LogProbs | None = None
+) -> dict[str, Float[Tensor, "rows"]]:
+    """Every metric of a few rows."""
+    pruned = logits.log_softmax(-1)
+    entropy = _entropy(pruned)
+    metrics = {"perplexity": -pruned.gather(1, answers)[:, 0], "entropy": entropy}
+    if dense_logits is not None:
+        dense = dense_logits.log_softmax(-1)
+        metrics["dense_perplexity"] = -dense.gather(1, answers)[:, 0]
+        metrics["entropy_shift"] = entropy - _entropy(dense)
+        metrics |= compare(dense, pruned)
+    return metrics
 
 
 def compare(dense: LogProbs, pruned: LogProbs) -> dict[str, Float[Tensor, "rows"]]:
