@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from hifiprune import CRITERIA, RunError, UserError, find_mlps, score
+from hifiprune.blocks import check_windows
 from hifiprune.hashing import hash_model
-from hifiprune.scoring import check_windows
 from tests.families import tiny_model, tiny_tokens
 
 

@@ -35,10 +35,15 @@ class Budget:
         for name in ("ratio", "neuron_ratio"):
             value = given.get(name)
             if value is not None and not 0 < value < 1:
-                hint = f"; did you mean {value / 100:g}?" if 1 < value < 100 else ""
+                meant = value - 1 if 1 < value < 2 else value / 100
+                hint = f"; did you mean {meant:g}?" if 1 < value < 100 else ""
                 raise UserError(f"{name.replace('_', '-')} {value:g} must lie in (0, 1){hint}")
         if self.width is not None and self.width < 1:
             raise UserError(f"width {self.width} must be at least 1")
+
+    def __str__(self) -> str:
+        name, value = next((name, value) for name, value in vars(self).items() if value is not None)
+        return f"{name.replace('_', '-')} {value:g}"
 
 
 @dataclass(frozen=True)
@@ -96,8 +101,8 @@ class Shape:
         if exact < 1:
             largest = math.floor(self.ratio_at(1) * 1000) / 1000
             raise UserError(
-                f"ratio {budget.ratio or budget.neuron_ratio:g} is more than the MLPs hold: with one neuron left in "
-                f"each, {largest:.1%} of all parameters are gone; the largest possible --ratio is {largest:g}"
+                f"{budget} is more than the MLPs hold: with one neuron left in each, {largest:.1%} of all parameters "
+                f"are gone; the largest possible --ratio is {largest:g}, --neuron-ratio {1 - 1 / self.neurons:.4g}"
             )
         width = max(round_to, round_to * math.floor(exact / round_to + 0.5))
         if width >= self.neurons:

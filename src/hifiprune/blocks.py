@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from hifiprune.errors import RunError, UserError
-from hifiprune.neurons import family_of, find_mlps
+from hifiprune.neurons import family_of, find_blocks, find_mlps
 from hifiprune.objectives import Head, Kernel, mean_over_positions
 
 Visit = Callable[[int, Tensor, Tensor], None]
@@ -49,11 +49,9 @@ class BlockChain:
 
     def __init__(self, model: PreTrainedModel):
         family = family_of(model.config.model_type, [type(model).__name__])
-        blocks = model.get_submodule(family.blocks)
-        assert isinstance(blocks, nn.ModuleList)
         self.model = model
         self.mlps = find_mlps(model)
-        self.blocks = list(blocks)
+        self.blocks = list(find_blocks(model))
         self.norm = model.get_submodule(family.norm)
         self.head = Head.of(model)
         self._check_head()
@@ -123,7 +121,9 @@ class BlockChain:
         with torch.enable_grad():
             normed = self.norm(hidden)
         values, gradient = mean_over_positions(objective, normed.detach(), self.head)
-        (gradient,) = torch.autograd.grad(normed, hidden, gradient)
+        # float16 holds nothing below 6e-8, so there the small gradients travel scaled by a power of two
+        scale = 2**12 if gradient.dtype == torch.float16 else 1
+        (gradient,) = torch.autograd.grad(normed, hidden, gradient * scale)
         for index in reversed(range(len(stored))):
             entry = stored.pop()
             if not isinstance(entry, Trace):
@@ -131,6 +131,8 @@ class BlockChain:
                 entry = self._trace(index, hidden, calls[index], mlp_output)
             wanted = (entry.activation, entry.input) if index else (entry.activation,)
             activation_gradient, *rest = torch.autograd.grad(entry.output, wanted, gradient)
+            if scale != 1:
+                activation_gradient = activation_gradient.float() / scale
             visit(index, entry.activation.detach(), activation_gradient)
             gradient = rest[0] if rest else gradient
         return values
@@ -174,6 +176,8 @@ class BlockChain:
         ours = self.head.logits(self.final_hidden(tokens)[0])
         with torch.no_grad():
             theirs = self.model(input_ids=tokens, use_cache=False).logits[0].float()
+        if not theirs.isfinite().all():
+            raise RunError(f"the logits of {type(self.model).__name__} are NaN or infinite; check the checkpoint")
         error = (ours - theirs).abs().max().item()
         size = theirs.abs().max().item()
         if not error <= 0.02 * size + 1e-4:
@@ -195,6 +199,38 @@ class _KnownProduct(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
         return gradients[0] @ weight, None, None
+
+
+def check_windows(model: PreTrainedModel, windows: Tensor, batch_size: int, least: int = 1) -> None:
+    """Refuse token windows that `model` cannot be run on, or of fewer than `least` positions.
+
+    Raises:
+        UserError: the shape, dtype, length or token ids are wrong, or the batch size is.
+    """
+    config = model.config.get_text_config()
+    if windows.ndim != 2 or windows.numel() == 0 or windows.is_floating_point():
+        found = f"{windows.dtype} {list(windows.shape)}"
+        raise UserError(f"windows must be integer token ids [windows, positions], not {found}")
+    longest = getattr(config, "max_position_embeddings", None) or windows.shape[1]
+    if not least <= windows.shape[1] <= longest:
+        raise UserError(f"windows must have {least} to {longest} positions, not {windows.shape[1]}")
+    low, high = int(windows.min()), int(windows.max())
+    if not 0 <= low <= high < config.vocab_size:
+        raise UserError(f"token ids must lie in 0 to {config.vocab_size - 1}; found {low} to {high}")
+    if batch_size < 1:
+        raise UserError(f"batch size {batch_size} must be at least 1")
+
+
+@contextmanager
+def memory_explained(model: PreTrainedModel, tokens: int) -> Iterator[None]:
+    """Turn a device that is out of memory into one message."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"not enough memory on {model.device} for {tokens} tokens at once; use a smaller --batch-size or --seq-len, "
+            "--dtype bfloat16, or --recompute where it is offered"
+        ) from error
 
 
 @contextmanager

@@ -16,10 +16,12 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hifiprune.errors import UserError
+from hifiprune.output import local_path
 
 SAMPLERS = ("auto", "documents", "stream")
 TEXT_COLUMNS = ("text", "content", "document", "article", "passage")
 SELF, PYTHON_DOCS = "self", "python-docs"
+Row = dict[str, object]
 HUB_DOCUMENTS = 20_000  # documents read from a hub data set at most, after shuffling its stream
 GENERATED_TOGETHER = 16  # sequences sampled from the model at a time
 
@@ -64,9 +66,8 @@ class Calibration:
         """
         if longest is not None and self.seq_len > longest:
             raise UserError(f"seq-len {self.seq_len} exceeds the model's {longest} positions; use --seq-len {longest}")
-        path = Path(self.source)
-        looks_local = path.suffix in READERS or self.source.startswith((".", "/", "~"))
-        if looks_local and not path.expanduser().exists():
+        path = local_path(self.source)
+        if (path.suffix.lower() in READERS or self.source.startswith((".", "/", "~"))) and not path.exists():
             raise UserError(f"calibration file {self.source} does not exist")
 
 
@@ -91,7 +92,7 @@ def draw_documents(
     chance, length = random.Random(calibration.seed), calibration.seq_len
     windows = []
     for document in chance.sample(documents, len(documents)):
-        if len(document.encode()) < length:  # no tokenizer makes more tokens than bytes
+        if len(document.encode()) + 2 < length:  # a token is a byte at least, but for a start and an end
             continue
         tokens = encode(tokenizer, document)
         if len(tokens) > length:
@@ -155,21 +156,16 @@ def sample_windows(
     if start is None:
         raise UserError("the model names no start or end token to sample text from; give a text as --calibration")
     generator = torch.Generator(model.device).manual_seed(calibration.seed)
-    counts = [
-        min(GENERATED_TOGETHER, calibration.num_samples - first)
-        for first in range(0, calibration.num_samples, GENERATED_TOGETHER)
-    ]
-    windows = [torch.full((count, 1), start, device=model.device) for count in counts]
+    windows = list(torch.full((calibration.num_samples, 1), start, device=model.device).split(GENERATED_TOGETHER))
+    steps = calibration.seq_len - 1
     cache = None
-    for step in track(range(len(counts) * (calibration.seq_len - 1))):
-        group, position = divmod(step, calibration.seq_len - 1)
-        if position == 0:
-            cache = None
+    for step in track(range(len(windows) * steps)):
+        group = step // steps
+        cache = None if step % steps == 0 else cache
         output = model(input_ids=windows[group][:, -1:], past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         likely = output.logits[:, -1].float().softmax(-1)
-        drawn = torch.multinomial(likely, 1, generator=generator)
-        windows[group] = torch.cat((windows[group], drawn), 1)
+        windows[group] = torch.cat((windows[group], torch.multinomial(likely, 1, generator=generator)), 1)
     return torch.cat(windows).cpu()
 
 
@@ -179,16 +175,20 @@ def read_documents(source: str, text_column: str | None = None, seed: int = 0) -
     Raises:
         UserError: the source does not exist, cannot be read, or holds no text.
     """
-    path = Path(source).expanduser()
+    path = local_path(source)
+    if source == SELF:
+        raise UserError(
+            f"'{SELF}' is text for calibration only, sampled from the model; give a file, folder or data set"
+        )
     if source == PYTHON_DOCS:
         documents = python_docs()
     elif path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in READERS)
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in READERS)
         if not files:
             raise UserError(f"the folder {source} holds no {', '.join(READERS)} files")
-        documents = [text for file in files for text in READERS[file.suffix](file, text_column)]
+        documents = [text for file in files for text in READERS[file.suffix.lower()](file, text_column)]
     elif path.is_file():
-        documents = list(READERS.get(path.suffix, _read_text)(path, text_column))
+        documents = list(READERS.get(path.suffix.lower(), _read_text)(path, text_column))
     else:
         documents = list(_read_hub(source, text_column, seed))
     documents = [document for document in documents if document.strip()]
@@ -205,17 +205,25 @@ def python_docs() -> list[str]:
 
 
 def _read_text(path: Path, column: str | None = None) -> Iterator[str]:
-    data = path.read_bytes()
-    if b"\0" in data:
-        raise UserError(f"{path} is binary, not text (a zero byte at {data.index(0)})")
+    if path.suffix.lower() == ".json":
+        raise UserError(f"{path}: JSON is read a line at a time; convert it to JSON Lines and name it .jsonl")
     try:
-        yield data.decode()
+        data = path.read_bytes()
+        if b"\0" in data:
+            raise UserError(f"{path} is binary, not text (a zero byte at {data.index(0)})")
+        yield data.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        bad = f"byte 0x{data[error.start]:02x} at {error.start}"
+        bad = f"byte 0x{error.object[error.start]:02x} at {error.start}"
         raise UserError(f"{path} is not UTF-8 ({bad}); convert it first") from error
 
 
 def _read_jsonl(path: Path, column: str | None) -> Iterator[str]:
+    return _texts(_json_rows(path), column, str(path))
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
     (text,) = _read_text(path)
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -226,15 +234,14 @@ def _read_jsonl(path: Path, column: str | None) -> Iterator[str]:
             raise UserError(f"{path}, line {number}: broken JSON ({error.msg} at character {error.pos})") from error
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: a JSON object is needed, not {type(row).__name__}")
-        yield _text_of(row, column, f"{path}, line {number}")
+        yield row
 
 
 def _read_parquet(path: Path, column: str | None) -> Iterator[str]:
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-        for batch in file.iter_batches():
-            yield from (_text_of(row, column, str(path)) for row in batch.to_pylist())
-    except pa.ArrowException as error:
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
+        yield from _texts((row for batch in batches for row in batch.to_pylist()), column, str(path))
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a readable Parquet file ({error})") from error
 
 
@@ -249,8 +256,7 @@ def _read_hub(source: str, column: str | None, seed: int) -> Iterator[str]:
     split = rest[-1] if rest else "train"
     try:
         rows = load_dataset(name, config, split=split, streaming=True).shuffle(seed=seed)
-        for row in rows.take(HUB_DOCUMENTS):
-            yield _text_of(row, column, source)
+        yield from _texts(rows.take(HUB_DOCUMENTS), column, source)
     except UserError:
         raise
     except Exception as error:  # the hub client raises errors of many libraries
@@ -258,14 +264,20 @@ def _read_hub(source: str, column: str | None, seed: int) -> Iterator[str]:
         raise UserError(f"there is no file {source} here, and the data hub could not give it: {first}") from error
 
 
-def _text_of(row: dict[str, object], column: str | None, where: str) -> str:
-    strings = {name: value for name, value in row.items() if isinstance(value, str)}
-    only = list(strings) if len(strings) == 1 else []
-    for guess in [column] if column else [*TEXT_COLUMNS, *only]:
-        if guess in strings:
-            return strings[guess]
-    wanted = f"'{column}'" if column else f"called {', '.join(TEXT_COLUMNS)}"
-    raise UserError(f"{where}: no text column {wanted}; the columns are {', '.join(row)}; name one with --text-column")
+def _texts(rows: Iterable[Row], column: str | None, where: str) -> Iterator[str]:
+    """The text of every row, from the column named or else guessed at the first row; empty cells are passed over."""
+    for row in rows:
+        column = column or _guess_column(row)
+        if column not in row or not isinstance(row[column], str | None):
+            wanted = f"'{column}'" if column else f"called {', '.join(TEXT_COLUMNS)}"
+            columns = ", ".join(row)
+            raise UserError(f"{where}: no text column {wanted}; the columns are {columns}; name one with --text-column")
+        yield str(row[column] or "")
+
+
+def _guess_column(row: Row) -> str | None:
+    strings = [name for name, value in row.items() if isinstance(value, str)]
+    return next((name for name in TEXT_COLUMNS if name in row), strings[0] if len(strings) == 1 else None)
 
 
 def _too_little(calibration: Calibration, possible: int, sampler: str, streamed: int = 0) -> UserError:

@@ -6,15 +6,18 @@ Weights are read from safetensors or GGUF only: no user's file is ever unpickled
 import json
 import re
 import shutil
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -28,6 +31,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hifiprune.errors import RunError, UserError
 from hifiprune.neurons import family_of
+from hifiprune.output import local_path
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 COMPANIONS = (
@@ -36,6 +40,7 @@ COMPANIONS = (
 )  # fmt: skip
 LIBRARY_ERRORS = (
     OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError, SafetensorError,
+    struct.error,
 )  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -48,11 +53,13 @@ class Checkpoint:
         name: what the user called it.
         folder: where its files are.
         gguf: name of its GGUF file in the folder, if it is one.
+        on_hub: whether its weights are still to be downloaded from the hub, where it is called `name`.
     """
 
     name: str
     folder: Path
     gguf: str | None = None
+    on_hub: bool = False
 
     @property
     def path(self) -> Path:
@@ -60,17 +67,41 @@ class Checkpoint:
         return self.folder / self.gguf if self.gguf else self.folder
 
     @property
+    def weight_files(self) -> list[Path]:
+        """The files of the weights, there or not.
+
+        Raises:
+            UserError: the weights are in another format, or their index is damaged.
+        """
+        if self.gguf:
+            return [self.path]
+        if (self.folder / INDEX).is_file():
+            try:
+                index = json.loads((self.folder / INDEX).read_text())
+                return sorted({self.folder / shard for shard in index["weight_map"].values()})
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise UserError(f"{self.name}: {INDEX} is damaged ({error}); copy the checkpoint again") from error
+        pickled = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in self.folder.glob(kind))
+        if pickled and not (self.folder / SINGLE).is_file():
+            hint = f"{pickled[0]} would have to be unpickled: convert it to safetensors first"
+            raise UserError(f"{self.name} has no {SINGLE} and no {INDEX}; {hint}")
+        return [self.folder / SINGLE]
+
+    @property
     def weight_bytes(self) -> int:
-        """Size of the weight files."""
-        pattern = self.gguf or "*.safetensors"
-        return sum(file.stat().st_size for file in self.folder.glob(pattern))
+        """Size of the weight files that are on this disk."""
+        return sum(file.stat().st_size for file in self.weight_files if file.is_file())
 
     def config(self) -> PretrainedConfig:
-        """The model's configuration.
+        """The model's configuration, a new copy.
 
         Raises:
             UserError: it is missing or broken, of an unsupported family, or says that the weights are quantized.
         """
+        return deepcopy(self._config)
+
+    @cached_property
+    def _config(self) -> PretrainedConfig:
         with _explained(self.name, "the configuration"):
             if not self.gguf:  # before transformers refuses a type that it does not know
                 facts = json.loads((self.folder / "config.json").read_text())
@@ -92,8 +123,33 @@ class Checkpoint:
         """The dtype of the stored weights; float32 for GGUF, whose blocks are dequantized."""
         if self.gguf:
             return torch.float32
-        stated = self.config().dtype
-        return stated if isinstance(stated, torch.dtype) else _stored_dtype(self.folder)
+        stated = self._config.dtype
+        if isinstance(stated, torch.dtype):
+            return stated
+        self.fetch()
+        with safe_open(self.weight_files[0], "pt") as file:
+            tensor: torch.Tensor = file.get_tensor(next(iter(file.keys())))
+        return tensor.dtype
+
+    def fetch(self) -> None:
+        """Have every weight file on this disk, from the hub if need be, and check by its header that it is whole.
+
+        Raises:
+            UserError: a file cannot be had, is missing, truncated or damaged.
+        """
+        files = self.weight_files
+        if self.on_hub:
+            _download(self.name, [file.name for file in files])
+        for file in files:
+            if not file.is_file():
+                raise UserError(f"{self.name} lacks the weight file {file.name}, one of {len(files)}; copy it again")
+            if self.gguf:
+                continue
+            try:
+                with safe_open(file, "pt"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{self.name}: {file.name} is truncated or damaged ({error}); copy it again") from error
 
     def skeleton(self) -> PreTrainedModel:
         """The model on the meta device: all shapes, no weights."""
@@ -124,8 +180,7 @@ class Checkpoint:
             RunError: not enough memory.
         """
         config = self.config()
-        if not self.gguf:
-            verify_shards(self.name, self.folder)
+        self.fetch()
         arguments: dict[str, Any] = {"gguf_file": self.gguf} if self.gguf else {"config": config}
         with _explained(self.name, "the weights"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -158,81 +213,47 @@ class Checkpoint:
             return
         for pattern in COMPANIONS:
             for file in self.folder.glob(pattern):
-                shutil.copyfile(file, folder / file.name)
+                if file.is_dir():
+                    shutil.copytree(file, folder / file.name, dirs_exist_ok=True)
+                else:
+                    shutil.copyfile(file, folder / file.name)
 
 
 def find_checkpoint(name: str) -> Checkpoint:
-    """Find a model by local folder, GGUF file or hub id; a hub id is downloaded to the hub's cache.
+    """Find a model by local folder, GGUF file or hub id; of a hub id all but the weights is downloaded.
 
     Raises:
-        UserError: there is no such model, or it has no safetensors weights.
+        UserError: there is no such model.
     """
-    path = Path(name).expanduser()
+    path = local_path(name)
+    on_hub = not path.exists() and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) is not None
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(f"{name} is neither a model folder, a .gguf file nor a hub id")
         return Checkpoint(name, path.parent, path.name)
-    if path.is_dir():
-        folder = path
-    elif re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        folder = _download(name)
-    else:
+    if not path.exists() and not on_hub:
         raise UserError(f"there is no model folder or .gguf file {name}")
+    folder = _download(name, ["config.json", INDEX, *COMPANIONS]) if on_hub else path
     if not (folder / "config.json").is_file():
         found = sorted(file.name for file in folder.iterdir())[:5]
         raise UserError(f"{name} holds no config.json (found: {', '.join(found) or 'nothing'}); is it a model folder?")
-    return Checkpoint(name, folder)
-
-
-def verify_shards(name: str, folder: Path) -> None:
-    """Check, reading headers only, that every safetensors shard is there and whole.
-
-    Raises:
-        UserError: a shard is missing, truncated or damaged, or the weights are in another format.
-    """
-    if (folder / INDEX).is_file():
-        try:
-            shards = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{name}: {INDEX} is damaged ({error}); copy the checkpoint again") from error
-    elif (folder / SINGLE).is_file():
-        shards = [SINGLE]
-    else:
-        other = sorted(file.name for file in folder.glob("*.bin")) or sorted(file.name for file in folder.glob("*.pt*"))
-        hint = f"; {other[0]} would have to be unpickled: convert it to safetensors first" if other else ""
-        raise UserError(f"{name} has no {SINGLE} and no {INDEX}{hint}")
-    for shard in shards:
-        if not (folder / shard).is_file():
-            raise UserError(f"{name} lacks the weight file {shard}, one of {len(shards)}; copy the checkpoint again")
-        try:
-            with safe_open(folder / shard, "pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{name}: {shard} is truncated or damaged ({error}); copy the checkpoint again") from error
-
-
-def _stored_dtype(folder: Path) -> torch.dtype:
-    """Dtype of the first tensor of the first shard."""
-    with safe_open(min(folder.glob("*.safetensors")), "pt") as file:
-        tensor: torch.Tensor = file.get_tensor(next(iter(file.keys())))
-    return tensor.dtype
+    return Checkpoint(name, folder, on_hub=on_hub)
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json"))
+    return any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
-def _download(name: str) -> Path:
-    patterns = ["*.safetensors", "config.json", INDEX, *COMPANIONS]
+def _download(name: str, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except HfHubHTTPError as error:
         answer = error.server_message or error
         raise UserError(f"there is no folder {name} here, and the hub answered: {answer}") from error
-    except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
+    except Exception as error:
         raise UserError(
-            f"there is no folder {name} here, and the model hub could not be reached to look for it there; "
-            "check the spelling, or download the model first and give its folder"
+            f"there is no folder {name} here, and the model hub could not be reached to look for it there "
+            f"({type(error).__name__}); check the spelling, or download the model first and give its folder"
         ) from error
 
 
@@ -247,4 +268,6 @@ def _explained(name: str, what: str) -> Iterator[None]:
         raise RunError(f"not enough memory for {what} of {name}; try --dtype bfloat16") from error
     except LIBRARY_ERRORS as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if "allocate memory" in first:
+            raise RunError(f"not enough memory for {what} of {name}; try --dtype bfloat16") from error
         raise UserError(f"{what} of {name} cannot be read: {first}") from error

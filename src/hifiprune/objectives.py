@@ -1,7 +1,7 @@
 """What pruning should preserve: scalar objectives of the output distribution and their gradients.
 
 An objective is evaluated a slice of positions at a time, so the `[positions, vocabulary]` matrix of logits never exists
-as a whole: extra memory is two `[slice, vocabulary]` float32 matrices at most, whatever the number of positions.
+as a whole: extra memory is a few `[slice, vocabulary]` float32 matrices, whatever the number of positions.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,7 +12,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-SLICE_BYTES = 24 * 2**20  # one [slice, vocabulary] float32 matrix: large enough for a fast matrix product
+from hifiprune.errors import UserError
+
+SLICE_BYTES = 24 * 2**20  # one [slice, vocabulary] float32 matrix
+SLICE_ROWS = 128  # at least, for a fast matrix product
 CACHE_BYTES = 3 * 2**20  # rows that a CPU's cache holds while the elementwise steps pass over them
 
 Kernel = Callable[[Float[Tensor, "rows vocabulary"]], Float[Tensor, "rows"]]
@@ -35,7 +38,10 @@ class Head:
         """The head of `model`, with the logit scaling of Cohere and Granite and the soft-capping of Gemma 2."""
         config = model.config.get_text_config()
         linear = model.get_output_embeddings()
-        assert isinstance(linear, nn.Linear)
+        if not isinstance(linear, nn.Linear):
+            raise UserError(
+                f"{type(model).__name__} has no plain Linear as its output head; give the causal language model"
+            )
         scale = getattr(config, "logit_scale", None) or 1.0
         divisor = getattr(config, "logits_scaling", None) or 1.0
         return cls(linear, scale / divisor, getattr(config, "final_logit_softcapping", None))
@@ -47,8 +53,8 @@ class Head:
 
     @property
     def slice_rows(self) -> int:
-        """Positions per matrix product: as many rows of logits as fit into `SLICE_BYTES`, at least one."""
-        return max(1, SLICE_BYTES // (4 * self.vocabulary))
+        """Positions per matrix product: as many rows of logits as fit into `SLICE_BYTES`, at least `SLICE_ROWS`."""
+        return max(SLICE_ROWS, SLICE_BYTES // (4 * self.vocabulary))
 
     @property
     def cache_rows(self) -> int:
@@ -115,7 +121,7 @@ def mean_over_positions(
         kernel: objective per position, such as `entropy_`.
         hidden: the model's final hidden state after its last norm, any floating dtype.
         head: maps it to logits.
-        slice_rows: positions per matrix product; by default as many as make 24 MiB of logits.
+        slice_rows: positions per matrix product; see `Head.slice_rows`.
 
     Returns:
         values in nats in float32 or better, one a window, and the gradient in the dtype of `hidden`.

@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,38 +13,44 @@ from safetensors import SafetensorError
 from hifiprune.errors import RunError, UserError
 
 
-def check_target(target: str | Path, *, overwrite: bool = False, inputs: tuple[str | Path, ...] = ()) -> Path:
-    """Return `target` as a path after checking, before any work, that it can be written.
+def local_path(name: str | Path) -> Path:
+    """`name` as a path, with a leading `~` for the home folder where there is one."""
+    return Path(os.path.expanduser(name))
+
+
+def check_target(
+    target: str | Path, *, folder: bool, overwrite: bool = False, inputs: Sequence[str | Path | None] = ()
+) -> Path:
+    """Return the absolute path of `target` after checking, before any work, that it can be written.
 
     Args:
         target: file or folder to be made.
-        overwrite: whether an existing one may be replaced.
-        inputs: paths that are read and so may not be replaced.
+        folder: whether it will be a folder.
+        overwrite: whether an existing one of the same kind may be replaced.
+        inputs: paths that are read, of which none may be lost.
 
     Raises:
-        UserError: it exists and may not be replaced, is or lies in an input, or its folder cannot be written.
+        UserError: it exists and may not be replaced, is or contains an input, or its folder cannot be written.
     """
-    target = Path(target)
-    for path in map(Path, inputs):
-        if path.exists() and target.resolve() == path.resolve():
-            raise UserError(f"output {target} is the input itself; choose another folder")
-        if path.exists() and target.resolve() in path.resolve().parents:
-            raise UserError(f"output {target} contains the input {path}; choose another folder")
-    if target.exists() and not overwrite:
-        raise UserError(f"output {target} exists already; choose another name, or replace it with --overwrite")
-    parent = target.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
+    path, real = Path(os.path.abspath(target)), Path(target).resolve()
+    for read in (local_path(name).resolve() for name in inputs if name is not None):
+        if read.exists() and real in (read, *read.parents):
+            relation = "is" if real == read else "contains"
+            raise UserError(f"output {target} {relation} the input {read}; choose another name")
+    if os.path.lexists(path):
+        if not overwrite:
+            raise UserError(f"output {target} exists already; choose another name, or replace it with --overwrite")
+        if path.is_symlink() or path.is_dir() != folder:
+            raise UserError(f"output {target} is not a {'folder' if folder else 'file'}; choose another name")
+    parent = _nearest_folder(path)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"output {target} cannot be written: {parent} is not a writable folder")
-    return target
+    return path
 
 
 def check_space(target: str | Path, needed_bytes: int) -> None:
     """Raise `RunError` if the disk of `target` has less room than `needed_bytes`."""
-    parent = Path(target).absolute().parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = _nearest_folder(Path(target).absolute())
     free = shutil.disk_usage(parent).free
     if free < needed_bytes:
         raise RunError(
@@ -60,7 +66,7 @@ def replacing(target: str | Path) -> Iterator[Path]:
     Raises:
         RunError: the disk is full or the target cannot be written.
     """
-    target = Path(target)
+    target = Path(os.path.abspath(target))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         workplace = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
@@ -77,16 +83,22 @@ def replacing(target: str | Path) -> Iterator[Path]:
 
 
 def _rename(new: Path, target: Path, aside: Path) -> None:
-    """Move `new` to `target`; a folder that was there goes `aside` first and comes back if the move fails."""
+    """Move `new` to `target`; a folder that was there goes `aside` first and comes back if anything interrupts."""
     if not target.is_dir():
         new.replace(target)
         return
-    target.rename(aside)
     try:
+        target.rename(aside)
         new.rename(target)
     except BaseException:
-        aside.rename(target)
+        if aside.exists() and not target.exists():
+            aside.rename(target)
         raise
+
+
+def _nearest_folder(path: Path) -> Path:
+    """The closest parent that exists."""
+    return next(parent for parent in path.parents if parent.exists())
 
 
 def _describe(error: OSError | SafetensorError, target: Path) -> str:

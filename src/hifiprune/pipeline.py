@@ -20,11 +20,11 @@ from hifiprune.calibration import (
     read_documents,
     sample_windows,
 )
-from hifiprune.checkpoint import Checkpoint, find_checkpoint, verify_shards
+from hifiprune.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.compute import Compute, estimate_seconds
 from hifiprune.criteria import find_criterion
 from hifiprune.errors import UserError
-from hifiprune.evaluation import Estimate, measure
+from hifiprune.evaluation import measure
 from hifiprune.hashing import hash_model
 from hifiprune.neurons import count_parameters, find_mlps
 from hifiprune.output import check_space, check_target, replacing
@@ -92,8 +92,10 @@ def score_checkpoint(
     )
     find_criterion(criterion)
     checkpoint = find_checkpoint(model)
-    target = check_target(output, overwrite=overwrite, inputs=(checkpoint.path,))
+    inputs = (checkpoint.path, calibration.source)
+    target = check_target(output, folder=False, overwrite=overwrite, inputs=inputs)
     _check_model(checkpoint, calibration)
+    checkpoint.fetch()
     scores, _ = _score(checkpoint, calibration, criterion, compute, voice, record)
     scores.save(target)
     record.results = _describe_scores(scores)
@@ -137,37 +139,42 @@ def prune(
     """
     if (calibration is None) == (scores is None):
         raise UserError("give exactly one of --calibration and --scores")
-    scores = Scores.load(scores) if isinstance(scores, str | Path) else scores
+    path = scores if isinstance(scores, str | Path) else None
+    given = Scores.load(scores) if isinstance(scores, str | Path) else scores
     sources = _arguments(model=model, output=output, budget=budget, calibration=calibration, compute=compute)
-    record = RunRecord("prune", sources | {"round_to": round_to, "criterion": criterion, "shard_size": shard_size})
+    settings = {"scores": path, "criterion": given.criterion if given else criterion, "round_to": round_to}
+    record = RunRecord("prune", sources | settings | {"shard_size": shard_size, "overwrite": overwrite})
     find_criterion(criterion)
     _check_shard_size(shard_size)
     checkpoint = find_checkpoint(model)
-    target = check_target(output, overwrite=overwrite, inputs=(checkpoint.path,))
+    inputs = (checkpoint.path, path, calibration.source if calibration else None)
+    target = check_target(output, folder=True, overwrite=overwrite, inputs=inputs)
     shape = _check_model(checkpoint, calibration)
     width = shape.width_at(budget, round_to)
     check_space(target, int(checkpoint.dtype().itemsize * shape.total_parameters * (1 - shape.ratio_at(width))))
     voice.say(_announce(budget, shape, width, round_to))
+    checkpoint.fetch()
 
     loaded: PreTrainedModel | None = None
-    if scores is None:
-        assert calibration is not None
-        scores, loaded = _score(checkpoint, calibration, criterion, compute, voice, record)
+    if calibration:
+        used, loaded = _score(checkpoint, calibration, criterion, compute, voice, record)
     if loaded is None or loaded.dtype != checkpoint.dtype():
         with record.stage("loading the weights"):
             loaded = None
             gc.collect()
             loaded = checkpoint.load(device=compute.resolved_device)
-    scores.require_model(hash_model(loaded))
-    plan = allocate(scores, budget, round_to=round_to)
+            if given:
+                given.require_model(hash_model(loaded))
+                used = given
+    plan = allocate(used, budget, round_to=round_to)
     with record.stage("cutting"):
         cut_(loaded, plan)
-    record.results = _describe_plan(plan) | _describe_scores(scores)
+    record.results = _describe_plan(plan, str(budget)) | _describe_scores(used)
     with replacing(target) as folder:
         with record.stage("writing"):
             checkpoint.save(loaded, folder, shard_size)
             (folder / "hifiprune").mkdir()
-            scores.save(folder / "hifiprune" / "scores.safetensors")
+            used.save(folder / "hifiprune" / "scores.safetensors")
             plan.save(folder / "hifiprune" / "plan.json")
         after = Checkpoint(str(target), folder).weight_bytes
         record.results["weight_bytes"] = {"before": checkpoint.weight_bytes, "after": after}
@@ -201,6 +208,7 @@ def evaluate(
     checkpoints = [find_checkpoint(name) for name in (model, against) if name]
     for checkpoint in checkpoints:
         _check_model(checkpoint, source)
+        checkpoint.fetch()
     stream = join_documents(read_documents(text, text_column), checkpoints[0].tokenizer())
     windows = cut_windows(stream, seq_len)[:max_windows]
     if len(windows) == 0:
@@ -213,31 +221,21 @@ def evaluate(
     names = " against ".join(checkpoint.name for checkpoint in checkpoints)
     voice.say(f"Evaluating {names} on {len(windows)} windows of {seq_len} tokens of {text}.")
     with record.stage("evaluating"):
-        metrics = evaluate_models(models, windows, compute.batch_size, voice)
+        pruned, dense = models[0], models[1] if against else None
+        metrics = measure(pruned, windows, dense, batch_size=compute.batch_size, track=voice.track("evaluating"))
     plain = {name: asdict(estimate) for name, estimate in metrics.items()}
     record.results = {"windows": len(windows), "positions": seq_len, "metrics": plain}
     return record
 
 
-def evaluate_models(
-    models: list[PreTrainedModel], windows: Int[Tensor, "windows positions"], batch_size: int = 1, voice: Voice = SILENT
-) -> dict[str, Estimate]:
-    """`measure` the first model, against the second if there is one, with progress."""
-    against = models[1] if len(models) > 1 else None
-    track = voice.track("evaluating", -(-len(windows) // batch_size))
-    return measure(models[0], windows, against, batch_size=batch_size, track=track)
-
-
 def _check_shard_size(shard_size: str) -> None:
-    if not re.fullmatch(r"\d+(KB|MB|GB|KiB|MiB|GiB)", shard_size):
+    if not re.fullmatch(r"[1-9]\d*(KB|MB|GB|TB)", shard_size):
         raise UserError(f"shard size '{shard_size}' must be a number and a unit, such as 500MB or 5GB")
 
 
 def _check_model(checkpoint: Checkpoint, calibration: Calibration | None) -> Shape:
-    """All that can be known before weights load: family, layout, shards, sequence length; returns the model's shape."""
+    """All that can be known before weights load: family, layout, sequence length; returns the model's shape."""
     shape = _shape_of(checkpoint.skeleton())
-    if not checkpoint.gguf:
-        verify_shards(checkpoint.name, checkpoint.folder)
     if calibration:
         calibration.check(getattr(checkpoint.config().get_text_config(), "max_position_embeddings", None))
     return shape
@@ -270,12 +268,12 @@ def _score(
     with record.stage("loading the weights"):
         model = checkpoint.load(device=compute.resolved_device, attention=compute.attention)
         model_hash = hash_model(model)  # of the weights as stored; refuses NaN before the long pass
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(compute.dtype_for(checkpoint))
+        if compute.dtype_for(checkpoint) != model.dtype:
+            del model
+            model = _load(checkpoint, compute)
     if windows is None:
-        steps = -(-calibration.num_samples // 16) * (calibration.seq_len - 1)
         with record.stage("sampling text from the model"):
-            windows = sample_windows(model, calibration, voice.track("sampling text from the model", steps))
+            windows = sample_windows(model, calibration, voice.track("sampling text from the model"))
     seconds = estimate_seconds(model.config, windows.numel(), windows.shape[1], compute.resolved_device, model.dtype)
     tokens = compute.batch_size * windows.shape[1]
     recompute = choose_recompute(model, tokens) if compute.recompute is None else compute.recompute
@@ -292,7 +290,7 @@ def _score(
             criterion,
             batch_size=compute.batch_size,
             recompute=recompute,
-            track=voice.track("scoring", -(-len(windows) // compute.batch_size)),
+            track=voice.track("scoring"),
             settings={"calibration": asdict(calibration)},
             model_hash=model_hash,
         )
@@ -322,11 +320,12 @@ def _describe_scores(scores: Scores) -> dict[str, Any]:
     }
 
 
-def _describe_plan(plan: Plan) -> dict[str, Any]:
+def _describe_plan(plan: Plan, asked: str) -> dict[str, Any]:
     kept, neurons = sum(plan.widths), sum(plan.neurons)
     return {
         "width": {"before": plan.neurons[0], "after": plan.widths[0]},
         "parameters": {"before": plan.parameters_before, "after": plan.parameters_after},
+        "asked": asked,
         "ratio": {"asked": plan.ratio_asked, "reached": plan.ratio_reached},
         "neuron_ratio_reached": 1 - kept / neurons,
     }

@@ -27,7 +27,7 @@ class Plan:
         parameters_before: of the model, tied weights counted once.
         parameters_after: likewise, once cut.
         criterion: name of the criterion of the scores.
-        model_hash: SHA-256 of the dense weights, empty to cut any model of the right shape.
+        model_hash: SHA-256 of the dense weights that were scored, for the record.
         data_hash: SHA-256 of the calibration windows.
     """
 

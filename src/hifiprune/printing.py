@@ -17,9 +17,8 @@ def pruned(record: RunRecord, output: Path) -> None:
     table.add_row("parameters", f"{parameters['before']:,}", f"{parameters['after']:,}")
     table.add_row("MLP width", f"{width['before']:,}", f"{width['after']:,}")
     table.add_row("weight files", megabytes(size["before"]), megabytes(size["after"]))
-    ratio = results["ratio"]
-    asked = "" if ratio["asked"] is None else f"asked {ratio['asked']:.2%}"
-    table.add_row("parameters removed", asked, f"{ratio['reached']:.2%}")
+    table.add_row("asked", "", results["asked"])
+    table.add_row("parameters removed", "", f"{results['ratio']['reached']:.2%}")
     table.add_row("neurons removed", "", f"{results['neuron_ratio_reached']:.2%}")
     _show(table)
     _costs(record)
@@ -42,7 +41,8 @@ def evaluated(record: RunRecord) -> None:
     table = _table("metric", "value", "95% interval", "meaning")
     for name, estimate in record.results["metrics"].items():
         interval = "" if estimate["low"] is None else f"{estimate['low']:.4g} to {estimate['high']:.4g}"
-        table.add_row(name, f"{estimate['value']:.4g}", interval, METRICS[name])
+        label, meaning = METRICS[name]
+        table.add_row(label, f"{estimate['value']:.4g}", interval, meaning)
     _show(table)
     size = f"{record.results['windows']} windows of {record.results['positions']} tokens"
     Console().print(f"{size}; intervals by bootstrap over windows")
@@ -93,7 +93,7 @@ def demo_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("MLP width", f"{width['before']:,}", f"{width['after']:,}"),
         ("weight files", megabytes(size["before"]), megabytes(size["after"])),
         ("perplexity", metrics.pop("dense_perplexity"), metrics.pop("perplexity")),
-        *((name.replace("_", " "), "", text) for name, text in metrics.items() if name != "entropy"),
+        *((METRICS[name][0], "", text) for name, text in metrics.items() if name != "entropy"),
         ("time of scoring, of all", "", f"{scoring['seconds']:.0f} s, {seconds:.0f} s"),
         ("peak memory", "", megabytes(max(stage["peak_memory_bytes"] for stage in summary["stages"]))),
     ]

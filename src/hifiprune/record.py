@@ -1,7 +1,9 @@
 """`RunRecord`: what a run did, with which versions, on what, and what it cost; saved as `run.json`."""
 
 import json
+import os
 import platform
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,6 +62,8 @@ def describe_environment() -> dict[str, Any]:
         "versions": {name: version(name) for name in LIBRARIES},
         "platform": platform.platform(),
         "processor": _processor_name(),
+        "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
         "threads": torch.get_num_threads(),
         "gpu": gpu,
     }
@@ -67,8 +71,8 @@ def describe_environment() -> dict[str, Any]:
 
 def reset_peak_memory() -> None:
     """Start measuring peak memory anew where the system allows it (Linux and CUDA)."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    for gpu in range(torch.cuda.device_count()):
+        torch.cuda.reset_peak_memory_stats(gpu)
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -76,20 +80,24 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory() -> dict[str, int]:
-    """Peak resident memory in bytes since `reset_peak_memory` (Linux; elsewhere what there is), and of the GPU."""
-    usage = psutil.Process().memory_info()
-    peaks = {"peak_memory_bytes": _high_water_bytes() or getattr(usage, "peak_wset", usage.rss)}
+    """Peak resident memory in bytes since `reset_peak_memory` (since the start, if not on Linux), and of all GPUs."""
+    peaks = {"peak_memory_bytes": _high_water_bytes()}
     if torch.cuda.is_available():
-        peaks["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
+        gpus = range(torch.cuda.device_count())
+        peaks["peak_gpu_memory_bytes"] = sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
     return peaks
 
 
 def _high_water_bytes() -> int:
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _processor_name() -> str:

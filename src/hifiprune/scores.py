@@ -66,9 +66,9 @@ class Scores:
                 if facts.pop("format", None) != FORMAT:
                     raise UserError(f"{path} holds no scores in the format {FORMAT}; make it with 'hifiprune score'")
                 values = [file.get_tensor(name) for name in facts["names"]]
-        except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+            return cls(values=values, **facts)
+        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise UserError(f"{path} is no readable scores file ({error}); make it with 'hifiprune score'") from error
-        return cls(values=values, **facts)
 
     def require_model(self, model_hash: str) -> None:
         """Refuse scores of another model.

@@ -1,6 +1,7 @@
 """The pass that turns calibration windows into `Scores`."""
 
 from collections.abc import Callable, Iterable
+from importlib.metadata import version
 from typing import Any
 
 import psutil
@@ -9,9 +10,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune.blocks import BlockChain, frozen
+from hifiprune.blocks import BlockChain, check_windows, frozen, memory_explained
 from hifiprune.criteria import find_criterion
-from hifiprune.errors import RunError, UserError
+from hifiprune.errors import RunError
 from hifiprune.hashing import hash_model, hash_tokens
 from hifiprune.neurons import count_parameters
 from hifiprune.objectives import SLICE_BYTES
@@ -65,13 +66,8 @@ def score(
 
         for batch in track(windows.split(batch_size)):
             tokens = batch.to(model.device, torch.int64)
-            try:
+            with memory_explained(model, tokens.numel()):
                 objective += chain.sweep(tokens, chosen.objective, add, recompute=recompute).double().sum().item()
-            except torch.OutOfMemoryError as error:
-                raise RunError(
-                    f"not enough memory on {model.device} for {tokens.numel()} tokens at once; use --recompute, "
-                    "a smaller --batch-size or --seq-len, or --dtype bfloat16"
-                ) from error
             if not all(total.isfinite().all() for total in totals):
                 chain.final_hidden(tokens)  # names the block if the forward pass is to blame
                 layer = max(i for i, total in enumerate(totals) if not total.isfinite().all())
@@ -79,7 +75,16 @@ def score(
                     f"the gradients at {chain.mlps[layer].name} are NaN or infinite in {model.dtype}; "
                     "compute in float32 (--dtype float32)"
                 )
-    facts = {"windows": len(windows), "positions": windows.shape[1], "compute_dtype": str(model.dtype).split(".")[1]}
+    facts = {
+        "windows": len(windows),
+        "positions": windows.shape[1],
+        "batch_size": batch_size,
+        "recompute": recompute,
+        "compute_dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "attention": model.config._attn_implementation,
+        "hifiprune": version("hifiprune"),
+    }
     return Scores(
         values=[total.float() for total in totals],
         names=[mlp.name for mlp in chain.mlps],
@@ -112,16 +117,3 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
-
-
-def check_windows(model: PreTrainedModel, windows: Tensor, batch_size: int) -> None:
-    """Refuse windows or a batch size that `model` cannot be scored on."""
-    if windows.ndim != 2 or windows.numel() == 0 or windows.is_floating_point():
-        found = f"{windows.dtype} {list(windows.shape)}"
-        raise UserError(f"windows must be integer token ids [windows, positions], not {found}")
-    vocabulary = model.config.get_text_config().vocab_size
-    low, high = int(windows.min()), int(windows.max())
-    if not 0 <= low <= high < vocabulary:
-        raise UserError(f"token ids must lie in 0 to {vocabulary - 1}; found {low} to {high}")
-    if batch_size < 1:
-        raise UserError(f"batch size {batch_size} must be at least 1")

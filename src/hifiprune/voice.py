@@ -20,13 +20,13 @@ class Voice:
         if self.console:
             self.console.print(remark, highlight=False, soft_wrap=True, markup=False)
 
-    def track(self, what: str, total: int) -> Callable[[Iterable[T]], Iterable[T]]:
-        """A wrapper for an iterable of `total` items that shows progress, time spent and time left."""
+    def track(self, what: str) -> Callable[[Iterable[T]], Iterable[T]]:
+        """A wrapper for a sequence that shows progress, time spent and time left."""
 
         def tracked(items: Iterable[T]) -> Iterator[T]:
             columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
             console = self.console or Console(quiet=True)
             with Progress(*columns, TimeRemainingColumn(), console=console, disable=not self.console) as progress:
-                yield from progress.track(items, total=total)
+                yield from progress.track(items)
 
         return tracked

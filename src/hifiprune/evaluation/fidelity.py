@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune.blocks import BlockChain, frozen
+from hifiprune.blocks import BlockChain, check_windows, frozen, memory_explained
 from hifiprune.errors import UserError
 from hifiprune.evaluation.intervals import Estimate, bootstrap_mean
 from hifiprune.objectives import Head
@@ -21,16 +21,17 @@ from hifiprune.objectives import Head
 LogProbs = Float[Tensor, "rows vocabulary"]
 
 METRICS = {
-    "perplexity": "exp of the mean cross-entropy of the next token",
-    "dense_perplexity": "the same of the dense model on the same windows",
-    "kl": "KL(dense || pruned) in nats, 0 for identical models",
-    "js_distance": "Jensen-Shannon distance, square root of the divergence in bits: 0 identical, 1 disjoint",
-    "top1_agreement": "share of positions with the same most likely token, 1 for identical models",
-    "top5_jaccard": "Jaccard similarity of the 5 most likely tokens, 1 for identical models",
-    "top15_jaccard": "Jaccard similarity of the 15 most likely tokens, 1 for identical models",
-    "entropy": "mean entropy of the output distribution in nats",
-    "entropy_shift": "entropy of the pruned minus that of the dense model, in nats",
+    "perplexity": ("perplexity", "exp of the mean cross-entropy of the next token"),
+    "dense_perplexity": ("perplexity of the dense model", "the same of the dense model on the same windows"),
+    "kl": ("KL divergence, nats", "KL(dense || pruned), 0 for identical models"),
+    "js_distance": ("Jensen-Shannon distance", "square root of the divergence in bits: 0 identical, 1 disjoint"),
+    "top1_agreement": ("top-1 agreement", "share of positions with the same most likely token, 1 for identical models"),
+    "top5_jaccard": ("top-5 Jaccard similarity", "shared part of the 5 most likely tokens, 1 for identical models"),
+    "top15_jaccard": ("top-15 Jaccard similarity", "shared part of the 15 most likely tokens, 1 for identical models"),
+    "entropy": ("output entropy, nats", "mean entropy of the output distribution"),
+    "entropy_shift": ("entropy shift, nats", "entropy of the pruned minus that of the dense model"),
 }
+"""Label and meaning of every metric."""
 
 
 @torch.no_grad()
@@ -60,9 +61,11 @@ def measure(
         an estimate for each name in `METRICS` that applies.
 
     Raises:
-        UserError: the two models have different vocabularies.
+        UserError: the windows cannot be used, or the two models have different vocabularies.
+        RunError: activations are NaN or infinite, or memory ran out.
     """
     models = [model] if against is None else [model, against]
+    check_windows(model, windows, batch_size, least=2)
     collected: dict[str, list[Tensor]] = {}
     with ExitStack() as stack:
         for each in models:
@@ -74,11 +77,17 @@ def measure(
             raise UserError(f"the vocabularies differ ({sizes[0]} and {sizes[1]}); compare a model with its own origin")
         for batch in track(windows.split(batch_size)):
             tokens = batch.to(model.device, torch.int64)
-            hidden = [chain.final_hidden(tokens)[:, :-1] for chain in chains]
-            for name, values in _per_position(heads, hidden, tokens[:, 1:]).items():
+            with memory_explained(model, tokens.numel()):
+                hidden = [chain.final_hidden(tokens.to(chain.model.device))[:, :-1] for chain in chains]
+                metrics = _per_position(heads, hidden, tokens[:, 1:])
+            for name, values in metrics.items():
                 collected.setdefault(name, []).append(values.double().mean(1).cpu())
     estimates = {name: bootstrap_mean(torch.cat(values), seed) for name, values in collected.items()}
-    return {name: value.exp() if name.endswith("perplexity") else value for name, value in estimates.items()}
+    return {
+        name: estimates[name].exp() if name.endswith("perplexity") else estimates[name]
+        for name in METRICS
+        if name in estimates
+    }
 
 
 def _per_position(
@@ -90,7 +99,7 @@ def _per_position(
     parts: dict[str, list[Tensor]] = {}
     for start in range(0, len(answers), heads[0].slice_rows):
         rows = slice(start, start + heads[0].slice_rows)
-        logits = [head.logits(states[rows]) for head, states in zip(heads, flat, strict=True)]
+        logits = [head.logits(states[rows]).to(targets.device) for head, states in zip(heads, flat, strict=True)]
         for piece in zip(*(each.split(heads[0].cache_rows) for each in (answers[rows], *logits)), strict=True):
             for name, values in _metrics(*piece).items():
                 parts.setdefault(name, []).append(values)
@@ -105,7 +114,7 @@ def _metrics(
     entropy = _entropy(pruned)
     metrics = {"perplexity": -pruned.gather(1, answers)[:, 0], "entropy": entropy}
     if dense_logits is not None:
-        dense = dense_logits.log_softmax(-1)
+        dense = dense_logits.to(logits.dtype).log_softmax(-1)
         metrics["dense_perplexity"] = -dense.gather(1, answers)[:, 0]
         metrics["entropy_shift"] = entropy - _entropy(dense)
         metrics |= compare(dense, pruned)

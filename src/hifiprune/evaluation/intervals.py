@@ -22,10 +22,6 @@ class Estimate:
         """The estimate of `exp` of the mean; percentiles carry over because `exp` is monotone."""
         return Estimate(*(None if x is None else math.exp(min(x, 700.0)) for x in (self.value, self.low, self.high)))  # type: ignore[arg-type]
 
-    def __str__(self) -> str:
-        interval = "" if self.low is None else f" [{self.low:.4g}, {self.high:.4g}]"
-        return f"{self.value:.4g}{interval}"
-
 
 def bootstrap_mean(values: Float[Tensor, "windows"], seed: int = 0) -> Estimate:
     """Mean of `values` with a 95% percentile interval from 2,000 resamples of the windows, in float64."""
