@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from hifiprune.criteria import CRITERIA, Criterion
     from hifiprune.errors import HifipruneError, RunError, UserError
     from hifiprune.evaluation import Estimate, measure
+    from hifiprune.inspection import inspect
     from hifiprune.neurons import Mlp, find_mlps
-    from hifiprune.pipeline import evaluate, inspect, prune, score_checkpoint
+    from hifiprune.pipeline import evaluate, prune, score_checkpoint
     from hifiprune.plan import Plan
     from hifiprune.record import RunRecord
     from hifiprune.scores import Scores
@@ -63,7 +64,7 @@ _HOMES = {
     "cut_": "surgery",
     "evaluate": "pipeline",
     "find_mlps": "neurons",
-    "inspect": "pipeline",
+    "inspect": "inspection",
     "measure": "evaluation",
     "prune": "pipeline",
     "score": "scoring",

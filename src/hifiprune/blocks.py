@@ -228,8 +228,8 @@ def memory_explained(model: PreTrainedModel, tokens: int) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise RunError(
-            f"not enough memory on {model.device} for {tokens} tokens at once; use a smaller --batch-size or --seq-len, "
-            "--dtype bfloat16, or --recompute where it is offered"
+            f"not enough memory on {model.device} for {tokens} tokens at once; use a smaller --batch-size or "
+            "--seq-len, --dtype bfloat16, or --recompute where it is offered"
         ) from error
 
 

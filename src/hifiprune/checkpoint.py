@@ -24,6 +24,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -36,7 +37,7 @@ from hifiprune.output import local_path
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 COMPANIONS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "chat_template*",
-    "generation_config.json", "LICENSE*", "NOTICE*",
+    "additional_chat_templates", "generation_config.json", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 LIBRARY_ERRORS = (
     OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError, SafetensorError,
@@ -181,7 +182,9 @@ class Checkpoint:
         """
         config = self.config()
         self.fetch()
-        arguments: dict[str, Any] = {"gguf_file": self.gguf} if self.gguf else {"config": config}
+        arguments: dict[str, Any] = {"config": config}
+        if self.gguf:
+            arguments = {"gguf_file": self.gguf, "quantization_config": GgufConfig(dequantize=True)}
         with _explained(self.name, "the weights"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.folder,
@@ -196,8 +199,8 @@ class Checkpoint:
             missing = sorted(report["missing_keys"])
             raise UserError(f"{self.name} lacks {len(missing)} tensors, such as {missing[0]}; copy it again")
         if self.gguf:
-            model.hf_quantizer, model.is_quantized = None, False
-            del model.config.quantization_config
+            model.hf_quantizer, model.is_quantized = None, False  # its weights are plain now: it can be saved
+            model.config.__dict__.pop("quantization_config", None)
         with _explained(self.name, "the weights"):
             placed: PreTrainedModel = model.to(device).eval()
         return placed

@@ -26,7 +26,7 @@ from hifiprune.criteria import find_criterion
 from hifiprune.errors import UserError
 from hifiprune.evaluation import measure
 from hifiprune.hashing import hash_model
-from hifiprune.neurons import count_parameters, find_mlps
+from hifiprune.inspection import shape_of
 from hifiprune.output import check_space, check_target, replacing
 from hifiprune.plan import Plan
 from hifiprune.record import RunRecord
@@ -36,38 +36,6 @@ from hifiprune.surgery import cut_
 from hifiprune.voice import Voice
 
 SILENT = Voice()
-
-
-def inspect(model: str) -> dict[str, Any]:
-    """Architecture, MLPs, parameters by part and the width at 10-50%, without loading weights."""
-    checkpoint = find_checkpoint(model)
-    skeleton = checkpoint.skeleton()
-    mlps = find_mlps(skeleton)
-    shape = _shape_of(skeleton)
-    in_mlps = sum(p.numel() for mlp in mlps for linear in (*mlp.inputs, mlp.output) for p in linear.parameters())
-    ends = {p for m in (skeleton.get_input_embeddings(), skeleton.get_output_embeddings()) for p in m.parameters()}
-    in_ends = sum(parameter.numel() for parameter in ends)
-    widths: dict[str, dict[str, Any]] = {}
-    for percent in (10, 20, 30, 40, 50):
-        exact, rounded = (_possible_width(shape, Budget(ratio=percent / 100), step) for step in (1, 128))
-        reached = None if rounded is None else shape.ratio_at(rounded)
-        widths[f"{percent}%"] = {"width": exact, "width_rounded_to_128": rounded, "ratio_reached": reached}
-    return {
-        "model": model,
-        "architecture": type(skeleton).__name__,
-        "model_type": skeleton.config.model_type,
-        "mlps": len(mlps),
-        "neurons_per_mlp": shape.neurons,
-        "neurons": shape.neurons * len(mlps),
-        "parameters": {
-            "total": shape.total_parameters,
-            "mlps": in_mlps,
-            "embeddings_and_head": in_ends,
-            "attention_and_norms": shape.total_parameters - in_mlps - in_ends,
-        },
-        "weight_bytes": checkpoint.weight_bytes,
-        "widths": widths,
-    }
 
 
 def score_checkpoint(
@@ -235,22 +203,10 @@ def _check_shard_size(shard_size: str) -> None:
 
 def _check_model(checkpoint: Checkpoint, calibration: Calibration | None) -> Shape:
     """All that can be known before weights load: family, layout, sequence length; returns the model's shape."""
-    shape = _shape_of(checkpoint.skeleton())
+    shape = shape_of(checkpoint.skeleton())
     if calibration:
         calibration.check(getattr(checkpoint.config().get_text_config(), "max_position_embeddings", None))
     return shape
-
-
-def _shape_of(skeleton: PreTrainedModel) -> Shape:
-    mlps = find_mlps(skeleton)
-    return Shape(mlps[0].neurons, len(mlps), mlps[0].parameters_per_neuron, count_parameters(skeleton))
-
-
-def _possible_width(shape: Shape, budget: Budget, round_to: int) -> int | None:
-    try:
-        return shape.width_at(budget, round_to)
-    except UserError:
-        return None
 
 
 def _load(checkpoint: Checkpoint, compute: Compute) -> PreTrainedModel:

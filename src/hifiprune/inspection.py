@@ -1,0 +1,55 @@
+"""What a checkpoint is, told without loading its weights."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hifiprune.allocation import Budget, Shape
+from hifiprune.checkpoint import find_checkpoint
+from hifiprune.errors import UserError
+from hifiprune.neurons import count_parameters, find_mlps
+
+
+def inspect(model: str) -> dict[str, Any]:
+    """Architecture, MLPs, parameters by part and the width at 10-50%, without loading weights."""
+    checkpoint = find_checkpoint(model)
+    skeleton = checkpoint.skeleton()
+    mlps = find_mlps(skeleton)
+    shape = shape_of(skeleton)
+    in_mlps = sum(p.numel() for mlp in mlps for linear in (*mlp.inputs, mlp.output) for p in linear.parameters())
+    ends = {p for m in (skeleton.get_input_embeddings(), skeleton.get_output_embeddings()) for p in m.parameters()}
+    in_ends = sum(parameter.numel() for parameter in ends)
+    widths: dict[str, dict[str, Any]] = {}
+    for percent in (10, 20, 30, 40, 50):
+        exact, rounded = (_possible_width(shape, Budget(ratio=percent / 100), step) for step in (1, 128))
+        reached = None if rounded is None else shape.ratio_at(rounded)
+        widths[f"{percent}%"] = {"width": exact, "width_rounded_to_128": rounded, "ratio_reached": reached}
+    return {
+        "model": model,
+        "architecture": type(skeleton).__name__,
+        "model_type": skeleton.config.model_type,
+        "mlps": len(mlps),
+        "neurons_per_mlp": shape.neurons,
+        "neurons": shape.neurons * len(mlps),
+        "parameters": {
+            "total": shape.total_parameters,
+            "mlps": in_mlps,
+            "embeddings_and_head": in_ends,
+            "attention_and_norms": shape.total_parameters - in_mlps - in_ends,
+        },
+        "weight_bytes": checkpoint.weight_bytes,
+        "widths": widths,
+    }
+
+
+def shape_of(model: PreTrainedModel) -> Shape:
+    """The sizes that turn a budget into a width; `model` may be on the meta device."""
+    mlps = find_mlps(model)
+    return Shape(mlps[0].neurons, len(mlps), mlps[0].parameters_per_neuron, count_parameters(model))
+
+
+def _possible_width(shape: Shape, budget: Budget, round_to: int) -> int | None:
+    try:
+        return shape.width_at(budget, round_to)
+    except UserError:
+        return None
