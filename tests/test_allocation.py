@@ -68,6 +68,7 @@ def test_the_best_neurons_are_kept_in_order_and_ties_keep_the_lower_index() -> N
         ({"ratio": 0.0}, r"ratio 0 must lie in \(0, 1\)"),
         ({"ratio": 1.0}, r"ratio 1 must lie in \(0, 1\)"),
         ({"ratio": 20.0}, r"ratio 20 must lie in \(0, 1\); did you mean 0.2\?"),
+        ({"ratio": 1.4}, r"ratio 1.4 must lie in \(0, 1\); did you mean 0.4\?"),
         ({"ratio": float("nan")}, r"ratio nan must lie in \(0, 1\)"),
         ({"neuron_ratio": -0.5}, r"neuron-ratio -0.5 must lie in \(0, 1\)"),
         ({"width": 0}, "width 0 must be at least 1"),
@@ -82,6 +83,8 @@ def test_budgets_beyond_the_mlps_name_the_largest_possible() -> None:
     with pytest.raises(UserError, match=r"ratio 0\.7 is more than the MLPs hold.*largest possible --ratio is 0.591"):
         SMOLLM2.width_at(Budget(ratio=0.7))
     assert SMOLLM2.width_at(Budget(ratio=0.591)) >= 1
+    with pytest.raises(UserError, match=r"neuron-ratio 0\.9999 is more.*--neuron-ratio 0\.9993"):
+        SMOLLM2.width_at(Budget(neuron_ratio=0.9999))
     with pytest.raises(UserError, match="width 1536 must be below the model's own width 1536"):
         SMOLLM2.width_at(Budget(width=1536))
     with pytest.raises(UserError, match=r"nothing would be removed.*--round-to 1"):

@@ -90,6 +90,7 @@ def test_too_little_text_says_how_much_there_is_and_what_to_change(tmp_path: Pat
             b'{"a": "x", "b": "y"}\n',
             "no text column called text.*the columns are a, b; name one with --text-column",
         ),
+        ("array.json", b'[{"text": "a"}]', "convert it to JSON Lines and name it .jsonl"),
         ("bad.parquet", b"PAR1 not really", "is not a readable Parquet file"),
     ],
 )
@@ -108,6 +109,10 @@ def test_text_columns_are_named_or_guessed(tmp_path: Path) -> None:
     assert read_documents(str(path)) == ["only"]
     with pytest.raises(UserError, match="no text column 'nope'"):
         read_documents(str(path), "nope")
+    path.write_text('\ufeff{"text": null, "url": "u"}\n{"text": "t", "url": "u"}\n{"text": null, "url": "u"}\n')
+    assert read_documents(str(path)) == ["t"]
+    path.with_suffix(".JSONL").write_text('{"text": "t"}\n')
+    assert read_documents(str(path.with_suffix(".JSONL"))) == ["t"]
 
 
 def test_empty_folders_and_missing_files(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hifiprune import Plan, pipeline
 from hifiprune.checkpoint import Checkpoint
 from hifiprune.cli import main
+from hifiprune.output import replacing
 
 MESSAGE_LIMIT = 600
 
@@ -111,7 +112,10 @@ def test_scores_prune_at_any_ratio_to_the_same_plan(cli: Cli, checkpoint: Path, 
     assert plans[0] == plans[1]
     plan = Plan.load(outputs[0] / "hifiprune" / "plan.json")
     assert plan.ratio_reached == pytest.approx(0.1, abs=0.01)
-    assert load_file(outputs[0] / "model.safetensors").keys() == load_file(outputs[1] / "model.safetensors").keys()
+    weights = [load_file(output / "model.safetensors") for output in outputs]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    record = json.loads((outputs[0] / "run.json").read_text())
+    assert record["arguments"]["scores"] == str(tmp_path / "s.safetensors")
 
 
 def test_evaluate_prints_every_metric(cli: Cli, checkpoint: Path, text: Path) -> None:
@@ -152,9 +156,10 @@ def test_the_output_keeps_the_checkpoints_dtype(
     folder = make_checkpoint("half", dtype="bfloat16")
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
     output = tmp_path / "out"
-    result = cli("prune", folder, "--output", output, "--width", 20, "--calibration", text, *CALIBRATION, "--json")
+    arguments = ("--width", 20, "--calibration", text, *CALIBRATION, "--device", "cpu", "--json")
+    result = cli("prune", folder, "--output", output, *arguments)
     assert result.code == 0, result.err
-    assert result.json["results"]["scoring"]["compute_dtype"] == "float32"  # on a CPU
+    assert result.json["results"]["scoring"]["compute_dtype"] == "float32"
     assert {tensor.dtype for tensor in load_file(output / "model.safetensors").values()} == {torch.bfloat16}
 
 
@@ -163,8 +168,10 @@ def test_scores_made_in_a_narrower_dtype_belong_to_the_stored_weights(
 ) -> None:
     scores = ("--output", tmp_path / "s", "--calibration", text, *CALIBRATION[:4], "--dtype", "bfloat16")
     assert cli("score", checkpoint, *scores).code == 0
-    result = cli("prune", checkpoint, "--output", tmp_path / "out", "--width", 8, "--scores", tmp_path / "s")
+    arguments = ("--width", 8, "--scores", tmp_path / "s", "--seed=3")
+    result = cli("prune", checkpoint, "--output", tmp_path / "out", *arguments)
     assert result.code == 0, result.err
+    assert "Ignored, since the --scores were made before: --seed=3" in result.err
     assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float32}
 
 
@@ -172,12 +179,13 @@ def test_large_checkpoints_are_sharded(cli: Cli, checkpoint: Path, text: Path, t
     arguments = ("--width", 20, "--calibration", text, *CALIBRATION, "--shard-size", "20KB")
     assert cli("prune", checkpoint, "--output", tmp_path / "out", *arguments).code == 0
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
-    again = cli("prune", tmp_path / "out", "--output", tmp_path / "twice", *arguments[2:], "--width", 8, "--json")
+    smaller = ("--width", 8, *arguments[2:])
+    again = cli("prune", tmp_path / "out", "--output", tmp_path / "twice", *smaller, "--json")
     assert again.json["results"]["width"] == {"before": 20, "after": 8}
-    (tmp_path / "out" / "model-00002-of-00005.safetensors").unlink(missing_ok=True)
-    shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
-    shards[-1].unlink()
-    refused(cli("prune", tmp_path / "out", "--output", tmp_path / "x", *arguments), "lacks the weight file model-")
+    sorted((tmp_path / "out").glob("model-*.safetensors"))[-1].unlink()
+    refused(cli("prune", tmp_path / "out", "--output", tmp_path / "x", *smaller), "lacks the weight file model-")
+    (tmp_path / "out" / "model.safetensors.index.json").write_text("{}")
+    refused(cli("prune", tmp_path / "out", "--output", tmp_path / "x", *smaller), "index.json is damaged")
 
 
 BUDGETS = [
@@ -259,6 +267,11 @@ def _break_tensor(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
+def _break_gguf(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.with_suffix(".gguf").write_bytes(b"GGUF" + bytes(900))
+
+
 def _break_nan(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
@@ -276,6 +289,7 @@ MODELS = [
     (_break_tokenizer, "has no tokenizer files"),
     (_break_pickled, "pytorch_model.bin would have to be unpickled"),
     (_break_tensor, "lacks 1 tensors, such as model.layers.1.mlp.up_proj.weight"),
+    (_break_gguf, "the configuration of"),
     (_break_nan, "model.layers.1.mlp.up_proj.weight contain NaN or infinite values"),
 ]
 
@@ -285,8 +299,9 @@ def test_unusable_models(
     cli: Cli, checkpoint: Path, text: Path, tmp_path: Path, damage: Callable[[Path], None], message: str
 ) -> None:
     damage(checkpoint)
+    model = checkpoint if checkpoint.exists() or damage is _break_missing else checkpoint.with_suffix(".gguf")
     refused(
-        cli("prune", checkpoint, "--output", tmp_path / "out", "--width", 8, "--calibration", text, *CALIBRATION),
+        cli("prune", model, "--output", tmp_path / "out", "--width", 8, "--calibration", text, *CALIBRATION),
         message,
     )
     assert not (tmp_path / "out").exists()
@@ -303,19 +318,21 @@ def test_a_hub_id_that_cannot_be_reached(cli: Cli, tmp_path: Path, monkeypatch: 
     refused(cli("inspect", "org/model"), "there is no folder org/model here, and the model hub could not be reached")
 
 
-def test_a_hub_id_is_downloaded_without_pickled_files(
-    cli: Cli, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_hub_id_is_downloaded_as_far_as_it_is_needed(
+    cli: Cli, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []
 
     def download(name: str, allow_patterns: list[str]) -> str:
-        asked.append((name, allow_patterns))
+        asked.extend(allow_patterns)
         return str(checkpoint)
 
     monkeypatch.setattr("hifiprune.checkpoint.snapshot_download", download)
     assert cli("inspect", "org/model", "--json").json["neurons_per_mlp"] == 40
-    assert asked[0][0] == "org/model"
-    assert not any("bin" in pattern or pattern == "*" for pattern in asked[0][1])
+    assert not any(pattern == "*" or "bin" in pattern or "safetensors" in pattern.split(".")[-1:] for pattern in asked)
+    arguments = ("--output", tmp_path / "out", "--width", 8, "--calibration", "self", *CALIBRATION)
+    assert cli("prune", "org/model", *arguments).code == 0
+    assert "model.safetensors" in asked
 
 
 def test_other_values_out_of_range(cli: Cli, checkpoint: Path, text: Path, tmp_path: Path) -> None:
@@ -335,7 +352,11 @@ def test_other_values_out_of_range(cli: Cli, checkpoint: Path, text: Path, tmp_p
     refused(cli(*start[:-2]), "give exactly one of --calibration and --scores")
     if not torch.cuda.is_available():
         refused(cli(*start, "--device", "cuda"), "sees no CUDA GPU; use --device cpu")
+    refused(cli(*start, "--device", "mps"), "device 'mps' is not known")
+    refused(cli(*start, "--shard-size", "5GiB", *CALIBRATION), "shard size '5GiB'")
     refused(cli("evaluate", checkpoint, "--text", text, "--seq-len", 65), "seq-len 65 exceeds")
+    refused(cli("evaluate", checkpoint, "--text", "self", "--seq-len", 16), "'self' is text for calibration only")
+    refused(cli("inspect", "~nobody-of-this-name/x"), "there is no model folder or .gguf file")
     (tmp_path / "short.txt").write_text("few words")
     refused(
         cli("evaluate", checkpoint, "--text", tmp_path / "short.txt", "--seq-len", 32),
@@ -366,10 +387,18 @@ def test_outputs_that_must_not_be_written(cli: Cli, checkpoint: Path, text: Path
 
     (tmp_path / "taken").mkdir()
     refused(prune(tmp_path / "taken"), "exists already; choose another name, or replace it with --overwrite")
-    refused(prune(checkpoint, "--overwrite"), "is the input itself")
+    refused(prune(checkpoint, "--overwrite"), "is the input")
     refused(prune(tmp_path, "--overwrite"), "contains the input")
+    refused(prune(text, "--overwrite"), "is the input")
     (tmp_path / "file").write_text("x")
     refused(prune(tmp_path / "file" / "out"), "is not a writable folder")
+    refused(prune(tmp_path / "file", "--overwrite"), "is not a folder")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    refused(prune(tmp_path / "link"), "exists already")
+    refused(prune(tmp_path / "link", "--overwrite"), "is not a folder")
+    score = ("score", checkpoint, "--calibration", text, *CALIBRATION[:4], "--overwrite", "--output")
+    refused(cli(*score, tmp_path / "taken"), "is not a file")
+    refused(cli(*score, text), "is the input")
     assert prune(tmp_path / "taken", "--overwrite").code == 0
     assert (tmp_path / "taken" / "config.json").is_file()
     assert not leftovers(tmp_path)
@@ -440,24 +469,75 @@ def test_signals_in_every_stage_leave_nothing(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("command", "stage"),
+    [
+        (("score", "--calibration", "TEXT", "--output", "OUT"), "score"),
+        (("score", "--calibration", "self", "--output", "OUT"), "sample_windows"),
+        (("evaluate", "--text", "TEXT"), "measure"),
+        (("evaluate", "--text", "TEXT"), "Checkpoint.load"),
+    ],
+)
+def test_signals_in_the_other_commands(
+    cli: Cli,
+    checkpoint: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: tuple[str, ...],
+    stage: str,
+    number: int,
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(f"hifiprune.pipeline.{stage}", interrupted)
+    words = {"TEXT": str(text), "OUT": str(tmp_path / "out")}
+    name, *rest = (words.get(word, word) for word in command)
+    more = CALIBRATION[:4] if name == "score" else ("--seq-len", 16)
+    refused(cli(name, checkpoint, *rest, *more), f"interrupted by {signal.Signals(number).name}", code=1)
+    assert not (tmp_path / "out").exists()
+    assert not leftovers(tmp_path)
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_signal_between_the_renames_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    target, calls, real = tmp_path / "out", [], os.rename
+    target.mkdir()
+    (target / "note").write_text("old")
+
+    def interrupted(source: Any, destination: Any) -> None:
+        real(source, destination)
+        calls.append(destination)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", interrupted)
+
+    def write() -> None:
+        with replacing(target) as new:
+            new.mkdir()
+            (new / "note").write_text("new")
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert (target / "note").read_text() == ("old" if call == 1 else "new")
+    assert not leftovers(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_real_process_stops_at_once_while_it_scores(
     checkpoint: Path, text: Path, tmp_path: Path, number: int
 ) -> None:
-    arguments = ["--width", "8", "--calibration", "self", "--num-samples", "100000", "--seq-len", "64"]
-    command = [
-        sys.executable,
-        "-m",
-        "hifiprune",
-        "prune",
-        str(checkpoint),
-        "--output",
-        str(tmp_path / "out"),
-        *arguments,
-    ]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        time.sleep(12)
+    arguments = ["--width", "8", "--calibration", "python-docs", "--sampler", "stream", "--num-samples", "6000"]
+    command = [sys.executable, "-m", "hifiprune", "prune", str(checkpoint), "--output", str(tmp_path / "out")]
+    with subprocess.Popen([*command, *arguments, "--seq-len", "64"], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        before = next(line for line in process.stderr if line.startswith("Scoring "))
+        time.sleep(1)
         process.send_signal(number)
         _, err = process.communicate(timeout=30)
+    assert "on 6000 windows of 64 tokens" in before
     assert process.returncode == 1
     assert f"interrupted by {signal.Signals(number).name}" in err
     assert "Traceback" not in err

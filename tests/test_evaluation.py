@@ -1,5 +1,6 @@
 """Fidelity metrics against naive float64 formulas, and their exact values at the extremes."""
 
+import copy
 import math
 
 import pytest
@@ -104,6 +105,18 @@ def test_bootstrap_interval_covers_the_mean_about_as_often_as_it_says() -> None:
         hits += estimate.low <= 0 <= estimate.high
     assert 0.88 <= hits / 200 <= 0.99
     assert bootstrap_mean(torch.tensor([2.0])).low is None
+
+
+def test_windows_of_one_position_cannot_be_scored() -> None:
+    with pytest.raises(UserError, match="windows must have 2 to 64 positions, not 1"):
+        measure(tiny_model("llama"), tiny_tokens(positions=1))
+
+
+def test_models_of_different_dtypes_are_compared() -> None:
+    single = tiny_model("llama", torch.float32)
+    found = measure(single, tiny_tokens(), copy.deepcopy(single).double())
+    assert 0 <= found["kl"].value < 1e-5
+    assert found["perplexity"].value == pytest.approx(found["dense_perplexity"].value, rel=1e-4)
 
 
 def test_models_of_different_vocabularies_are_not_compared() -> None:

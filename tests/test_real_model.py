@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hifiprune import Budget, Calibration, evaluate, inspect, prune
+from hifiprune import Budget, Calibration, UserError, evaluate, inspect, prune
 from hifiprune.demonstration import run, write_texts
 from hifiprune.hashing import hash_model
 from hifiprune.voice import Voice
@@ -51,6 +52,13 @@ def test_the_demo_prunes_measures_and_records(smollm2_folder: Path, tmp_path: Pa
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
     assert sum(p.numel() for p in model.parameters()) == results["parameters"]["after"] == 107_972_928
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def test_the_demo_never_writes_over_what_it_did_not_make(tmp_path: Path) -> None:
+    (tmp_path / "evaluation.jsonl").write_text("mine")
+    with pytest.raises(UserError, match="was not made by a demo"):
+        run(tmp_path, None, 2, 128, Voice())
+    assert (tmp_path / "evaluation.jsonl").read_text() == "mine"
 
 
 def test_the_demos_texts_share_no_paragraph(tmp_path: Path) -> None:

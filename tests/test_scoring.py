@@ -1,5 +1,7 @@
 """What the scores mean, and how scoring refuses what it cannot do."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -113,6 +115,34 @@ def test_overflow_late_in_the_data_is_found_too() -> None:
 def test_unusable_windows_are_refused(windows: Tensor, message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_windows(tiny_model("llama"), windows, 1)
+
+
+def test_late_small_terms_are_not_lost_in_bfloat16() -> None:
+    """A thousand products of 1 after one of 256: a bfloat16 sum would stay at 256."""
+    activation = torch.ones(1, 1001, 2, dtype=torch.bfloat16)
+    gradient = -torch.ones(1, 1001, 2, dtype=torch.bfloat16)
+    activation[0, 0] = 256
+    for criterion in CRITERIA.values():
+        assert criterion.accumulate(activation, gradient.clone()).tolist() == [1256.0, 1256.0]
+
+
+def test_float16_gradients_do_not_vanish() -> None:
+    """Gradients of a mean over many positions lie below float16's range unless they are scaled."""
+    torch.manual_seed(4)
+    tokens = torch.randint(61, (1, 64))
+    half = tiny_model("llama", torch.float16)
+    with torch.no_grad():
+        half.get_parameter("lm_head.weight").mul_(0.01)  # small gradients, as a long window has
+    found, exact = score(half, tokens), score(copy.deepcopy(half).double(), tokens)
+    for one, other in zip(found.values, exact.values, strict=True):
+        assert (one - other).abs().max() < 0.1 * other.max()
+
+
+def test_windows_longer_than_the_model_are_refused() -> None:
+    with pytest.raises(UserError, match="windows must have 1 to 64 positions, not 65"):
+        score(tiny_model("llama"), torch.zeros(1, 65, dtype=torch.int64))
+    with pytest.raises(UserError, match=r"LlamaModel has no model.layers; give the causal language model"):
+        find_mlps(tiny_model("llama").model)
 
 
 def test_unknown_criteria_and_architectures_are_refused_by_name() -> None:

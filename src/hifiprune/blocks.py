@@ -122,8 +122,8 @@ class BlockChain:
             normed = self.norm(hidden)
         values, gradient = mean_over_positions(objective, normed.detach(), self.head)
         # float16 holds nothing below 6e-8, so there the small gradients travel scaled by a power of two
-        scale = 2**12 if gradient.dtype == torch.float16 else 1
-        (gradient,) = torch.autograd.grad(normed, hidden, gradient * scale)
+        scale = 2**12 if normed.dtype == torch.float16 else 1
+        (gradient,) = torch.autograd.grad(normed, hidden, (gradient * scale).to(normed.dtype))
         for index in reversed(range(len(stored))):
             entry = stored.pop()
             if not isinstance(entry, Trace):

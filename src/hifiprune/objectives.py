@@ -124,12 +124,12 @@ def mean_over_positions(
         slice_rows: positions per matrix product; see `Head.slice_rows`.
 
     Returns:
-        values in nats in float32 or better, one a window, and the gradient in the dtype of `hidden`.
+        values in nats in float32 or better, one a window, and the gradient in the same.
     """
     windows, positions, width = hidden.shape
     rows = hidden.reshape(-1, width)
     values = rows.new_empty(len(rows), dtype=_precise(hidden.dtype))
-    gradient = torch.empty_like(rows)
+    gradient = torch.empty_like(rows, dtype=values.dtype)
     step = slice_rows or head.slice_rows
     for start in range(0, len(rows), step):
         logits = head.logits(rows[start : start + step])
