@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hifiprune.allocation import Budget, allocate
-    from hifiprune.calibration import Calibration
+    from hifiprune.calibration import Calibration, load_windows
     from hifiprune.compute import Compute
     from hifiprune.criteria import CRITERIA, Criterion
     from hifiprune.errors import HifipruneError, RunError, UserError
@@ -40,6 +40,7 @@ __all__ = [
     "evaluate",
     "find_mlps",
     "inspect",
+    "load_windows",
     "measure",
     "prune",
     "score",
@@ -65,6 +66,7 @@ _HOMES = {
     "evaluate": "pipeline",
     "find_mlps": "neurons",
     "inspect": "inspection",
+    "load_windows": "calibration",
     "measure": "evaluation",
     "prune": "pipeline",
     "score": "scoring",

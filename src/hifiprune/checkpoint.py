@@ -273,4 +273,4 @@ def _explained(name: str, what: str) -> Iterator[None]:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         if "allocate memory" in first:
             raise RunError(f"not enough memory for {what} of {name}; try --dtype bfloat16") from error
-        raise UserError(f"{what} of {name} cannot be read: {first}") from error
+        raise UserError(f"{what} of {name} cannot be read: {first[:300]}") from error
