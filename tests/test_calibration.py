@@ -72,6 +72,8 @@ def test_too_little_text_says_how_much_there_is_and_what_to_change(tmp_path: Pat
         load_windows(Calibration(source, 9, 200, sampler="documents"), byte_tokenizer())
     assert "--num-samples 2, --sampler stream (gives 5), a --seq-len below 200" in str(caught.value)
     assert len(load_windows(Calibration(source, 5, 200, sampler="stream"), byte_tokenizer())) == 5
+    with pytest.raises(UserError, match=r"its \d+ tokens make no window of 5000; use more text"):
+        load_windows(Calibration(source, 1, 5000, sampler="stream"), byte_tokenizer())
     with pytest.raises(UserError, match="6 windows of 200 tokens asked for, 5 possible with the sampler 'stream'"):
         load_windows(Calibration(source, 6, 200, sampler="stream"), byte_tokenizer())
 

@@ -93,6 +93,9 @@ def test_prune_writes_an_ordinary_checkpoint(cli: Cli, checkpoint: Path, text: P
     assert {stage["name"] for stage in record["stages"]} >= {"scoring", "cutting", "writing"}
     assert all(stage["peak_memory_bytes"] > 1e6 for stage in record["stages"])
     assert not leftovers(tmp_path)
+    (tmp_path / "new").touch()
+    usual = (tmp_path / "new").stat().st_mode
+    assert {file.stat().st_mode for file in output.rglob("*") if file.is_file()} == {usual}
 
 
 def test_scores_prune_at_any_ratio_to_the_same_plan(cli: Cli, checkpoint: Path, text: Path, tmp_path: Path) -> None:
@@ -315,7 +318,9 @@ def test_a_hub_id_that_cannot_be_reached(cli: Cli, tmp_path: Path, monkeypatch: 
         raise LocalEntryNotFoundError("offline")
 
     monkeypatch.setattr("hifiprune.checkpoint.snapshot_download", fail)
-    refused(cli("inspect", "org/model"), "there is no folder org/model here, and the model hub could not be reached")
+    refused(
+        cli("inspect", "org/model"), "org/model, and the model hub could not be reached to look for org/model there"
+    )
 
 
 def test_a_hub_id_is_downloaded_as_far_as_it_is_needed(

@@ -108,7 +108,13 @@ def draw_stream(
     documents: list[str], tokenizer: PreTrainedTokenizerBase, calibration: Calibration
 ) -> Int[Tensor, "windows positions"]:
     """`num_samples` random windows of the documents joined into one stream, without overlap."""
-    windows = cut_windows(join_documents(documents, tokenizer), calibration.seq_len)
+    stream = join_documents(documents, tokenizer)
+    if len(stream) < calibration.seq_len:
+        asked = f"no window of {calibration.seq_len}"
+        raise UserError(
+            f"too little text in {calibration.source}: its {len(stream)} tokens make {asked}; use more text"
+        )
+    windows = cut_windows(stream, calibration.seq_len)
     if len(windows) < calibration.num_samples:
         raise _too_little(calibration, len(windows), "stream")
     chosen = random.Random(calibration.seed).sample(range(len(windows)), calibration.num_samples)

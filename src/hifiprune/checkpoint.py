@@ -252,11 +252,11 @@ def _download(name: str, patterns: list[str]) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except HfHubHTTPError as error:
         answer = error.server_message or error
-        raise UserError(f"there is no folder {name} here, and the hub answered: {answer}") from error
+        raise UserError(f"there is no folder {Path(name).absolute()}, and the hub answered: {answer}") from error
     except Exception as error:
         raise UserError(
-            f"there is no folder {name} here, and the model hub could not be reached to look for it there "
-            f"({type(error).__name__}); check the spelling, or download the model first and give its folder"
+            f"there is no folder {Path(name).absolute()}, and the model hub could not be reached to look for {name} "
+            "there; check the spelling, or download the model first and give its folder"
         ) from error
 
 

@@ -135,5 +135,5 @@ def continuations(name: str, tokens: int = 32) -> list[str]:
     for prompt in PROMPTS:
         inputs = tokenizer(prompt, return_tensors="pt")
         ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        texts.append(str(tokenizer.decode(ids, skip_special_tokens=True)))
+        texts.append(str(tokenizer.decode(ids, skip_special_tokens=True)).strip())
     return texts

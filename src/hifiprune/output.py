@@ -75,11 +75,21 @@ def replacing(target: str | Path) -> Iterator[Path]:
     try:
         new = workplace / target.name
         yield new
+        _permit(new)
         _rename(new, target, aside=workplace / "replaced")
     except (OSError, SafetensorError) as error:
         raise RunError(_describe(error, target)) from error
     finally:
         shutil.rmtree(workplace, ignore_errors=True)
+
+
+def _permit(new: Path) -> None:
+    """Give files the permissions that new files usually get: safetensors writes them for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in (new, *new.rglob("*")):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
 
 
 def _rename(new: Path, target: Path, aside: Path) -> None:

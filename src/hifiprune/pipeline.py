@@ -237,7 +237,7 @@ def _score(
     voice.say(
         f"Scoring {checkpoint.name} by '{criterion}' on {len(windows)} windows of {windows.shape[1]} tokens of "
         f"{calibration.source}, {model.dtype} on {compute.resolved_device}: about {_duration(seconds)} and "
-        f"{memory / 1e9:.1f} GB above the weights{' (recomputing)' if recompute else ''}."
+        f"{memory / 1e9:.1f} GB above the weights{' (recomputing)' if recompute else ''}, if the machine is idle."
     )
     with record.stage("scoring"):
         scores = score(
@@ -256,9 +256,9 @@ def _score(
 def _announce(budget: Budget, shape: Shape, width: int, round_to: int) -> str:
     reached = f"{shape.ratio_at(width):.2%} of all parameters, {1 - width / shape.neurons:.2%} of the neurons"
     if budget.width is not None:
-        return f"Width {shape.neurons} -> {width}: removes {reached}."
+        return f"Plan: width {shape.neurons} -> {width}, removes {reached}."
     asked = f"{budget.ratio:.2%} of all parameters" if budget.ratio else f"{budget.neuron_ratio:.2%} of the neurons"
-    return f"Asked: {asked}. Width {shape.neurons} -> {width} (a multiple of {round_to}): removes {reached}."
+    return f"Plan: asked {asked}; width {shape.neurons} -> {width}, a multiple of {round_to}, removes {reached}."
 
 
 def _arguments(**values: Any) -> dict[str, Any]:

@@ -1,12 +1,15 @@
 """What a run tells its user: remarks and progress on standard error, or nothing."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator
+from operator import length_hint
 from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 T = TypeVar("T")
+SECONDS_BETWEEN_LINES = 20
 
 
 class Voice:
@@ -21,7 +24,17 @@ class Voice:
             self.console.print(remark, highlight=False, soft_wrap=True, markup=False)
 
     def track(self, what: str) -> Callable[[Iterable[T]], Iterable[T]]:
-        """A wrapper for a sequence that shows progress, time spent and time left."""
+        """A wrapper for a sequence that shows progress and time left: a bar on a terminal, else a line now and then."""
+
+        def spoken(items: Iterable[T]) -> Iterator[T]:
+            total, start = length_hint(items), time.monotonic()
+            said = start
+            for done, item in enumerate(items):
+                now = time.monotonic()
+                if now - said > SECONDS_BETWEEN_LINES:
+                    self.say(f"{what}: {done} of {total}, about {(now - start) / done * (total - done):.0f} s left")
+                    said = now
+                yield item
 
         def tracked(items: Iterable[T]) -> Iterator[T]:
             columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
@@ -29,4 +42,4 @@ class Voice:
             with Progress(*columns, TimeRemainingColumn(), console=console, disable=not self.console) as progress:
                 yield from progress.track(items)
 
-        return tracked
+        return spoken if self.console and not self.console.is_terminal else tracked
