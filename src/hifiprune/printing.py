@@ -111,8 +111,8 @@ def next_step(command: str) -> None:
 
 
 def _interval(estimate: dict[str, float | None]) -> str:
-    bounds = "" if estimate["low"] is None else f" ({estimate['low']:.4g} to {estimate['high']:.4g})"
-    return f"{estimate['value']:.4g}{bounds}"
+    bounds = "" if estimate["low"] is None else f" ({estimate['low']:.3g} to {estimate['high']:.3g})"
+    return f"{estimate['value']:.3g}{bounds}"
 
 
 def _cost(stage: dict[str, Any]) -> tuple[str, str]:
