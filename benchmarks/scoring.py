@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune.blocks import BlockChain, frozen
+from hifiprune.blocks import BlockChain, Seen
 from hifiprune.calibration import Calibration, load_windows
 from hifiprune.checkpoint import find_checkpoint
-from hifiprune.criteria import CRITERIA
 from hifiprune.demonstration import fetch_smollm2
+from hifiprune.guards import frozen
+from hifiprune.objectives import Entropy
 from hifiprune.record import describe_environment, peak_memory, reset_peak_memory
+from hifiprune.statistics import absolute
 
 ROOT = Path(__file__).parent.parent
 WINDOWS, POSITIONS, ROUNDS = 8, 1024, 3
@@ -62,17 +64,17 @@ def papers_way(model: PreTrainedModel, windows: Tensor, seconds: list[float]) ->
 
 def our_way(model: PreTrainedModel, windows: Tensor, seconds: list[float], *, recompute: bool) -> list[Tensor]:
     """Score by one sweep a window through the block chain."""
-    criterion = CRITERIA["hfprune"]
     with frozen(model):
         chain = BlockChain(model)
         scores = [torch.zeros(mlp.neurons) for mlp in chain.mlps]
 
-        def add(layer: int, activation: Tensor, gradient: Tensor) -> None:
-            scores[layer] += criterion.accumulate(activation, gradient)
+        def add(seen: Seen) -> None:
+            if seen.kernel is not None:
+                scores[seen.layer] += absolute(seen)[0]
 
         for window in windows:
             start = time.perf_counter()
-            chain.sweep(window.unsqueeze(0), criterion.objective, add, recompute=recompute)
+            chain.sweep(window.unsqueeze(0), [Entropy()], add, recompute=recompute)
             seconds.append(time.perf_counter() - start)
     return scores
 

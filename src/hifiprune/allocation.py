@@ -3,10 +3,8 @@
 import math
 from dataclasses import dataclass
 
-import torch
-
 from hifiprune.errors import UserError
-from hifiprune.plan import Plan
+from hifiprune.plan import Plan, highest
 from hifiprune.scores import Scores
 
 
@@ -124,7 +122,7 @@ def allocate(scores: Scores, budget: Budget, *, round_to: int = 128) -> Plan:
     scores.require_finite()
     shape = Shape.of(scores)
     width = shape.width_at(budget, round_to)
-    kept = [torch.sort(values, descending=True, stable=True).indices[:width].sort().values for values in scores.values]
+    kept = [highest(values, width) for values in scores.values]
     return Plan(
         kept=kept,
         neurons=[shape.neurons] * shape.mlps,

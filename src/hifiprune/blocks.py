@@ -6,7 +6,8 @@ rotary embeddings, per-layer variants) are recorded from the model's own forward
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,8 +20,48 @@ from hifiprune.errors import RunError, UserError
 from hifiprune.neurons import family_of, find_blocks, find_mlps
 from hifiprune.objectives import Head, Kernel, mean_over_positions
 
-Visit = Callable[[int, Tensor, Tensor], None]
-"""Called with a layer, its activation `h` and `dC/dh`, both `[windows, positions, neurons]`, which it may overwrite."""
+
+@dataclass
+class MapPass:
+    """One linear map of an MLP in a run: its input and its output, later with the gradient at the output.
+
+    Attributes:
+        linear: the map.
+        input: `[windows, positions, in_features]`.
+        output: `[windows, positions, out_features]`, or the gradient there.
+    """
+
+    linear: nn.Linear
+    input: Tensor
+    output: Tensor
+
+
+@dataclass
+class Seen:
+    """What a sweep shows of one MLP.
+
+    Attributes:
+        layer: number of the MLP.
+        kernel: number of the objective that was differentiated; None on the way forward.
+        activation: `h`, `[windows, positions, neurons]`, to be left as it is.
+        gradient: `dC/dh` in the same shape, gone once `taylor` is asked for; None on the way forward.
+        maps: input and output gradient of each linear map, where asked for; the output map comes last.
+    """
+
+    layer: int
+    kernel: int | None
+    activation: Tensor
+    gradient: Tensor | None = None
+    maps: list[MapPass] = field(default_factory=list)
+
+    @cached_property
+    def taylor(self) -> Tensor:
+        """`h * dC/dh` in float32 or better, computed once in place of the gradient."""
+        assert self.gradient is not None
+        return self.gradient.to(torch.promote_types(self.gradient.dtype, torch.float32)).mul_(self.activation)
+
+
+Visit = Callable[[Seen], None]
 
 
 @dataclass(frozen=True)
@@ -33,10 +74,10 @@ class BlockCall:
 
 @dataclass
 class Trace:
-    """One block's run: its input and, with the graph between them, its MLP's activation `h` and its output."""
+    """One block's run: its input and, with the graph between them, its MLP's maps (output map last) and its output."""
 
     input: Tensor
-    activation: Tensor
+    maps: list[MapPass]
     output: Tensor
 
 
@@ -89,86 +130,129 @@ class BlockChain:
         return normed
 
     def sweep(
-        self, tokens: Int[Tensor, "windows positions"], objective: Kernel, visit: Visit, *, recompute: bool = False
-    ) -> Float[Tensor, "windows"]:
-        """Forward through all blocks, then backward from `objective`, showing `visit` every MLP from last to first.
+        self,
+        tokens: Int[Tensor, "windows positions"],
+        kernels: Sequence[Kernel],
+        visit: Visit,
+        *,
+        recompute: bool = False,
+        maps: Sequence[int] = (),
+        teacher: Float[Tensor, "windows positions hidden"] | None = None,
+        first_window: int = 0,
+    ) -> tuple[list[Float[Tensor, "windows"]], Float[Tensor, "windows positions hidden"]]:
+        """Forward through all blocks, then backward from each objective, showing `visit` every MLP.
 
         Same as `C = objective(logits).mean(-1).sum(); C.backward()` with a hook on every MLP's activation, without
-        weight gradients, without the logits as a whole, and with each block's graph freed as soon as it is used.
+        weight gradients, without the logits as a whole, and with each block's graph freed as soon as it is used. One
+        forward serves all objectives.
 
         Args:
             tokens: token ids.
-            objective: the scalar of each position whose mean over a window's positions is differentiated.
-            visit: receives `h` and `dC/dh` of a layer.
+            kernels: the scalars of each position whose means over a window's positions are differentiated; none for a
+                forward pass alone.
+            visit: sees every MLP on the way forward, first to last, and on the way back, last to first, once a kernel.
             recompute: keep only each block's input and its MLP's output, and run the block again for its backward.
+            maps: numbers of the kernels for which `visit` is shown the linear maps too.
+            teacher: the teacher's final hidden state, for kernels that need one.
+            first_window: number of the first window.
 
         Returns:
-            the objective of each window, in float32 or better.
+            each objective of each window, in float32 or better, and the final hidden state after the last norm.
         """
         hidden, calls = self.embed(tokens)
         last = len(self.blocks) - 1
         stored: list[Trace | tuple[Tensor, Tensor]] = []
         for index, call in enumerate(calls):
-            if recompute and index < last:
-                output, mlp_output = self._run(index, hidden, call)
-                stored.append((hidden, mlp_output))
-                hidden = output
-            else:
-                trace = self._trace(index, hidden, call)
+            if kernels and not (recompute and index < last):
+                trace = self._trace(index, hidden, call, maps=bool(maps))
                 stored.append(trace)
-                hidden = trace.output
+                activation, hidden = trace.maps[-1].input.detach(), trace.output
+            else:
+                output, down = self._run(index, hidden, call)
+                if kernels:
+                    stored.append((hidden, down.output))
+                activation, hidden = down.input, output
+            visit(Seen(index, None, activation))
         hidden = hidden.detach().requires_grad_()
         with torch.enable_grad():
             normed = self.norm(hidden)
-        values, gradient = mean_over_positions(objective, normed.detach(), self.head)
+        final = normed.detach()
+        means = mean_over_positions(kernels, final, self.head, tokens, teacher=teacher, first_window=first_window)
         # float16 holds nothing below 6e-8, so there the small gradients travel scaled by a power of two
         scale = 2**12 if normed.dtype == torch.float16 else 1
-        (gradient,) = torch.autograd.grad(normed, hidden, (gradient * scale).to(normed.dtype))
-        for index in reversed(range(len(stored))):
+        gradients = [
+            torch.autograd.grad(normed, hidden, (gradient * scale).to(normed.dtype), retain_graph=True)[0]
+            for _, gradient in means
+        ]
+        while stored:
+            index = len(stored) - 1
             entry = stored.pop()
             if not isinstance(entry, Trace):
-                hidden, mlp_output = entry
-                entry = self._trace(index, hidden, calls[index], mlp_output)
-            wanted = (entry.activation, entry.input) if index else (entry.activation,)
-            activation_gradient, *rest = torch.autograd.grad(entry.output, wanted, gradient)
-            if scale != 1:
-                activation_gradient = activation_gradient.float() / scale
-            visit(index, entry.activation.detach(), activation_gradient)
-            gradient = rest[0] if rest else gradient
-        return values
+                entry = self._trace(index, entry[0], calls[index], entry[1], maps=bool(maps))
+            for number in range(len(kernels)):
+                seen = Seen(index, number, entry.maps[-1].input.detach())
+                more = number < len(kernels) - 1
+                gradients[number] = self._back(
+                    entry, gradients[number], seen, maps=number in maps, scale=scale, more=more
+                )
+                visit(seen)
+        return [values for values, _ in means], final
+
+    def _back(self, trace: Trace, gradient: Tensor, seen: Seen, *, maps: bool, scale: int, more: bool) -> Tensor:
+        """Fill `seen` with one objective's gradients in a block; return the gradient at the block's input.
+
+        The graph stays if there are `more` objectives.
+        """
+        outputs = [each.output for each in trace.maps] if maps else []
+        inputs = [trace.input] if seen.layer else []
+        wanted = [trace.maps[-1].input, *outputs, *inputs]
+        found = [*torch.autograd.grad(trace.output, wanted, gradient, retain_graph=more)]
+        rest = found.pop() if inputs else gradient
+        if scale != 1:
+            found = [each.float() / scale for each in found]
+        seen.gradient = found[0]
+        seen.maps = [
+            MapPass(each.linear, each.input.detach(), slope) for each, slope in zip(trace.maps, found[1:], strict=False)
+        ]
+        return rest
 
     @torch.no_grad()
-    def _run(self, index: int, hidden: Tensor, call: BlockCall) -> tuple[Tensor, Tensor]:
-        """Output of a block and of its MLP's output map."""
-        outputs: list[Tensor] = []
+    def _run(self, index: int, hidden: Tensor, call: BlockCall) -> tuple[Tensor, MapPass]:
+        """Output of a block, and its MLP's output map."""
+        passes: list[MapPass] = []
         linear = self.mlps[index].output
 
         def tapped(activation: Tensor) -> Tensor:
-            outputs.append(functional.linear(activation, linear.weight, linear.bias))
-            return outputs[0]
+            passes.append(MapPass(linear, activation, functional.linear(activation, linear.weight, linear.bias)))
+            return passes[0].output
 
         with _overridden([(linear, tapped)]):
             output: Tensor = self.blocks[index](hidden, *call.args, **call.kwargs)
-        return output, outputs[0]
+        return output, passes[0]
 
-    def _trace(self, index: int, hidden: Tensor, call: BlockCall, mlp_output: Tensor | None = None) -> Trace:
+    def _trace(
+        self, index: int, hidden: Tensor, call: BlockCall, mlp_output: Tensor | None = None, *, maps: bool = False
+    ) -> Trace:
         """Run a block with its graph; where the output map's product is known, it is not computed again."""
-        activations: list[Tensor] = []
-        linear = self.mlps[index].output
+        passes: list[MapPass] = []
+        mlp = self.mlps[index]
         hidden = hidden.detach().requires_grad_(index > 0)
 
-        def tapped(activation: Tensor) -> Tensor:
-            if not activation.requires_grad:  # the first block: nothing before its activation needs a gradient
-                activation = activation.detach().requires_grad_()
-            activations.append(activation)
-            if mlp_output is None:
-                return functional.linear(activation, linear.weight, linear.bias)
-            known: Tensor = _KnownProduct.apply(activation, linear.weight, mlp_output)  # type: ignore[no-untyped-call]
-            return known
+        def tapped(linear: nn.Linear, activation: Tensor) -> Tensor:
+            known = mlp_output if linear is mlp.output else None
+            if linear is mlp.output:
+                activation = _grown(activation)
+            if known is None:
+                output = functional.linear(activation, linear.weight, linear.bias)
+            else:
+                output = _KnownProduct.apply(activation, linear.weight, known)  # type: ignore[no-untyped-call]
+            passes.append(MapPass(linear, activation, _grown(output)))
+            return passes[-1].output
 
-        with _overridden([(linear, tapped)]), torch.enable_grad():
+        linears = (*mlp.inputs, mlp.output) if maps else (mlp.output,)
+        with _overridden([(linear, partial(tapped, linear)) for linear in linears]), torch.enable_grad():
             output = self.blocks[index](hidden, *call.args, **call.kwargs)
-        return Trace(hidden, activations[0], output)
+        return Trace(hidden, passes, output)
 
     def _check_head(self) -> None:
         """Prove on a few tokens that the logits follow from the final hidden state as `Head` says."""
@@ -187,6 +271,11 @@ class BlockChain:
             )
 
 
+def _grown(tensor: Tensor) -> Tensor:
+    """`tensor` as part of a graph: in the first block nothing before the MLP has one, so it starts here."""
+    return tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+
+
 class _KnownProduct(torch.autograd.Function):
     """`activation @ weight.T + bias` where the result is already known: only the gradient is computed."""
 
@@ -199,53 +288,6 @@ class _KnownProduct(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
         return gradients[0] @ weight, None, None
-
-
-def check_windows(model: PreTrainedModel, windows: Tensor, batch_size: int, least: int = 1) -> None:
-    """Refuse token windows that `model` cannot be run on, or of fewer than `least` positions.
-
-    Raises:
-        UserError: the shape, dtype, length or token ids are wrong, or the batch size is.
-    """
-    config = model.config.get_text_config()
-    if windows.ndim != 2 or windows.numel() == 0 or windows.is_floating_point():
-        found = f"{windows.dtype} {list(windows.shape)}"
-        raise UserError(f"windows must be integer token ids [windows, positions], not {found}")
-    longest = getattr(config, "max_position_embeddings", None) or windows.shape[1]
-    if not least <= windows.shape[1] <= longest:
-        raise UserError(f"windows must have {least} to {longest} positions, not {windows.shape[1]}")
-    low, high = int(windows.min()), int(windows.max())
-    if not 0 <= low <= high < config.vocab_size:
-        raise UserError(f"token ids must lie in 0 to {config.vocab_size - 1}; found {low} to {high}")
-    if batch_size < 1:
-        raise UserError(f"batch size {batch_size} must be at least 1")
-
-
-@contextmanager
-def memory_explained(model: PreTrainedModel, tokens: int) -> Iterator[None]:
-    """Turn a device that is out of memory into one message."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise RunError(
-            f"not enough memory on {model.device} for {tokens} tokens at once; use a smaller --batch-size or "
-            "--seq-len, --dtype bfloat16, or --recompute where it is offered"
-        ) from error
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no weight gradients within; both restored after."""
-    modes = {module: module.training for module in model.modules()}
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        model.eval().requires_grad_(False)
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_()
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager

@@ -57,16 +57,25 @@ class Compute:
         return torch.float32 if self.resolved_device == "cpu" else checkpoint.dtype()
 
 
-def estimate_seconds(config: PretrainedConfig, tokens: int, positions: int, device: str, dtype: torch.dtype) -> float:
-    """Rough time to score `tokens`: operations of forward and backward over the speed of a matrix product here."""
+def estimate_seconds(
+    config: PretrainedConfig,
+    tokens: int,
+    positions: int,
+    device: str,
+    dtype: torch.dtype,
+    *,
+    forwards: int = 1,
+    backwards: int = 1,
+) -> float:
+    """Rough time of passes over `tokens`: their operations over the speed of a matrix product here."""
     text = config.get_text_config()
     layers, hidden, width = text.num_hidden_layers, text.hidden_size, text.intermediate_size
     heads = text.num_attention_heads
     head_width = getattr(text, "head_dim", None) or hidden // heads
     keys = getattr(text, "num_key_value_heads", None) or heads
     weights = layers * (3 * hidden * width + 2 * hidden * head_width * (heads + keys)) + hidden * text.vocab_size
-    attention = 7 * layers * positions * heads * head_width  # causal: 2 forward, 5 backward
-    operations = tokens * (4 * weights + attention)
+    attention = (2 * forwards + 5 * backwards) * layers * positions * heads * head_width  # causal
+    operations = tokens * (2 * (forwards + backwards) * weights + attention)
     return float(operations) / _product_speed(hidden, width, device, dtype)
 
 

@@ -1,38 +1,97 @@
-"""Named criteria: which objective a pass differentiates, how it accumulates, and where it comes from."""
+"""Named criteria: which objective a pass differentiates, what it collects, and where that comes from."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
+from hifiprune import statistics as st
 from hifiprune.errors import UserError, nearest_name
-from hifiprune.objectives import Kernel, entropy_
+from hifiprune.objectives import CrossEntropy, Distillation, Entropy, Kernel, SampledLabel
 
-Accumulator = Callable[
-    [Float[Tensor, "windows positions neurons"], Float[Tensor, "windows positions neurons"]], Float[Tensor, "neurons"]
-]
-"""Turns a layer's `h` and `dC/dh`, which it may overwrite, into what one batch adds to the layer's scores."""
+HFPRUNE, SDMPRUNE = "arXiv 2603.08083", "arXiv 2506.11120"
+PRESETS = {0.2: (0.4, 0.2), 0.3: (0.42, 0.5), 0.4: (0.1, 0.2)}
+"""Alpha and temperature of self-distillation that arXiv 2506.11120 uses at each ratio."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What criteria leave open; each criterion uses what it knows.
+
+    Attributes:
+        alpha: share of the divergence from the dense model in self-distillation, in [0, 1].
+        temperature: of the dense model in self-distillation.
+        light_cut: fraction of the neurons that self-distillation removes before it looks.
+        label_samples: labels that `fisher` draws at each position, one backward pass each.
+        seed: of everything drawn at random.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    alpha: float = PRESETS[0.2][0]
+    temperature: float = PRESETS[0.2][1]
+    light_cut: float = 0.025
+    label_samples: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise UserError(f"alpha {self.alpha:g} must lie in [0, 1]")
+        if not self.temperature > 0:
+            raise UserError(f"temperature {self.temperature:g} must be above 0")
+        if not 0 < self.light_cut < 1:
+            raise UserError(f"light-cut {self.light_cut:g} must lie in (0, 1)")
+        if self.label_samples < 1:
+            raise UserError(f"label-samples {self.label_samples} must be at least 1")
+
+    def for_ratio(self, ratio: float) -> "Options":
+        """With the alpha and temperature of the papers' nearest ratio."""
+        alpha, temperature = PRESETS[min(PRESETS, key=lambda known: abs(known - ratio))]
+        return replace(self, alpha=alpha, temperature=temperature)
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """How neurons are scored; more is more important."""
+    """How neurons are scored; more is more important.
+
+    Attributes:
+        name: what it is called.
+        summary: one line on what it measures.
+        reference: its source.
+        objective: what is differentiated, if anything: a name in `kernels`.
+        statistic: what is collected; None needs no data.
+        finish: makes scores of it.
+        maps: whether the statistic looks at the linear maps.
+        two_stages: whether a light cut by cross-entropy comes first.
+    """
 
     name: str
     summary: str
-    objective: Kernel
-    accumulate: Accumulator
     reference: str
+    objective: str | None = None
+    statistic: st.Statistic | None = None
+    finish: st.Finish = st.as_summed
+    maps: bool = False
+    two_stages: bool = False
 
+    def kernels(self, options: Options) -> tuple[Kernel, ...]:
+        """The objectives that one pass differentiates for it."""
+        samples = options.label_samples
+        known: dict[str | None, tuple[Kernel, ...]] = {
+            None: (),
+            "entropy": (Entropy(),),
+            "cross-entropy": (CrossEntropy(),),
+            "self-distillation": (Distillation(options.alpha, options.temperature),),
+            "fisher": tuple(SampledLabel(options.seed, number, samples) for number in range(samples)),
+        }
+        return known[self.objective]
 
-def absolute_sum(
-    activation: Float[Tensor, "windows positions neurons"], gradient: Float[Tensor, "windows positions neurons"]
-) -> Float[Tensor, "neurons"]:
-    """First-order Taylor importance, same as `(h * dC/dh).abs().sum((0, 1))` in float32; overwrites `gradient`."""
-    precise = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-    return precise.mul_(activation).abs_().sum((0, 1))  # eq. 4, arXiv 2603.08083
+    def used(self, options: Options) -> dict[str, float]:
+        """The options that matter to it."""
+        names: dict[str | None, tuple[str, ...]] = {
+            "self-distillation": ("alpha", "temperature", "light_cut"),
+            "fisher": ("label_samples", "seed"),
+        }
+        relevant = ("seed",) if self.finish is st.random else names.get(self.objective, ())
+        return {name: getattr(options, name) for name in relevant}
 
 
 CRITERIA: dict[str, Criterion] = {
@@ -40,20 +99,81 @@ CRITERIA: dict[str, Criterion] = {
     for criterion in (
         Criterion(
             "hfprune",
-            "first-order change of the output entropy, sum of |h dH/dh|: the paper's exact definition, for good",
-            entropy_,
-            absolute_sum,
-            "arXiv 2603.08083, eq. 3-4",
+            "first-order change of the output entropy, sum of |h dH/dh|: the paper's exact definition",
+            f"{HFPRUNE}, eq. 3-4",
+            "entropy",
+            st.absolute,
+        ),
+        Criterion("entropy", "the same as hfprune", f"{HFPRUNE}, eq. 3-4", "entropy", st.absolute),
+        Criterion("entropy-square", "output entropy, sum of (h dH/dh)^2", HFPRUNE, "entropy", st.square),
+        Criterion(
+            "cross-entropy",
+            "plain Taylor pruning: loss of the next token, sum of |h dC/dh|",
+            "arXiv 1906.10771",
+            "cross-entropy",
+            st.absolute,
         ),
         Criterion(
-            "entropy",
-            "first-order change of the output entropy; the same as hfprune today, may get a better accumulator",
-            entropy_,
-            absolute_sum,
-            "arXiv 2603.08083, eq. 3-4",
+            "cross-entropy-square",
+            "loss of the next token, sum of (h dC/dh)^2: the empirical Fisher information",
+            "arXiv 1906.10771",
+            "cross-entropy",
+            st.square,
         ),
+        Criterion(
+            "self-distillation",
+            "SDMPrune: light cut by cross-entropy, then divergence from the dense model, in weight form",
+            SDMPRUNE,
+            "self-distillation",
+            st.weight_absolute,
+            maps=True,
+            two_stages=True,
+        ),
+        Criterion(
+            "self-distillation-square",
+            "the same with squares in place of absolute values",
+            SDMPRUNE,
+            "self-distillation",
+            st.weight_square,
+            maps=True,
+            two_stages=True,
+        ),
+        Criterion(
+            "fisher",
+            "labels drawn from the model itself, sum of (h dC/dh)^2: KL divergence to second order, in nats",
+            "arXiv 1801.05787, with labels from the model",
+            "fisher",
+            st.square,
+            st.as_divergence,
+        ),
+        Criterion("fisher-abs", "the same labels, sum of |h dC/dh|", "arXiv 1801.05787", "fisher", st.absolute),
+        Criterion(
+            "wanda-sp",
+            "activation norm times mean absolute outgoing weight",
+            "arXiv 2306.11695, structured as in arXiv 2312.11983",
+            statistic=st.moments,
+            finish=st.wanda,
+        ),
+        Criterion(
+            "flap",
+            "variance of the activation times squared norm of the outgoing weights, standardised",
+            "arXiv 2312.11983, eq. 4-5",
+            statistic=st.moments,
+            finish=st.flap,
+        ),
+        Criterion(
+            "minitron",
+            "mean magnitude of the activation, l2 norm over windows",
+            "arXiv 2407.14679",
+            statistic=st.squared_mean_magnitude,
+            finish=st.minitron,
+        ),
+        Criterion("magnitude", "l2 norm of a neuron's weights; no data", "arXiv 1608.08710", finish=st.magnitude),
+        Criterion("ppm", "peak-to-peak of a neuron's incoming weights; no data", "", finish=st.peak_to_peak),
+        Criterion("random", "uniform noise; no data", "", finish=st.random),
     )
 }
+DEFAULT = "entropy-square"
 
 
 def find_criterion(name: str) -> Criterion:

@@ -2,7 +2,7 @@
 
 import gc
 import re
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +11,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hifiprune.allocation import Budget, Shape, allocate
-from hifiprune.calibration import (
-    SELF,
-    Calibration,
-    cut_windows,
-    join_documents,
-    load_windows,
-    read_documents,
-    sample_windows,
-)
+from hifiprune.calibration import SELF, Calibration, load_windows, sample_windows
 from hifiprune.checkpoint import Checkpoint, find_checkpoint
-from hifiprune.compute import Compute, estimate_seconds
-from hifiprune.criteria import find_criterion
+from hifiprune.compute import Compute
+from hifiprune.criteria import DEFAULT, Options, find_criterion
 from hifiprune.errors import UserError
 from hifiprune.evaluation import measure
 from hifiprune.hashing import hash_model
-from hifiprune.inspection import shape_of
 from hifiprune.output import check_space, check_target, replacing
 from hifiprune.plan import Plan
+from hifiprune.preparation import announce_scoring, check_model, load, load_hashed, plain_arguments
 from hifiprune.record import RunRecord
 from hifiprune.scores import Scores
-from hifiprune.scoring import choose_recompute, score, working_bytes
+from hifiprune.scoring import Request, score
 from hifiprune.surgery import cut_
+from hifiprune.texts import Text
 from hifiprune.voice import Voice
 
 SILENT = Voice()
@@ -41,30 +34,49 @@ SILENT = Voice()
 def score_checkpoint(
     model: str,
     output: str | Path,
-    calibration: Calibration,
+    calibration: Calibration | None = None,
     *,
-    criterion: str = "entropy",
+    criterion: str = DEFAULT,
+    options: Options | None = None,
     compute: Compute = Compute(),
     overwrite: bool = False,
     voice: Voice = SILENT,
 ) -> RunRecord:
     """Score a checkpoint and write the scores, from which it can be pruned at any ratio in seconds.
 
+    Args:
+        model: local folder, hub id or GGUF file.
+        output: safetensors file to be made.
+        calibration: what to score on; not needed for criteria that look at weights alone.
+        criterion: how to score; see `CRITERIA`.
+        options: what the criterion leaves open.
+        compute: device and arithmetic.
+        overwrite: replace an existing output.
+        voice: tells of progress.
+
     Raises:
         UserError: something asked for cannot be done, found before the weights are loaded where possible.
         RunError: numbers, memory or disk failed.
     """
+    request = (criterion, options or Options(seed=calibration.seed if calibration else 0))
     record = RunRecord(
         "score",
-        _arguments(model=model, output=output, calibration=calibration, criterion=criterion, compute=compute),
+        plain_arguments(
+            model=model,
+            output=output,
+            calibration=calibration,
+            criterion=criterion,
+            options=request[1],
+            compute=compute,
+        ),
     )
-    find_criterion(criterion)
+    _check_data(criterion, calibration)
     checkpoint = find_checkpoint(model)
-    inputs = (checkpoint.path, calibration.source)
+    inputs = (checkpoint.path, calibration.source if calibration else None)
     target = check_target(output, folder=False, overwrite=overwrite, inputs=inputs)
-    _check_model(checkpoint, calibration)
+    check_model(checkpoint, calibration)
     checkpoint.fetch()
-    scores, _ = _score(checkpoint, calibration, criterion, compute, voice, record)
+    scores, _ = _score(checkpoint, calibration, request, compute, voice, record)
     scores.save(target)
     record.results = _describe_scores(scores)
     return record
@@ -77,7 +89,8 @@ def prune(
     calibration: Calibration | None = None,
     *,
     scores: Scores | str | Path | None = None,
-    criterion: str = "entropy",
+    criterion: str = DEFAULT,
+    options: Options | None = None,
     round_to: int = 128,
     compute: Compute = Compute(),
     shard_size: str = "5GB",
@@ -92,9 +105,10 @@ def prune(
         model: local folder, hub id or GGUF file.
         output: folder to be made; written beside and renamed when whole.
         budget: how much to remove.
-        calibration: what to score on; exactly one of `calibration` and `scores`.
+        calibration: what to score on; not with `scores`, and not needed for criteria that look at weights alone.
         scores: scores of this very model, or the file of them.
-        criterion: how to score.
+        criterion: how to score; see `CRITERIA`.
+        options: what the criterion leaves open; by default alpha and temperature follow the ratio, as in the papers.
         round_to: widths become the nearest multiple of it.
         compute: device and arithmetic of scoring.
         shard_size: largest weight file, such as `5GB`.
@@ -105,35 +119,36 @@ def prune(
         UserError: something asked for cannot be done, found before the weights are loaded where possible.
         RunError: numbers, memory or disk failed.
     """
-    if (calibration is None) == (scores is None):
-        raise UserError("give exactly one of --calibration and --scores")
+    if scores is None:
+        _check_data(criterion, calibration)
+    elif calibration:
+        raise UserError("give one of --calibration and --scores, not both")
     path = scores if isinstance(scores, str | Path) else None
-    given = Scores.load(scores) if isinstance(scores, str | Path) else scores
-    sources = _arguments(model=model, output=output, budget=budget, calibration=calibration, compute=compute)
-    settings = {"scores": path, "criterion": given.criterion if given else criterion, "round_to": round_to}
+    used = Scores.load(scores) if isinstance(scores, str | Path) else scores
+    sources = plain_arguments(model=model, output=output, budget=budget, calibration=calibration, compute=compute)
+    settings = {"scores": path, "criterion": used.criterion if used else criterion, "round_to": round_to}
     record = RunRecord("prune", sources | settings | {"shard_size": shard_size, "overwrite": overwrite})
-    find_criterion(criterion)
     _check_shard_size(shard_size)
     checkpoint = find_checkpoint(model)
     inputs = (checkpoint.path, path, calibration.source if calibration else None)
     target = check_target(output, folder=True, overwrite=overwrite, inputs=inputs)
-    shape = _check_model(checkpoint, calibration)
+    shape = check_model(checkpoint, calibration)
     width = shape.width_at(budget, round_to)
     check_space(target, int(checkpoint.dtype().itemsize * shape.total_parameters * (1 - shape.ratio_at(width))))
     voice.say(_announce(budget, shape, width, round_to))
     checkpoint.fetch()
 
     loaded: PreTrainedModel | None = None
-    if calibration:
-        used, loaded = _score(checkpoint, calibration, criterion, compute, voice, record)
+    if used is None:
+        seed = calibration.seed if calibration else 0
+        request = (criterion, options or Options(seed=seed).for_ratio(shape.ratio_at(width)))
+        used, loaded = _score(checkpoint, calibration, request, compute, voice, record)
     if loaded is None or loaded.dtype != checkpoint.dtype():
         with record.stage("loading the weights"):
             loaded = None
             gc.collect()
             loaded = checkpoint.load(device=compute.resolved_device)
-            if given:
-                given.require_model(hash_model(loaded))
-                used = given
+            used.require_model(hash_model(loaded))
     plan = allocate(used, budget, round_to=round_to)
     with record.stage("cutting"):
         cut_(loaded, plan)
@@ -170,22 +185,18 @@ def evaluate(
     """
     record = RunRecord(
         "evaluate",
-        _arguments(model=model, against=against, text=text, seq_len=seq_len, max_windows=max_windows, compute=compute),
+        plain_arguments(
+            model=model, against=against, text=text, seq_len=seq_len, max_windows=max_windows, compute=compute
+        ),
     )
     source = Calibration(text, 1, seq_len)
     checkpoints = [find_checkpoint(name) for name in (model, against) if name]
     for checkpoint in checkpoints:
-        _check_model(checkpoint, source)
+        check_model(checkpoint, source)
         checkpoint.fetch()
-    stream = join_documents(read_documents(text, text_column), checkpoints[0].tokenizer())
-    windows = cut_windows(stream, seq_len)[:max_windows]
-    if len(windows) == 0:
-        raise UserError(
-            f"too little text in {text}: its {len(stream)} tokens make no window of {seq_len}; "
-            f"use more text or --seq-len {max(2, len(stream))}"
-        )
+    windows = Text(text, seq_len, max_windows, text_column=text_column).held(checkpoints[0].tokenizer()).windows
     with record.stage("loading the weights"):
-        models = [_load(checkpoint, compute) for checkpoint in checkpoints]
+        models = [load(checkpoint, compute) for checkpoint in checkpoints]
     names = " against ".join(checkpoint.name for checkpoint in checkpoints)
     voice.say(f"Evaluating {names} on {len(windows)} windows of {seq_len} tokens of {text}.")
     with record.stage("evaluating"):
@@ -196,58 +207,44 @@ def evaluate(
     return record
 
 
+def _check_data(criterion: str, calibration: Calibration | None) -> None:
+    if find_criterion(criterion).statistic and calibration is None:
+        raise UserError(f"criterion '{criterion}' needs data: give --calibration, or --scores made before")
+
+
 def _check_shard_size(shard_size: str) -> None:
     if not re.fullmatch(r"[1-9]\d*(KB|MB|GB|TB)", shard_size):
         raise UserError(f"shard size '{shard_size}' must be a number and a unit, such as 500MB or 5GB")
 
 
-def _check_model(checkpoint: Checkpoint, calibration: Calibration | None) -> Shape:
-    """All that can be known before weights load: family, layout, sequence length; returns the model's shape."""
-    shape = shape_of(checkpoint.skeleton())
-    if calibration:
-        calibration.check(getattr(checkpoint.config().get_text_config(), "max_position_embeddings", None))
-    return shape
-
-
-def _load(checkpoint: Checkpoint, compute: Compute) -> PreTrainedModel:
-    return checkpoint.load(compute.dtype_for(checkpoint), compute.resolved_device, compute.attention)
-
-
 def _score(
-    checkpoint: Checkpoint, calibration: Calibration, criterion: str, compute: Compute, voice: Voice, record: RunRecord
+    checkpoint: Checkpoint,
+    calibration: Calibration | None,
+    request: Request,
+    compute: Compute,
+    voice: Voice,
+    record: RunRecord,
 ) -> tuple[Scores, PreTrainedModel]:
     """Windows, weights, pass; the model comes back for surgery."""
     windows: Int[Tensor, "windows positions"] | None = None
-    if calibration.source != SELF:
+    if calibration and calibration.source != SELF:
         with record.stage("reading the calibration data"):
             windows = load_windows(calibration, checkpoint.tokenizer())
-    with record.stage("loading the weights"):
-        model = checkpoint.load(device=compute.resolved_device, attention=compute.attention)
-        model_hash = hash_model(model)  # of the weights as stored; refuses NaN before the long pass
-        if compute.dtype_for(checkpoint) != model.dtype:
-            del model
-            model = _load(checkpoint, compute)
-    if windows is None:
+    model, model_hash = load_hashed(checkpoint, compute, record)
+    if calibration and calibration.source == SELF:
         with record.stage("sampling text from the model"):
             windows = sample_windows(model, calibration, voice.track("sampling text from the model"))
-    seconds = estimate_seconds(model.config, windows.numel(), windows.shape[1], compute.resolved_device, model.dtype)
-    tokens = compute.batch_size * windows.shape[1]
-    recompute = choose_recompute(model, tokens) if compute.recompute is None else compute.recompute
-    memory = working_bytes(model, tokens, recompute=recompute)
-    voice.say(
-        f"Scoring {checkpoint.name} by '{criterion}' on {len(windows)} windows of {windows.shape[1]} tokens of "
-        f"{calibration.source}, {model.dtype} on {compute.resolved_device}: about {_duration(seconds)} and "
-        f"{memory / 1e9:.1f} GB above the weights{' (recomputing)' if recompute else ''}, if the machine is idle."
-    )
+    if windows is not None:
+        voice.say(announce_scoring(checkpoint.name, model, windows, [request], compute))
     with record.stage("scoring"):
         scores = score(
             model,
             windows,
-            criterion,
+            *request,
             batch_size=compute.batch_size,
-            recompute=recompute,
+            recompute=compute.recompute,
             track=voice.track("scoring"),
-            settings={"calibration": asdict(calibration)},
+            settings={"calibration": asdict(calibration)} if calibration else None,
             model_hash=model_hash,
         )
     return scores, model
@@ -261,15 +258,10 @@ def _announce(budget: Budget, shape: Shape, width: int, round_to: int) -> str:
     return f"Plan: asked {asked}; width {shape.neurons} -> {width}, a multiple of {round_to}, removes {reached}."
 
 
-def _arguments(**values: Any) -> dict[str, Any]:
-    """Arguments as plain data."""
-    return {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in values.items()}
-
-
 def _describe_scores(scores: Scores) -> dict[str, Any]:
     return {
         "criterion": scores.criterion,
-        "mean_entropy_nats": scores.objective,
+        "objective_nats": scores.objective,
         "model_hash": scores.model_hash,
         "data_hash": scores.data_hash,
         "scoring": scores.settings,
@@ -285,9 +277,3 @@ def _describe_plan(plan: Plan, asked: str) -> dict[str, Any]:
         "ratio": {"asked": plan.ratio_asked, "reached": plan.ratio_reached},
         "neuron_ratio_reached": 1 - kept / neurons,
     }
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

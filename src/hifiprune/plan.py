@@ -5,13 +5,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hifiprune.errors import UserError
 from hifiprune.output import replacing
 
 FORMAT = "hifiprune-plan-1"
+
+
+def highest(scores: Float[Tensor, "neurons"], width: int) -> Int[Tensor, "width"]:
+    """Indices of the `width` highest scores in ascending order; ties keep the lower index."""
+    return torch.sort(scores, descending=True, stable=True).indices[:width].sort().values
 
 
 @dataclass(frozen=True)

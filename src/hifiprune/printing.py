@@ -29,8 +29,10 @@ def scored(record: RunRecord, model: str, output: Path) -> None:
     """What `score` made."""
     results, table = record.results, _table("", "")
     table.add_row("criterion", results["criterion"])
-    table.add_row("windows x tokens", f"{results['scoring']['windows']} x {results['scoring']['positions']}")
-    table.add_row("mean output entropy", f"{results['mean_entropy_nats']:.4f} nats")
+    if "windows" in results["scoring"]:
+        table.add_row("windows x tokens", f"{results['scoring']['windows']} x {results['scoring']['positions']}")
+    if results["objective_nats"] is not None:
+        table.add_row("mean objective", f"{results['objective_nats']:.4f} nats")
     _show(table)
     _costs(record)
     next_step(f"hifiprune prune {model} --scores {output} --ratio 0.2 --output DIR")

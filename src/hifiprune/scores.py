@@ -27,9 +27,10 @@ class Scores:
         parameters_per_neuron: parameters that go with one neuron of each MLP.
         total_parameters: of the dense model, tied weights counted once.
         criterion: name of the criterion.
-        objective: mean objective over the windows, such as the output entropy in nats.
+        objective: mean objective over the windows in nats, such as the output entropy; None without one.
         model_hash: SHA-256 of the dense weights as float32.
-        data_hash: SHA-256 of the calibration windows.
+        data_hash: SHA-256 of the calibration windows; empty for criteria that need none.
+        means: float32 `[neurons]` mean activations for each MLP, where the criterion collects them.
         settings: how the scores were made (windows, positions, seed, source, dtype).
     """
 
@@ -38,15 +39,18 @@ class Scores:
     parameters_per_neuron: list[int]
     total_parameters: int
     criterion: str
-    objective: float
+    objective: float | None
     model_hash: str
     data_hash: str
+    means: list[Float[Tensor, "_"]] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file: a tensor an MLP, everything else as JSON in its metadata."""
-        facts = {key: value for key, value in asdict(self).items() if key != "values"}
+        facts = {key: value for key, value in asdict(self).items() if key not in ("values", "means")}
         tensors = dict(zip(self.names, self.values, strict=True))
+        if self.means:
+            tensors |= {f"{name}.mean": mean for name, mean in zip(self.names, self.means, strict=True)}
         metadata = {"hifiprune": json.dumps({"format": FORMAT, **facts}, sort_keys=True)}
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata)
@@ -66,7 +70,9 @@ class Scores:
                 if facts.pop("format", None) != FORMAT:
                     raise UserError(f"{path} holds no scores in the format {FORMAT}; make it with 'hifiprune score'")
                 values = [file.get_tensor(name) for name in facts["names"]]
-            return cls(values=values, **facts)
+                named = [f"{name}.mean" for name in facts["names"]]
+                means = [file.get_tensor(name) for name in named] if named[0] in file.keys() else None  # noqa: SIM118
+            return cls(values=values, means=means, **facts)
         except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise UserError(f"{path} is no readable scores file ({error}); make it with 'hifiprune score'") from error
 

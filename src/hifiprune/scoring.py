@@ -1,49 +1,49 @@
-"""The pass that turns calibration windows into `Scores`."""
+"""From calibration windows to `Scores`, by one criterion or by many that share their passes."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-import psutil
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune.blocks import BlockChain, check_windows, frozen, memory_explained
-from hifiprune.criteria import find_criterion
-from hifiprune.errors import RunError
+from hifiprune.blocks import BlockChain
+from hifiprune.criteria import DEFAULT, Criterion, Options, find_criterion
+from hifiprune.errors import UserError
+from hifiprune.guards import check_windows, frozen
 from hifiprune.hashing import hash_model, hash_tokens
-from hifiprune.neurons import count_parameters
-from hifiprune.objectives import SLICE_BYTES
+from hifiprune.neurons import Mlp, count_parameters, find_mlps
+from hifiprune.objectives import CrossEntropy
+from hifiprune.passes import Job, Pass, Track, choose_recompute
+from hifiprune.plan import Plan, highest
 from hifiprune.scores import Scores
+from hifiprune.statistics import Sample, mean_activation, moments, weight_absolute
+from hifiprune.surgery import cut
 
-Track = Callable[[Iterable[Tensor]], Iterable[Tensor]]
+Request = tuple[str, Options]
+"""A criterion by name, and its options."""
+LIGHT = Job(weight_absolute, (CrossEntropy(),), maps=True)
+"""What self-distillation makes its light cut by."""
 
 
 def score(
     model: PreTrainedModel,
-    windows: Int[Tensor, "windows positions"],
-    criterion: str = "hfprune",
-    *,
-    batch_size: int = 1,
-    recompute: bool | None = None,
-    track: Track = lambda batches: batches,
-    settings: dict[str, Any] | None = None,
-    model_hash: str | None = None,
+    windows: Int[Tensor, "windows positions"] | None,
+    criterion: str = DEFAULT,
+    options: Options = Options(),
+    **settings: Any,
 ) -> Scores:
     """Score every MLP neuron of `model` on `windows`; the model is not changed.
 
     Args:
         model: a causal language model of a supported family, on any device and in any floating dtype.
-        windows: integer token ids.
+        windows: integer token ids; None for criteria that need no data.
         criterion: see `hifiprune.criteria.CRITERIA`.
-        batch_size: windows per step; scores do not depend on it, since every window's mean is taken by itself.
-        recompute: run each block twice instead of keeping its graph, for a fraction of the memory; by default only
-            where the graphs would not fit into half of the free memory.
-        track: wraps the batches, to show progress.
-        settings: more facts to keep in the scores.
-        model_hash: of the weights as stored, if known; else these are hashed.
+        options: what the criterion leaves open.
+        settings: see `score_all`.
 
     Returns:
         scores with one float32 `[neurons]` tensor per MLP in layer order.
@@ -52,68 +52,165 @@ def score(
         UserError: the criterion, the windows or the architecture cannot be used.
         RunError: an activation or gradient is NaN or infinite, or memory ran out.
     """
-    chosen = find_criterion(criterion)
-    check_windows(model, windows, batch_size)
-    with frozen(model):
-        chain = BlockChain(model)
-        totals = [torch.zeros(mlp.neurons, dtype=torch.float64) for mlp in chain.mlps]
-        if recompute is None:
-            recompute = choose_recompute(model, batch_size * windows.shape[1])
-        objective = 0.0
+    return score_all(model, windows, [(criterion, options)], **settings)[0]
 
-        def add(layer: int, activation: Tensor, gradient: Tensor) -> None:
-            totals[layer] += chosen.accumulate(activation, gradient).cpu()
 
-        for batch in track(windows.split(batch_size)):
-            tokens = batch.to(model.device, torch.int64)
-            with memory_explained(model, tokens.numel()):
-                objective += chain.sweep(tokens, chosen.objective, add, recompute=recompute).double().sum().item()
-            if not all(total.isfinite().all() for total in totals):
-                chain.final_hidden(tokens)  # names the block if the forward pass is to blame
-                layer = max(i for i, total in enumerate(totals) if not total.isfinite().all())
-                raise RunError(
-                    f"the gradients at {chain.mlps[layer].name} are NaN or infinite in {model.dtype}; "
-                    "compute in float32 (--dtype float32)"
-                )
-    facts = {
-        "windows": len(windows),
-        "positions": windows.shape[1],
-        "batch_size": batch_size,
-        "recompute": recompute,
+def score_all(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "windows positions"] | None,
+    requests: Sequence[Request],
+    *,
+    batch_size: int = 1,
+    recompute: bool | None = None,
+    track: Track = lambda batches: batches,
+    settings: dict[str, Any] | None = None,
+    model_hash: str | None = None,
+) -> list[Scores]:
+    """Score by several criteria at once: one forward pass, and one backward pass for each objective among them.
+
+    Self-distillation adds a second pass, over the model after its light cut; the dense model's final hidden states are
+    kept from the first, so the teacher costs `windows * positions * hidden_size` numbers and no second model.
+
+    Args:
+        model: as in `score`.
+        windows: as in `score`.
+        requests: criteria with their options.
+        batch_size: windows per step; scores do not depend on it, since every window's mean is taken by itself.
+        recompute: run each block twice instead of keeping its graph, for a fraction of the memory; by default only
+            where the graphs would not fit into half of the free memory.
+        track: wraps the batches of each pass, to show progress.
+        settings: more facts to keep in the scores.
+        model_hash: of the weights as stored, if known; else these are hashed.
+
+    Returns:
+        scores in the order of the requests.
+    """
+    asked = [Asked(find_criterion(name), options) for name, options in requests]
+    needing = [each.criterion.name for each in asked if each.criterion.statistic]
+    if windows is None and needing:
+        raise UserError(f"criterion '{needing[0]}' needs calibration data")
+    facts: dict[str, Any] = {
         "compute_dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "attention": model.config._attn_implementation,
         "hifiprune": version("hifiprune"),
     }
-    return Scores(
-        values=[total.float() for total in totals],
-        names=[mlp.name for mlp in chain.mlps],
-        parameters_per_neuron=[mlp.parameters_per_neuron for mlp in chain.mlps],
-        total_parameters=count_parameters(model),
-        criterion=criterion,
-        objective=objective / len(windows),
-        model_hash=model_hash or hash_model(model),
-        data_hash=hash_tokens(windows),
-        settings=facts | (settings or {}),
-    )
+    if windows is not None and needing:
+        check_windows(model, windows, batch_size)
+        if recompute is None:
+            recompute = choose_recompute(model, batch_size * windows.shape[1])
+        facts |= {"windows": len(windows), "positions": windows.shape[1]}
+        facts |= {"batch_size": batch_size, "recompute": recompute}
+    with frozen(model):
+        outcomes = _run(model, windows, asked, batch_size=batch_size, recompute=bool(recompute), track=track)
+        model_hash = model_hash or hash_model(model)
+        mlps = find_mlps(model)
+    return [
+        Scores(
+            values=outcome.values,
+            means=outcome.means,
+            names=[mlp.name for mlp in mlps],
+            parameters_per_neuron=[mlp.parameters_per_neuron for mlp in mlps],
+            total_parameters=count_parameters(model),
+            criterion=each.criterion.name,
+            objective=outcome.objective,
+            model_hash=model_hash,
+            data_hash=hash_tokens(windows) if windows is not None and each.criterion.statistic else "",
+            settings=facts | (settings or {}) | {"options": each.criterion.used(each.options)},
+        )
+        for each, outcome in zip(asked, outcomes, strict=True)
+    ]
 
 
-def choose_recompute(model: PreTrainedModel, tokens: int) -> bool:
-    """Whether the graphs of all blocks would not fit into half of the memory that is free."""
-    return working_bytes(model, tokens, recompute=False) > free_bytes(model.device) // 2
+def count_passes(requests: Sequence[Request]) -> tuple[int, int]:
+    """How many forward and backward passes over the windows `score_all` will take."""
+    asked = [Asked(find_criterion(name), options) for name, options in requests]
+    jobs = {each.job for each in asked if each.job}
+    early = {each.job for each in asked if each.job and not each.criterion.two_stages}
+    cuts = {each.options.light_cut for each in asked if each.criterion.two_stages}
+    if cuts:
+        early.add(LIGHT)
+    backwards = [{kernel for job in part for kernel in job.kernels} for part in (early, jobs - early)]
+    return bool(jobs) + len(cuts), sum(map(len, backwards))
 
 
-def working_bytes(model: PreTrainedModel, tokens: int, *, recompute: bool) -> int:
-    """Estimated memory above the weights for steps of `tokens` positions: graphs and slices of logits."""
-    config = model.config.get_text_config()
-    graph = tokens * (4 * config.intermediate_size + 14 * config.hidden_size)
-    boundaries = config.num_hidden_layers * tokens * 2 * config.hidden_size
-    kept = 2 * graph + boundaries if recompute else config.num_hidden_layers * graph
-    return int(kept * model.dtype.itemsize + 2 * SLICE_BYTES)
+@dataclass(frozen=True)
+class Asked:
+    """A criterion with its options."""
+
+    criterion: Criterion
+    options: Options
+
+    @property
+    def job(self) -> Job | None:
+        """What it needs of a pass; None if it looks at the weights alone."""
+        if self.criterion.statistic is None:
+            return None
+        return Job(self.criterion.statistic, self.criterion.kernels(self.options), self.criterion.maps)
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that a new allocation on `device` could still get."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+@dataclass
+class Outcome:
+    """What scoring by one criterion gave: float32 scores and mean activations a layer, and the mean objective."""
+
+    values: list[Float[Tensor, "_"]]
+    means: list[Float[Tensor, "_"]] | None
+    objective: float | None
+
+
+def _run(
+    model: PreTrainedModel, windows: Int[Tensor, "windows positions"] | None, asked: list[Asked], **how: Any
+) -> list[Outcome]:
+    """The pass over the dense model, then one over each lightly cut model that is asked for."""
+    mlps = find_mlps(model)
+    one = [each for each in asked if not each.criterion.two_stages]
+    two = [each for each in asked if each.criterion.two_stages]
+    jobs = [each.job for each in one if each.job] + [LIGHT] * bool(two)
+    first = None
+    if windows is not None and jobs:
+        first = Pass(BlockChain(model), windows, **how).run(jobs, keep_hidden=bool(two))
+    found = {each: _finish(each, first, mlps, windows) for each in one}
+    for fraction in dict.fromkeys(each.options.light_cut for each in two):
+        assert first
+        assert windows is not None
+        light = _light_plan(first.totals[LIGHT], mlps, fraction)
+        here = [each for each in two if each.options.light_cut == fraction]
+        with cut(model, light):
+            jobs = [each.job for each in here if each.job]
+            second = Pass(BlockChain(model), windows, **how).run(jobs, first.hidden)
+            for each in here:
+                kept = _finish(each, second, find_mlps(model), windows)
+                found[each] = Outcome(_spread(kept.values, light, first.totals[LIGHT]), None, kept.objective)
+    return [found[each] for each in asked]
+
+
+def _finish(
+    each: Asked, run: Pass | None, mlps: list[Mlp], windows: Int[Tensor, "windows positions"] | None
+) -> Outcome:
+    """Scores from what a pass collected."""
+    job = each.job
+    sizes = (len(windows), windows.shape[1]) if windows is not None else (0, 0)
+    layers = range(len(mlps))
+    samples = [Sample(*sizes, len(job.kernels) if job else 0, each.options.seed, layer) for layer in layers]
+    totals = run.totals[job] if run and job else [torch.empty(0, mlp.neurons) for mlp in mlps]
+    parts = list(zip(totals, mlps, samples, strict=True))
+    values = [each.criterion.finish(*part).float().cpu() for part in parts]
+    means = [mean_activation(*part).float() for part in parts] if each.criterion.statistic is moments else None
+    objective = run.objectives[job.kernels[0]] if run and job and job.kernels else None
+    return Outcome(values, means, objective)
+
+
+def _light_plan(totals: list[Tensor], mlps: list[Mlp], fraction: float) -> Plan:
+    """Remove the `fraction` of the neurons with the lowest scores."""
+    kept = [highest(total[0], int(mlp.neurons * (1 - fraction))) for total, mlp in zip(totals, mlps, strict=True)]
+    return Plan(kept, [mlp.neurons for mlp in mlps], [mlp.name for mlp in mlps], None, 0.0, 0, 0)
+
+
+def _spread(values: list[Tensor], light: Plan, before: list[Tensor]) -> list[Float[Tensor, "_"]]:
+    """Scores of all neurons: the first stage's, below zero, for those that it cut; the second's for the others."""
+    whole = []
+    for late, kept, early in zip(values, light.kept, before, strict=True):
+        scores = (early[0] - early[0, kept].min()).float()
+        scores[kept] = late
+        whole.append(scores)
+    return whole

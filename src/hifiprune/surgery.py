@@ -1,4 +1,7 @@
-"""Cutting neurons out of a model in memory."""
+"""Cutting neurons out of a model in memory, for good or for a while."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Int
@@ -6,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hifiprune.errors import UserError
-from hifiprune.neurons import find_mlps
+from hifiprune.neurons import Mlp, find_mlps
 from hifiprune.plan import Plan
 
 
@@ -20,6 +23,45 @@ def cut_(model: PreTrainedModel, plan: Plan) -> None:
     Raises:
         UserError: the plan was made for a model of another shape.
     """
+    for mlp, kept in zip(_matching_mlps(model, plan), plan.kept, strict=True):
+        _keep_(mlp, kept)
+    _state_width(model, plan.widths[0])
+
+
+@contextmanager
+def cut(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
+    """Have `model` cut as by `cut_` within; after, every weight is back, bit for bit.
+
+    Only what is cut away is set aside, so there is never a second copy of the weights.
+
+    Raises:
+        UserError: the plan was made for a model of another shape.
+    """
+    mlps = _matching_mlps(model, plan)
+    rests = [_others(kept, mlp.neurons) for mlp, kept in zip(mlps, plan.kept, strict=True)]
+    removed = [_taken(mlp, rest) for mlp, rest in zip(mlps, rests, strict=True)]
+    cut_(model, plan)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for mlp, kept, rest, parts in zip(mlps, plan.kept, rests, removed, strict=True):
+                _put_back_(mlp, kept, rest, parts)
+        _state_width(model, plan.neurons[0])
+
+
+def _others(kept: Int[Tensor, "kept"], neurons: int) -> Int[Tensor, "rest"]:
+    mask = torch.ones(neurons, dtype=torch.bool)
+    mask[kept] = False
+    return mask.nonzero()[:, 0]
+
+
+def _taken(mlp: Mlp, rest: Int[Tensor, "rest"]) -> list[Tensor]:
+    parameters = ((getattr(linear, name).detach(), dim) for linear, name, dim in _parts(mlp))
+    return [parameter.index_select(dim, rest.to(parameter.device)) for parameter, dim in parameters]
+
+
+def _matching_mlps(model: PreTrainedModel, plan: Plan) -> list[Mlp]:
     mlps = find_mlps(model)
     found = [(mlp.name, mlp.neurons) for mlp in mlps]
     planned = list(zip(plan.names, plan.neurons, strict=True))
@@ -31,25 +73,45 @@ def cut_(model: PreTrainedModel, plan: Plan) -> None:
     widths = set(plan.widths)
     if len(widths) != 1:
         raise UserError(f"the plan's widths differ ({sorted(widths)}); a stock configuration holds one for all")
-    for mlp, kept in zip(mlps, plan.kept, strict=True):
-        for linear in mlp.inputs:
-            _keep_rows_(linear, kept)
-        _keep_columns_(mlp.output, kept)
+    return mlps
+
+
+def _parts(mlp: Mlp) -> Iterator[tuple[nn.Linear, str, int]]:
+    """Where the neurons of an MLP are: a map, its parameter's name, and the dimension that counts neurons."""
+    for linear in mlp.inputs:
+        yield from ((linear, name, 0) for name, _ in linear.named_parameters())
+    yield mlp.output, "weight", 1
+
+
+def _keep_(mlp: Mlp, kept: Int[Tensor, "kept"]) -> None:
+    for linear, name, dim in _parts(mlp):
+        parameter = getattr(linear, name)
+        _set_(linear, name, parameter.index_select(dim, kept.to(parameter.device)))
+    _state_sizes(mlp, len(kept))
+
+
+def _put_back_(mlp: Mlp, kept: Int[Tensor, "kept"], rest: Int[Tensor, "rest"], removed: list[Tensor]) -> None:
+    for (linear, name, dim), gone in zip(_parts(mlp), removed, strict=True):
+        present = getattr(linear, name)
+        size = list(present.shape)
+        size[dim] = len(kept) + len(rest)
+        whole = present.new_empty(size)
+        whole.index_copy_(dim, kept.to(whole.device), present).index_copy_(dim, rest.to(whole.device), gone)
+        _set_(linear, name, whole)
+    _state_sizes(mlp, len(kept) + len(rest))
+
+
+def _set_(linear: nn.Linear, name: str, values: Tensor) -> None:
+    setattr(linear, name, nn.Parameter(values.detach(), requires_grad=getattr(linear, name).requires_grad))
+
+
+def _state_sizes(mlp: Mlp, width: int) -> None:
+    mlp.output.in_features = width
+    for linear in mlp.inputs:
+        linear.out_features = width
+
+
+def _state_width(model: PreTrainedModel, width: int) -> None:
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         if hasattr(config, "intermediate_size"):
-            config.intermediate_size = plan.widths[0]
-
-
-def _keep_rows_(linear: nn.Linear, kept: Int[Tensor, "kept"]) -> None:
-    kept = kept.to(linear.weight.device)
-    linear.weight = nn.Parameter(linear.weight[kept], requires_grad=linear.weight.requires_grad)
-    if linear.bias is not None:
-        linear.bias = nn.Parameter(linear.bias[kept], requires_grad=linear.bias.requires_grad)
-    linear.out_features = len(kept)
-
-
-def _keep_columns_(linear: nn.Linear, kept: Int[Tensor, "kept"]) -> None:
-    kept = kept.to(linear.weight.device)
-    columns = linear.weight[:, kept].contiguous()
-    linear.weight = nn.Parameter(columns, requires_grad=linear.weight.requires_grad)
-    linear.in_features = len(kept)
+            config.intermediate_size = width

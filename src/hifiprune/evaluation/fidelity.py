@@ -7,17 +7,20 @@ exist. All arithmetic on distributions is float32, sums over positions are float
 import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune.blocks import BlockChain, check_windows, frozen, memory_explained
+from hifiprune.blocks import BlockChain
 from hifiprune.errors import UserError
 from hifiprune.evaluation.intervals import Estimate, bootstrap_mean
+from hifiprune.guards import check_windows, frozen, memory_explained
 from hifiprune.objectives import Head
 
+Track = Callable[[Iterable[Tensor]], Iterable[Tensor]]
 LogProbs = Float[Tensor, "rows vocabulary"]
 
 METRICS = {
@@ -34,15 +37,45 @@ METRICS = {
 """Label and meaning of every metric."""
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Reference:
+    """What fidelity is measured against: a dense model's final hidden states on the windows, and its head.
+
+    With it the dense model need not be there, or run, while others are measured.
+
+    Attributes:
+        head: of the dense model.
+        hidden: `[windows, positions, hidden]`, in the model's dtype on the CPU.
+    """
+
+    head: Head
+    hidden: Float[Tensor, "windows positions hidden"]
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls,
+        model: PreTrainedModel,
+        windows: Int[Tensor, "windows positions"],
+        batch_size: int = 1,
+        track: Track = lambda batches: batches,
+    ) -> "Reference":
+        """Run `model` over `windows`."""
+        check_windows(model, windows, batch_size, least=2)
+        with frozen(model):
+            chain = BlockChain(model)
+            batches = (batch.to(model.device, torch.int64) for batch in track(windows.split(batch_size)))
+            return cls(chain.head, torch.cat([chain.final_hidden(tokens).cpu() for tokens in batches]))
+
+
 def measure(
     model: PreTrainedModel,
     windows: Int[Tensor, "windows positions"],
-    against: PreTrainedModel | None = None,
+    against: PreTrainedModel | Reference | None = None,
     *,
     batch_size: int = 1,
     seed: int = 0,
-    track: Callable[[Iterable[Tensor]], Iterable[Tensor]] = lambda batches: batches,
+    track: Track = lambda batches: batches,
 ) -> dict[str, Estimate]:
     """Perplexity and entropy of `model` on `windows`; against a dense model also every fidelity metric.
 
@@ -52,7 +85,7 @@ def measure(
     Args:
         model: the model to measure, of a supported family.
         windows: token ids, at least two positions.
-        against: the dense model.
+        against: the dense model, or what it computed on the same windows.
         batch_size: windows per step.
         seed: of the bootstrap.
         track: wraps the batches, to show progress.
@@ -64,30 +97,46 @@ def measure(
         UserError: the windows cannot be used, or the two models have different vocabularies.
         RunError: activations are NaN or infinite, or memory ran out.
     """
-    models = [model] if against is None else [model, against]
+    return estimate(measure_windows(model, windows, against, batch_size=batch_size, track=track), seed)
+
+
+def estimate(values: dict[str, Float[Tensor, "windows"]], seed: int = 0) -> dict[str, Estimate]:
+    """Means over windows, of perplexities `exp` of the mean, with bootstrap intervals."""
+    estimates = {name: bootstrap_mean(values[name], seed) for name in METRICS if name in values}
+    return {name: each.exp() if name.endswith("perplexity") else each for name, each in estimates.items()}
+
+
+@torch.no_grad()
+def measure_windows(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "windows positions"],
+    against: PreTrainedModel | Reference | None = None,
+    *,
+    batch_size: int = 1,
+    track: Track = lambda batches: batches,
+) -> dict[str, Float[Tensor, "windows"]]:
+    """The same for each window, in float64; the perplexities as their logarithms."""
     check_windows(model, windows, batch_size, least=2)
     collected: dict[str, list[Tensor]] = {}
     with ExitStack() as stack:
+        models = [model, against] if isinstance(against, PreTrainedModel) else [model]
         for each in models:
             stack.enter_context(frozen(each))
         chains = [BlockChain(each) for each in models]
-        heads = [chain.head for chain in chains]
+        heads = [chain.head for chain in chains] + ([against.head] if isinstance(against, Reference) else [])
         sizes = [head.vocabulary for head in heads]
         if len(set(sizes)) != 1:
             raise UserError(f"the vocabularies differ ({sizes[0]} and {sizes[1]}); compare a model with its own origin")
-        for batch in track(windows.split(batch_size)):
+        for number, batch in enumerate(track(windows.split(batch_size))):
             tokens = batch.to(model.device, torch.int64)
             with memory_explained(model, tokens.numel()):
-                hidden = [chain.final_hidden(tokens.to(chain.model.device))[:, :-1] for chain in chains]
-                metrics = _per_position(heads, hidden, tokens[:, 1:])
+                hidden = [chain.final_hidden(tokens.to(chain.model.device)) for chain in chains]
+                if isinstance(against, Reference):
+                    hidden.append(against.hidden[number * batch_size :][: len(batch)].to(model.device))
+                metrics = _per_position(heads, [states[:, :-1] for states in hidden], tokens[:, 1:])
             for name, values in metrics.items():
                 collected.setdefault(name, []).append(values.double().mean(1).cpu())
-    estimates = {name: bootstrap_mean(torch.cat(values), seed) for name, values in collected.items()}
-    return {
-        name: estimates[name].exp() if name.endswith("perplexity") else estimates[name]
-        for name in METRICS
-        if name in estimates
-    }
+    return {name: torch.cat(collected[name]) for name in METRICS if name in collected}
 
 
 def _per_position(

@@ -32,5 +32,22 @@ def bootstrap_mean(values: Float[Tensor, "windows"], seed: int = 0) -> Estimate:
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
     means = values[drawn].mean(1)
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Estimate(mean, low, high)
+    return Estimate(mean, *_bounds(means))
+
+
+def bootstrap_paired(differences: Float[Tensor, "seeds windows"], seed: int = 0) -> Estimate:
+    """Mean of paired differences with a 95% percentile interval; seeds and windows are both drawn again."""
+    differences = differences.double()
+    mean = differences.mean().item()
+    seeds, windows = differences.shape
+    if windows < 2:
+        return Estimate(mean)
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(seeds, (RESAMPLES, seeds, 1), generator=generator)
+    columns = torch.randint(windows, (RESAMPLES, 1, windows), generator=generator)
+    return Estimate(mean, *_bounds(differences[rows, columns].mean((1, 2))))
+
+
+def _bounds(means: Float[Tensor, "resamples"]) -> list[float]:
+    bounds: list[float] = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return bounds

@@ -1,0 +1,147 @@
+"""Criteria side by side on one's own model: `compare` scores, cuts, measures and contrasts.
+
+A cell is a criterion at a ratio with one draw of the calibration windows. What is finished is kept beside the output
+until all is done, so an interrupted run goes on where it stopped.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from hifiprune.allocation import Budget, allocate
+from hifiprune.calibration import SELF, Calibration, load_windows
+from hifiprune.checkpoint import find_checkpoint
+from hifiprune.compute import Compute
+from hifiprune.contrasts import Cell, contrast
+from hifiprune.criteria import Options, find_criterion
+from hifiprune.errors import UserError
+from hifiprune.hashing import hash_tokens
+from hifiprune.output import check_target, replacing
+from hifiprune.preparation import check_model, load_hashed, plain_arguments
+from hifiprune.record import RunRecord
+from hifiprune.scoring import Request
+from hifiprune.texts import Text
+from hifiprune.voice import Voice
+from hifiprune.workbench import Workbench
+
+
+def compare(
+    model: str,
+    output: str | Path,
+    criteria: Sequence[str],
+    ratios: Sequence[float],
+    calibration: Calibration,
+    texts: Sequence[Text],
+    *,
+    seeds: int = 3,
+    options: Options | None = None,
+    round_to: int = 128,
+    compute: Compute = Compute(),
+    overwrite: bool = False,
+    voice: Voice = Voice(),
+) -> RunRecord:
+    """Prune by every criterion, at every ratio, with several draws of the calibration windows, and measure.
+
+    The folder `output` will hold `compare.json`, the plots, and the scores, ready for `prune`.
+
+    Args:
+        model: local folder, hub id or GGUF file.
+        output: folder to be made.
+        criteria: names; the first is what the others are compared with.
+        ratios: fractions of all parameters to remove.
+        calibration: what to score on; its seed is that of the first draw, the next draws count on from it.
+        texts: held-out texts to measure on.
+        seeds: how many draws.
+        options: of the criteria; by default alpha and temperature follow the ratio, as in the papers.
+        round_to: widths become the nearest multiple of it.
+        compute: device and arithmetic.
+        overwrite: replace an existing output.
+        voice: tells of progress.
+
+    Raises:
+        UserError: something asked for cannot be done, found before the weights are loaded where possible.
+        RunError: numbers, memory or disk failed.
+    """
+    record = RunRecord(
+        "compare",
+        plain_arguments(
+            model=model, output=output, criteria=list(criteria), ratios=list(ratios), calibration=calibration,
+            seeds=seeds, texts=[asdict(text) for text in texts], options=options, round_to=round_to, compute=compute,
+        ),
+    )  # fmt: skip
+    _check(criteria, ratios, seeds, calibration, texts)
+    checkpoint = find_checkpoint(model)
+    inputs: list[str | Path | None] = [checkpoint.path, calibration.source, *(text.source for text in texts)]
+    target = check_target(output, folder=True, overwrite=overwrite, inputs=inputs)
+    shape = check_model(checkpoint, calibration)
+    for text in texts:
+        check_model(checkpoint, Calibration(text.source, 1, text.seq_len))
+    widths = {ratio: shape.width_at(Budget(ratio=ratio), round_to) for ratio in ratios}
+    checkpoint.fetch()
+    tokenizer = checkpoint.tokenizer()
+    with record.stage("reading the texts"):
+        held = [text.held(tokenizer) for text in texts]
+        draws = [load_windows(replace(calibration, seed=calibration.seed + k), tokenizer) for k in range(seeds)]
+    loaded, model_hash = load_hashed(checkpoint, compute, record)
+    workplace = target.with_name(f"{target.name}.unfinished")
+    bench = Workbench(loaded, model, model_hash, workplace, compute, voice)
+    cells: list[Cell] = []
+    with record.stage("scoring"):
+        for number, windows in enumerate(draws):
+            seed = calibration.seed + number
+            scores = bench.score(windows, _requests(criteria, ratios, options, seed), seed)
+            for ratio in ratios:
+                for name in criteria:
+                    used = scores[_label(name, ratio)]
+                    plan = allocate(used, Budget(ratio=ratio), round_to=round_to)
+                    cells.append(Cell(name, ratio, seed, plan, used.values))
+    with record.stage("measuring"):
+        dense, *measured = bench.measure([None, *(cell.plan for cell in cells)], held)
+    record.results = {
+        "model_hash": model_hash,
+        "data_hashes": [hash_tokens(windows) for windows in draws],
+        "texts": [{"source": text.source, "windows": list(text.windows.shape)} for text in held],
+        "widths": {f"{ratio:g}": [width, shape.ratio_at(width)] for ratio, width in widths.items()},
+        **contrast(cells, dense, measured),
+    }
+    with replacing(target) as folder:
+        from hifiprune.plots import draw_comparison
+
+        shutil.copytree(workplace / "scores", folder / "scores")
+        draw_comparison(record.results, folder)
+        record.save(folder / "compare.json")
+    shutil.rmtree(workplace)
+    return record
+
+
+def _label(criterion: str, ratio: float) -> str:
+    """What scores are called: those that depend on the ratio by their presets have it in their name."""
+    return f"{criterion}-{ratio:g}" if find_criterion(criterion).two_stages else criterion
+
+
+def _requests(
+    criteria: Sequence[str], ratios: Sequence[float], options: Options | None, seed: int
+) -> dict[str, Request]:
+    def settled(ratio: float) -> Options:
+        return replace(options or Options().for_ratio(ratio), seed=seed)
+
+    return {_label(name, ratio): (name, settled(ratio)) for ratio in ratios for name in criteria}
+
+
+def _check(
+    criteria: Sequence[str], ratios: Sequence[float], seeds: int, calibration: Calibration, texts: Sequence[Text]
+) -> None:
+    for what, values in (("criteria", criteria), ("ratios", ratios), ("texts", [text.source for text in texts])):
+        if not values:
+            raise UserError(f"{what}: give at least one")
+        if len(set(values)) != len(values):
+            raise UserError(f"{what} {', '.join(map(str, values))}: each may be given once")
+    for name in criteria:
+        find_criterion(name)
+    if seeds < 1:
+        raise UserError(f"seeds {seeds} must be at least 1")
+    if calibration.source == SELF:
+        raise UserError("compare draws its windows from a text; for 'self', sample one with 'hifiprune score' per seed")
+    if calibration.source in [text.source for text in texts]:
+        raise UserError(f"{calibration.source} is both calibration and held-out text; measure on another one")

@@ -1,0 +1,90 @@
+"""What every command does before its own work: check the model, load it, say what the work will cost."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hifiprune.allocation import Shape
+from hifiprune.calibration import Calibration
+from hifiprune.checkpoint import Checkpoint
+from hifiprune.compute import Compute, estimate_seconds
+from hifiprune.criteria import find_criterion
+from hifiprune.hashing import hash_model
+from hifiprune.inspection import shape_of
+from hifiprune.passes import choose_recompute, working_bytes
+from hifiprune.record import RunRecord
+from hifiprune.scoring import Request, count_passes
+
+
+def check_model(checkpoint: Checkpoint, calibration: Calibration | None) -> Shape:
+    """All that can be known before weights load: family, layout, sequence length; returns the model's shape."""
+    shape = shape_of(checkpoint.skeleton())
+    if calibration:
+        calibration.check(getattr(checkpoint.config().get_text_config(), "max_position_embeddings", None))
+    return shape
+
+
+def load(checkpoint: Checkpoint, compute: Compute) -> PreTrainedModel:
+    """The model in the arithmetic asked for."""
+    return checkpoint.load(compute.dtype_for(checkpoint), compute.resolved_device, compute.attention)
+
+
+def load_hashed(checkpoint: Checkpoint, compute: Compute, record: RunRecord) -> tuple[PreTrainedModel, str]:
+    """The model in the arithmetic asked for, and the hash of its weights as stored, which refuses NaN."""
+    with record.stage("loading the weights"):
+        model = checkpoint.load(device=compute.resolved_device, attention=compute.attention)
+        model_hash = hash_model(model)
+        if compute.dtype_for(checkpoint) != model.dtype:
+            del model
+            model = load(checkpoint, compute)
+    return model, model_hash
+
+
+def announce_scoring(
+    name: str,
+    model: PreTrainedModel,
+    windows: Int[Tensor, "windows positions"],
+    requests: Sequence[Request],
+    compute: Compute,
+) -> str:
+    """What scoring will cost."""
+    forwards, backwards = count_passes(requests)
+    tokens = compute.batch_size * windows.shape[1]
+    recompute = choose_recompute(model, tokens) if compute.recompute is None else compute.recompute
+    memory = working_bytes(model, tokens, recompute=recompute, objectives=backwards)
+    seconds = estimate_seconds(
+        model.config,
+        windows.numel(),
+        windows.shape[1],
+        compute.resolved_device,
+        model.dtype,
+        forwards=forwards,
+        backwards=backwards,
+    )
+    criteria = ", ".join(dict.fromkeys(f"'{name}'" for name, _ in requests))
+    kept = 0
+    if any(find_criterion(name).two_stages for name, _ in requests):
+        kept = windows.numel() * model.config.get_text_config().hidden_size * model.dtype.itemsize
+    teacher = f", and {kept / 1e6:.0f} MB for the dense model's hidden states" if kept else ""
+    return (
+        f"Scoring {name} by {criteria} on {len(windows)} windows of {windows.shape[1]} tokens, {model.dtype} on "
+        f"{compute.resolved_device}: {forwards} forward and {backwards} backward passes, about {duration(seconds)} and "
+        f"{memory / 1e9:.1f} GB above the weights{' (recomputing)' if recompute else ''}{teacher}, if the machine is "
+        "idle."
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds for a reader."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def plain_arguments(**values: Any) -> dict[str, Any]:
+    """Arguments as plain data."""
+    return {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in values.items()}

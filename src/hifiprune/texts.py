@@ -1,0 +1,53 @@
+"""Held-out texts to measure on."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Int
+from torch import Tensor
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from hifiprune.calibration import cut_windows, join_documents, read_documents
+from hifiprune.errors import UserError
+
+
+@dataclass(frozen=True)
+class Text:
+    """A held-out text to measure on.
+
+    Attributes:
+        source: anything that a calibration's source may be but `self`.
+        seq_len: tokens per window.
+        max_windows: use only the first ones.
+        fidelity: measure every metric; else perplexity and entropy alone, in less time.
+        text_column: column of the text, guessed if not given.
+    """
+
+    source: str
+    seq_len: int = 1024
+    max_windows: int | None = None
+    fidelity: bool = True
+    text_column: str | None = None
+
+    def held(self, tokenizer: PreTrainedTokenizerBase) -> "Held":
+        """The text as one stream of tokens, cut without overlap.
+
+        Raises:
+            UserError: there is no text, or too little of it.
+        """
+        stream = join_documents(read_documents(self.source, self.text_column), tokenizer)
+        windows = cut_windows(stream, self.seq_len)[: self.max_windows]
+        if len(windows) == 0:
+            raise UserError(
+                f"too little text in {self.source}: its {len(stream)} tokens make no window of {self.seq_len}; "
+                f"use more text or --seq-len {max(2, len(stream))}"
+            )
+        return Held(self.source, self.fidelity, windows)
+
+
+@dataclass(frozen=True)
+class Held:
+    """The windows of a text."""
+
+    source: str
+    fidelity: bool
+    windows: Int[Tensor, "windows positions"]
