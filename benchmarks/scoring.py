@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune.blocks import BlockChain, Seen
+from hifiprune.blocks import BlockChain
 from hifiprune.calibration import Calibration, load_windows
 from hifiprune.checkpoint import find_checkpoint
 from hifiprune.demonstration import fetch_smollm2
@@ -27,6 +27,7 @@ from hifiprune.guards import frozen
 from hifiprune.objectives import Entropy
 from hifiprune.record import describe_environment, peak_memory, reset_peak_memory
 from hifiprune.statistics import absolute
+from hifiprune.taps import Seen
 
 ROOT = Path(__file__).parent.parent
 WINDOWS, POSITIONS, ROUNDS = 8, 1024, 3

@@ -4,22 +4,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hifiprune.ablation import ablate
     from hifiprune.allocation import Budget, allocate
     from hifiprune.calibration import Calibration, load_windows
+    from hifiprune.comparison import compare
     from hifiprune.compute import Compute
-    from hifiprune.criteria import CRITERIA, Criterion
+    from hifiprune.criteria import CRITERIA, Criterion, Options
     from hifiprune.errors import HifipruneError, RunError, UserError
-    from hifiprune.evaluation import Estimate, measure
+    from hifiprune.evaluation import Estimate, Reference, Tasks, measure, zero_shot
     from hifiprune.inspection import inspect
     from hifiprune.neurons import Mlp, find_mlps
     from hifiprune.pipeline import evaluate, prune, score_checkpoint
     from hifiprune.plan import Plan
     from hifiprune.record import RunRecord
     from hifiprune.scores import Scores
-    from hifiprune.scoring import score
-    from hifiprune.surgery import cut_
+    from hifiprune.scoring import score, score_all
+    from hifiprune.surgery import cut, cut_
+    from hifiprune.texts import Text
 
 __version__ = "0.1.0"
+DEFAULT_CRITERION = "entropy-square"
+"""How neurons are scored unless another criterion is asked for: the winner of `benchmarks/criteria.py`."""
 
 __all__ = [
     "CRITERIA",
@@ -30,12 +35,19 @@ __all__ = [
     "Estimate",
     "HifipruneError",
     "Mlp",
+    "Options",
     "Plan",
+    "Reference",
     "RunError",
     "RunRecord",
     "Scores",
+    "Tasks",
+    "Text",
     "UserError",
+    "ablate",
     "allocate",
+    "compare",
+    "cut",
     "cut_",
     "evaluate",
     "find_mlps",
@@ -44,7 +56,9 @@ __all__ = [
     "measure",
     "prune",
     "score",
+    "score_all",
     "score_checkpoint",
+    "zero_shot",
 ]
 
 _HOMES = {
@@ -56,12 +70,19 @@ _HOMES = {
     "Estimate": "evaluation",
     "HifipruneError": "errors",
     "Mlp": "neurons",
+    "Options": "criteria",
     "Plan": "plan",
+    "Reference": "evaluation",
     "RunError": "errors",
     "RunRecord": "record",
     "Scores": "scores",
+    "Tasks": "evaluation",
+    "Text": "texts",
     "UserError": "errors",
+    "ablate": "ablation",
     "allocate": "allocation",
+    "compare": "comparison",
+    "cut": "surgery",
     "cut_": "surgery",
     "evaluate": "pipeline",
     "find_mlps": "neurons",
@@ -70,7 +91,9 @@ _HOMES = {
     "measure": "evaluation",
     "prune": "pipeline",
     "score": "scoring",
+    "score_all": "scoring",
     "score_checkpoint": "pipeline",
+    "zero_shot": "evaluation",
 }
 
 

@@ -4,10 +4,8 @@ Every stage that needs the network's inner values goes through `BlockChain`. The
 rotary embeddings, per-layer variants) are recorded from the model's own forward, so no architecture is written twice.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,68 +15,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from hifiprune.errors import RunError, UserError
+from hifiprune.head import Head
 from hifiprune.neurons import family_of, find_blocks, find_mlps
-from hifiprune.objectives import Head, Kernel, mean_over_positions
-
-
-@dataclass
-class MapPass:
-    """One linear map of an MLP in a run: its input and its output, later with the gradient at the output.
-
-    Attributes:
-        linear: the map.
-        input: `[windows, positions, in_features]`.
-        output: `[windows, positions, out_features]`, or the gradient there.
-    """
-
-    linear: nn.Linear
-    input: Tensor
-    output: Tensor
-
-
-@dataclass
-class Seen:
-    """What a sweep shows of one MLP.
-
-    Attributes:
-        layer: number of the MLP.
-        kernel: number of the objective that was differentiated; None on the way forward.
-        activation: `h`, `[windows, positions, neurons]`, to be left as it is.
-        gradient: `dC/dh` in the same shape, gone once `taylor` is asked for; None on the way forward.
-        maps: input and output gradient of each linear map, where asked for; the output map comes last.
-    """
-
-    layer: int
-    kernel: int | None
-    activation: Tensor
-    gradient: Tensor | None = None
-    maps: list[MapPass] = field(default_factory=list)
-
-    @cached_property
-    def taylor(self) -> Tensor:
-        """`h * dC/dh` in float32 or better, computed once in place of the gradient."""
-        assert self.gradient is not None
-        return self.gradient.to(torch.promote_types(self.gradient.dtype, torch.float32)).mul_(self.activation)
-
-
-Visit = Callable[[Seen], None]
-
-
-@dataclass(frozen=True)
-class BlockCall:
-    """What the model's own forward passes to one block beside the hidden state."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-@dataclass
-class Trace:
-    """One block's run: its input and, with the graph between them, its MLP's maps (output map last) and its output."""
-
-    input: Tensor
-    maps: list[MapPass]
-    output: Tensor
+from hifiprune.objectives import Kernel, mean_over_positions
+from hifiprune.taps import BlockCall, KnownProduct, MapPass, Seen, Trace, Visit, grown, overridden, without
 
 
 class BlockChain:
@@ -107,20 +47,43 @@ class BlockChain:
             calls.append(BlockCall(args, kwargs))
             return hidden
 
-        with _overridden([(block, record) for block in self.blocks]), torch.no_grad():
+        with overridden([(block, record) for block in self.blocks]), torch.no_grad():
             self.model.base_model(input_ids=tokens, use_cache=False)
         return inputs[0], calls
 
-    @torch.no_grad()
     def final_hidden(self, tokens: Int[Tensor, "windows positions"]) -> Float[Tensor, "windows positions hidden"]:
         """The final hidden state after the last norm, the input of the head.
 
         Raises:
             RunError: a block's output is not finite; the error names the block.
         """
-        hidden, calls = self.embed(tokens)
-        for index, (block, call) in enumerate(zip(self.blocks, calls, strict=True)):
-            hidden = block(hidden, *call.args, **call.kwargs)
+        return self.run_from(0, *self.embed(tokens))
+
+    @torch.no_grad()
+    def run_from(
+        self,
+        first: int,
+        hidden: Float[Tensor, "windows positions hidden"],
+        calls: Sequence[BlockCall],
+        *,
+        removed: Int[Tensor, "_"] | None = None,
+        inputs: dict[int, Tensor] | None = None,
+    ) -> Float[Tensor, "windows positions hidden"]:
+        """The same from the input of block `first` on.
+
+        Args:
+            first: number of the block.
+            hidden: its input.
+            calls: of all blocks, from `embed`.
+            removed: neurons of its MLP whose activations are set to zero.
+            inputs: receives the input of every block.
+        """
+        for index in range(first, len(self.blocks)):
+            if inputs is not None:
+                inputs[index] = hidden
+            gone = removed if index == first else None
+            with overridden([(self.mlps[index].output, partial(without, self.mlps[index].output, gone))]):
+                hidden = self.blocks[index](hidden, *calls[index].args, **calls[index].kwargs)
             if not hidden.isfinite().all():
                 raise RunError(
                     f"the activations of decoder block {index} of {len(self.blocks)} are NaN or infinite in "
@@ -226,7 +189,7 @@ class BlockChain:
             passes.append(MapPass(linear, activation, functional.linear(activation, linear.weight, linear.bias)))
             return passes[0].output
 
-        with _overridden([(linear, tapped)]):
+        with overridden([(linear, tapped)]):
             output: Tensor = self.blocks[index](hidden, *call.args, **call.kwargs)
         return output, passes[0]
 
@@ -241,16 +204,16 @@ class BlockChain:
         def tapped(linear: nn.Linear, activation: Tensor) -> Tensor:
             known = mlp_output if linear is mlp.output else None
             if linear is mlp.output:
-                activation = _grown(activation)
+                activation = grown(activation)
             if known is None:
                 output = functional.linear(activation, linear.weight, linear.bias)
             else:
-                output = _KnownProduct.apply(activation, linear.weight, known)  # type: ignore[no-untyped-call]
-            passes.append(MapPass(linear, activation, _grown(output)))
+                output = KnownProduct.apply(activation, linear.weight, known)  # type: ignore[no-untyped-call]
+            passes.append(MapPass(linear, activation, grown(output)))
             return passes[-1].output
 
         linears = (*mlp.inputs, mlp.output) if maps else (mlp.output,)
-        with _overridden([(linear, partial(tapped, linear)) for linear in linears]), torch.enable_grad():
+        with overridden([(linear, partial(tapped, linear)) for linear in linears]), torch.enable_grad():
             output = self.blocks[index](hidden, *call.args, **call.kwargs)
         return Trace(hidden, passes, output)
 
@@ -269,37 +232,3 @@ class BlockChain:
                 f"the logits of {type(self.model).__name__} cannot be rebuilt from its final hidden state: error "
                 f"{error:.3g} where logits reach {size:.3g}; its head has a step that hifiprune does not know"
             )
-
-
-def _grown(tensor: Tensor) -> Tensor:
-    """`tensor` as part of a graph: in the first block nothing before the MLP has one, so it starts here."""
-    return tensor if tensor.requires_grad else tensor.detach().requires_grad_()
-
-
-class _KnownProduct(torch.autograd.Function):
-    """`activation @ weight.T + bias` where the result is already known: only the gradient is computed."""
-
-    @staticmethod
-    def forward(ctx: Any, activation: Tensor, weight: Tensor, product: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
-        return product.view_as(product)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (weight,) = ctx.saved_tensors
-        return gradients[0] @ weight, None, None
-
-
-@contextmanager
-def _overridden(pairs: Sequence[tuple[nn.Module, Callable[..., Tensor]]]) -> Iterator[None]:
-    """Replace the forward of each module within; an override that was there before (accelerate's) comes back after."""
-    before = [module.__dict__.get("forward") for module, _ in pairs]
-    try:
-        for module, forward in pairs:
-            module.__dict__["forward"] = forward
-        yield
-    finally:
-        for (module, _), earlier in zip(pairs, before, strict=True):
-            del module.__dict__["forward"]
-            if earlier is not None:
-                module.__dict__["forward"] = earlier

@@ -1,19 +1,44 @@
 """The command line: parses, calls the pipeline, prints."""
 
-import json
 import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from typer import Argument, Option
+from typer import Option
 
-from hifiprune import __version__
+from hifiprune import DEFAULT_CRITERION, __version__
 from hifiprune.errors import HifipruneError
-from hifiprune.voice import Voice
+from hifiprune.options import (
+    SCORING_FLAGS,
+    SOURCES,
+    Alpha,
+    AsJson,
+    Attention,
+    BatchSize,
+    CriterionName,
+    Debug,
+    Device,
+    Dtype,
+    LabelSamples,
+    LightCut,
+    Model,
+    NumSamples,
+    Output,
+    Overwrite,
+    Recompute,
+    RoundTo,
+    Sampler,
+    Seed,
+    SeqLen,
+    Temperature,
+    TextColumn,
+)
+from hifiprune.study import ablate, compare, criteria
+from hifiprune.terminal import show, voice
 
 app = typer.Typer(
     name="hifiprune",
@@ -22,36 +47,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-SCORING_FLAGS = (
-    "--num-samples", "--seq-len", "--seed", "--sampler", "--text-column", "--criterion", "--batch-size", "--dtype",
-    "--recompute", "--keep-graphs", "--attention",
-)  # fmt: skip
-Model = Annotated[str, Argument(metavar="MODEL", help="Local folder, hub id or .gguf file.")]
-Output = Annotated[Path, Option(help="What to make; written beside and renamed when whole.")]
-SOURCES = (
-    "Calibration text: .txt, .jsonl or .parquet file, a folder of those, a hub data set id[:config][:split], "
-    "'python-docs' (ships inside Python) or 'self' (sampled from the model)."
-)
-NumSamples = Annotated[int, Option(help="Calibration windows.")]
-SeqLen = Annotated[int, Option(help="Tokens per window.")]
-Seed = Annotated[int, Option(help="Seed of the choice of windows.")]
-Sampler = Annotated[
-    str, Option(help="documents: a random window of each long document; stream: all joined and cut; auto: by source.")
-]
-TextColumn = Annotated[str | None, Option(help="Column of the text; guessed if not given.")]
-CriterionName = Annotated[str, Option("--criterion", help="entropy, or hfprune for the paper's definition for good.")]
-BatchSize = Annotated[int, Option(help="Windows per step; results do not depend on it.")]
-Device = Annotated[str, Option(help="auto, cpu or cuda.")]
-Dtype = Annotated[str, Option(help="Arithmetic: float32, bfloat16, float16; auto: float32 on CPU, the model's on GPU.")]
-Recompute = Annotated[
-    bool | None, Option("--recompute/--keep-graphs", help="Trade time for memory; decided by free memory if not given.")
-]
-Attention = Annotated[
-    str | None, Option(help="Attention implementation, such as flash_attention_2; the model's default if not given.")
-]
-AsJson = Annotated[bool, Option("--json", help="Print one JSON object on standard output.")]
-Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]
 
 
 @app.command()
@@ -68,15 +63,19 @@ def prune(
     seed: Seed = 0,
     sampler: Sampler = "auto",
     text_column: TextColumn = None,
-    criterion: CriterionName = "entropy",
-    round_to: Annotated[int, Option(help="Widths become the nearest multiple; 1 for the papers' exact widths.")] = 128,
+    criterion: CriterionName = DEFAULT_CRITERION,
+    alpha: Alpha = None,
+    temperature: Temperature = None,
+    light_cut: LightCut = 0.025,
+    label_samples: LabelSamples = 1,
+    round_to: RoundTo = 128,
     batch_size: BatchSize = 1,
     device: Device = "auto",
     dtype: Dtype = "auto",
     recompute: Recompute = None,
     attention: Attention = None,
     shard_size: Annotated[str, Option(help="Largest weight file.")] = "5GB",
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing output.")] = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -84,11 +83,11 @@ def prune(
     import hifiprune as hp
     from hifiprune import printing
 
-    voice = _voice()
+    speaker = voice()
     if scores:
         ignored = [word for word in sys.argv if word.split("=")[0] in SCORING_FLAGS]
         if ignored:
-            voice.say(f"Ignored, since the --scores were made before: {', '.join(ignored)}.")
+            speaker.say(f"Ignored, since the --scores were made before: {', '.join(ignored)}.")
     record = hp.prune(
         model,
         output,
@@ -96,32 +95,37 @@ def prune(
         hp.Calibration(calibration, num_samples, seq_len, seed, sampler, text_column) if calibration else None,
         scores=scores,
         criterion=criterion,
+        options=hp.Options(alpha, temperature, light_cut, label_samples, seed),
         round_to=round_to,
         compute=hp.Compute(device, dtype, batch_size, recompute, attention),
         shard_size=shard_size,
         overwrite=overwrite,
-        voice=voice,
+        voice=speaker,
     )
-    _print(record.to_dict(), as_json, lambda: printing.pruned(record, output))
+    show(record.to_dict(), as_json, lambda: printing.pruned(record, output))
 
 
 @app.command()
 def score(
     model: Model,
     output: Output,
-    calibration: Annotated[str, Option(help=SOURCES)],
+    calibration: Annotated[str | None, Option(help=SOURCES)] = None,
     num_samples: NumSamples = 128,
     seq_len: SeqLen = 1024,
     seed: Seed = 0,
     sampler: Sampler = "auto",
     text_column: TextColumn = None,
-    criterion: CriterionName = "entropy",
+    criterion: CriterionName = DEFAULT_CRITERION,
+    alpha: Alpha = None,
+    temperature: Temperature = None,
+    light_cut: LightCut = 0.025,
+    label_samples: LabelSamples = 1,
     batch_size: BatchSize = 1,
     device: Device = "auto",
     dtype: Dtype = "auto",
     recompute: Recompute = None,
     attention: Attention = None,
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing output.")] = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -132,13 +136,14 @@ def score(
     record = hp.score_checkpoint(
         model,
         output,
-        hp.Calibration(calibration, num_samples, seq_len, seed, sampler, text_column),
+        hp.Calibration(calibration, num_samples, seq_len, seed, sampler, text_column) if calibration else None,
         criterion=criterion,
+        options=hp.Options(alpha, temperature, light_cut, label_samples, seed),
         compute=hp.Compute(device, dtype, batch_size, recompute, attention),
         overwrite=overwrite,
-        voice=_voice(),
+        voice=voice(),
     )
-    _print(record.to_dict(), as_json, lambda: printing.scored(record, model, output))
+    show(record.to_dict(), as_json, lambda: printing.scored(record, model, output))
 
 
 @app.command()
@@ -168,9 +173,9 @@ def evaluate(
         max_windows=max_windows,
         text_column=text_column,
         compute=hp.Compute(device, dtype, batch_size, None, attention),
-        voice=_voice(),
+        voice=voice(),
     )
-    _print(record.to_dict(), as_json, lambda: printing.evaluated(record))
+    show(record.to_dict(), as_json, lambda: printing.evaluated(record))
 
 
 @app.command()
@@ -180,7 +185,7 @@ def inspect(model: Model, as_json: AsJson = False, debug: Debug = False) -> None
     from hifiprune import printing
 
     facts = hp.inspect(model)
-    _print(facts, as_json, lambda: printing.inspected(facts))
+    show(facts, as_json, lambda: printing.inspected(facts))
 
 
 @app.command()
@@ -195,8 +200,8 @@ def demo(
     """Prune a real small model by 20% on this machine and show how faithful it stays."""
     from hifiprune import demonstration, printing
 
-    summary = demonstration.run(output, model, num_samples, seq_len, _voice())
-    _print(summary, as_json, lambda: printing.demonstrated(summary, output))
+    summary = demonstration.run(output, model, num_samples, seq_len, voice())
+    show(summary, as_json, lambda: printing.demonstrated(summary, output))
 
 
 @app.callback(invoke_without_command=True)
@@ -206,20 +211,8 @@ def _root(version: Annotated[bool, Option("--version", help="Show the version.")
         raise typer.Exit
 
 
-def _voice() -> Voice:
-    """Speak on standard error, and keep transformers from speaking too."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    return Voice(Console(stderr=True))
-
-
-def _print(facts: dict[str, Any], as_json: bool, table: Any) -> None:
-    if as_json:
-        typer.echo(json.dumps(facts, default=str))
-    else:
-        table()
+for command in (criteria, compare, ablate):
+    app.command()(command)
 
 
 class _Stopped(BaseException):

@@ -16,6 +16,7 @@ from hifiprune.compute import Compute
 from hifiprune.contrasts import Cell, contrast
 from hifiprune.criteria import Options, find_criterion
 from hifiprune.errors import UserError
+from hifiprune.evaluation import Tasks, check_tasks
 from hifiprune.hashing import hash_tokens
 from hifiprune.output import check_target, replacing
 from hifiprune.preparation import check_model, load_hashed, plain_arguments
@@ -36,6 +37,7 @@ def compare(
     *,
     seeds: int = 3,
     options: Options | None = None,
+    tasks: Tasks | None = None,
     round_to: int = 128,
     compute: Compute = Compute(),
     overwrite: bool = False,
@@ -53,7 +55,8 @@ def compare(
         calibration: what to score on; its seed is that of the first draw, the next draws count on from it.
         texts: held-out texts to measure on.
         seeds: how many draws.
-        options: of the criteria; by default alpha and temperature follow the ratio, as in the papers.
+        options: of the criteria, seeds apart; by default alpha and temperature follow the ratio, as in the papers.
+        tasks: zero-shot tasks to run too.
         round_to: widths become the nearest multiple of it.
         compute: device and arithmetic.
         overwrite: replace an existing output.
@@ -67,10 +70,13 @@ def compare(
         "compare",
         plain_arguments(
             model=model, output=output, criteria=list(criteria), ratios=list(ratios), calibration=calibration,
-            seeds=seeds, texts=[asdict(text) for text in texts], options=options, round_to=round_to, compute=compute,
+            seeds=seeds, texts=[asdict(text) for text in texts], tasks=tasks, options=options, round_to=round_to,
+            compute=compute,
         ),
     )  # fmt: skip
     _check(criteria, ratios, seeds, calibration, texts)
+    if tasks:
+        check_tasks(tasks.names, tasks.include_path)
     checkpoint = find_checkpoint(model)
     inputs: list[str | Path | None] = [checkpoint.path, calibration.source, *(text.source for text in texts)]
     target = check_target(output, folder=True, overwrite=overwrite, inputs=inputs)
@@ -85,7 +91,7 @@ def compare(
         draws = [load_windows(replace(calibration, seed=calibration.seed + k), tokenizer) for k in range(seeds)]
     loaded, model_hash = load_hashed(checkpoint, compute, record)
     workplace = target.with_name(f"{target.name}.unfinished")
-    bench = Workbench(loaded, model, model_hash, workplace, compute, voice)
+    bench = Workbench(loaded, model, model_hash, tokenizer, workplace, compute, voice)
     cells: list[Cell] = []
     with record.stage("scoring"):
         for number, windows in enumerate(draws):
@@ -97,13 +103,13 @@ def compare(
                     plan = allocate(used, Budget(ratio=ratio), round_to=round_to)
                     cells.append(Cell(name, ratio, seed, plan, used.values))
     with record.stage("measuring"):
-        dense, *measured = bench.measure([None, *(cell.plan for cell in cells)], held)
+        dense, *measured = bench.measure([None, *(cell.plan for cell in cells)], [*held, *([tasks] if tasks else [])])
     record.results = {
         "model_hash": model_hash,
         "data_hashes": [hash_tokens(windows) for windows in draws],
         "texts": [{"source": text.source, "windows": list(text.windows.shape)} for text in held],
         "widths": {f"{ratio:g}": [width, shape.ratio_at(width)] for ratio, width in widths.items()},
-        **contrast(cells, dense, measured),
+        **contrast(cells, dense, measured, len(held)),
     }
     with replacing(target) as folder:
         from hifiprune.plots import draw_comparison
@@ -124,7 +130,7 @@ def _requests(
     criteria: Sequence[str], ratios: Sequence[float], options: Options | None, seed: int
 ) -> dict[str, Request]:
     def settled(ratio: float) -> Options:
-        return replace(options or Options().for_ratio(ratio), seed=seed)
+        return replace(options or Options(), seed=seed).for_ratio(ratio)
 
     return {_label(name, ratio): (name, settled(ratio)) for ratio in ratios for name in criteria}
 

@@ -28,26 +28,28 @@ class Cell:
 
 
 def contrast(
-    cells: Sequence[Cell], dense: Sequence[Measured], measured: Sequence[Sequence[Measured]]
+    cells: Sequence[Cell], dense: Sequence[Measured], measured: Sequence[Sequence[Measured]], texts: int
 ) -> dict[str, Any]:
     """Everything that a comparison reports, as plain data.
 
     Args:
         cells: what was measured.
-        dense: metrics of the dense model on each text, by window, perplexities as their logarithms.
+        dense: metrics of the dense model on each text, by window, perplexities as their logarithms; then of the tasks.
         measured: the same of each cell.
+        texts: how many of these are texts.
 
     Returns:
-        `dense`: estimates; `cells`: means by text and metric; `summary`: over seeds, with the difference to the first
+        `dense`: estimates; `cells`: every value by window; `summary`: over seeds, with the difference to the first
         criterion; `overlap`: Jaccard similarity of kept neurons; `mass`: share of the score in each layer.
     """
     ratios = list(dict.fromkeys(cell.ratio for cell in cells))
     criteria = list(dict.fromkeys(cell.criterion for cell in cells))
     return {
-        "dense": [{name: asdict(each) for name, each in _estimates(text).items()} for text in dense],
+        "dense": [{name: asdict(each) for name, each in _estimates(text).items()} for text in dense[:texts]],
+        "dense_tasks": {name: value for tasks in dense[texts:] for name, (value,) in tasks.items()},
         "cells": [
-            {"criterion": cell.criterion, "ratio": cell.ratio, "seed": cell.seed, "texts": [_means(t) for t in texts]}
-            for cell, texts in zip(cells, measured, strict=True)
+            {"criterion": cell.criterion, "ratio": cell.ratio, "seed": cell.seed, "windows": found}
+            for cell, found in zip(cells, measured, strict=True)
         ],
         "summary": [
             _summary(name, ratio, text, metric, cells, measured)
@@ -91,10 +93,6 @@ def _summary(
 def _mean(metric: str, windows: Float[Tensor, "windows"]) -> float:
     average = windows.double().mean()
     return float(average.exp() if metric.endswith("perplexity") else average)
-
-
-def _means(measured: Measured) -> dict[str, float]:
-    return {name: _mean(name, torch.tensor(values)) for name, values in measured.items()}
 
 
 def _estimates(measured: Measured) -> dict[str, Any]:

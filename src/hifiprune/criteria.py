@@ -1,6 +1,7 @@
 """Named criteria: which objective a pass differentiates, what it collects, and where that comes from."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from hifiprune import statistics as st
 from hifiprune.errors import UserError, nearest_name
@@ -16,8 +17,8 @@ class Options:
     """What criteria leave open; each criterion uses what it knows.
 
     Attributes:
-        alpha: share of the divergence from the dense model in self-distillation, in [0, 1].
-        temperature: of the dense model in self-distillation.
+        alpha: share of the divergence from the dense model in self-distillation, in [0, 1]; None is the papers'.
+        temperature: of the dense model in self-distillation; None is the papers'.
         light_cut: fraction of the neurons that self-distillation removes before it looks.
         label_samples: labels that `fisher` draws at each position, one backward pass each.
         seed: of everything drawn at random.
@@ -26,16 +27,16 @@ class Options:
         UserError: a value is out of range.
     """
 
-    alpha: float = PRESETS[0.2][0]
-    temperature: float = PRESETS[0.2][1]
+    alpha: float | None = None
+    temperature: float | None = None
     light_cut: float = 0.025
     label_samples: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise UserError(f"alpha {self.alpha:g} must lie in [0, 1]")
-        if not self.temperature > 0:
+        if self.temperature is not None and not self.temperature > 0:
             raise UserError(f"temperature {self.temperature:g} must be above 0")
         if not 0 < self.light_cut < 1:
             raise UserError(f"light-cut {self.light_cut:g} must lie in (0, 1)")
@@ -43,8 +44,10 @@ class Options:
             raise UserError(f"label-samples {self.label_samples} must be at least 1")
 
     def for_ratio(self, ratio: float) -> "Options":
-        """With the alpha and temperature of the papers' nearest ratio."""
-        alpha, temperature = PRESETS[min(PRESETS, key=lambda known: abs(known - ratio))]
+        """With the papers' alpha and temperature at their nearest ratio, where these are left open."""
+        papers = PRESETS[min(PRESETS, key=lambda known: abs(known - ratio))]
+        given = (self.alpha, self.temperature)
+        alpha, temperature = (known if own is None else own for own, known in zip(given, papers, strict=True))
         return replace(self, alpha=alpha, temperature=temperature)
 
 
@@ -74,6 +77,9 @@ class Criterion:
 
     def kernels(self, options: Options) -> tuple[Kernel, ...]:
         """The objectives that one pass differentiates for it."""
+        options = options.for_ratio(min(PRESETS))
+        assert options.alpha is not None
+        assert options.temperature is not None
         samples = options.label_samples
         known: dict[str | None, tuple[Kernel, ...]] = {
             None: (),
@@ -84,7 +90,7 @@ class Criterion:
         }
         return known[self.objective]
 
-    def used(self, options: Options) -> dict[str, float]:
+    def used(self, options: Options) -> dict[str, Any]:
         """The options that matter to it."""
         names: dict[str | None, tuple[str, ...]] = {
             "self-distillation": ("alpha", "temperature", "light_cut"),
@@ -173,7 +179,26 @@ CRITERIA: dict[str, Criterion] = {
         Criterion("random", "uniform noise; no data", "", finish=st.random),
     )
 }
-DEFAULT = "entropy-square"
+
+
+def describe_criteria() -> list[dict[str, str]]:
+    """Name, what it needs, summary and source of every criterion."""
+    return [
+        {
+            "name": criterion.name,
+            "needs": _needs(criterion),
+            "summary": criterion.summary,
+            "reference": criterion.reference,
+        }
+        for criterion in CRITERIA.values()
+    ]
+
+
+def _needs(criterion: Criterion) -> str:
+    if criterion.statistic is None:
+        return "weights"
+    passes = "forward" if criterion.objective is None else "forward, backward"
+    return f"2 x ({passes})" if criterion.two_stages else passes
 
 
 def find_criterion(name: str) -> Criterion:

@@ -10,14 +10,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from hifiprune.errors import UserError
-
-SLICE_BYTES = 24 * 2**20  # one [slice, vocabulary] float32 matrix
-SLICE_ROWS = 128  # at least, for a fast matrix product
-CACHE_BYTES = 3 * 2**20  # rows that a CPU's cache holds while the elementwise steps pass over them
+from hifiprune.head import Head
 
 
 @dataclass
@@ -58,75 +53,6 @@ class Rows:
 
 Kernel = Callable[[Rows], Float[Tensor, "rows"]]
 """Objective per position: overwrites the logits with its gradient and returns its value in nats."""
-
-
-@dataclass(frozen=True)
-class Head:
-    """From the normalised final hidden state to the logits, as the model computes them but in float32 or better.
-
-    `logits = cap * tanh(scale * (hidden @ weight.T + bias) / cap)`, without the outer part where `cap` is None.
-    """
-
-    linear: nn.Linear
-    scale: float = 1.0
-    cap: float | None = None
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> "Head":
-        """The head of `model`, with the logit scaling of Cohere and Granite and the soft-capping of Gemma 2."""
-        config = model.config.get_text_config()
-        linear = model.get_output_embeddings()
-        if not isinstance(linear, nn.Linear):
-            raise UserError(
-                f"{type(model).__name__} has no plain Linear as its output head; give the causal language model"
-            )
-        scale = getattr(config, "logit_scale", None) or 1.0
-        divisor = getattr(config, "logits_scaling", None) or 1.0
-        return cls(linear, scale / divisor, getattr(config, "final_logit_softcapping", None))
-
-    @property
-    def vocabulary(self) -> int:
-        """The number of logits per position."""
-        return self.linear.out_features
-
-    @property
-    def slice_rows(self) -> int:
-        """Positions per matrix product: as many rows of logits as fit into `SLICE_BYTES`, at least `SLICE_ROWS`."""
-        return max(SLICE_ROWS, SLICE_BYTES // (4 * self.vocabulary))
-
-    @property
-    def cache_rows(self) -> int:
-        """Rows per elementwise pass: on a CPU as many as stay in its cache, elsewhere a whole slice."""
-        on_cpu = self.linear.weight.device.type == "cpu"
-        return max(1, CACHE_BYTES // (4 * self.vocabulary)) if on_cpu else self.slice_rows
-
-    def logits(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocabulary"]:
-        """Logits of a few positions, in float32 or better."""
-        hidden = hidden.to(_precise(hidden.dtype))
-        logits = hidden.new_empty(len(hidden), self.vocabulary)
-        for columns, weight in self._weight(hidden.dtype):
-            torch.mm(hidden, weight.T, out=logits[:, columns])
-        if self.linear.bias is not None:
-            logits += self.linear.bias
-        if self.scale != 1.0:
-            logits *= self.scale
-        if self.cap is not None:
-            logits.div_(self.cap).tanh_().mul_(self.cap)
-        return logits
-
-    def pull_back(self, gradient: Float[Tensor, "rows vocabulary"]) -> Float[Tensor, "rows hidden"]:
-        """Gradient at the hidden rows from the gradient at the logits before soft-capping."""
-        hidden = gradient.new_zeros(len(gradient), self.linear.in_features)
-        for columns, weight in self._weight(gradient.dtype):
-            hidden.addmm_(gradient[:, columns], weight, alpha=self.scale)
-        return hidden
-
-    def _weight(self, dtype: torch.dtype) -> Iterator[tuple[slice, Float[Tensor, "columns hidden"]]]:
-        """The weight in `dtype`: whole where it is stored so, else converted a part of the vocabulary at a time."""
-        weight = self.linear.weight.detach()
-        step = self.vocabulary if weight.dtype == dtype else 16_384
-        for start in range(0, self.vocabulary, step):
-            yield slice(start, start + step), weight[start : start + step].to(dtype)
 
 
 def entropy_(logits: Float[Tensor, "rows vocabulary"]) -> Float[Tensor, "rows"]:
@@ -283,9 +209,9 @@ def mean_over_positions(
         for each kernel values in nats in float32 or better, one a window, and the gradient in the same.
     """
     windows, positions, _ = hidden.shape
-    precise = _precise(hidden.dtype)
-    values = hidden.new_empty(len(kernels), windows, positions, dtype=precise)
-    gradients = [torch.empty_like(hidden, dtype=precise) for _ in kernels]
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    values = hidden.new_empty(len(kernels), windows, positions, dtype=dtype)
+    gradients = [torch.empty_like(hidden, dtype=dtype) for _ in kernels]
     labels = tokens.roll(-1, 1)
     weights = values.new_full((positions,), positions / max(1, positions - 1))
     weights[-1] = 0
@@ -312,7 +238,3 @@ def _through_cap(kernel: Kernel, rows: Rows, cap: float | None) -> Float[Tensor,
     values = kernel(rows)
     rows.logits *= slope
     return values
-
-
-def _precise(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

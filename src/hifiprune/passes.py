@@ -9,11 +9,13 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune.blocks import BlockChain, Seen
+from hifiprune.blocks import BlockChain
 from hifiprune.errors import RunError
 from hifiprune.guards import memory_explained
-from hifiprune.objectives import SLICE_BYTES, Kernel
+from hifiprune.head import SLICE_BYTES
+from hifiprune.objectives import Kernel
 from hifiprune.statistics import Statistic
+from hifiprune.taps import Seen
 
 Track = Callable[[Iterable[Tensor]], Iterable[Tensor]]
 

@@ -10,11 +10,12 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hifiprune import DEFAULT_CRITERION
 from hifiprune.allocation import Budget, Shape, allocate
 from hifiprune.calibration import SELF, Calibration, load_windows, sample_windows
 from hifiprune.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.compute import Compute
-from hifiprune.criteria import DEFAULT, Options, find_criterion
+from hifiprune.criteria import Options, find_criterion
 from hifiprune.errors import UserError
 from hifiprune.evaluation import measure
 from hifiprune.hashing import hash_model
@@ -36,7 +37,7 @@ def score_checkpoint(
     output: str | Path,
     calibration: Calibration | None = None,
     *,
-    criterion: str = DEFAULT,
+    criterion: str = DEFAULT_CRITERION,
     options: Options | None = None,
     compute: Compute = Compute(),
     overwrite: bool = False,
@@ -89,7 +90,7 @@ def prune(
     calibration: Calibration | None = None,
     *,
     scores: Scores | str | Path | None = None,
-    criterion: str = DEFAULT,
+    criterion: str = DEFAULT_CRITERION,
     options: Options | None = None,
     round_to: int = 128,
     compute: Compute = Compute(),
@@ -140,8 +141,8 @@ def prune(
 
     loaded: PreTrainedModel | None = None
     if used is None:
-        seed = calibration.seed if calibration else 0
-        request = (criterion, options or Options(seed=seed).for_ratio(shape.ratio_at(width)))
+        settled = options or Options(seed=calibration.seed if calibration else 0)
+        request = (criterion, settled.for_ratio(shape.ratio_at(width)))
         used, loaded = _score(checkpoint, calibration, request, compute, voice, record)
     if loaded is None or loaded.dtype != checkpoint.dtype():
         with record.stage("loading the weights"):

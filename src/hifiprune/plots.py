@@ -1,8 +1,122 @@
-"""Plots of a comparison, each as PNG and SVG."""
+"""Plots of comparisons and ablations, each as PNG and SVG."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from hifiprune.evaluation.fidelity import METRICS
+
+QUALITY = ("perplexity", "kl")
+MARKERS = "osD^vP*X<>hp8d"
+
 
 def draw_comparison(results: dict[str, Any], folder: Path) -> None:
-    """Draw all plots of a comparison into `folder`."""
+    """Draw quality against ratio, the share of the score in each layer, and the overlap of kept neurons."""
+    for name, rows in _by_text(results["summary"]):
+        _save(_quality(rows, results), folder / name)
+    _save(_mass(results["mass"]), folder / "mass")
+    _save(_overlap(results["overlap"], list(results["mass"])), folder / "overlap")
+
+
+def draw_ablation(results: dict[str, Any], folder: Path) -> None:
+    """Draw the measured damage of each trial against each criterion's score."""
+    for kind in ("single", "groups"):
+        trials = [trial for trial in results["trials"] if (len(trial["neurons"]) == 1) == (kind == "single")]
+        if trials:
+            _save(_damage(trials, results["correlations"], kind), folder / f"ablation-{kind}")
+
+
+def _by_text(summary: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The rows of each plotted metric on each text, with a name for the plot."""
+    for metric in QUALITY:
+        texts = sorted({row["text"] for row in summary if row["metric"] == metric})
+        for text in texts:
+            rows = [row for row in summary if (row["metric"], row["text"]) == (metric, text)]
+            yield metric if len(texts) == 1 else f"{metric}-{text + 1}", rows
+
+
+def _quality(rows: list[dict[str, Any]], results: dict[str, Any]) -> Figure:
+    """A line a criterion, with the standard deviation over seeds."""
+    figure, axes = _figure(7.5, 5)
+    metric, text = rows[0]["metric"], rows[0]["text"]
+    for number, name in enumerate(dict.fromkeys(row["criterion"] for row in rows)):
+        own = sorted((row["ratio"], row["mean"], row["spread"] or 0.0) for row in rows if row["criterion"] == name)
+        ratios, means, spreads = zip(*own, strict=True)
+        axes.errorbar(
+            ratios,
+            means,
+            spreads,
+            label=name,
+            color=f"C{number % 10}",
+            marker=MARKERS[number % len(MARKERS)],
+            capsize=3,
+        )
+    if metric == "perplexity":
+        axes.axhline(results["dense"][text][metric]["value"], color="black", linestyle=":", label="dense")
+    axes.set_yscale("log")
+    axes.set_xlabel("fraction of all parameters removed")
+    axes.set_ylabel(f"{METRICS[metric][0]} on {Path(results['texts'][text]['source']).name}")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def _mass(mass: dict[str, list[float]]) -> Figure:
+    figure, axes = _figure(8, 1.5 + 0.3 * len(mass))
+    _heat(axes, list(mass.values()), list(mass), None, "share of the score in each layer")
+    axes.set_xlabel("layer")
+    return figure
+
+
+def _overlap(overlap: dict[str, dict[str, Any]], criteria: list[str]) -> Figure:
+    """For each ratio: between criteria off the diagonal, between seeds of one criterion on it."""
+    size = 2.5 + 0.35 * len(criteria)
+    figure = Figure(figsize=(size * len(overlap), size), layout="constrained")
+    for number, (ratio, found) in enumerate(overlap.items()):
+        axes = figure.add_subplot(1, len(overlap), number + 1)
+        table = [list(row) for row in found["criteria"]]
+        for place, between_seeds in enumerate(found["seeds"]):
+            table[place][place] = between_seeds
+        _heat(axes, table, criteria, criteria, f"kept neurons at ratio {ratio}: Jaccard similarity (diagonal: seeds)")
+    return figure
+
+
+def _damage(trials: list[dict[str, Any]], correlations: dict[str, Any], kind: str) -> Figure:
+    figure = Figure(figsize=(3.5 * len(correlations), 3.5), layout="constrained")
+    for number, (name, found) in enumerate(correlations.items()):
+        axes = figure.add_subplot(1, len(correlations), number + 1)
+        scores, damage, layers = zip(*((trial[name], trial["kl"], trial["layer"]) for trial in trials), strict=True)
+        shown = axes.scatter(scores, damage, c=layers, s=12)
+        rank = found[kind]["within_layers"]["value"] if kind in found else float("nan")
+        axes.set(xscale="log", yscale="log", xlabel=f"score by {name}", title=f"rank correlation in a layer {rank:.2f}")
+        if number == 0:
+            axes.set_ylabel("KL divergence once removed, nats")
+        if number == len(correlations) - 1:
+            figure.colorbar(shown, ax=axes, label="layer")
+    return figure
+
+
+def _heat(axes: Axes, table: list[list[float]], rows: list[str], columns: list[str] | None, title: str) -> None:
+    shown = axes.imshow(table, aspect="auto", cmap="viridis")
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    if columns:
+        axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=8)
+    axes.set_title(title, fontsize=9)
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    figure.colorbar(shown, ax=axes)
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write both formats; the same figure gives the same SVG."""
+    figure.savefig(path.with_name(f"{path.name}.png"), dpi=150)
+    with mpl.rc_context({"svg.hashsalt": path.name}):
+        figure.savefig(path.with_name(f"{path.name}.svg"), metadata={"Date": None})

@@ -1,5 +1,6 @@
 """Results as tables on standard output, each ending with what to do next."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,77 @@ def evaluated(record: RunRecord) -> None:
     _show(table)
     size = f"{record.results['windows']} windows of {record.results['positions']} tokens"
     Console().print(f"{size}; intervals by bootstrap over windows")
+
+
+def criteria_listed(facts: list[dict[str, str]]) -> None:
+    """What `criteria` lists."""
+    table = _table("criterion", "needs", "what it measures", "source")
+    for row in facts:
+        table.add_row(row["name"], row["needs"], row["summary"], row["reference"])
+    _show(table)
+
+
+def compared(record: RunRecord, model: str, output: Path) -> None:
+    """What `compare` found: a table for each text and for the tasks."""
+    results = record.results
+    texts = [f"{text['source']}, {' x '.join(map(str, text['windows']))} tokens" for text in results["texts"]]
+    first = results["summary"][0]["criterion"]
+    for number, title in enumerate([*texts, "zero-shot tasks"]):
+        rows = [row for row in results["summary"] if row["text"] == number]
+        if rows:
+            Console().print(
+                f"{title}: mean and standard deviation over {record.arguments['seeds']} seeds", markup=False
+            )
+            _show(compared_table(rows, results["widths"]))
+    Console().print(
+        f"In brackets the paired difference to {first} with its 95% interval over seeds and windows; of perplexity it is "
+        "a factor."
+    )
+    _costs(record)
+    ratio = next(iter(results["widths"]))
+    best = min((row for row in results["summary"] if row["text"] == 0), key=lambda row: row["mean"])
+    scores = next(output.glob(f"scores/{best['criterion']}*-seed*.safetensors"))
+    next_step(f"hifiprune prune {model} --scores {scores} --ratio {ratio} --output DIR")
+
+
+def compared_table(rows: list[dict[str, Any]], widths: dict[str, Any]) -> Table:
+    """A row for each ratio and criterion, a column for each metric."""
+    wanted = ("perplexity", "kl", "js_distance", "top1_agreement")
+    metrics = [m for m in dict.fromkeys(row["metric"] for row in rows) if m in wanted or m not in METRICS]
+    table = _table("ratio", "width", "criterion", *(METRICS[m][0] if m in METRICS else m for m in metrics))
+    cells = {(row["ratio"], row["criterion"], row["metric"]): row for row in rows}
+    for ratio, criterion in dict.fromkeys((row["ratio"], row["criterion"]) for row in rows):
+        shown = [compared_cell(cells[ratio, criterion, metric]) for metric in metrics]
+        table.add_row(f"{ratio:g}", f"{widths[f'{ratio:g}'][0]:,}", criterion, *shown)
+    return table
+
+
+def compared_cell(row: dict[str, Any]) -> str:
+    """Mean, spread, and in brackets the difference to the first criterion."""
+    text = f"{row['mean']:.4g}" + ("" if row["spread"] is None else f" ± {row['spread']:.2g}")
+    bounds = [row["difference"][name] for name in ("value", "low", "high")]
+    if not any(bounds) or bounds[1] is None:
+        return text
+    if row["metric"] == "perplexity":
+        value, low, high = (math.exp(bound) for bound in bounds)
+        return f"{text} (x{value:.3g}, {low:.3g} to {high:.3g})"
+    value, low, high = bounds
+    return f"{text} ({value:+.2g}, {low:+.2g} to {high:+.2g})"
+
+
+def ablated(record: RunRecord, model: str, scores: list[Path]) -> None:
+    """What `ablate` found."""
+    correlations = record.results["correlations"]
+    kinds = list(next(iter(correlations.values())))
+    headings = [f"{kind}, {'within layers' if inside else 'all layers'}" for kind in kinds for inside in (True, False)]
+    table = _table("criterion", *headings)
+    for name, found in correlations.items():
+        parts = [found[kind][where] for kind in kinds for where in ("within_layers", "all_layers")]
+        table.add_row(name, *(_interval(part) for part in parts))
+    _show(table)
+    Console().print("Spearman's rank correlation of scores with the measured KL divergence, with 95% intervals")
+    _costs(record)
+    next_step(f"hifiprune prune {model} --scores {scores[0]} --ratio 0.2 --output DIR")
 
 
 def inspected(facts: dict[str, Any]) -> None:

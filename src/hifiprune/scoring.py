@@ -10,8 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hifiprune import DEFAULT_CRITERION
 from hifiprune.blocks import BlockChain
-from hifiprune.criteria import DEFAULT, Criterion, Options, find_criterion
+from hifiprune.criteria import PRESETS, Criterion, Options, find_criterion
 from hifiprune.errors import UserError
 from hifiprune.guards import check_windows, frozen
 from hifiprune.hashing import hash_model, hash_tokens
@@ -32,7 +33,7 @@ LIGHT = Job(weight_absolute, (CrossEntropy(),), maps=True)
 def score(
     model: PreTrainedModel,
     windows: Int[Tensor, "windows positions"] | None,
-    criterion: str = DEFAULT,
+    criterion: str = DEFAULT_CRITERION,
     options: Options = Options(),
     **settings: Any,
 ) -> Scores:
@@ -85,7 +86,7 @@ def score_all(
     Returns:
         scores in the order of the requests.
     """
-    asked = [Asked(find_criterion(name), options) for name, options in requests]
+    asked = [Asked(find_criterion(name), options.for_ratio(min(PRESETS))) for name, options in requests]
     needing = [each.criterion.name for each in asked if each.criterion.statistic]
     if windows is None and needing:
         raise UserError(f"criterion '{needing[0]}' needs calibration data")

@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hifiprune.blocks import MapPass, Seen
+from hifiprune.head import precise
 from hifiprune.neurons import Mlp
+from hifiprune.taps import MapPass, Seen
 
 
 @dataclass(frozen=True)
@@ -73,18 +74,18 @@ def _weight_products(seen: Seen) -> Iterator[Float[Tensor, "neurons hidden"]]:
 
 def _weight_product(each: MapPass, window: int) -> Float[Tensor, "outputs inputs"]:
     slope = each.output[window].T @ each.input[window].to(each.output.dtype)  # dC/dw
-    return slope.to(torch.promote_types(slope.dtype, torch.float32)).mul_(each.linear.weight.detach())
+    return precise(slope).mul_(each.linear.weight.detach())
 
 
 def moments(seen: Seen) -> Float[Tensor, "2 neurons"]:
     """Sums over positions of `h` and of `h ** 2`."""
-    h = seen.activation.flatten(0, 1).to(torch.promote_types(seen.activation.dtype, torch.float32))
+    h = precise(seen.activation.flatten(0, 1))
     return torch.stack((h.sum(0), torch.linalg.vector_norm(h, 2, dim=0).square_()))
 
 
 def squared_mean_magnitude(seen: Seen) -> Float[Tensor, "1 neurons"]:
     """`h.abs().mean("positions") ** 2` summed over windows."""
-    h = seen.activation.to(torch.promote_types(seen.activation.dtype, torch.float32))
+    h = precise(seen.activation)
     means: Tensor = torch.linalg.vector_norm(h, 1, dim=1) / h.shape[1]
     return means.square_().sum(0, keepdim=True)
 
@@ -148,7 +149,7 @@ def random(totals: Tensor, mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]
 def _weights(mlp: Mlp) -> list[Float[Tensor, "neurons hidden"]]:
     """The weights of every map with a row a neuron, in float32 or better; the output map's come last."""
     weights = [*(linear.weight.detach() for linear in mlp.inputs), mlp.output.weight.detach().T]
-    return [weight.to(torch.promote_types(weight.dtype, torch.float32)) for weight in weights]
+    return [precise(weight) for weight in weights]
 
 
 def _output_weight(mlp: Mlp, like: Tensor) -> Float[Tensor, "hidden neurons"]:

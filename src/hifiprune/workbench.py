@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hifiprune.compute import Compute, estimate_seconds
 from hifiprune.criteria import find_criterion
-from hifiprune.evaluation import Reference, measure_windows
+from hifiprune.evaluation import Reference, Tasks, measure_windows, zero_shot
 from hifiprune.hashing import hash_tokens
 from hifiprune.output import replacing
 from hifiprune.plan import Plan
@@ -25,7 +27,7 @@ from hifiprune.texts import Held
 from hifiprune.voice import Voice
 
 Measured = dict[str, list[float]]
-"""Every metric by window; perplexities as their logarithms."""
+"""Every metric by window, perplexities as their logarithms; or the value of every task."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Workbench:
         model: the dense model; it is cut for a while, and is whole again after.
         name: what the user called it.
         model_hash: of its weights.
+        tokenizer: of the model, for tasks.
         folder: keeps scores and measurements.
         compute: device and arithmetic.
         voice: tells of progress.
@@ -44,6 +47,7 @@ class Workbench:
     model: PreTrainedModel
     name: str
     model_hash: str
+    tokenizer: PreTrainedTokenizerBase
     folder: Path
     compute: Compute
     voice: Voice
@@ -81,37 +85,57 @@ class Workbench:
         same = (scores.criterion, scores.model_hash, scores.data_hash, scores.settings["options"])
         return scores if same == (criterion.name, self.model_hash, data, criterion.used(options)) else None
 
-    def measure(self, plans: Sequence[Plan | None], texts: Sequence[Held]) -> list[list[Measured]]:
-        """Metrics of every plan on every text, of the dense model for None; what is there from before is not redone."""
-        table = [[self._path(plan, text) for text in texts] for plan in plans]
+    def measure(self, plans: Sequence[Plan | None], what: Sequence[Held | Tasks]) -> list[list[Measured]]:
+        """Every plan measured on every text and by every set of tasks, the dense model for None.
+
+        What is there from before is not made again, and equal plans are measured once.
+        """
+        table = [[self._path(plan, each) for each in what] for plan in plans]
         todo = {
-            path: (plan, text)
+            path: (plan, each)
             for plan, row in zip(plans, table, strict=True)
-            for text, path in zip(texts, row, strict=True)
+            for each, path in zip(what, row, strict=True)
             if not path.is_file()
         }
         total = len({path for row in table for path in row})
-        seconds = sum(self._seconds(text) for _, text in todo.values())
+        seconds = sum(self._seconds(each) for _, each in todo.values() if isinstance(each, Held))
+        tasks = " and the time of the tasks" if any(isinstance(each, Tasks) for each in what) else ""
         self.voice.say(
-            f"Measuring: {len(todo)} of {total} measurements are to be made, about {duration(seconds)} if the machine "
-            "is idle; interrupted, the same command goes on where it stopped."
+            f"Measuring: {len(todo)} of {total} measurements are to be made, about {duration(seconds)}{tasks} if the "
+            "machine is idle; interrupted, the same command goes on where it stopped."
         )
         references: dict[str, Reference] = {}
         for path in self.voice.track("measuring")(list(todo)):
-            plan, text = todo[path]
-            if text.fidelity and text.source not in references:
-                references[text.source] = Reference.of(self.model, text.windows, self.compute.batch_size)
+            plan, each = todo[path]
+            if isinstance(each, Held) and each.fidelity and each.source not in references:
+                references[each.source] = Reference.of(self.model, each.windows, self.compute.batch_size)
             with cut(self.model, plan) if plan else nullcontext():
-                values = measure_windows(
-                    self.model, text.windows, references.get(text.source), batch_size=self.compute.batch_size
-                )
+                found = self._run_tasks(each) if isinstance(each, Tasks) else self._read(each, references)
             with replacing(path) as temporary:
-                temporary.write_text(json.dumps({name: each.tolist() for name, each in values.items()}))
+                temporary.write_text(json.dumps(found))
         return [[json.loads(path.read_text()) for path in row] for row in table]
 
-    def _path(self, plan: Plan | None, text: Held) -> Path:
+    def _read(self, text: Held, references: dict[str, Reference]) -> Measured:
+        values = measure_windows(
+            self.model, text.windows, references.get(text.source), batch_size=self.compute.batch_size
+        )
+        return {name: each.tolist() for name, each in values.items()}
+
+    def _run_tasks(self, tasks: Tasks) -> Measured:
+        size = self.compute.batch_size
+        found = zero_shot(
+            self.model, self.tokenizer, tasks.names, include_path=tasks.include_path, limit=tasks.limit, batch_size=size
+        )
+        return {name: [estimate.value] for name, estimate in found.items()}
+
+    def _path(self, plan: Plan | None, what: Held | Tasks) -> Path:
+        """Named by all that the measurement depends on."""
         kept = [indices.tolist() for indices in plan.kept] if plan else None
-        made_of = [self.model_hash, str(self.model.dtype), hash_tokens(text.windows), text.fidelity, kept]
+        if isinstance(what, Held):
+            facts: list[Any] = [hash_tokens(what.windows), what.fidelity]
+        else:
+            facts = [list(what.names), str(what.include_path), what.limit]
+        made_of = [self.model_hash, str(self.model.dtype), *facts, kept]
         return self.folder / "cells" / f"{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:24]}.json"
 
     def _seconds(self, text: Held) -> float:

@@ -2,11 +2,12 @@
 
 from hifiprune.evaluation.fidelity import Reference, estimate, measure, measure_windows
 from hifiprune.evaluation.intervals import Estimate, bootstrap_mean, bootstrap_paired
-from hifiprune.evaluation.tasks import check_tasks, zero_shot
+from hifiprune.evaluation.tasks import Tasks, check_tasks, zero_shot
 
 __all__ = [
     "Estimate",
     "Reference",
+    "Tasks",
     "bootstrap_mean",
     "bootstrap_paired",
     "check_tasks",

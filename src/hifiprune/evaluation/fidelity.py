@@ -18,7 +18,7 @@ from hifiprune.blocks import BlockChain
 from hifiprune.errors import UserError
 from hifiprune.evaluation.intervals import Estimate, bootstrap_mean
 from hifiprune.guards import check_windows, frozen, memory_explained
-from hifiprune.objectives import Head
+from hifiprune.head import Head
 
 Track = Callable[[Iterable[Tensor]], Iterable[Tensor]]
 LogProbs = Float[Tensor, "rows vocabulary"]

@@ -32,7 +32,7 @@ def bootstrap_mean(values: Float[Tensor, "windows"], seed: int = 0) -> Estimate:
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
     means = values[drawn].mean(1)
-    return Estimate(mean, *_bounds(means))
+    return Estimate(mean, *percentiles(means))
 
 
 def bootstrap_paired(differences: Float[Tensor, "seeds windows"], seed: int = 0) -> Estimate:
@@ -45,9 +45,10 @@ def bootstrap_paired(differences: Float[Tensor, "seeds windows"], seed: int = 0)
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(seeds, (RESAMPLES, seeds, 1), generator=generator)
     columns = torch.randint(windows, (RESAMPLES, 1, windows), generator=generator)
-    return Estimate(mean, *_bounds(differences[rows, columns].mean((1, 2))))
+    return Estimate(mean, *percentiles(differences[rows, columns].mean((1, 2))))
 
 
-def _bounds(means: Float[Tensor, "resamples"]) -> list[float]:
-    bounds: list[float] = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+def percentiles(means: Float[Tensor, "resamples"]) -> list[float]:
+    """The bounds of the middle 95%; NaN is left out."""
+    bounds: list[float] = torch.nanquantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return bounds

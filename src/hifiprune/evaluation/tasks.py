@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hifiprune.errors import UserError
 from hifiprune.evaluation.harness import as_it_is, explained, find_tasks, quiet, seeded
 from hifiprune.evaluation.intervals import Estimate
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Which tasks to run; see `zero_shot`."""
+
+    names: Sequence[str]
+    include_path: str | Path | None = None
+    limit: int | None = None
 
 
 def zero_shot(

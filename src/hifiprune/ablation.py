@@ -1,0 +1,282 @@
+"""The test of a criterion: neurons are really removed, a few at a time, and the damage compared with their scores."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hifiprune.blocks import BlockChain
+from hifiprune.checkpoint import find_checkpoint
+from hifiprune.compute import Compute, estimate_seconds
+from hifiprune.errors import UserError
+from hifiprune.evaluation import Estimate
+from hifiprune.evaluation.intervals import RESAMPLES, percentiles
+from hifiprune.guards import frozen, memory_explained
+from hifiprune.hashing import hash_tokens
+from hifiprune.head import Head
+from hifiprune.output import check_target, replacing
+from hifiprune.preparation import check_model, duration, load_hashed, plain_arguments
+from hifiprune.record import RunRecord
+from hifiprune.scores import Scores
+from hifiprune.taps import BlockCall
+from hifiprune.texts import Text
+from hifiprune.voice import Voice
+
+PER_LAYER = 16  # single neurons tried in a layer: enough to rank them
+Trial = tuple[int, tuple[int, ...]]
+"""A layer and the neurons of it that are removed."""
+
+
+def ablate(
+    model: str,
+    output: str | Path,
+    scores: Sequence[str | Path],
+    text: Text,
+    *,
+    neurons: int = 64,
+    groups: int = 32,
+    group_size: int = 32,
+    seed: int = 0,
+    compute: Compute = Compute(),
+    overwrite: bool = False,
+    voice: Voice = Voice(),
+) -> RunRecord:
+    """Remove single neurons and random groups of them, measure the true KL divergence, and rank it against scores.
+
+    The neurons are a stratified sample: at evenly spaced ranks of the first scores, in evenly spaced layers. What a
+    criterion predicts for a group is the sum of its scores.
+
+    Args:
+        model: local folder, hub id or GGUF file.
+        output: folder to be made: `ablate.json` and plots.
+        scores: files that `score` or `compare` made for this model.
+        text: held-out text to measure on.
+        neurons: how many single neurons to try.
+        groups: how many groups to try.
+        group_size: neurons of a group, all of one layer.
+        seed: of the sample.
+        compute: device and arithmetic.
+        overwrite: replace an existing output.
+        voice: tells of progress.
+
+    Raises:
+        UserError: something asked for cannot be done, found before the weights are loaded where possible.
+        RunError: numbers, memory or disk failed.
+    """
+    record = RunRecord(
+        "ablate",
+        plain_arguments(model=model, output=output, scores=[str(path) for path in scores], text=text, compute=compute)
+        | {"neurons": neurons, "groups": groups, "group_size": group_size, "seed": seed},
+    )
+    loaded_scores = _load_scores(scores)
+    checkpoint = find_checkpoint(model)
+    inputs: list[str | Path | None] = [checkpoint.path, text.source, *scores]
+    target = check_target(output, folder=True, overwrite=overwrite, inputs=inputs)
+    check_model(checkpoint, None)
+    trials = sample(next(iter(loaded_scores.values())), neurons, groups, group_size, seed)
+    checkpoint.fetch()
+    windows = text.held(checkpoint.tokenizer()).windows
+    dense, model_hash = load_hashed(checkpoint, compute, record)
+    for each in loaded_scores.values():
+        each.require_model(model_hash)
+    unfinished = target.with_name(f"{target.name}.unfinished.json")
+    made_of = [model_hash, str(dense.dtype), hash_tokens(windows)]
+    known = _reread(unfinished, made_of)
+    share = 0.5 * windows.numel() * len([trial for trial in trials if _key(trial) not in known])
+    cost = estimate_seconds(
+        dense.config, int(share), windows.shape[1], compute.resolved_device, dense.dtype, backwards=0
+    )
+    voice.say(
+        f"Removing {neurons} single neurons and {groups} groups of {group_size} in turn, on {len(windows)} windows of "
+        f"{windows.shape[1]} tokens: about {duration(2 * cost)} if the machine is idle; interrupted, the same command "
+        "goes on where it stopped."
+    )
+    with record.stage("ablating"):
+        bench = Bench(dense, windows, {layer for layer, _ in trials}, compute.batch_size)
+        for trial in voice.track("ablating")(trials):
+            if _key(trial) not in known:
+                known[_key(trial)] = bench.divergence(trial)
+                with replacing(unfinished) as temporary:
+                    temporary.write_text(json.dumps({"made_of": made_of, "kl": known}))
+    record.results = {"model_hash": model_hash, **correlate(trials, [known[_key(t)] for t in trials], loaded_scores)}
+    with replacing(target) as folder:
+        from hifiprune.plots import draw_ablation
+
+        folder.mkdir()
+        draw_ablation(record.results, folder)
+        record.save(folder / "ablate.json")
+    unfinished.unlink(missing_ok=True)
+    return record
+
+
+def sample(scores: Scores, neurons: int, groups: int, group_size: int, seed: int) -> list[Trial]:
+    """Single neurons at evenly spaced ranks of `scores` and random groups, in evenly spaced layers.
+
+    Raises:
+        UserError: there are not as many neurons.
+    """
+    widths = [len(values) for values in scores.values]
+    if min(neurons, group_size) < 1 or groups < 0:
+        raise UserError(f"neurons {neurons} and group-size {group_size} must be at least 1, groups {groups} at least 0")
+    if neurons > sum(widths) or group_size > min(widths):
+        raise UserError(f"the model has {sum(widths)} neurons, {min(widths)} a layer; try fewer")
+    chance = torch.Generator().manual_seed(seed)
+    count = min(len(widths), -(-neurons // PER_LAYER))
+    layers = torch.linspace(0, len(widths) - 1, count).round().int().tolist() if count > 1 else [len(widths) // 2]
+    trials: list[Trial] = []
+    for number, layer in enumerate(layers):
+        here = len(range(number, neurons, count))
+        edges = torch.linspace(0, widths[layer], here + 1)
+        ranks = (edges[:-1] + torch.rand(here, generator=chance) * edges.diff()).long()
+        trials += [(layer, (index,)) for index in scores.values[layer].argsort()[ranks].tolist()]
+    for number in range(groups):
+        layer = layers[number % count]
+        chosen = torch.randperm(widths[layer], generator=chance)[:group_size]
+        trials.append((layer, tuple(sorted(chosen.tolist()))))
+    return trials
+
+
+class Bench:
+    """The dense model's inner states on a few windows, from which each trial starts at its own layer."""
+
+    def __init__(
+        self, model: PreTrainedModel, windows: Int[Tensor, "windows positions"], layers: set[int], batch_size: int
+    ):
+        self.model = model
+        self.starts: list[Start] = []
+        with frozen(model):
+            self.chain = BlockChain(model)
+            for batch in windows.split(batch_size):
+                with memory_explained(model, batch.numel()):
+                    hidden, calls = self.chain.embed(batch.to(model.device, torch.int64))
+                    inputs: dict[int, Tensor] = {}
+                    final = self.chain.run_from(0, hidden, calls, inputs=inputs)
+                    self.starts.append(Start(calls, {layer: inputs[layer] for layer in layers}, final))
+
+    @torch.no_grad()
+    def divergence(self, trial: Trial) -> float:
+        """Mean KL(dense || pruned) over all positions, in nats."""
+        layer, neurons = trial
+        removed = torch.tensor(neurons, device=self.model.device)
+        parts = []
+        with frozen(self.model):
+            for start in self.starts:
+                pruned = self.chain.run_from(layer, start.inputs[layer], start.calls, removed=removed)
+                parts.append(small_divergence(start.final, pruned, self.chain.head))
+        return float(torch.cat(parts).mean())
+
+
+@dataclass(frozen=True)
+class Start:
+    """A batch in the dense model: the blocks' calls, the inputs of some blocks, and the final hidden state."""
+
+    calls: list[BlockCall]
+    inputs: dict[int, Tensor]
+    final: Tensor
+
+
+def small_divergence(
+    dense: Float[Tensor, "windows positions hidden"], pruned: Float[Tensor, "windows positions hidden"], head: Head
+) -> Float[Tensor, "rows"]:
+    """KL divergence at each position in nats and float64, precise even where the distributions hardly differ.
+
+    Same as `(p * (ln p - ln q)).sum(-1)`. Its terms of first order cancel in the sum, and their rounding errors would
+    be larger than the divergence of a single neuron; so the terms summed are `p * (exp(d) - 1 - d)`, `d = ln q - ln p`,
+    which are never negative.
+    """
+    values = []
+    rows = [states.flatten(0, 1).split(head.slice_rows) for states in (dense, pruned)]
+    for pair in zip(*rows, strict=True):
+        logits = [head.logits(part) for part in pair]
+        for own, other in zip(*(each.split(head.cache_rows) for each in logits), strict=True):
+            log_probs = own.log_softmax(-1)
+            shift = (other.log_softmax(-1) - log_probs).clamp_(max=80)  # exp of more overflows float32
+            values.append(torch.linalg.vecdot(log_probs.exp_(), shift.expm1() - shift).double())
+    return torch.cat(values)
+
+
+def correlate(trials: Sequence[Trial], divergences: Sequence[float], scores: dict[str, Scores]) -> dict[str, Any]:
+    """Rank correlation of each criterion's scores with the measured divergences, and the trials themselves."""
+    single = [number for number, (_, neurons) in enumerate(trials) if len(neurons) == 1]
+    grouped = [number for number, (_, neurons) in enumerate(trials) if len(neurons) > 1]
+    truth = torch.tensor(divergences, dtype=torch.float64)
+    predicted = {
+        name: torch.tensor(
+            [float(each.values[layer][list(neurons)].double().sum()) for layer, neurons in trials]
+        ).double()
+        for name, each in scores.items()
+    }
+    layers = [layer for layer, _ in trials]
+    return {
+        "correlations": {
+            name: {
+                kind: {
+                    "all_layers": asdict(correlation(values[chosen], truth[chosen], [0] * len(chosen))),
+                    "within_layers": asdict(correlation(values[chosen], truth[chosen], [layers[n] for n in chosen])),
+                }
+                for kind, chosen in (("single", single), ("groups", grouped))
+                if len(chosen) > 2
+            }
+            for name, values in predicted.items()
+        },
+        "trials": [
+            {"layer": layer, "neurons": list(neurons), "kl": kl, **{n: float(v[number]) for n, v in predicted.items()}}
+            for number, ((layer, neurons), kl) in enumerate(zip(trials, divergences, strict=True))
+        ],
+    }
+
+
+def correlation(scores: Float[Tensor, "_"], truth: Float[Tensor, "_"], strata: Sequence[int]) -> Estimate:
+    """Spearman's rank correlation within strata, averaged over them, with a 95% interval from resamples within them."""
+    members = [torch.tensor([i for i, s in enumerate(strata) if s == stratum]) for stratum in sorted(set(strata))]
+    members = [chosen for chosen in members if len(chosen) > 2]
+    if not members:
+        return Estimate(float("nan"))
+    chance = torch.Generator().manual_seed(0)
+    drawn = [chosen[torch.randint(len(chosen), (RESAMPLES, len(chosen)), generator=chance)] for chosen in members]
+    resampled = torch.stack([spearman(scores[each], truth[each]) for each in drawn]).nanmean(0)
+    value = torch.stack([spearman(scores[chosen], truth[chosen]) for chosen in members]).mean()
+    return Estimate(float(value), *percentiles(resampled))
+
+
+def spearman(first: Float[Tensor, "*rows n"], second: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows"]:
+    """Spearman's rank correlation along the last dimension; equal values share the mean of their ranks."""
+    ranks = [_ranks(values.double()) for values in (first, second)]
+    centred = [each - each.mean(-1, keepdim=True) for each in ranks]
+    product: Tensor = torch.linalg.vecdot(*centred) / (centred[0].norm(dim=-1) * centred[1].norm(dim=-1))
+    return product
+
+
+def _ranks(values: Tensor) -> Tensor:
+    ordered = values.sort(-1).values
+    below = torch.searchsorted(ordered, values.contiguous())
+    upto = torch.searchsorted(ordered, values.contiguous(), right=True)
+    return (below + upto).double() / 2
+
+
+def _load_scores(paths: Sequence[str | Path]) -> dict[str, Scores]:
+    """Scores by criterion; files of one criterion are told apart by their names."""
+    if not paths:
+        raise UserError("give at least one --scores file; make it with 'hifiprune score'")
+    loaded = [(Path(path), Scores.load(path)) for path in paths]
+    criteria = [scores.criterion for _, scores in loaded]
+    named = {s.criterion if criteria.count(s.criterion) == 1 else path.stem: s for path, s in loaded}
+    if len(named) != len(paths):
+        raise UserError(f"the scores {', '.join(map(str, paths))} have the same names; rename one")
+    return named
+
+
+def _key(trial: Trial) -> str:
+    return json.dumps(trial)
+
+
+def _reread(path: Path, made_of: list[str]) -> dict[str, float]:
+    """What an interrupted run of the same model on the same windows has found."""
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    return dict(found["kl"]) if found.get("made_of") == made_of else {}

@@ -1,0 +1,89 @@
+"""From the final hidden state to the logits, a slice of positions at a time."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hifiprune.errors import UserError
+
+SLICE_BYTES = 24 * 2**20  # one [slice, vocabulary] float32 matrix
+SLICE_ROWS = 128  # at least, for a fast matrix product
+CACHE_BYTES = 3 * 2**20  # rows that a CPU's cache holds while the elementwise steps pass over them
+
+
+@dataclass(frozen=True)
+class Head:
+    """From the normalised final hidden state to the logits, as the model computes them but in float32 or better.
+
+    `logits = cap * tanh(scale * (hidden @ weight.T + bias) / cap)`, without the outer part where `cap` is None.
+    """
+
+    linear: nn.Linear
+    scale: float = 1.0
+    cap: float | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Head":
+        """The head of `model`, with the logit scaling of Cohere and Granite and the soft-capping of Gemma 2."""
+        config = model.config.get_text_config()
+        linear = model.get_output_embeddings()
+        if not isinstance(linear, nn.Linear):
+            raise UserError(
+                f"{type(model).__name__} has no plain Linear as its output head; give the causal language model"
+            )
+        scale = getattr(config, "logit_scale", None) or 1.0
+        divisor = getattr(config, "logits_scaling", None) or 1.0
+        return cls(linear, scale / divisor, getattr(config, "final_logit_softcapping", None))
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of logits per position."""
+        return self.linear.out_features
+
+    @property
+    def slice_rows(self) -> int:
+        """Positions per matrix product: as many rows of logits as fit into `SLICE_BYTES`, at least `SLICE_ROWS`."""
+        return max(SLICE_ROWS, SLICE_BYTES // (4 * self.vocabulary))
+
+    @property
+    def cache_rows(self) -> int:
+        """Rows per elementwise pass: on a CPU as many as stay in its cache, elsewhere a whole slice."""
+        on_cpu = self.linear.weight.device.type == "cpu"
+        return max(1, CACHE_BYTES // (4 * self.vocabulary)) if on_cpu else self.slice_rows
+
+    def logits(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocabulary"]:
+        """Logits of a few positions, in float32 or better."""
+        hidden = precise(hidden)
+        logits = hidden.new_empty(len(hidden), self.vocabulary)
+        for columns, weight in self._weight(hidden.dtype):
+            torch.mm(hidden, weight.T, out=logits[:, columns])
+        if self.linear.bias is not None:
+            logits += self.linear.bias
+        if self.scale != 1.0:
+            logits *= self.scale
+        if self.cap is not None:
+            logits.div_(self.cap).tanh_().mul_(self.cap)
+        return logits
+
+    def pull_back(self, gradient: Float[Tensor, "rows vocabulary"]) -> Float[Tensor, "rows hidden"]:
+        """Gradient at the hidden rows from the gradient at the logits before soft-capping."""
+        hidden = gradient.new_zeros(len(gradient), self.linear.in_features)
+        for columns, weight in self._weight(gradient.dtype):
+            hidden.addmm_(gradient[:, columns], weight, alpha=self.scale)
+        return hidden
+
+    def _weight(self, dtype: torch.dtype) -> Iterator[tuple[slice, Float[Tensor, "columns hidden"]]]:
+        """The weight in `dtype`: whole where it is stored so, else converted a part of the vocabulary at a time."""
+        weight = self.linear.weight.detach()
+        step = self.vocabulary if weight.dtype == dtype else 16_384
+        for start in range(0, self.vocabulary, step):
+            yield slice(start, start + step), weight[start : start + step].to(dtype)
+
+
+def precise(tensor: Tensor) -> Tensor:
+    """`tensor` in float32, or in its own dtype if that holds more digits."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

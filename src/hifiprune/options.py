@@ -1,0 +1,48 @@
+"""The command line's options, declared once for all commands."""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+SCORING_FLAGS = (
+    "--num-samples", "--seq-len", "--seed", "--sampler", "--text-column", "--criterion", "--batch-size", "--dtype",
+    "--recompute", "--keep-graphs", "--attention", "--alpha", "--temperature", "--light-cut", "--label-samples",
+)  # fmt: skip
+Model = Annotated[str, Argument(metavar="MODEL", help="Local folder, hub id or .gguf file.")]
+Output = Annotated[Path, Option(help="What to make; written beside and renamed when whole.")]
+SOURCES = (
+    "Calibration text: .txt, .jsonl or .parquet file, a folder of those, a hub data set id[:config][:split], "
+    "'python-docs' (ships inside Python) or 'self' (sampled from the model)."
+)
+NumSamples = Annotated[int, Option(help="Calibration windows.")]
+SeqLen = Annotated[int, Option(help="Tokens per window.")]
+Seed = Annotated[int, Option(help="Seed of the choice of windows.")]
+Sampler = Annotated[
+    str, Option(help="documents: a random window of each long document; stream: all joined and cut; auto: by source.")
+]
+TextColumn = Annotated[str | None, Option(help="Column of the text; guessed if not given.")]
+CriterionName = Annotated[
+    str, Option("--criterion", help="How to score: see 'hifiprune criteria'; hfprune is the paper's definition.")
+]
+Alpha = Annotated[
+    float | None, Option(help="Self-distillation: share of the divergence; the papers' for the ratio if not given.")
+]
+Temperature = Annotated[
+    float | None, Option(help="Self-distillation: of the dense model; the papers' for the ratio if not given.")
+]
+LightCut = Annotated[float, Option(help="Self-distillation: fraction of the neurons cut in its first stage.")]
+LabelSamples = Annotated[int, Option(help="Fisher: labels drawn at each position, a backward pass each.")]
+RoundTo = Annotated[int, Option(help="Widths become the nearest multiple; 1 for the papers' exact widths.")]
+BatchSize = Annotated[int, Option(help="Windows per step; results do not depend on it.")]
+Device = Annotated[str, Option(help="auto, cpu or cuda.")]
+Dtype = Annotated[str, Option(help="Arithmetic: float32, bfloat16, float16; auto: float32 on CPU, the model's on GPU.")]
+Recompute = Annotated[
+    bool | None, Option("--recompute/--keep-graphs", help="Trade time for memory; decided by free memory if not given.")
+]
+Attention = Annotated[
+    str | None, Option(help="Attention implementation, such as flash_attention_2; the model's default if not given.")
+]
+AsJson = Annotated[bool, Option("--json", help="Print one JSON object on standard output.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing output.")]
+Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]

@@ -1,0 +1,27 @@
+"""What commands say: remarks and progress on standard error, results on standard output."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from hifiprune.voice import Voice
+
+
+def voice() -> Voice:
+    """Speak on standard error, and keep transformers from speaking too."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return Voice(Console(stderr=True))
+
+
+def show(facts: dict[str, Any], as_json: bool, table: Callable[[], None]) -> None:
+    """Print facts as one JSON object, or as a table."""
+    if as_json:
+        typer.echo(json.dumps(facts, default=str))
+    else:
+        table()
