@@ -353,8 +353,8 @@ def test_other_values_out_of_range(cli: Cli, checkpoint: Path, text: Path, tmp_p
     refused(cli(*start, "--num-samples", 999, "--seq-len", 64), "too little text")
     refused(cli(*start, "--shard-size", "lots", *CALIBRATION), "shard size 'lots'")
     refused(cli(*start, "--attention", "flash_attention_9", *CALIBRATION), "attention")
-    refused(cli(*start, "--scores", text), "give exactly one of --calibration and --scores")
-    refused(cli(*start[:-2]), "give exactly one of --calibration and --scores")
+    refused(cli(*start, "--scores", text), "give one of --calibration and --scores, not both")
+    refused(cli(*start[:-2]), "give one of --calibration and --scores, not both")
     if not torch.cuda.is_available():
         refused(cli(*start, "--device", "cuda"), "sees no CUDA GPU; use --device cpu")
     refused(cli(*start, "--device", "mps"), "device 'mps' is not known")

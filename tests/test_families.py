@@ -9,14 +9,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hifiprune import find_mlps, score
-from hifiprune.blocks import BlockChain, frozen
+from hifiprune.blocks import BlockChain
+from hifiprune.guards import frozen
 from hifiprune.neurons import FAMILIES
-from hifiprune.objectives import entropy_
+from hifiprune.objectives import Entropy
 from hifiprune.plan import Plan
 from hifiprune.surgery import cut_
+from hifiprune.taps import Seen
 from tests.families import VARIANTS, tiny_model, tiny_tokens
 
-Seen = dict[int, tuple[Tensor, Tensor]]
+Pairs = dict[int, tuple[Tensor, Tensor]]
 
 
 @pytest.fixture(params=VARIANTS)
@@ -45,7 +47,7 @@ def random_plan(model: PreTrainedModel, width: int) -> Plan:
     return plan_keeping(model, kept)
 
 
-def naive_sweep(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Seen]:
+def naive_sweep(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Pairs]:
     """Full logits, one graph, plain formula, hooks."""
     activations: list[Tensor] = []
     hooks = [
@@ -60,13 +62,16 @@ def naive_sweep(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Seen]:
     return values.detach(), {i: (a.detach(), g) for i, (a, g) in enumerate(zip(activations, gradients, strict=True))}
 
 
-def chain_sweep(model: PreTrainedModel, tokens: Tensor, *, recompute: bool) -> tuple[Tensor, Seen]:
-    seen: Seen = {}
+def chain_sweep(model: PreTrainedModel, tokens: Tensor, *, recompute: bool) -> tuple[Tensor, Pairs]:
+    pairs: Pairs = {}
+
+    def keep(seen: Seen) -> None:
+        if seen.gradient is not None:
+            pairs[seen.layer] = (seen.activation.clone(), seen.gradient.clone())
+
     with frozen(model):
-        values = BlockChain(model).sweep(
-            tokens, entropy_, lambda layer, h, g: seen.update({layer: (h.clone(), g.clone())}), recompute=recompute
-        )
-    return values, seen
+        (values,), _ = BlockChain(model).sweep(tokens, [Entropy()], keep, recompute=recompute)
+    return values, pairs
 
 
 @pytest.mark.parametrize("recompute", [False, True])

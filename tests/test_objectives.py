@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from hifiprune.blocks import BlockChain
 from hifiprune.errors import UserError
-from hifiprune.objectives import Head, entropy_, mean_over_positions
+from hifiprune.head import Head
+from hifiprune.objectives import Entropy, entropy_, mean_over_positions
 from tests.families import tiny_model, tiny_tokens
 
 
@@ -24,6 +25,11 @@ def make_head(vocabulary: int, width: int, dtype: torch.dtype = torch.float64, *
     return Head(
         nn.Linear(width, vocabulary, bias=bool(options.pop("bias", 0)), dtype=dtype).requires_grad_(False), **options
     )
+
+
+def labels_for(hidden: Tensor) -> Tensor:
+    """Tokens that entropy does not look at."""
+    return torch.zeros(hidden.shape[:2], dtype=torch.int64)
 
 
 def naive_mean(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
@@ -51,7 +57,7 @@ def test_sliced_entropy_equals_the_naive_formula(
 ) -> None:
     head = make_head(vocabulary, 7, cap=cap, scale=scale, bias=bias)  # type: ignore[arg-type]
     hidden = 5 * torch.randn(windows, positions, 7, dtype=torch.float64)
-    values, gradient = mean_over_positions(entropy_, hidden, head, slice_rows)
+    ((values, gradient),) = mean_over_positions([Entropy()], hidden, head, labels_for(hidden), slice_rows=slice_rows)
     expected_values, expected_gradient = naive_mean(hidden, head)
     torch.testing.assert_close(values, expected_values, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-13)
@@ -60,13 +66,15 @@ def test_sliced_entropy_equals_the_naive_formula(
 def test_gradient_equals_finite_differences() -> None:
     head = make_head(23, 5, cap=4.0, scale=0.5)
     hidden = torch.randn(2, 3, 5, dtype=torch.float64)
-    _, gradient = mean_over_positions(entropy_, hidden, head)
+    ((_, gradient),) = mean_over_positions([Entropy()], hidden, head, labels_for(hidden))
     step = 1e-6
     for index in range(hidden.numel()):
         nudge = torch.zeros(hidden.numel(), dtype=torch.float64)
         nudge[index] = step
         nudge = nudge.view_as(hidden)
-        above, below = (mean_over_positions(entropy_, hidden + s * nudge, head)[0].sum() for s in (1, -1))
+        above, below = (
+            mean_over_positions([Entropy()], hidden + s * nudge, head, labels_for(hidden))[0][0].sum() for s in (1, -1)
+        )
         assert (above - below).item() / (2 * step) == pytest.approx(gradient.view(-1)[index].item(), abs=1e-8)
 
 
@@ -100,7 +108,7 @@ def test_extreme_logits_stay_finite() -> None:
 def test_half_precision_hidden_states_are_computed_in_float32() -> None:
     head = make_head(20_000, 16, torch.bfloat16)  # more columns than are converted at a time
     hidden = torch.randn(1, 5, 16, dtype=torch.bfloat16)
-    values, gradient = mean_over_positions(entropy_, hidden, head)
+    ((values, gradient),) = mean_over_positions([Entropy()], hidden, head, labels_for(hidden))
     exact = Head(nn.Linear(16, 20_000, bias=False, dtype=torch.float64))
     exact.linear.weight.data.copy_(head.linear.weight)
     truth, slope = naive_mean(hidden.double(), exact)

@@ -127,6 +127,14 @@ CRITERIA: dict[str, Criterion] = {
             st.square,
         ),
         Criterion(
+            "cross-entropy-weight",
+            "loss of the next token, Taylor importance of the weights: SDMPrune's first stage",
+            SDMPRUNE,
+            "cross-entropy",
+            st.weight_absolute,
+            maps=True,
+        ),
+        Criterion(
             "self-distillation",
             "SDMPrune: light cut by cross-entropy, then divergence from the dense model, in weight form",
             SDMPRUNE,

@@ -52,34 +52,36 @@ def evaluated(record: RunRecord) -> None:
 
 
 def criteria_listed(facts: list[dict[str, str]]) -> None:
-    """What `criteria` lists."""
-    table = _table("criterion", "needs", "what it measures", "source")
+    """A line for each criterion."""
     for row in facts:
-        table.add_row(row["name"], row["needs"], row["summary"], row["reference"])
-    _show(table)
+        source = f" [{row['reference']}]" if row["reference"] else ""
+        line = f"{row['name']:<26}{row['needs']:<24}{row['summary']}{source}"
+        Console().print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def compared(record: RunRecord, model: str, output: Path) -> None:
     """What `compare` found: a table for each text and for the tasks."""
-    results = record.results
+    results, seeds = record.results, record.arguments["seeds"]
     texts = [f"{text['source']}, {' x '.join(map(str, text['windows']))} tokens" for text in results["texts"]]
     first = results["summary"][0]["criterion"]
     for number, title in enumerate([*texts, "zero-shot tasks"]):
         rows = [row for row in results["summary"] if row["text"] == number]
         if rows:
-            Console().print(
-                f"{title}: mean and standard deviation over {record.arguments['seeds']} seeds", markup=False
-            )
+            Console().print(f"{title}: mean and standard deviation over {seeds} draws", markup=False)
             _show(compared_table(rows, results["widths"]))
     Console().print(
-        f"In brackets the paired difference to {first} with its 95% interval over seeds and windows; of perplexity it is "
-        "a factor."
+        f"In brackets the paired difference to {first}, of perplexity as a factor, with its 95% interval over draws "
+        "and windows."
     )
     _costs(record)
-    ratio = next(iter(results["widths"]))
-    best = min((row for row in results["summary"] if row["text"] == 0), key=lambda row: row["mean"])
-    scores = next(output.glob(f"scores/{best['criterion']}*-seed*.safetensors"))
-    next_step(f"hifiprune prune {model} --scores {scores} --ratio {ratio} --output DIR")
+    ratio = min(row["ratio"] for row in results["summary"])
+    measured = [row for row in results["summary"] if (row["text"], row["ratio"]) == (0, ratio)]
+    metric = "kl" if any(row["metric"] == "kl" for row in measured) else "perplexity"
+    best = min((row for row in measured if row["metric"] == metric), key=lambda row: row["mean"])["criterion"]
+    seed = record.arguments["calibration"]["seed"]
+    files = [output / "scores" / f"{label}-seed{seed}.safetensors" for label in (f"{best}-{ratio:g}", best)]
+    scores = next(file for file in files if file.is_file())
+    next_step(f"hifiprune prune {model} --scores {scores} --ratio {ratio:g} --output DIR")
 
 
 def compared_table(rows: list[dict[str, Any]], widths: dict[str, Any]) -> Table:
@@ -95,10 +97,10 @@ def compared_table(rows: list[dict[str, Any]], widths: dict[str, Any]) -> Table:
 
 
 def compared_cell(row: dict[str, Any]) -> str:
-    """Mean, spread, and in brackets the difference to the first criterion."""
+    """Mean and spread; of the main metrics also the difference to the first criterion."""
     text = f"{row['mean']:.4g}" + ("" if row["spread"] is None else f" ± {row['spread']:.2g}")
     bounds = [row["difference"][name] for name in ("value", "low", "high")]
-    if not any(bounds) or bounds[1] is None:
+    if row["metric"] not in ("perplexity", "kl") or not any(bounds) or bounds[1] is None:
         return text
     if row["metric"] == "perplexity":
         value, low, high = (math.exp(bound) for bound in bounds)

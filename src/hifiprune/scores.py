@@ -30,8 +30,8 @@ class Scores:
         objective: mean objective over the windows in nats, such as the output entropy; None without one.
         model_hash: SHA-256 of the dense weights as float32.
         data_hash: SHA-256 of the calibration windows; empty for criteria that need none.
-        means: float32 `[neurons]` mean activations for each MLP, where the criterion collects them.
         settings: how the scores were made (windows, positions, seed, source, dtype).
+        means: float32 `[neurons]` mean activations for each MLP, where the criterion collects them.
     """
 
     values: list[Float[Tensor, "_"]]
@@ -42,8 +42,8 @@ class Scores:
     objective: float | None
     model_hash: str
     data_hash: str
-    means: list[Float[Tensor, "_"]] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    means: list[Float[Tensor, "_"]] | None = None
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file: a tensor an MLP, everything else as JSON in its metadata."""

@@ -47,8 +47,7 @@ def absolute(seen: Seen) -> Float[Tensor, "1 neurons"]:
 
 def square(seen: Seen) -> Float[Tensor, "1 neurons"]:
     """`(h * dC/dh) ** 2` summed over positions: large changes count for more than many small ones."""
-    norm: Tensor = torch.linalg.vector_norm(seen.taylor.flatten(0, 1), 2, dim=0, keepdim=True)
-    return norm.square_()
+    return seen.taylor.flatten(0, 1).square().sum(0, keepdim=True)
 
 
 def weight_absolute(seen: Seen) -> Float[Tensor, "1 neurons"]:
@@ -80,7 +79,7 @@ def _weight_product(each: MapPass, window: int) -> Float[Tensor, "outputs inputs
 def moments(seen: Seen) -> Float[Tensor, "2 neurons"]:
     """Sums over positions of `h` and of `h ** 2`."""
     h = precise(seen.activation.flatten(0, 1))
-    return torch.stack((h.sum(0), torch.linalg.vector_norm(h, 2, dim=0).square_()))
+    return torch.stack((h.sum(0), h.square().sum(0)))
 
 
 def squared_mean_magnitude(seen: Seen) -> Float[Tensor, "1 neurons"]:

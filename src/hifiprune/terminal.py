@@ -19,7 +19,7 @@ def voice() -> Voice:
     return Voice(Console(stderr=True))
 
 
-def show(facts: dict[str, Any], as_json: bool, table: Callable[[], None]) -> None:
+def show(facts: Any, as_json: bool, table: Callable[[], None]) -> None:
     """Print facts as one JSON object, or as a table."""
     if as_json:
         typer.echo(json.dumps(facts, default=str))
