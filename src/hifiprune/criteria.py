@@ -75,6 +75,11 @@ class Criterion:
     maps: bool = False
     two_stages: bool = False
 
+    @property
+    def collects_means(self) -> bool:
+        """Whether mean activations come with the scores."""
+        return self.statistic is st.moments
+
     def kernels(self, options: Options) -> tuple[Kernel, ...]:
         """The objectives that one pass differentiates for it."""
         options = options.for_ratio(min(PRESETS))

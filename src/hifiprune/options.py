@@ -33,6 +33,10 @@ Temperature = Annotated[
 ]
 LightCut = Annotated[float, Option(help="Self-distillation: fraction of the neurons cut in its first stage.")]
 LabelSamples = Annotated[int, Option(help="Fisher: labels drawn at each position, a backward pass each.")]
+BiasCompensation = Annotated[
+    bool,
+    Option("--bias-compensation", help="As FLAP: mean outputs of removed neurons go into the biases, if any."),
+]
 RoundTo = Annotated[int, Option(help="Widths become the nearest multiple; 1 for the papers' exact widths.")]
 BatchSize = Annotated[int, Option(help="Windows per step; results do not depend on it.")]
 Device = Annotated[str, Option(help="auto, cpu or cuda.")]

@@ -19,13 +19,14 @@ from hifiprune.criteria import Options, find_criterion
 from hifiprune.errors import UserError
 from hifiprune.evaluation import measure
 from hifiprune.hashing import hash_model
+from hifiprune.neurons import find_mlps
 from hifiprune.output import check_space, check_target, replacing
 from hifiprune.plan import Plan
 from hifiprune.preparation import announce_scoring, check_model, load, load_hashed, plain_arguments
 from hifiprune.record import RunRecord
 from hifiprune.scores import Scores
 from hifiprune.scoring import Request, score
-from hifiprune.surgery import cut_
+from hifiprune.surgery import cut_, require_bias
 from hifiprune.texts import Text
 from hifiprune.voice import Voice
 
@@ -63,14 +64,10 @@ def score_checkpoint(
     record = RunRecord(
         "score",
         plain_arguments(
-            model=model,
-            output=output,
-            calibration=calibration,
-            criterion=criterion,
-            options=request[1],
+            model=model, output=output, calibration=calibration, criterion=criterion, options=request[1],
             compute=compute,
         ),
-    )
+    )  # fmt: skip
     _check_data(criterion, calibration)
     checkpoint = find_checkpoint(model)
     inputs = (checkpoint.path, calibration.source if calibration else None)
@@ -92,6 +89,7 @@ def prune(
     scores: Scores | str | Path | None = None,
     criterion: str = DEFAULT_CRITERION,
     options: Options | None = None,
+    bias_compensation: bool = False,
     round_to: int = 128,
     compute: Compute = Compute(),
     shard_size: str = "5GB",
@@ -110,6 +108,8 @@ def prune(
         scores: scores of this very model, or the file of them.
         criterion: how to score; see `CRITERIA`.
         options: what the criterion leaves open; by default alpha and temperature follow the ratio, as in the papers.
+        bias_compensation: put the mean output of the removed neurons into the bias of each output map, as FLAP does;
+            only for architectures that have one, with criteria that collect mean activations.
         round_to: widths become the nearest multiple of it.
         compute: device and arithmetic of scoring.
         shard_size: largest weight file, such as `5GB`.
@@ -127,13 +127,20 @@ def prune(
     path = scores if isinstance(scores, str | Path) else None
     used = Scores.load(scores) if isinstance(scores, str | Path) else scores
     sources = plain_arguments(model=model, output=output, budget=budget, calibration=calibration, compute=compute)
-    settings = {"scores": path, "criterion": used.criterion if used else criterion, "round_to": round_to}
-    record = RunRecord("prune", sources | settings | {"shard_size": shard_size, "overwrite": overwrite})
+    settings = plain_arguments(
+        scores=path, criterion=used.criterion if used else criterion, options=options, round_to=round_to,
+        bias_compensation=bias_compensation, shard_size=shard_size, overwrite=overwrite,
+    )  # fmt: skip
+    record = RunRecord("prune", sources | settings)
     _check_shard_size(shard_size)
     checkpoint = find_checkpoint(model)
     inputs = (checkpoint.path, path, calibration.source if calibration else None)
     target = check_target(output, folder=True, overwrite=overwrite, inputs=inputs)
     shape = check_model(checkpoint, calibration)
+    if bias_compensation:
+        require_bias(find_mlps(checkpoint.skeleton()))
+        if not (used.means if used else find_criterion(criterion).collects_means):
+            raise UserError(f"criterion '{settings['criterion']}' has no mean activations for biases; use flap")
     width = shape.width_at(budget, round_to)
     check_space(target, int(checkpoint.dtype().itemsize * shape.total_parameters * (1 - shape.ratio_at(width))))
     voice.say(_announce(budget, shape, width, round_to))
@@ -152,7 +159,7 @@ def prune(
             used.require_model(hash_model(loaded))
     plan = allocate(used, budget, round_to=round_to)
     with record.stage("cutting"):
-        cut_(loaded, plan)
+        cut_(loaded, plan, used.means if bias_compensation else None)
     record.results = _describe_plan(plan, str(budget)) | _describe_scores(used)
     with replacing(target) as folder:
         with record.stage("writing"):

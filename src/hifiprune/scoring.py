@@ -21,7 +21,7 @@ from hifiprune.objectives import CrossEntropy
 from hifiprune.passes import Job, Pass, Track, choose_recompute
 from hifiprune.plan import Plan, highest
 from hifiprune.scores import Scores
-from hifiprune.statistics import Sample, mean_activation, moments, weight_absolute
+from hifiprune.statistics import Sample, mean_activation, weight_absolute
 from hifiprune.surgery import cut
 
 Request = tuple[str, Options]
@@ -196,7 +196,7 @@ def _finish(
     totals = run.totals[job] if run and job else [torch.empty(0, mlp.neurons) for mlp in mlps]
     parts = list(zip(totals, mlps, samples, strict=True))
     values = [each.criterion.finish(*part).float().cpu() for part in parts]
-    means = [mean_activation(*part).float() for part in parts] if each.criterion.statistic is moments else None
+    means = [mean_activation(*part).float() for part in parts] if each.criterion.collects_means else None
     objective = run.objectives[job.kernels[0]] if run and job and job.kernels else None
     return Outcome(values, means, objective)
 

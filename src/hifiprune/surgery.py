@@ -1,29 +1,41 @@
 """Cutting neurons out of a model in memory, for good or for a while."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hifiprune.errors import UserError
+from hifiprune.head import precise
 from hifiprune.neurons import Mlp, find_mlps
 from hifiprune.plan import Plan
 
 
 @torch.no_grad()
-def cut_(model: PreTrainedModel, plan: Plan) -> None:
+def cut_(model: PreTrainedModel, plan: Plan, means: Sequence[Float[Tensor, "_"]] | None = None) -> None:
     """Remove from `model` every neuron that `plan` does not keep, in the weights' own dtype.
 
-    The result computes what the dense model computes with the activations of the removed neurons set to zero. The
-    intermediate size is updated wherever the configuration states it, so the saved model loads without code of ours.
+    The result computes what the dense model computes with the activations of the removed neurons set to zero, or to
+    their `means`, which then go into the bias of the output map (arXiv 2312.11983, eq. 6). The intermediate size is
+    updated wherever the configuration states it, so the saved model loads without code of ours.
+
+    Args:
+        model: the dense model.
+        plan: which neurons to keep.
+        means: mean activation of every neuron of each MLP, to compensate with.
 
     Raises:
-        UserError: the plan was made for a model of another shape.
+        UserError: the plan was made for a model of another shape, or there is no bias to compensate with.
     """
-    for mlp, kept in zip(_matching_mlps(model, plan), plan.kept, strict=True):
+    mlps = _matching_mlps(model, plan)
+    if means is not None:
+        require_bias(mlps)
+        for mlp, kept, mean in zip(mlps, plan.kept, means, strict=True):
+            _compensate_(mlp, _others(kept, mlp.neurons), mean)
+    for mlp, kept in zip(mlps, plan.kept, strict=True):
         _keep_(mlp, kept)
     _state_width(model, plan.widths[0])
 
@@ -48,6 +60,25 @@ def cut(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
             for mlp, kept, rest, parts in zip(mlps, plan.kept, rests, removed, strict=True):
                 _put_back_(mlp, kept, rest, parts)
         _state_width(model, plan.neurons[0])
+
+
+def require_bias(mlps: Sequence[Mlp]) -> None:
+    """Refuse MLPs whose output map has no bias.
+
+    Raises:
+        UserError: one has none.
+    """
+    for mlp in mlps:
+        if mlp.output.bias is None:
+            raise UserError(
+                f"the output map of {mlp.name} has no bias to compensate with; leave --bias-compensation out"
+            )
+
+
+def _compensate_(mlp: Mlp, removed: Int[Tensor, "removed"], means: Float[Tensor, "neurons"]) -> None:
+    weight, bias = precise(mlp.output.weight), precise(mlp.output.bias)
+    removed = removed.to(weight.device)
+    mlp.output.bias.copy_(bias + weight[:, removed] @ means.to(weight)[removed])
 
 
 def _others(kept: Int[Tensor, "kept"], neurons: int) -> Int[Tensor, "rest"]:
