@@ -1,15 +1,18 @@
-"""Every criterion on SmolLM2-135M-Instruct, compared as `hifiprune compare` does it; writes `results/criteria.json`.
+"""Every criterion on SmolLM2-135M-Instruct: compared by quality after the cut, and tested against true removals.
 
 Calibrated on C4, perplexity on WikiText-2 test, fidelity on other documents of C4, 3 draws of the calibration windows.
-Takes about three hours on 2 cores; interrupted, it goes on where it stopped.
+Writes `results/criteria.json` and `results/ablation.json`. Takes about three hours on 2 cores; interrupted, it goes on
+where it stopped.
 """
 
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from hifiprune.ablation import ablate
 from hifiprune.calibration import Calibration
 from hifiprune.comparison import compare
 from hifiprune.demonstration import fetch_smollm2
@@ -17,6 +20,7 @@ from hifiprune.texts import Text
 from hifiprune.voice import Voice
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 DATA = ROOT.parent / "shared" / "data"
 CRITERIA = (
     "hfprune", "entropy-square", "cross-entropy", "cross-entropy-square", "self-distillation", "fisher", "wanda-sp",
@@ -24,33 +28,51 @@ CRITERIA = (
 )  # fmt: skip
 RATIOS = (0.2, 0.3, 0.4)
 WINDOWS, SEEDS = 12, 3
+HELD_OUT = Text(str(DATA / "c4" / "c4_short.jsonl"), 512, 8)
 
 
 def main() -> None:
-    """Run or go on with the comparison, and keep its figures without the values by window."""
-    model = fetch_smollm2(ROOT / ".cache" / "smollm2")
-    folder = ROOT / ".cache" / "criteria"
-    record = compare(
-        str(model),
-        folder,
-        CRITERIA,
-        RATIOS,
-        Calibration(str(DATA / "c4" / "c4_documents.jsonl"), WINDOWS, 1024),
-        [
-            Text(str(DATA / "wikitext-2" / "wiki.test.raw"), 1024, 24, fidelity=False),
-            Text(str(DATA / "c4" / "c4_short.jsonl"), 512, 8),
-        ],
-        seeds=SEEDS,
-        round_to=1,
-        overwrite=True,
-        voice=Voice(Console(width=140)),
-    )
-    for cell in record.results["cells"]:
-        del cell["windows"]
-    document = json.loads(json.dumps(record.to_dict(), default=str).replace(f"{ROOT.parent}/", ""))
-    (ROOT / "benchmarks" / "results" / "criteria.json").write_text(json.dumps(document, indent=1) + "\n")
-    for name in ("perplexity", "kl"):
-        shutil.copy(folder / f"{name}.svg", ROOT / "docs" / f"criteria-{name}.svg")
+    """Run or go on with both; keep the figures without the values by window."""
+    model, voice = str(fetch_smollm2(ROOT / ".cache" / "smollm2")), Voice(Console(width=140))
+    compared, ablated = ROOT / ".cache" / "criteria", ROOT / ".cache" / "ablation"
+    if not compared.exists():
+        compare(
+            model,
+            compared,
+            CRITERIA,
+            RATIOS,
+            Calibration(str(DATA / "c4" / "c4_documents.jsonl"), WINDOWS, 1024),
+            [Text(str(DATA / "wikitext-2" / "wiki.test.raw"), 1024, 24, fidelity=False), HELD_OUT],
+            seeds=SEEDS,
+            round_to=1,
+            voice=voice,
+        )
+    names = [f"{name}-0.2" if name == "self-distillation" else name for name in CRITERIA]
+    scores = [compared / "scores" / f"{name}-seed0.safetensors" for name in names]
+    text = Text(HELD_OUT.source, HELD_OUT.seq_len, 4)
+    if not ablated.exists():
+        ablate(model, ablated, scores, text, neurons=96, groups=48, voice=voice)
+    for name, file in (("criteria", compared / "compare.json"), ("ablation", ablated / "ablate.json")):
+        record = json.loads(file.read_text().replace(f"{ROOT.parent}/", ""))
+        record["results"] = {key: value for key, value in record["results"].items() if key not in ("cells", "trials")}
+        (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    for plot, name in (("perplexity-1", "perplexity"), ("kl", "kl")):
+        shutil.copy(compared / f"{plot}.svg", ROOT / "docs" / f"criteria-{name}.svg")
+
+
+def readme_table(document: dict[str, Any], ablation: dict[str, Any]) -> str:
+    """The table of the README in Markdown: mean and standard deviation over draws, and rank correlation."""
+    rows = document["results"]["summary"]
+    values = {(row["criterion"], row["metric"], row["text"], row["ratio"]): row for row in rows}
+    heads = [f"{what} at {ratio:.0%}" for ratio in RATIOS for what in ("perplexity", "KL")]
+    lines = [f"| criterion | {' | '.join(heads)} | rank correlation |", "|---" * (len(heads) + 2) + "|"]
+    order = sorted(CRITERIA, key=lambda name: float(values[name, "kl", 1, RATIOS[0]]["mean"]))
+    for name in order:
+        cells = [values[name, *metric, ratio] for ratio in RATIOS for metric in (("perplexity", 0), ("kl", 1))]
+        shown = [f"{cell['mean']:.3g} ± {cell['spread']:.2g}" for cell in cells]
+        within = ablation["results"]["correlations"][name]["single"]["within_layers"]["value"]
+        lines.append(f"| `{name}` | {' | '.join(shown)} | {within:.2f} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
