@@ -39,7 +39,7 @@ class Pass:
         batch_size: windows per step.
         recompute: see `BlockChain.sweep`.
         track: shows progress.
-        totals: of each job, `[statistics, neurons]` in float64 for each layer.
+        totals: of each job and layer, `[statistics, neurons]` in float64.
         objectives: mean of each kernel over the windows, in nats.
         hidden: final hidden state of each batch, kept where asked for.
     """
@@ -49,7 +49,7 @@ class Pass:
     batch_size: int
     recompute: bool
     track: Track
-    totals: dict[Job, list[Tensor]] = field(default_factory=dict)
+    totals: dict[Job, dict[int, Tensor]] = field(default_factory=dict)
     objectives: dict[Kernel, float] = field(default_factory=dict)
     hidden: list[Tensor] = field(default_factory=list)
 
@@ -58,13 +58,13 @@ class Pass:
         wanted = list(dict.fromkeys(jobs))
         kernels = list(dict.fromkeys(kernel for job in wanted for kernel in job.kernels))
         maps = [number for number, kernel in enumerate(kernels) if any(j.maps and kernel in j.kernels for j in wanted)]
-        self.totals = {job: [torch.zeros(1)] * len(self.chain.mlps) for job in wanted}
+        self.totals = {job: {} for job in wanted}
         sums = dict.fromkeys(kernels, 0.0)
 
         def visit(seen: Seen) -> None:
             for job in wanted:
                 if (kernels[seen.kernel] in job.kernels) if seen.kernel is not None else not job.kernels:
-                    self.totals[job][seen.layer] = self.totals[job][seen.layer] + job.statistic(seen).double().cpu()
+                    self._add(job, seen)
 
         for number, batch in enumerate(self.track(self.windows.split(self.batch_size))):
             tokens = batch.to(self.chain.model.device, torch.int64)
@@ -86,8 +86,14 @@ class Pass:
         self.objectives = {kernel: total / len(self.windows) for kernel, total in sums.items()}
         return self
 
+    def _add(self, job: Job, seen: Seen) -> None:
+        """Sum in float64 where the model is, so that nothing waits for a GPU."""
+        found, totals = job.statistic(seen).double(), self.totals[job]
+        totals[seen.layer] = totals[seen.layer] + found if seen.layer in totals else found
+
     def _require_finite(self, tokens: Int[Tensor, "windows positions"]) -> None:
-        bad = [layer for totals in self.totals.values() for layer, t in enumerate(totals) if not t.isfinite().all()]
+        sums = [(layer, total.sum().cpu()) for totals in self.totals.values() for layer, total in totals.items()]
+        bad = [layer for layer, total in sums if not total.isfinite()]
         if bad:
             self.chain.final_hidden(tokens)  # names the block if the forward pass is to blame
             raise RunError(

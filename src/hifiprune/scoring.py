@@ -123,18 +123,6 @@ def score_all(
     ]
 
 
-def count_passes(requests: Sequence[Request]) -> tuple[int, int]:
-    """How many forward and backward passes over the windows `score_all` will take."""
-    asked = [Asked(find_criterion(name), options) for name, options in requests]
-    jobs = {each.job for each in asked if each.job}
-    early = {each.job for each in asked if each.job and not each.criterion.two_stages}
-    cuts = {each.options.light_cut for each in asked if each.criterion.two_stages}
-    if cuts:
-        early.add(LIGHT)
-    backwards = [{kernel for job in part for kernel in job.kernels} for part in (early, jobs - early)]
-    return bool(jobs) + len(cuts), sum(map(len, backwards))
-
-
 @dataclass(frozen=True)
 class Asked:
     """A criterion with its options."""
@@ -148,6 +136,32 @@ class Asked:
         if self.criterion.statistic is None:
             return None
         return Job(self.criterion.statistic, self.criterion.kernels(self.options), self.criterion.maps)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which jobs the pass over the dense model does, and which the pass over each lightly cut one, by its light cut."""
+
+    first: list[Job]
+    later: dict[float, list[Asked]]
+
+    @classmethod
+    def of(cls, asked: Sequence[Asked]) -> "Schedule":
+        """Everything that is asked for, once."""
+        later: dict[float, list[Asked]] = {}
+        for each in asked:
+            if each.criterion.two_stages:
+                later.setdefault(each.options.light_cut, []).append(each)
+        first = [each.job for each in asked if each.job and not each.criterion.two_stages]
+        return cls(first + [LIGHT] * bool(later), later)
+
+
+def count_passes(requests: Sequence[Request]) -> tuple[int, int]:
+    """How many forward and backward passes over the windows `score_all` will take."""
+    schedule = Schedule.of([Asked(find_criterion(name), options) for name, options in requests])
+    passes = [schedule.first, *([each.job for each in group if each.job] for group in schedule.later.values())]
+    backwards = [{kernel for job in jobs for kernel in job.kernels} for jobs in passes]
+    return sum(map(bool, passes)), sum(map(len, backwards))
 
 
 @dataclass
@@ -164,22 +178,19 @@ def _run(
 ) -> list[Outcome]:
     """The pass over the dense model, then one over each lightly cut model that is asked for."""
     mlps = find_mlps(model)
-    one = [each for each in asked if not each.criterion.two_stages]
-    two = [each for each in asked if each.criterion.two_stages]
-    jobs = [each.job for each in one if each.job] + [LIGHT] * bool(two)
+    schedule = Schedule.of(asked)
     first = None
-    if windows is not None and jobs:
-        first = Pass(BlockChain(model), windows, **how).run(jobs, keep_hidden=bool(two))
-    found = {each: _finish(each, first, mlps, windows) for each in one}
-    for fraction in dict.fromkeys(each.options.light_cut for each in two):
+    if windows is not None and schedule.first:
+        first = Pass(BlockChain(model), windows, **how).run(schedule.first, keep_hidden=bool(schedule.later))
+    found = {each: _finish(each, first, mlps, windows) for each in asked if not each.criterion.two_stages}
+    for fraction, group in schedule.later.items():
         assert first
         assert windows is not None
         light = _light_plan(first.totals[LIGHT], mlps, fraction)
-        here = [each for each in two if each.options.light_cut == fraction]
         with cut(model, light):
-            jobs = [each.job for each in here if each.job]
+            jobs = [each.job for each in group if each.job]
             second = Pass(BlockChain(model), windows, **how).run(jobs, first.hidden)
-            for each in here:
+            for each in group:
                 kept = _finish(each, second, find_mlps(model), windows)
                 found[each] = Outcome(_spread(kept.values, light, first.totals[LIGHT]), None, kept.objective)
     return [found[each] for each in asked]
@@ -193,25 +204,28 @@ def _finish(
     sizes = (len(windows), windows.shape[1]) if windows is not None else (0, 0)
     layers = range(len(mlps))
     samples = [Sample(*sizes, len(job.kernels) if job else 0, each.options.seed, layer) for layer in layers]
-    totals = run.totals[job] if run and job else [torch.empty(0, mlp.neurons) for mlp in mlps]
+    nothing = torch.empty(0)
+    totals = [run.totals[job][layer] if run and job else nothing for layer in layers]
     parts = list(zip(totals, mlps, samples, strict=True))
     values = [each.criterion.finish(*part).float().cpu() for part in parts]
-    means = [mean_activation(*part).float() for part in parts] if each.criterion.collects_means else None
+    means = [mean_activation(*part).float().cpu() for part in parts] if each.criterion.collects_means else None
     objective = run.objectives[job.kernels[0]] if run and job and job.kernels else None
     return Outcome(values, means, objective)
 
 
-def _light_plan(totals: list[Tensor], mlps: list[Mlp], fraction: float) -> Plan:
+def _light_plan(totals: dict[int, Tensor], mlps: list[Mlp], fraction: float) -> Plan:
     """Remove the `fraction` of the neurons with the lowest scores."""
-    kept = [highest(total[0], int(mlp.neurons * (1 - fraction))) for total, mlp in zip(totals, mlps, strict=True)]
+    widths = [int(mlp.neurons * (1 - fraction)) for mlp in mlps]
+    kept = [highest(totals[layer][0].cpu(), width) for layer, width in enumerate(widths)]
     return Plan(kept, [mlp.neurons for mlp in mlps], [mlp.name for mlp in mlps], None, 0.0, 0, 0)
 
 
-def _spread(values: list[Tensor], light: Plan, before: list[Tensor]) -> list[Float[Tensor, "_"]]:
+def _spread(values: list[Tensor], light: Plan, before: dict[int, Tensor]) -> list[Float[Tensor, "_"]]:
     """Scores of all neurons: the first stage's, below zero, for those that it cut; the second's for the others."""
     whole = []
-    for late, kept, early in zip(values, light.kept, before, strict=True):
-        scores = (early[0] - early[0, kept].min()).float()
+    for layer, (late, kept) in enumerate(zip(values, light.kept, strict=True)):
+        early = before[layer][0].cpu()
+        scores = (early - early[kept].min()).float()
         scores[kept] = late
         whole.append(scores)
     return whole

@@ -133,7 +133,9 @@ def _put_back_(mlp: Mlp, kept: Int[Tensor, "kept"], rest: Int[Tensor, "rest"], r
 
 
 def _set_(linear: nn.Linear, name: str, values: Tensor) -> None:
-    setattr(linear, name, nn.Parameter(values.detach(), requires_grad=getattr(linear, name).requires_grad))
+    """Give a parameter other values and another shape; it stays the same object, for whoever else holds it."""
+    parameter = getattr(linear, name)
+    parameter.data, parameter.grad = values.detach(), None
 
 
 def _state_sizes(mlp: Mlp, width: int) -> None:
