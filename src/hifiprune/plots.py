@@ -12,6 +12,7 @@ from hifiprune.evaluation.fidelity import METRICS
 
 QUALITY = ("perplexity", "kl")
 MARKERS = "osD^vP*X<>hp8d"
+FAR = 5.0  # times the best at the largest ratio: what is worse would flatten the plot
 
 
 def draw_comparison(results: dict[str, Any], folder: Path) -> None:
@@ -40,25 +41,23 @@ def _by_text(summary: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str
 
 
 def _quality(rows: list[dict[str, Any]], results: dict[str, Any]) -> Figure:
-    """A line a criterion, with the standard deviation over seeds."""
+    """A line a criterion, with the standard deviation over draws; those far above the best are only named."""
     figure, axes = _figure(7.5, 5)
     metric, text = rows[0]["metric"], rows[0]["text"]
+    ratios = sorted({row["ratio"] for row in rows})
+    ceiling = FAR * max(min(row["mean"] for row in rows if row["ratio"] == ratio) for ratio in ratios)
     for number, name in enumerate(dict.fromkeys(row["criterion"] for row in rows)):
         own = sorted((row["ratio"], row["mean"], row["spread"] or 0.0) for row in rows if row["criterion"] == name)
-        ratios, means, spreads = zip(*own, strict=True)
-        axes.errorbar(
-            ratios,
-            means,
-            spreads,
-            label=name,
-            color=f"C{number % 10}",
-            marker=MARKERS[number % len(MARKERS)],
-            capsize=3,
-        )
+        shown = [point for point in own if point[1] <= ceiling]
+        label = name if len(shown) == len(own) else f"{name} (far above)"
+        x, y, spread = zip(*shown, strict=True) if shown else ((), (), ())
+        color, marker = mpl.colormaps["tab20"](number % 20), MARKERS[number % len(MARKERS)]
+        axes.errorbar(x, y, spread, label=label, capsize=3, color=color, marker=marker)
     if metric == "perplexity":
         axes.axhline(results["dense"][text][metric]["value"], color="black", linestyle=":", label="dense")
     axes.set_yscale("log")
-    axes.set_xlabel("fraction of all parameters removed")
+    axes.set_xticks(ratios, [f"{ratio:.0%}" for ratio in ratios])
+    axes.set_xlabel("parameters removed")
     axes.set_ylabel(f"{METRICS[metric][0]} on {Path(results['texts'][text]['source']).name}")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
@@ -85,17 +84,20 @@ def _overlap(overlap: dict[str, dict[str, Any]], criteria: list[str]) -> Figure:
 
 
 def _damage(trials: list[dict[str, Any]], correlations: dict[str, Any], kind: str) -> Figure:
-    figure = Figure(figsize=(3.5 * len(correlations), 3.5), layout="constrained")
+    columns = min(4, len(correlations))
+    rows = -(-len(correlations) // columns)
+    figure = Figure(figsize=(3.2 * columns, 3 * rows), layout="constrained")
     for number, (name, found) in enumerate(correlations.items()):
-        axes = figure.add_subplot(1, len(correlations), number + 1)
+        axes = figure.add_subplot(rows, columns, number + 1)
         scores, damage, layers = zip(*((trial[name], trial["kl"], trial["layer"]) for trial in trials), strict=True)
         shown = axes.scatter(scores, damage, c=layers, s=12)
         rank = found[kind]["within_layers"]["value"] if kind in found else float("nan")
-        axes.set(xscale="log", yscale="log", xlabel=f"score by {name}", title=f"rank correlation in a layer {rank:.2f}")
-        if number == 0:
-            axes.set_ylabel("KL divergence once removed, nats")
-        if number == len(correlations) - 1:
-            figure.colorbar(shown, ax=axes, label="layer")
+        axes.set_title(f"{name}: rank correlation {rank:.2f}", fontsize=9)
+        axes.set(xscale="log" if min(scores) > 0 else "linear", yscale="log")
+        axes.tick_params(labelsize=7)
+    figure.supxlabel("score", fontsize=9)
+    figure.supylabel("KL divergence once removed, nats", fontsize=9)
+    figure.colorbar(shown, ax=figure.axes, label="layer")
     return figure
 
 
