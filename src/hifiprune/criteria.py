@@ -176,7 +176,7 @@ CRITERIA: dict[str, Criterion] = {
         Criterion(
             "flap",
             "variance of the activation times squared norm of the outgoing weights, standardised",
-            "arXiv 2312.11983, eq. 4-5",
+            "arXiv 2312.11983",
             statistic=st.moments,
             finish=st.flap,
         ),

@@ -108,7 +108,7 @@ def wanda(totals: Float[Tensor, "2 neurons"], mlp: Mlp, sample: Sample) -> Float
 
 
 def flap(totals: Float[Tensor, "2 neurons"], mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:
-    """Weighted input feature variance, standardised in each layer: arXiv 2312.11983, eq. 4 and 5."""
+    """Weighted input feature variance, standardised in each layer: arXiv 2312.11983."""
     count = sample.windows * sample.positions
     variance = (totals[1] - totals[0].square() / count) / max(1, count - 1)
     metric = variance.clamp(min=0) * _output_weight(mlp, totals).square().sum(0)
@@ -121,7 +121,7 @@ def mean_activation(totals: Float[Tensor, "2 neurons"], mlp: Mlp, sample: Sample
 
 
 def minitron(totals: Float[Tensor, "1 neurons"], mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:
-    """Mean magnitude over a window's positions, l2 norm over windows: arXiv 2407.14679, section 2.2."""
+    """Mean magnitude over a window's positions, l2 norm over windows: arXiv 2407.14679."""
     return totals[0].sqrt()
 
 

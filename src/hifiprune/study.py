@@ -107,9 +107,9 @@ def compare(
 
 def ablate(
     model: Model,
-    output: Output,
     scores: Annotated[list[Path], Option(help="Scores made before; give it once for each criterion.")],
-    text: Annotated[str, Option(help="Held-out text to measure on.")],
+    output: Output = Path("ablation"),
+    text: Annotated[str, Option(help="Held-out text to measure on.")] = "python-docs",
     neurons: Annotated[int, Option(help="Single neurons to remove, one at a time.")] = 64,
     groups: Annotated[int, Option(help="Random groups to remove.")] = 32,
     group_size: Annotated[int, Option(help="Neurons of a group.")] = 32,

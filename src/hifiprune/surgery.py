@@ -19,7 +19,7 @@ def cut_(model: PreTrainedModel, plan: Plan, means: Sequence[Float[Tensor, "_"]]
     """Remove from `model` every neuron that `plan` does not keep, in the weights' own dtype.
 
     The result computes what the dense model computes with the activations of the removed neurons set to zero, or to
-    their `means`, which then go into the bias of the output map (arXiv 2312.11983, eq. 6). The intermediate size is
+    their `means`, which then go into the bias of the output map (arXiv 2312.11983). The intermediate size is
     updated wherever the configuration states it, so the saved model loads without code of ours.
 
     Args:
