@@ -126,13 +126,14 @@ def score_all(
 def count_passes(requests: Sequence[Request]) -> tuple[int, int]:
     """How many forward and backward passes over the windows `score_all` will take."""
     asked = [Asked(find_criterion(name), options) for name, options in requests]
-    jobs = {each.job for each in asked if each.job}
     early = {each.job for each in asked if each.job and not each.criterion.two_stages}
-    cuts = {each.options.light_cut for each in asked if each.criterion.two_stages}
+    late = {(each.options.light_cut, each.job) for each in asked if each.job and each.criterion.two_stages}
+    cuts = {light_cut for light_cut, _ in late}
     if cuts:
         early.add(LIGHT)
-    backwards = [{kernel for job in part for kernel in job.kernels} for part in (early, jobs - early)]
-    return bool(jobs) + len(cuts), sum(map(len, backwards))
+    first = {kernel for job in early for kernel in job.kernels}
+    second = {(light_cut, kernel) for light_cut, job in late for kernel in job.kernels}
+    return bool(early) + len(cuts), len(first) + len(second)
 
 
 @dataclass(frozen=True)
