@@ -1,0 +1,108 @@
+"""Independent truth for the criteria: plain transformers, one graph, the formulas as they stand in the papers."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from hifiprune import find_mlps
+from hifiprune.objectives import Kernel, Rows
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""From one window's logits `[positions, vocabulary]` and tokens to a scalar."""
+
+
+def logits_of(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+    return logits
+
+
+def mean_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
+    probs = logits.softmax(-1)
+    return -(probs * probs.log()).sum(-1).mean(-1)
+
+
+def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    return functional.cross_entropy(logits[:-1], tokens[1:])
+
+
+def divergence(target_logits: Tensor, logits: Tensor) -> Tensor:
+    """KL divergence of each position, in nats."""
+    log_probs = target_logits.log_softmax(-1)
+    return (log_probs.exp() * (log_probs - logits.log_softmax(-1))).sum(-1)
+
+
+def distillation_loss(teacher: Tensor, alpha: float, temperature: float) -> Loss:
+    """The mix of arXiv 2506.11120: the temperature is the teacher's alone, the KL is over all positions."""
+
+    def loss(logits: Tensor, tokens: Tensor) -> Tensor:
+        soft = functional.kl_div(logits.log_softmax(-1), (teacher / temperature).softmax(-1), reduction="batchmean")
+        return (1 - alpha) * next_token_loss(logits, tokens) + alpha * soft
+
+    return loss
+
+
+def labels_loss(labels: Tensor) -> Loss:
+    return lambda logits, tokens: functional.cross_entropy(logits, labels)
+
+
+def drawn_labels(kernel: Kernel, logits: Tensor, window: int = 0) -> Tensor:
+    """The labels that a kernel drew for a window, read from its gradient, the probabilities minus one at the label."""
+    gradient, positions = logits.detach().clone(), len(logits)
+    unused = torch.zeros(positions, dtype=torch.int64)
+    kernel(Rows(gradient, unused, torch.ones(positions).to(logits), None, window, 0, positions))
+    return (logits.softmax(-1) - gradient).argmax(-1)
+
+
+@contextmanager
+def recorded_activations(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """The activation of every MLP in layer order, once the model has run within."""
+    activations: list[Tensor] = []
+    hooks = [
+        mlp.output.register_forward_pre_hook(lambda _, arguments: activations.append(arguments[0]))
+        for mlp in find_mlps(model)
+    ]
+    yield activations
+    for hook in hooks:
+        hook.remove()
+
+
+def activations_of(model: PreTrainedModel, tokens: Tensor) -> list[Tensor]:
+    """`[windows, positions, neurons]` of every MLP."""
+    with recorded_activations(model) as activations, torch.no_grad():
+        logits_of(model, tokens)
+    return activations
+
+
+@contextmanager
+def replaced_activation(linear: nn.Linear, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """The activation that enters `linear` is changed within."""
+    hook = linear.register_forward_pre_hook(lambda _, arguments: (change(arguments[0]),))
+    yield
+    hook.remove()
+
+
+def taylor_products(model: PreTrainedModel, tokens: Tensor, losses: Sequence[Loss]) -> list[Tensor]:
+    """`h * dC/dh` of every MLP, `[windows, positions, neurons]`; one loss a window."""
+    found = []
+    for window, loss in zip(tokens, losses, strict=True):
+        with recorded_activations(model) as activations:
+            value = loss(logits_of(model, window[None])[0], window)
+        slopes = torch.autograd.grad(value, activations)
+        found.append([(h * slope)[0].detach() for h, slope in zip(activations, slopes, strict=True)])
+    return [torch.stack(layer) for layer in zip(*found, strict=True)]
+
+
+def weight_products(model: PreTrainedModel, tokens: Tensor, losses: Sequence[Loss]) -> list[Tensor]:
+    """`down.T * dC/ddown.T + up * dC/dup + gate * dC/dgate`, `[windows, neurons, hidden]` of every MLP."""
+    mlps = find_mlps(model)
+    weights = [linear.weight for mlp in mlps for linear in (mlp.inputs[0], mlp.inputs[1], mlp.output)]
+    found = []
+    for window, loss in zip(tokens, losses, strict=True):
+        slopes = torch.autograd.grad(loss(logits_of(model, window[None])[0], window), weights)
+        parts = iter([(weight * slope).detach() for weight, slope in zip(weights, slopes, strict=True)])
+        found.append([gate + up + down.T for gate, up, down in zip(parts, parts, parts, strict=True)])
+    return [torch.stack(layer) for layer in zip(*found, strict=True)]
