@@ -68,6 +68,7 @@ class BlockChain:
         *,
         removed: Int[Tensor, "_"] | None = None,
         inputs: dict[int, Tensor] | None = None,
+        check_each: bool = False,
     ) -> Float[Tensor, "windows positions hidden"]:
         """The same from the input of block `first` on.
 
@@ -77,18 +78,22 @@ class BlockChain:
             calls: of all blocks, from `embed`.
             removed: neurons of its MLP whose activations are set to zero.
             inputs: receives the input of every block.
+            check_each: look for NaN and infinity after every block instead of at the end.
         """
+        start = hidden
         for index in range(first, len(self.blocks)):
             if inputs is not None:
                 inputs[index] = hidden
             gone = removed if index == first else None
             with overridden([(self.mlps[index].output, partial(without, self.mlps[index].output, gone))]):
                 hidden = self.blocks[index](hidden, *calls[index].args, **calls[index].kwargs)
-            if not hidden.isfinite().all():
+            if check_each and not hidden.isfinite().all():
                 raise RunError(
                     f"the activations of decoder block {index} of {len(self.blocks)} are NaN or infinite in "
                     f"{hidden.dtype}; check the checkpoint, or compute in float32 (--dtype float32)"
                 )
+        if not check_each and not hidden.isfinite().all():  # asked once: it makes a GPU wait
+            return self.run_from(first, start, calls, removed=removed, check_each=True)
         normed: Tensor = self.norm(hidden)
         return normed
 

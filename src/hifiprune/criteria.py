@@ -159,7 +159,7 @@ CRITERIA: dict[str, Criterion] = {
         ),
         Criterion(
             "fisher",
-            "labels drawn from the model itself, sum of (h dC/dh)^2: KL divergence to second order, in nats",
+            "labels drawn from the model itself, sum of (h dC/dh)^2: KL divergence to second order, diagonal, in nats",
             "arXiv 1801.05787, with labels from the model",
             "fisher",
             st.square,
@@ -188,8 +188,10 @@ CRITERIA: dict[str, Criterion] = {
             finish=st.minitron,
         ),
         Criterion("magnitude", "l2 norm of a neuron's weights; no data", "arXiv 1608.08710", finish=st.magnitude),
-        Criterion("ppm", "peak-to-peak of a neuron's incoming weights; no data", "", finish=st.peak_to_peak),
-        Criterion("random", "uniform noise; no data", "", finish=st.random),
+        Criterion(
+            "ppm", "peak-to-peak of a neuron's incoming weights; no data", "arXiv 2512.22671", finish=st.peak_to_peak
+        ),
+        Criterion("random", "uniform noise; no data", "the control", finish=st.random),
     )
 }
 

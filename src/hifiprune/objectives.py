@@ -159,11 +159,12 @@ class SampledLabel:
         noise = torch.Generator().manual_seed(self.seed * 1_000_003 + rows.window)
         draws = torch.rand(rows.positions, generator=noise, dtype=torch.float64)[rows.start :][: len(rows.logits)]
         draws = ((draws + self.sample / self.samples) % 1).to(rows.logits)
+        draws.clamp_(max=1 - torch.finfo(draws.dtype).eps)  # float32 rounds up to 1, where no label is
         reached = rows.logits.clone()
         softmax_(reached)
         reached.cumsum_(-1)
         labels = torch.searchsorted(reached, (draws * reached[:, -1]).unsqueeze(1), right=True).squeeze(1)
-        return cross_entropy_(rows.logits, labels.clamp_(max=reached.shape[1] - 1), torch.ones_like(draws))
+        return cross_entropy_(rows.logits, labels, torch.ones_like(draws))
 
 
 def softmax_(logits: Float[Tensor, "rows vocabulary"]) -> Float[Tensor, "rows"]:
@@ -208,7 +209,10 @@ def mean_over_positions(
     Returns:
         for each kernel values in nats in float32 or better, one a window, and the gradient in the same.
     """
+    if not kernels:
+        return []
     windows, positions, _ = hidden.shape
+    teacher = None if teacher is None else teacher.to(hidden.device)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     values = hidden.new_empty(len(kernels), windows, positions, dtype=dtype)
     gradients = [torch.empty_like(hidden, dtype=dtype) for _ in kernels]
@@ -220,7 +224,7 @@ def mean_over_positions(
         for start in range(0, positions, step):
             here = slice(start, start + step)
             logits = head.logits(hidden[window, here])
-            guide = None if teacher is None else head.logits(teacher[window, here].to(hidden.device))
+            guide = None if teacher is None else head.logits(teacher[window, here])
             for number, kernel in enumerate(kernels):
                 own = logits if number == len(kernels) - 1 else logits.clone()
                 rows = Rows(own, labels[window, here], weights[here], guide, first_window + window, start, positions)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from hifiprune.blocks import BlockChain
 from hifiprune.errors import RunError
 from hifiprune.guards import memory_explained
-from hifiprune.head import SLICE_BYTES
+from hifiprune.head import SLICE_BYTES, SLICE_ROWS
 from hifiprune.objectives import Kernel
 from hifiprune.statistics import Statistic
 from hifiprune.taps import Seen
@@ -92,12 +92,13 @@ class Pass:
         totals[seen.layer] = totals[seen.layer] + found if seen.layer in totals else found
 
     def _require_finite(self, tokens: Int[Tensor, "windows positions"]) -> None:
-        sums = [(layer, total.sum().cpu()) for totals in self.totals.values() for layer, total in totals.items()]
-        bad = [layer for layer, total in sums if not total.isfinite()]
-        if bad:
+        layers = [layer for totals in self.totals.values() for layer in totals]
+        sums = torch.stack([total.sum() for totals in self.totals.values() for total in totals.values()])
+        if not sums.isfinite().all():
             self.chain.final_hidden(tokens)  # names the block if the forward pass is to blame
+            worst = max(layer for layer, finite in zip(layers, sums.isfinite().tolist(), strict=True) if not finite)
             raise RunError(
-                f"the gradients at {self.chain.mlps[max(bad)].name} are NaN or infinite in {self.chain.model.dtype}; "
+                f"the gradients at {self.chain.mlps[worst].name} are NaN or infinite in {self.chain.model.dtype}; "
                 "compute in float32 (--dtype float32)"
             )
 
@@ -107,18 +108,26 @@ def choose_recompute(model: PreTrainedModel, tokens: int) -> bool:
     return working_bytes(model, tokens, recompute=False) > free_bytes(model.device) // 2
 
 
-def working_bytes(model: PreTrainedModel, tokens: int, *, recompute: bool, objectives: int = 1) -> int:
-    """Estimated memory above the weights for steps of `tokens` positions: graphs, gradients and slices of logits."""
+def working_bytes(
+    model: PreTrainedModel, tokens: int, *, recompute: bool, objectives: int = 1, maps: bool = False
+) -> int:
+    """Estimated memory above the weights for steps of `tokens` positions: graphs, gradients, slices of logits.
+
+    With `maps` also the weight gradients of one MLP.
+    """
     config = model.config.get_text_config()
     graph = tokens * (4 * config.intermediate_size + 14 * config.hidden_size)
     boundaries = config.num_hidden_layers * tokens * 2 * config.hidden_size
     kept = 2 * graph + boundaries if recompute else config.num_hidden_layers * graph
     more = (objectives - 1) * tokens * config.hidden_size
-    return int((kept + more) * model.dtype.itemsize + 2 * SLICE_BYTES)
+    slices = 4 * max(SLICE_BYTES, 4 * SLICE_ROWS * config.vocab_size)
+    products = 3 * 4 * config.intermediate_size * config.hidden_size if maps else 0
+    return int((kept + more) * model.dtype.itemsize + slices + products)
 
 
 def free_bytes(device: torch.device) -> int:
     """Memory that a new allocation on `device` could still get."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
     return int(psutil.virtual_memory().available)

@@ -55,7 +55,8 @@ def announce_scoring(
     forwards, backwards = count_passes(requests)
     tokens = compute.batch_size * windows.shape[1]
     recompute = choose_recompute(model, tokens) if compute.recompute is None else compute.recompute
-    memory = working_bytes(model, tokens, recompute=recompute, objectives=backwards)
+    maps = any(find_criterion(name).maps for name, _ in requests)
+    memory = working_bytes(model, tokens, recompute=recompute, objectives=backwards, maps=maps)
     seconds = estimate_seconds(
         model.config,
         windows.numel(),

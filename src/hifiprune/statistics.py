@@ -66,9 +66,12 @@ def weight_square(seen: Seen) -> Float[Tensor, "1 neurons"]:
 
 def _weight_products(seen: Seen) -> Iterator[Float[Tensor, "neurons hidden"]]:
     """The sum over the maps of `w * dC/dw`, for each window, in float32 or better."""
+    *inputs, output = seen.maps
     for window in range(len(seen.activation)):
-        *inputs, output = [_weight_product(each, window) for each in seen.maps]
-        yield sum(inputs, start=output.T)
+        total = _weight_product(output, window).T
+        for each in inputs:
+            total += _weight_product(each, window)
+        yield total
 
 
 def _weight_product(each: MapPass, window: int) -> Float[Tensor, "outputs inputs"]:
@@ -104,14 +107,14 @@ def as_divergence(totals: Float[Tensor, "1 neurons"], mlp: Mlp, sample: Sample) 
 
 def wanda(totals: Float[Tensor, "2 neurons"], mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:
     """Mean over the outputs of `|w| * ||h||`: Wanda's metric averaged over a channel, as FLAP's authors made it."""
-    return totals[1].sqrt() * _output_weight(mlp, totals).abs().mean(0)
+    return totals[1].sqrt() * _norm(mlp.output.weight, 1, 0) / mlp.output.out_features
 
 
 def flap(totals: Float[Tensor, "2 neurons"], mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:
     """Weighted input feature variance, standardised in each layer: arXiv 2312.11983."""
     count = sample.windows * sample.positions
     variance = (totals[1] - totals[0].square() / count) / max(1, count - 1)
-    metric = variance.clamp(min=0) * _output_weight(mlp, totals).square().sum(0)
+    metric = variance.clamp(min=0) * _norm(mlp.output.weight, 2, 0).square()
     return (metric - metric.mean()) / metric.std().clamp(min=torch.finfo(metric.dtype).tiny)
 
 
@@ -127,16 +130,14 @@ def minitron(totals: Float[Tensor, "1 neurons"], mlp: Mlp, sample: Sample) -> Fl
 
 def magnitude(totals: Tensor, mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:
     """l2 norm of all weights that go with a neuron, biases left out."""
-    squares = sum(weight.square().sum(1) for weight in _weights(mlp))
-    assert isinstance(squares, Tensor)
-    return squares.sqrt()
+    norms = [_norm(linear.weight, 2, 1) for linear in mlp.inputs]
+    whole: Tensor = torch.linalg.vector_norm(torch.stack((*norms, _norm(mlp.output.weight, 2, 0))), 2, dim=0)
+    return whole
 
 
 def peak_to_peak(totals: Tensor, mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:
     """Largest minus smallest weight that a neuron reads through, added up over its input maps."""
-    spans = sum(weight.amax(1) - weight.amin(1) for weight in _weights(mlp)[:-1])
-    assert isinstance(spans, Tensor)
-    return spans
+    return torch.stack([precise(linear.weight.amax(1) - linear.weight.amin(1)) for linear in mlp.inputs]).sum(0)
 
 
 def random(totals: Tensor, mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:
@@ -145,11 +146,8 @@ def random(totals: Tensor, mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]
     return torch.rand(mlp.neurons, generator=generator)
 
 
-def _weights(mlp: Mlp) -> list[Float[Tensor, "neurons hidden"]]:
-    """The weights of every map with a row a neuron, in float32 or better; the output map's come last."""
-    weights = [*(linear.weight.detach() for linear in mlp.inputs), mlp.output.weight.detach().T]
-    return [precise(weight) for weight in weights]
-
-
-def _output_weight(mlp: Mlp, like: Tensor) -> Float[Tensor, "hidden neurons"]:
-    return mlp.output.weight.detach().to(like)
+def _norm(weight: Tensor, order: int, dim: int) -> Float[Tensor, "neurons"]:
+    """Norm along a dimension in float32 or better, without a copy of the weight."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(weight.detach(), order, dim=dim, dtype=dtype)
+    return norm

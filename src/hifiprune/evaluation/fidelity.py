@@ -64,8 +64,11 @@ class Reference:
         check_windows(model, windows, batch_size, least=2)
         with frozen(model):
             chain = BlockChain(model)
-            batches = (batch.to(model.device, torch.int64) for batch in track(windows.split(batch_size)))
-            return cls(chain.head, torch.cat([chain.final_hidden(tokens).cpu() for tokens in batches]))
+            hidden = torch.empty(*windows.shape, chain.head.linear.in_features, dtype=model.dtype)
+            for batch, target in zip(track(windows.split(batch_size)), hidden.split(batch_size), strict=True):
+                with memory_explained(model, batch.numel()):
+                    target.copy_(chain.final_hidden(batch.to(model.device, torch.int64)))
+            return cls(chain.head, hidden)
 
 
 def measure(

@@ -43,9 +43,14 @@ def bootstrap_paired(differences: Float[Tensor, "seeds windows"], seed: int = 0)
     if windows < 2:
         return Estimate(mean)
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(seeds, (RESAMPLES, seeds, 1), generator=generator)
-    columns = torch.randint(windows, (RESAMPLES, 1, windows), generator=generator)
-    return Estimate(mean, *percentiles(differences[rows, columns].mean((1, 2))))
+    rows, columns = (_counts(size, generator) for size in (seeds, windows))
+    return Estimate(mean, *percentiles(((rows @ differences) * columns).sum(1) / (seeds * windows)))
+
+
+def _counts(size: int, generator: torch.Generator) -> Float[Tensor, "resamples size"]:
+    """How often each of `size` things is in each resample."""
+    drawn = torch.randint(size, (RESAMPLES, size), generator=generator)
+    return torch.zeros(RESAMPLES, size, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
 
 
 def percentiles(means: Float[Tensor, "resamples"]) -> list[float]:
