@@ -1,5 +1,6 @@
 """Fixtures: tiny random models of every family with a byte-level tokenizer, the real SmolLM2, and the shared data."""
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,19 +52,31 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>")
 
 
+def save_checkpoint(folder: Path, family: str = "llama", **options: object) -> Path:
+    """Save a tiny random model with a tokenizer; options go to its configuration."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(family, **{"vocab_size": VOCABULARY, **options}))
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
-    """Save a tiny random model with a tokenizer; options go to its configuration."""
+    """`save_checkpoint` by name."""
+    return lambda name="dense", family="llama", **options: save_checkpoint(tmp_path / name, family, **options)
 
-    def make(name: str = "dense", family: str = "llama", **options: object) -> Path:
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(tiny_config(family, **{"vocab_size": VOCABULARY, **options}))
-        folder = tmp_path / name
-        model.save_pretrained(folder)
-        byte_tokenizer().save_pretrained(folder)
-        return folder
 
-    return make
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, `dense`, and texts that differ; for reading only."""
+    folder = tmp_path_factory.mktemp("world")
+    save_checkpoint(folder / "dense")
+    for seed, (name, words) in enumerate({"calibration": 400, "held": 36, "other": 28}.items()):
+        chance = random.Random(seed)
+        letters = ("".join(chance.choices("etaoinshrdlu", k=chance.randint(1, 8))) for _ in range(words))
+        (folder / f"{name}.txt").write_text(" ".join(letters))
+    return folder
 
 
 @pytest.fixture

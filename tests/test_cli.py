@@ -21,50 +21,13 @@ from hifiprune import Plan, pipeline
 from hifiprune.checkpoint import Checkpoint
 from hifiprune.cli import main
 from hifiprune.output import replacing
-
-MESSAGE_LIMIT = 600
-
-
-class Result:
-    """What a run of the command line left: exit code, output, messages."""
-
-    def __init__(self, code: int, out: str, err: str):
-        self.code, self.out, self.err = code, out, err
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
+from tests.commands import Cli, Result, leftovers, refused, run
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+def cli() -> Cli:
     """Run the command line in this process."""
-
-    def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["hifiprune", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        code = stopped.value.code
-        return Result(code if isinstance(code, int) else 0, captured.out, captured.err)
-
     return run
-
-
-Cli = Callable[..., Result]
-
-
-def refused(result: Result, message: str, code: int = 2) -> None:
-    """One clear message with the right exit code and no traceback."""
-    assert result.code == code, result.err
-    assert "Traceback" not in result.err
-    last = result.err[result.err.rindex("error: ") :]
-    assert message in last
-    assert len(last) < MESSAGE_LIMIT
-
-
-def leftovers(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir() if path.name.endswith(".partial")]
 
 
 CALIBRATION = ("--num-samples", 4, "--seq-len", 16, "--round-to", 8)
@@ -354,7 +317,7 @@ def test_other_values_out_of_range(cli: Cli, checkpoint: Path, text: Path, tmp_p
     refused(cli(*start, "--shard-size", "lots", *CALIBRATION), "shard size 'lots'")
     refused(cli(*start, "--attention", "flash_attention_9", *CALIBRATION), "attention")
     refused(cli(*start, "--scores", text), "give one of --calibration and --scores, not both")
-    refused(cli(*start[:-2]), "give one of --calibration and --scores, not both")
+    refused(cli(*start[:-2]), "criterion 'entropy-square' needs data: give --calibration, or --scores made before")
     if not torch.cuda.is_available():
         refused(cli(*start, "--device", "cuda"), "sees no CUDA GPU; use --device cpu")
     refused(cli(*start, "--device", "mps"), "device 'mps' is not known")

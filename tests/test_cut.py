@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune import UserError, cut, cut_, find_mlps
+from hifiprune import UserError, cut, cut_, find_mlps, score, surgery
 from hifiprune.plan import Plan
 from tests.families import VARIANTS, tiny_model, tiny_tokens
 from tests.naive import logits_of
@@ -62,6 +62,43 @@ def test_an_error_within_leaves_the_model_whole() -> None:
     with pytest.raises(RuntimeError, match="interrupted at 17"), cut(model, random_plan(model, 17)):
         raise RuntimeError(f"interrupted at {model.config.intermediate_size}")
     assert_unchanged(model, state, sizes)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 4, 8, 14])
+def test_an_interruption_while_it_is_cut_leaves_the_model_whole(monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
+    model = tiny_model("llama-bias")
+    state, sizes = state_of(model), sizes_of(model)
+    calls: list[Any] = []
+    real = surgery._set_
+
+    def interrupted(*given: Any) -> None:
+        calls.append(given)
+        if len(calls) == stop + 1:
+            raise KeyboardInterrupt
+        real(*given)
+
+    monkeypatch.setattr(surgery, "_set_", interrupted)
+    with pytest.raises(KeyboardInterrupt), cut(model, random_plan(model, 17)):
+        pytest.fail("the cut was not interrupted")
+    assert len(calls) == stop + 1 + stop, "what was cut is put back, and no more"
+    assert_unchanged(model, state, sizes)
+
+
+def test_gradients_survive_a_cut_for_a_while_and_not_one_for_good() -> None:
+    model, tokens = tiny_model("llama-bias"), tiny_tokens()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    score(model, tokens, "self-distillation")
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, gradient)
+    cut_(model, random_plan(model, 17))
+    before = state_of(model)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    assert all(after.shape == before[name].shape for name, after in model.named_parameters())
+    assert not any(torch.equal(after, before[name]) for name, after in model.named_parameters())
 
 
 def test_cuts_can_be_nested() -> None:

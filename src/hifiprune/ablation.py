@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hifiprune.blocks import BlockChain
+from hifiprune.calibration import Calibration
 from hifiprune.checkpoint import find_checkpoint
 from hifiprune.compute import Compute, estimate_seconds
 from hifiprune.errors import UserError
@@ -78,7 +80,7 @@ def ablate(
     checkpoint = find_checkpoint(model)
     inputs: list[str | Path | None] = [checkpoint.path, text.source, *scores]
     target = check_target(output, folder=True, overwrite=overwrite, inputs=inputs)
-    check_model(checkpoint, None)
+    check_model(checkpoint, Calibration(text.source, 1, text.seq_len))
     trials = sample(next(iter(loaded_scores.values())), neurons, groups, group_size, seed)
     checkpoint.fetch()
     windows = text.held(checkpoint.tokenizer()).windows
@@ -124,16 +126,19 @@ def sample(scores: Scores, neurons: int, groups: int, group_size: int, seed: int
     widths = [len(values) for values in scores.values]
     if min(neurons, group_size) < 1 or groups < 0:
         raise UserError(f"neurons {neurons} and group-size {group_size} must be at least 1, groups {groups} at least 0")
-    if neurons > sum(widths) or group_size > min(widths):
-        raise UserError(f"the model has {sum(widths)} neurons, {min(widths)} a layer; try fewer")
+    narrowest = min(widths)
+    if neurons > len(widths) * narrowest:
+        raise UserError(f"neurons {neurons} is more than the model's {len(widths)} layers of {narrowest}; try fewer")
+    if group_size > narrowest:
+        raise UserError(f"group-size {group_size} is more than the {narrowest} neurons of a layer; try a smaller one")
     chance = torch.Generator().manual_seed(seed)
-    count = min(len(widths), -(-neurons // PER_LAYER))
+    count = min(len(widths), -(-neurons // min(PER_LAYER, narrowest)))
     layers = torch.linspace(0, len(widths) - 1, count).round().int().tolist() if count > 1 else [len(widths) // 2]
     trials: list[Trial] = []
     for number, layer in enumerate(layers):
         here = len(range(number, neurons, count))
-        edges = torch.linspace(0, widths[layer], here + 1)
-        ranks = (edges[:-1] + torch.rand(here, generator=chance) * edges.diff()).long()
+        edges = [place * widths[layer] // here for place in range(here + 1)]
+        ranks = [int(torch.randint(*stratum, (1,), generator=chance)) for stratum in pairwise(edges)]
         trials += [(layer, (index,)) for index in scores.values[layer].argsort()[ranks].tolist()]
     for number in range(groups):
         layer = layers[number % count]
@@ -195,9 +200,13 @@ def small_divergence(
     for pair in zip(*rows, strict=True):
         logits = [head.logits(part) for part in pair]
         for own, other in zip(*(each.split(head.cache_rows) for each in logits), strict=True):
-            log_probs = own.log_softmax(-1)
-            shift = (other.log_softmax(-1) - log_probs).clamp_(max=80)  # exp of more overflows float32
-            values.append(torch.linalg.vecdot(log_probs.exp_(), shift.expm1() - shift).double())
+            log_probs, other_log_probs = own.log_softmax(-1), other.log_softmax(-1)
+            shift, probs = other_log_probs - log_probs, log_probs.exp_()
+            terms = (shift.expm1() - shift) * probs
+            far = shift > 20  # where q / p may overflow and p underflow; there nothing cancels
+            if far.any():
+                terms = torch.where(far, other_log_probs.exp() - probs - probs * shift, terms)
+            values.append(terms.sum(-1).double())
     return torch.cat(values)
 
 
@@ -226,14 +235,22 @@ def correlate(trials: Sequence[Trial], divergences: Sequence[float], scores: dic
             for name, values in predicted.items()
         },
         "trials": [
-            {"layer": layer, "neurons": list(neurons), "kl": kl, **{n: float(v[number]) for n, v in predicted.items()}}
+            {
+                "layer": layer,
+                "neurons": list(neurons),
+                "kl": kl,
+                "scores": {name: float(values[number]) for name, values in predicted.items()},
+            }
             for number, ((layer, neurons), kl) in enumerate(zip(trials, divergences, strict=True))
         ],
     }
 
 
 def correlation(scores: Float[Tensor, "_"], truth: Float[Tensor, "_"], strata: Sequence[int]) -> Estimate:
-    """Spearman's rank correlation within strata, averaged over them, with a 95% interval from resamples within them."""
+    """Spearman's rank correlation within strata, averaged over them, with a 95% interval from resamples within them.
+
+    Strata that have fewer than three members, or where all scores are equal, have none and do not count.
+    """
     members = [torch.tensor([i for i, s in enumerate(strata) if s == stratum]) for stratum in sorted(set(strata))]
     members = [chosen for chosen in members if len(chosen) > 2]
     if not members:
@@ -241,7 +258,7 @@ def correlation(scores: Float[Tensor, "_"], truth: Float[Tensor, "_"], strata: S
     chance = torch.Generator().manual_seed(0)
     drawn = [chosen[torch.randint(len(chosen), (RESAMPLES, len(chosen)), generator=chance)] for chosen in members]
     resampled = torch.stack([spearman(scores[each], truth[each]) for each in drawn]).nanmean(0)
-    value = torch.stack([spearman(scores[chosen], truth[chosen]) for chosen in members]).mean()
+    value = torch.stack([spearman(scores[chosen], truth[chosen]) for chosen in members]).nanmean()
     return Estimate(float(value), *percentiles(resampled))
 
 
@@ -265,6 +282,8 @@ def _load_scores(paths: Sequence[str | Path]) -> dict[str, Scores]:
     if not paths:
         raise UserError("give at least one --scores file; make it with 'hifiprune score'")
     loaded = [(Path(path), Scores.load(path)) for path in paths]
+    for _, each in loaded:
+        each.require_finite()
     criteria = [scores.criterion for _, scores in loaded]
     named = {s.criterion if criteria.count(s.criterion) == 1 else path.stem: s for path, s in loaded}
     if len(named) != len(paths):

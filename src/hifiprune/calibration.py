@@ -68,7 +68,7 @@ class Calibration:
             raise UserError(f"seq-len {self.seq_len} exceeds the model's {longest} positions; use --seq-len {longest}")
         path = local_path(self.source)
         if (path.suffix.lower() in READERS or self.source.startswith((".", "/", "~"))) and not path.exists():
-            raise UserError(f"calibration file {self.source} does not exist")
+            raise UserError(f"text {self.source} does not exist")
 
 
 def load_windows(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, "windows positions"]:

@@ -235,7 +235,7 @@ def main() -> None:
     except HifipruneError as error:
         _fail(error, str(error), error.exit_code)
     except _Stopped as error:
-        _fail(error, f"interrupted by {error}: no half-written output is left; the same command starts again", 1)
+        _fail(error, f"interrupted by {error}: no half-written output is left; give the same command again", 1)
     except Exception as error:  # noqa: BLE001 - the edge: whatever is left is our bug, said in one line
         _fail(error, f"{type(error).__name__}: {error} (a bug in hifiprune or a library; --debug shows where)", 1)
 

@@ -18,7 +18,7 @@ from hifiprune.criteria import Options, find_criterion
 from hifiprune.errors import UserError
 from hifiprune.evaluation import Tasks, check_tasks
 from hifiprune.hashing import hash_tokens
-from hifiprune.output import check_target, replacing
+from hifiprune.output import check_target, local_path, replacing
 from hifiprune.preparation import check_model, load_hashed, plain_arguments
 from hifiprune.record import RunRecord
 from hifiprune.scoring import Request
@@ -93,15 +93,17 @@ def compare(
     workplace = target.with_name(f"{target.name}.unfinished")
     bench = Workbench(loaded, model, model_hash, tokenizer, workplace, compute, voice)
     cells: list[Cell] = []
+    used: list[Path] = []
     with record.stage("scoring"):
         for number, windows in enumerate(draws):
             seed = calibration.seed + number
             scores = bench.score(windows, _requests(criteria, ratios, options, seed), seed)
             for ratio in ratios:
                 for name in criteria:
-                    used = scores[_label(name, ratio)]
-                    plan = allocate(used, Budget(ratio=ratio), round_to=round_to)
-                    cells.append(Cell(name, ratio, seed, plan, used.values))
+                    own = scores[_label(name, ratio)]
+                    plan = allocate(own, Budget(ratio=ratio), round_to=round_to)
+                    cells.append(Cell(name, ratio, seed, plan, own.values))
+            used += [bench.scores_path(label, seed) for label in scores]
     with record.stage("measuring"):
         dense, *measured = bench.measure([None, *(cell.plan for cell in cells)], [*held, *([tasks] if tasks else [])])
     record.results = {
@@ -114,7 +116,9 @@ def compare(
     with replacing(target) as folder:
         from hifiprune.plots import draw_comparison
 
-        shutil.copytree(workplace / "scores", folder / "scores")
+        (folder / "scores").mkdir(parents=True)
+        for path in used:
+            shutil.copyfile(path, folder / "scores" / path.name)
         draw_comparison(record.results, folder)
         record.save(folder / "compare.json")
     shutil.rmtree(workplace)
@@ -149,5 +153,11 @@ def _check(
         raise UserError(f"seeds {seeds} must be at least 1")
     if calibration.source == SELF:
         raise UserError("compare draws its windows from a text; for 'self', sample one with 'hifiprune score' per seed")
-    if calibration.source in [text.source for text in texts]:
+    if any(_same(calibration.source, text.source) for text in texts):
         raise UserError(f"{calibration.source} is both calibration and held-out text; measure on another one")
+
+
+def _same(first: str, second: str) -> bool:
+    """Whether two sources are one, also where a file is spelled in two ways."""
+    paths = [local_path(source) for source in (first, second)]
+    return first == second or (all(path.exists() for path in paths) and paths[0].samefile(paths[1]))

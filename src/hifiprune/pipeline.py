@@ -149,7 +149,7 @@ def prune(
     loaded: PreTrainedModel | None = None
     if used is None:
         settled = options or Options(seed=calibration.seed if calibration else 0)
-        request = (criterion, settled.for_ratio(shape.ratio_at(width)))
+        request = (criterion, settled.for_ratio(budget.ratio or shape.ratio_at(width)))
         used, loaded = _score(checkpoint, calibration, request, compute, voice, record)
     if loaded is None or loaded.dtype != checkpoint.dtype():
         with record.stage("loading the weights"):

@@ -42,7 +42,7 @@ def _by_text(summary: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str
 
 def _quality(rows: list[dict[str, Any]], results: dict[str, Any]) -> Figure:
     """A line a criterion, with the standard deviation over draws; those far above the best are only named."""
-    figure, axes = _figure(7.5, 5)
+    figure, axes = _figure(7.5, 5.0)
     metric, text = rows[0]["metric"], rows[0]["text"]
     ratios = sorted({row["ratio"] for row in rows})
     ceiling = FAR * max(min(row["mean"] for row in rows if row["ratio"] == ratio) for ratio in ratios)
@@ -64,7 +64,7 @@ def _quality(rows: list[dict[str, Any]], results: dict[str, Any]) -> Figure:
 
 
 def _mass(mass: dict[str, list[float]]) -> Figure:
-    figure, axes = _figure(8, 1.5 + 0.3 * len(mass))
+    figure, axes = _figure(8.0, 1.5 + 0.3 * len(mass))
     _heat(axes, list(mass.values()), list(mass), None, "share of the score in each layer")
     axes.set_xlabel("layer")
     return figure
@@ -89,7 +89,8 @@ def _damage(trials: list[dict[str, Any]], correlations: dict[str, Any], kind: st
     figure = Figure(figsize=(3.2 * columns, 3 * rows), layout="constrained")
     for number, (name, found) in enumerate(correlations.items()):
         axes = figure.add_subplot(rows, columns, number + 1)
-        scores, damage, layers = zip(*((trial[name], trial["kl"], trial["layer"]) for trial in trials), strict=True)
+        points = ((trial["scores"][name], trial["kl"], trial["layer"]) for trial in trials)
+        scores, damage, layers = zip(*points, strict=True)
         shown = axes.scatter(scores, damage, c=layers, s=12)
         rank = found[kind]["within_layers"]["value"] if kind in found else float("nan")
         axes.set_title(f"{name}: rank correlation {rank:.2f}", fontsize=9)

@@ -1,6 +1,7 @@
 """Results as tables on standard output, each ending with what to do next."""
 
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def pruned(record: RunRecord, output: Path) -> None:
     table.add_row("neurons removed", "", f"{results['neuron_ratio_reached']:.2%}")
     _show(table)
     _costs(record)
-    next_step(f"hifiprune evaluate {output} --against {record.arguments['model']} --text FILE")
+    next_step("evaluate", output, "--against", record.arguments["model"], "--text", "FILE")
 
 
 def scored(record: RunRecord, model: str, output: Path) -> None:
@@ -36,7 +37,7 @@ def scored(record: RunRecord, model: str, output: Path) -> None:
         table.add_row("mean objective", f"{results['objective_nats']:.4f} nats")
     _show(table)
     _costs(record)
-    next_step(f"hifiprune prune {model} --scores {output} --ratio 0.2 --output DIR")
+    next_step("prune", model, "--scores", output, "--ratio", 0.2, "--output", "DIR")
 
 
 def evaluated(record: RunRecord) -> None:
@@ -81,7 +82,9 @@ def compared(record: RunRecord, model: str, output: Path) -> None:
     seed = record.arguments["calibration"]["seed"]
     files = [output / "scores" / f"{label}-seed{seed}.safetensors" for label in (f"{best}-{ratio:g}", best)]
     scores = next(file for file in files if file.is_file())
-    next_step(f"hifiprune prune {model} --scores {scores} --ratio {ratio:g} --output DIR")
+    rounding = record.arguments["round_to"]
+    options = [] if rounding == 128 else ["--round-to", rounding]
+    next_step("prune", model, "--scores", scores, "--ratio", f"{ratio:g}", *options, "--output", "DIR")
 
 
 def compared_table(rows: list[dict[str, Any]], widths: dict[str, Any]) -> Table:
@@ -121,7 +124,7 @@ def ablated(record: RunRecord, model: str, scores: list[Path]) -> None:
     _show(table)
     Console().print("Spearman's rank correlation of scores with the measured KL divergence, with 95% intervals")
     _costs(record)
-    next_step(f"hifiprune prune {model} --scores {scores[0]} --ratio 0.2 --output DIR")
+    next_step("prune", model, "--scores", scores[0], "--ratio", 0.2, "--output", "DIR")
 
 
 def inspected(facts: dict[str, Any]) -> None:
@@ -139,7 +142,7 @@ def inspected(facts: dict[str, Any]) -> None:
         )
         widths.add_row(percent, exact, rounded, "" if row["ratio_reached"] is None else f"{row['ratio_reached']:.2%}")
     _show(widths)
-    next_step(f"hifiprune prune {facts['model']} --ratio 0.2 --calibration SOURCE --output DIR")
+    next_step("prune", facts["model"], "--ratio", 0.2, "--calibration", "SOURCE", "--output", "DIR")
 
 
 def demonstrated(summary: dict[str, Any], output: Path) -> None:
@@ -154,7 +157,7 @@ def demonstrated(summary: dict[str, Any], output: Path) -> None:
     for sample in results["continuations"]:
         samples.add_row(sample["prompt"], sample["dense"], sample["pruned"])
     _show(samples)
-    next_step(f"hifiprune prune {output / 'dense'} --ratio 0.3 --calibration FILE --output DIR")
+    next_step("prune", output / "dense", "--ratio", 0.3, "--calibration", "FILE", "--output", "DIR")
 
 
 def demo_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -181,8 +184,9 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
 
 
-def next_step(command: str) -> None:
-    """Tell what to run next."""
+def next_step(*words: object) -> None:
+    """Tell which of our commands to run next, ready to be pasted into a shell."""
+    command = shlex.join(["hifiprune", *map(str, words)])
     Console().print(f"Next: {command}", highlight=False, soft_wrap=True, markup=False)
 
 
@@ -205,7 +209,7 @@ def _costs(record: RunRecord) -> None:
 def _table(*columns: str, lines: bool = False) -> Table:
     table = Table(show_header=any(columns[1:]) or bool(columns[0]), show_lines=lines)
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column == "criterion")
     return table
 
 

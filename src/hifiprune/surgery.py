@@ -37,6 +37,8 @@ def cut_(model: PreTrainedModel, plan: Plan, means: Sequence[Float[Tensor, "_"]]
             _compensate_(mlp, _others(kept, mlp.neurons), mean)
     for mlp, kept in zip(mlps, plan.kept, strict=True):
         _keep_(mlp, kept)
+        for linear, name, _ in _parts(mlp):
+            getattr(linear, name).grad = None  # of the shape before
     _state_width(model, plan.widths[0])
 
 
@@ -44,7 +46,8 @@ def cut_(model: PreTrainedModel, plan: Plan, means: Sequence[Float[Tensor, "_"]]
 def cut(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
     """Have `model` cut as by `cut_` within; after, every weight is back, bit for bit.
 
-    Only what is cut away is set aside, so there is never a second copy of the weights.
+    Only what is cut away is set aside, so there is never a second copy of the weights. The parameters stay the same
+    objects, for optimizers that hold them, also when an error or an interruption ends the cutting itself.
 
     Raises:
         UserError: the plan was made for a model of another shape.
@@ -52,8 +55,11 @@ def cut(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
     mlps = _matching_mlps(model, plan)
     rests = [_others(kept, mlp.neurons) for mlp, kept in zip(mlps, plan.kept, strict=True)]
     removed = [_taken(mlp, rest) for mlp, rest in zip(mlps, rests, strict=True)]
-    cut_(model, plan)
     try:
+        with torch.no_grad():
+            for mlp, kept in zip(mlps, plan.kept, strict=True):
+                _keep_(mlp, kept)
+        _state_width(model, plan.widths[0])
         yield
     finally:
         with torch.no_grad():
@@ -126,6 +132,8 @@ def _put_back_(mlp: Mlp, kept: Int[Tensor, "kept"], rest: Int[Tensor, "rest"], r
         present = getattr(linear, name)
         size = list(present.shape)
         size[dim] = len(kept) + len(rest)
+        if list(present.shape) == size:
+            continue  # it was not cut, or nothing of it
         whole = present.new_empty(size)
         whole.index_copy_(dim, kept.to(whole.device), present).index_copy_(dim, rest.to(whole.device), gone)
         _set_(linear, name, whole)
@@ -134,8 +142,7 @@ def _put_back_(mlp: Mlp, kept: Int[Tensor, "kept"], rest: Int[Tensor, "rest"], r
 
 def _set_(linear: nn.Linear, name: str, values: Tensor) -> None:
     """Give a parameter other values and another shape; it stays the same object, for whoever else holds it."""
-    parameter = getattr(linear, name)
-    parameter.data, parameter.grad = values.detach(), None
+    getattr(linear, name).data = values.detach()
 
 
 def _state_sizes(mlp: Mlp, width: int) -> None:

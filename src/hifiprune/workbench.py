@@ -52,11 +52,15 @@ class Workbench:
     compute: Compute
     voice: Voice
 
+    def scores_path(self, label: str, seed: int) -> Path:
+        """Where the scores called `label` are kept."""
+        return self.folder / "scores" / f"{label}-seed{seed}.safetensors"
+
     def score(
         self, windows: Int[Tensor, "windows positions"], wanted: dict[str, Request], seed: int
     ) -> dict[str, Scores]:
         """Scores for each request, under its label; made together unless they are there from before."""
-        paths = {label: self.folder / "scores" / f"{label}-seed{seed}.safetensors" for label in wanted}
+        paths = {label: self.scores_path(label, seed) for label in wanted}
         found = {label: scores for label in wanted if (scores := self._reread(paths[label], windows, wanted[label]))}
         missing = {label: request for label, request in wanted.items() if label not in found}
         if missing:
@@ -76,14 +80,17 @@ class Workbench:
         return found
 
     def _reread(self, path: Path, windows: Int[Tensor, "windows positions"], request: Request) -> Scores | None:
-        """Scores from an earlier run, if they were made from the same model, windows and options."""
+        """Scores from an earlier run, if they were made from the same model, windows and options in the same dtype."""
         criterion, options = find_criterion(request[0]), request[1]
         if not path.is_file():
             return None
         scores = Scores.load(path)
         data = hash_tokens(windows) if criterion.statistic else ""
-        same = (scores.criterion, scores.model_hash, scores.data_hash, scores.settings["options"])
-        return scores if same == (criterion.name, self.model_hash, data, criterion.used(options)) else None
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        wanted = (criterion.name, self.model_hash, data, dtype, criterion.used(options))
+        settings = scores.settings
+        made = (scores.criterion, scores.model_hash, scores.data_hash, settings["compute_dtype"], settings["options"])
+        return scores if made == wanted else None
 
     def measure(self, plans: Sequence[Plan | None], what: Sequence[Held | Tasks]) -> list[list[Measured]]:
         """Every plan measured on every text and by every set of tasks, the dense model for None.
@@ -98,7 +105,7 @@ class Workbench:
             if not path.is_file()
         }
         total = len({path for row in table for path in row})
-        seconds = sum(self._seconds(each) for _, each in todo.values() if isinstance(each, Held))
+        seconds = sum((self._seconds(each) for _, each in todo.values() if isinstance(each, Held)), start=0.0)
         tasks = " and the time of the tasks" if any(isinstance(each, Tasks) for each in what) else ""
         self.voice.say(
             f"Measuring: {len(todo)} of {total} measurements are to be made, about {duration(seconds)}{tasks} if the "
