@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,8 @@ def ablate(
         plain_arguments(model=model, output=output, scores=[str(path) for path in scores], text=text, compute=compute)
         | {"neurons": neurons, "groups": groups, "group_size": group_size, "seed": seed},
     )
+    if compute.dtype == "auto":
+        compute = replace(compute, dtype="float32")  # in half precision a single neuron drowns in rounding
     loaded_scores = _load_scores(scores)
     checkpoint = find_checkpoint(model)
     inputs: list[str | Path | None] = [checkpoint.path, text.source, *scores]

@@ -20,6 +20,9 @@ class Text:
         max_windows: use only the first ones.
         fidelity: measure every metric; else perplexity and entropy alone, in less time.
         text_column: column of the text, guessed if not given.
+
+    Raises:
+        UserError: a number is out of range.
     """
 
     source: str
@@ -27,6 +30,12 @@ class Text:
     max_windows: int | None = None
     fidelity: bool = True
     text_column: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.seq_len < 2:
+            raise UserError(f"seq-len {self.seq_len} must be at least 2")
+        if self.max_windows is not None and self.max_windows < 1:
+            raise UserError(f"max-windows {self.max_windows} must be at least 1")
 
     def held(self, tokenizer: PreTrainedTokenizerBase) -> "Held":
         """The text as one stream of tokens, cut without overlap.
