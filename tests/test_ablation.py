@@ -28,7 +28,7 @@ from tests.commands import Result, refused, run
 from tests.conftest import byte_tokenizer, save_checkpoint
 from tests.families import tiny_model, tiny_tokens
 
-SIZES = ("--neurons", 20, "--groups", 8, "--group-size", 4, "--seq-len", 24, "--max-windows", 3)
+SIZES = ("--neurons", 20, "--groups", 8, "--group-size", 4, "--seq-len", 24, "--max-windows", 2)
 Record = dict[str, Any]
 Array = np.ndarray[Any, Any]
 
@@ -83,7 +83,7 @@ def scored(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         hp.score_checkpoint(dense, folder / criterion, calibration, criterion=criterion)
     hp.score_checkpoint(dense, folder / "another", criterion="random", options=hp.Options(seed=1))
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float64)
-    tokens, scores = tokens_of(world / "held.txt", 24, 3), hp.Scores.load(folder / "random")
+    tokens, scores = tokens_of(world / "held.txt", 24, 2), hp.Scores.load(folder / "random")
     values = [
         torch.tensor([true_divergence(model, tokens, layer, [neuron]) for neuron in range(40)]).float()
         for layer in range(3)
@@ -167,7 +167,7 @@ def test_plots_show_the_trials(finished: tuple[Result, Path], tmp_path: Path, mo
 
 def test_every_trial_is_the_true_divergence(world: Path, scored: Path, finished: tuple[Result, Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(world / "dense", dtype=torch.float64)
-    tokens, trials = tokens_of(world / "held.txt", 24, 3), read(finished[1])["trials"]
+    tokens, trials = tokens_of(world / "held.txt", 24, 2), read(finished[1])["trials"]
     files = {name: hp.Scores.load(scored / name) for name in ("fisher", "flap")}
     assert [len(trial["neurons"]) for trial in trials] == [1] * 20 + [4] * 8
     for trial in trials:
@@ -398,7 +398,7 @@ def test_layers_without_a_correlation_do_not_count() -> None:
 @pytest.mark.usefixtures("no_plots")
 def test_the_true_divergence_ranks_perfectly_and_noise_does_not(world: Path, scored: Path, tmp_path: Path) -> None:
     """Also that a criterion may have the name of a figure."""
-    numbers = ("--neurons", 120, "--groups", 24, "--group-size", 5)
+    numbers = ("--neurons", 120, "--groups", 12, "--group-size", 5)
     result = run(*command(world, scored, tmp_path / "out", "kl", "random", "fisher"), *numbers)
     assert result.code == 0, result.err
     results = read(tmp_path / "out")
