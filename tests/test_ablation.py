@@ -395,6 +395,23 @@ def test_layers_without_a_correlation_do_not_count() -> None:
     assert np.isnan(correlation(scores, truth, [0, 0, 1, 1, 2, 2]).value)
 
 
+def test_where_there_is_no_correlation_there_is_no_number(world: Path, scored: Path, tmp_path: Path) -> None:
+    scores = hp.Scores.load(scored / "random")
+    replace(scores, criterion="same", values=[torch.ones(40) for _ in range(3)]).save(tmp_path / "same")
+    words = (*command(world, scored, tmp_path / "out", "random"), "--scores", tmp_path / "same")
+    result = run(*words, "--neurons", 40, "--groups", 4)  # in three layers: two groups in one at most
+    assert result.code == 0, result.err
+    (row,) = [line for line in result.out.splitlines() if " same " in line]
+    assert row.count(" none ") == 4
+    assert "nan" not in result.out
+    record = json.loads((tmp_path / "out" / "ablate.json").read_text(), parse_constant=pytest.fail)
+    found = record["results"]["correlations"]
+    nothing = {"value": None, "low": None, "high": None}
+    assert found["random"]["groups"]["within_layers"] == nothing
+    assert found["random"]["groups"]["all_layers"]["value"] is not None
+    assert found["same"] == {kind: {"all_layers": nothing, "within_layers": nothing} for kind in ("single", "groups")}
+
+
 @pytest.mark.usefixtures("no_plots")
 def test_the_true_divergence_ranks_perfectly_and_noise_does_not(world: Path, scored: Path, tmp_path: Path) -> None:
     """Also that a criterion may have the name of a figure."""

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -228,8 +229,8 @@ def correlate(trials: Sequence[Trial], divergences: Sequence[float], scores: dic
         "correlations": {
             name: {
                 kind: {
-                    "all_layers": asdict(correlation(values[chosen], truth[chosen], [0] * len(chosen))),
-                    "within_layers": asdict(correlation(values[chosen], truth[chosen], [layers[n] for n in chosen])),
+                    "all_layers": _plain(correlation(values[chosen], truth[chosen], [0] * len(chosen))),
+                    "within_layers": _plain(correlation(values[chosen], truth[chosen], [layers[n] for n in chosen])),
                 }
                 for kind, chosen in (("single", single), ("groups", grouped))
                 if len(chosen) > 2
@@ -246,6 +247,11 @@ def correlate(trials: Sequence[Trial], divergences: Sequence[float], scores: dic
             for number, ((layer, neurons), kl) in enumerate(zip(trials, divergences, strict=True))
         ],
     }
+
+
+def _plain(estimate: Estimate) -> dict[str, float | None]:
+    """Without NaN, which JSON does not know."""
+    return {name: None if value is None or isnan(value) else value for name, value in asdict(estimate).items()}
 
 
 def correlation(scores: Float[Tensor, "_"], truth: Float[Tensor, "_"], strata: Sequence[int]) -> Estimate:

@@ -92,8 +92,8 @@ def _damage(trials: list[dict[str, Any]], correlations: dict[str, Any], kind: st
         points = ((trial["scores"][name], trial["kl"], trial["layer"]) for trial in trials)
         scores, damage, layers = zip(*points, strict=True)
         shown = axes.scatter(scores, damage, c=layers, s=12)
-        rank = found[kind]["within_layers"]["value"] if kind in found else float("nan")
-        axes.set_title(f"{name}: rank correlation {rank:.2f}", fontsize=9)
+        rank = found[kind]["within_layers"]["value"] if kind in found else None
+        axes.set_title(f"{name}: rank correlation {'none' if rank is None else f'{rank:.2f}'}", fontsize=9)
         axes.set(xscale="log" if min(scores) > 0 else "linear", yscale="log")
         axes.tick_params(labelsize=7)
     figure.supxlabel("score", fontsize=9)

@@ -191,6 +191,8 @@ def next_step(*words: object) -> None:
 
 
 def _interval(estimate: dict[str, float | None]) -> str:
+    if estimate["value"] is None:
+        return "none"
     bounds = "" if estimate["low"] is None else f" ({estimate['low']:.3g} to {estimate['high']:.3g})"
     return f"{estimate['value']:.3g}{bounds}"
 
