@@ -134,7 +134,8 @@ def test_the_table_shows_each_criterion_and_what_to_do_next(finished: tuple[Resu
         (row,) = [line for line in lines if line[:1] in "│|" and f" {name} " in line]
         assert f"{correlations[name]['single']['within_layers']['value']:.3g}" in row
     words = shlex.split(lines[-1].removeprefix("Next: hifiprune "))
-    assert Path(words[words.index("--scores") + 1]).is_file()
+    best = max(correlations, key=lambda name: correlations[name]["single"]["within_layers"]["value"] or -1)
+    assert hp.Scores.load(words[words.index("--scores") + 1]).criterion == best
     small = [tmp_path / "small" if word == "DIR" else word for word in words]
     pruned = run(*small, "--round-to", 2, "--json")
     assert pruned.code == 0, pruned.err
@@ -265,10 +266,10 @@ def random_scores(layers: int, width: int, seed: int = 0) -> hp.Scores:
 @settings(deadline=None, max_examples=150, derandomize=True)
 @given(st.data())
 def test_the_sample_is_what_was_asked_for(data: st.DataObject) -> None:
-    layers, width = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 70))
+    layers, width = data.draw(st.integers(1, 9)), data.draw(st.integers(2, 70))
     neurons = data.draw(st.integers(1, layers * width))
-    groups, size = data.draw(st.integers(0, 20)), data.draw(st.integers(1, width))
-    seed = data.draw(st.integers(0, 2**40))
+    groups, size = data.draw(st.integers(0, 20)), data.draw(st.integers(2, width))
+    seed = data.draw(st.integers(0, 2**32 - 1))
     scores = random_scores(layers, width)
     trials = sample(scores, neurons, groups, size, seed)
     assert trials == sample(scores, neurons, groups, size, seed)
@@ -310,6 +311,7 @@ def test_the_sample_follows_the_seed() -> None:
     [
         ((0, 1, 1), "neurons 0"),
         ((1, 1, 0), "group-size 0"),
+        ((1, 1, 1), "group-size 1 at least 2"),
         ((1, -1, 1), "groups -1"),
         ((121, 0, 1), "neurons 121 is more than the model's 3 layers of 40; try fewer"),
         ((1, 1, 41), "group-size 41 is more than the 40 neurons of a layer"),
@@ -526,7 +528,7 @@ def test_signals_leave_what_is_finished_for_the_same_command(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Bench, "divergence", divergence)
         refused(run(*words), f"interrupted by {signal.Signals(number).name}", code=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]
     calls = counted(monkeypatch)
     assert run(*words).code == 0
     assert len(calls) == 28 - 4
@@ -603,8 +605,10 @@ def test_every_option_arrives(world: Path, scored: Path, tmp_path: Path) -> None
 
 REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--neurons", 121), "neurons 121 is more than the model's 3 layers of 40"),
-    (("--neurons", 0), "neurons 0 and group-size 4 must be at least 1"),
+    (("--neurons", 0), "neurons 0 must be at least 1"),
     (("--groups", -1), "groups -1 at least 0"),
+    (("--group-size", 1), "group-size 1 at least 2"),
+    (("--seed", 2**64), f"seed {2**64} must lie in 0 to 4294967295"),
     (("--group-size", 41), "group-size 41 is more than the 40 neurons of a layer"),
     (("--seq-len", 65), "seq-len 65 exceeds the model's 64 positions; use --seq-len 64"),
     (("--seq-len", 1), "seq-len 1 must be at least 2"),

@@ -11,7 +11,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hifiprune import Calibration, UserError
-from hifiprune.calibration import cut_windows, join_documents, load_windows, python_docs, read_documents, sample_windows
+from hifiprune.calibration import (
+    check_source,
+    cut_windows,
+    join_documents,
+    load_windows,
+    python_docs,
+    read_documents,
+    sample_windows,
+)
 from tests.conftest import byte_tokenizer
 
 DOCUMENTS = ["".join(chr(97 + (i * k) % 26) for i in range(30 * k)) for k in range(1, 9)]
@@ -121,9 +129,9 @@ def test_empty_folders_and_missing_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no \.txt, \.jsonl, \.parquet files"):
         read_documents(str(tmp_path))
     with pytest.raises(UserError, match="does not exist"):
-        Calibration(str(tmp_path / "none.txt")).check(None)
+        check_source(str(tmp_path / "none.txt"), 1024, None)
     with pytest.raises(UserError, match="seq-len 100 exceeds the model's 64 positions; use --seq-len 64"):
-        Calibration("self", 1, 100).check(64)
+        check_source("self", 100, 64)
 
 
 def test_hub_data_sets_are_streamed_by_id_config_and_split(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -398,7 +398,7 @@ def test_a_disk_that_fills_up_leaves_nothing(
 
 
 STAGES = [
-    "find_checkpoint",
+    "prepare",
     "load_windows",
     "Checkpoint.load",
     "score",

@@ -25,10 +25,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import hifiprune as hp
 from hifiprune import plots, preparation, workbench
+from hifiprune.calibration import sample_windows
 from hifiprune.checkpoint import Checkpoint
 from hifiprune.contrasts import jaccard
 from hifiprune.evaluation import bootstrap_paired, fidelity, harness
 from hifiprune.evaluation.fidelity import METRICS
+from hifiprune.hashing import hash_tokens
 from tests.commands import Result, leftovers, refused, run
 from tests.conftest import save_checkpoint
 
@@ -127,6 +129,10 @@ def test_the_table_names_every_criterion_and_says_what_to_do_next(finished: Fini
     lines = finished.result.out.splitlines()
     for criterion in CRITERIA:
         assert sum(f" {criterion} " in line for line in lines if line[:1] in "│|") == 4, "two texts, two ratios"
+    dense = [line for line in lines if " dense " in line]
+    values = [finished.results["dense"][text]["perplexity"]["value"] for text in (0, 0, 1, 1)]
+    assert all(f" {value:.4g} " in line for line, value in zip(dense, values, strict=True))
+    assert all(len(line) <= 80 for line in lines if line[:1] in "│|")
     assert lines[-1].startswith("Next: hifiprune ")
     words = shlex.split(lines[-1].removeprefix("Next: hifiprune "))
     means = {name: finished.table(name, 0.1, "kl").mean() for name in CRITERIA}
@@ -145,6 +151,7 @@ def test_json_is_one_object_on_one_line(world: Path, tmp_path: Path) -> None:
     assert result.out.count("\n") == 1
     assert result.json == json.loads((tmp_path / "out" / "compare.json").read_text())
     assert result.json["results"]["summary"][0]["spread"] is None
+    assert result.json["results"]["overlap"]["0.1"]["seeds"] == [None], "one draw overlaps with no other"
 
 
 def test_widths_are_the_budgets(world: Path, finished: Finished) -> None:
@@ -433,10 +440,10 @@ def test_measuring_goes_on_where_it_stopped(
 @pytest.mark.parametrize(
     ("name", "stop", "owner", "missing"),
     [
-        ("score_all", 0, workbench, [["self-distillation", "fisher", "magnitude"]] * 2),
-        ("score_all", 1, workbench, [["self-distillation", "fisher", "magnitude"]]),
-        ("save", 1, hp.Scores, [["fisher", "magnitude"], ["self-distillation", "fisher", "magnitude"]]),
-        ("save", 5, hp.Scores, [["magnitude"]]),
+        ("score_all", 0, workbench, [["self-distillation", "fisher", "magnitude"], ["self-distillation", "fisher"]]),
+        ("score_all", 1, workbench, [["self-distillation", "fisher"]]),
+        ("save", 1, hp.Scores, [["fisher", "magnitude"], ["self-distillation", "fisher"]]),
+        ("save", 4, hp.Scores, [["fisher"]]),
     ],
 )
 def test_scoring_goes_on_where_it_stopped(
@@ -540,6 +547,7 @@ Change = Callable[[Path, Path], dict[str, Any]]
 CHANGES: dict[str, Change] = {
     "another model": lambda world, folder: {"model": small(folder, initializer_range=0.2)},
     "more windows": lambda world, _: {"calibration": hp.Calibration(str(world / "calibration.txt"), 3, 24)},
+    "attention": lambda *_: {"compute": hp.Compute(attention="eager", batch_size=4)},
     "another text": lambda world, _: {"texts": [hp.Text(str(world / "other.txt"), 24, 4)]},
     "fewer windows of the text": lambda world, _: {"texts": [hp.Text(str(world / "held.txt"), 24, 3)]},
     "perplexity only": lambda world, _: {"texts": [hp.Text(str(world / "held.txt"), 24, 4, fidelity=False)]},
@@ -569,6 +577,48 @@ def test_what_a_changed_run_left_is_never_mixed_up(
     for name in scores[0]:
         one, two = (hp.Scores.load(tmp_path / folder / "scores" / name) for folder in ("out", "fresh"))
         assert all(torch.equal(a, b) for a, b in zip(one.values, two.values, strict=True))
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_damaged_parts_are_made_again(
+    world: Path, whole: Record, abandoned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(abandoned, tmp_path / "out.unfinished")
+    cell, *_ = (tmp_path / "out.unfinished" / "cells").iterdir()
+    scores, *_ = (tmp_path / "out.unfinished" / "scores").iterdir()
+    for path in (cell, scores):
+        path.write_bytes(path.read_bytes()[:-9])
+    measured, scored = counted(monkeypatch, "measure_windows"), counted(monkeypatch, "score_all")
+    result = run(*words(world, tmp_path / "out"))
+    assert result.code == 0, result.err
+    assert result.err.count("is damaged and is made again") == 2
+    assert (len(measured), len(scored)) == (1, 1)
+    assert close(json.loads((tmp_path / "out" / "compare.json").read_text())["results"], whole)
+
+
+def test_a_folder_of_the_users_is_not_touched(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Checkpoint, "load", None)
+    (tmp_path / "out.unfinished").mkdir()
+    (tmp_path / "out.unfinished" / "novel.txt").write_text("Once upon a time")
+    refused(run(*words(world, tmp_path / "out")), "out.unfinished is needed for unfinished work but is not hifiprune's")
+    assert [path.name for path in (tmp_path / "out.unfinished").iterdir()] == ["novel.txt"]
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_text_from_the_model_itself_is_sampled_for_each_draw_once(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {"criteria": ["hfprune"], "calibration": hp.Calibration("self", 2, 12)}
+    interrupted(world, tmp_path / "out", "measure_windows", 1, **own)
+    sampled = counted(monkeypatch, "sample_windows")
+    hp.compare(**arguments(world, tmp_path / "out", **own))
+    assert sampled == []
+    model = AutoModelForCausalLM.from_pretrained(world / "dense")
+    for seed in (0, 1):
+        scores = hp.Scores.load(tmp_path / "out" / "scores" / f"hfprune-seed{seed}.safetensors")
+        windows = sample_windows(model, hp.Calibration("self", 2, 12, seed))
+        assert scores.data_hash == hash_tokens(windows)
+        assert scores.settings["calibration"]["seed"] == seed
 
 
 @pytest.mark.usefixtures("no_plots")
@@ -699,9 +749,12 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--round-to", 0), "round-to 0 must be at least 1"),
     (("--dtype", "float23"), "dtype 'float23' is not known"),
     (("--calibration", "WORLD/missing.txt"), "WORLD/missing.txt does not exist"),
-    (("--calibration", "self"), "compare draws its windows from a text"),
-    (("--calibration", "WORLD/held.txt"), "WORLD/held.txt is both calibration and held-out text"),
-    (("--calibration", "WORLD/../WORLDNAME/held.txt"), "is both calibration and held-out text"),
+    (("--calibration", "WORLD/held.txt"), "WORLD/held.txt is in both calibration and held-out text"),
+    (("--calibration", "WORLD/../WORLDNAME/held.txt"), "is in both calibration and held-out text"),
+    (("--calibration", "WORLD"), "WORLD/held.txt is in both calibration and held-out text"),
+    (("--seed", -1), "seed -1 must lie in 0 to 4294967295"),
+    (("--seed", 2**32 - 1, "--seeds", 2), "seed 4294967296 must lie in 0 to 4294967295"),
+    (("--ratios", "0.1,0.1000000001"), "ratios 0.1, 0.1: each may be given once"),
     (("--calibration", "WORLD/short.txt"), "too little text in WORLD/short.txt: its 9 tokens make no window of 24"),
     (("--text", "WORLD/short.txt"), "too little text in WORLD/short.txt: its 9 tokens make no window of 24"),
     (("--text", "WORLD/missing.txt"), "text WORLD/missing.txt does not exist"),
@@ -709,7 +762,10 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--text", "self"), "'self' is text for calibration only"),
     (("--text", "WORLD/held.txt"), "each may be given once"),
     (("--perplexity-text", "WORLD/held.txt"), "each may be given once"),
-    (("--perplexity-text", "WORLD/calibration.txt"), "calibration.txt is both calibration and held-out text"),
+    (("--perplexity-text", "WORLD/calibration.txt"), "calibration.txt is in both calibration and held-out text"),
+    (("--tasks-path", "WORLD"), "--tasks-path and --tasks-limit need --tasks"),
+    (("--tasks-limit", 3), "--tasks-path and --tasks-limit need --tasks"),
+    (("--tasks", ""), "no task is named"),
     (("--tasks", "piqa", "--tasks-path", "WORLD/missing"), "the folder of task files WORLD/missing does not exist"),
     (("--tasks", ","), "no task is named"),
 ]

@@ -238,6 +238,7 @@ def test_random_scores_are_uniform_seeded_and_differ_between_layers() -> None:
         ({"alpha": float("nan")}, r"alpha nan must lie in \[0, 1\]"),
         ({"temperature": 0.0}, "temperature 0 must be above 0"),
         ({"temperature": -2.0}, "temperature -2 must be above 0"),
+        ({"seed": -1}, "seed -1 must lie in 0 to 4294967295"),
         ({"light_cut": 0.0}, r"light-cut 0 must lie in \(0, 1\)"),
         ({"light_cut": 1.0}, r"light-cut 1 must lie in \(0, 1\)"),
         ({"light_cut": 2.5}, r"light-cut 2.5 must lie in \(0, 1\)"),

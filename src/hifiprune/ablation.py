@@ -1,6 +1,5 @@
 """The test of a criterion: neurons are really removed, a few at a time, and the damage compared with their scores."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -14,21 +13,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hifiprune.blocks import BlockChain
-from hifiprune.calibration import Calibration
-from hifiprune.checkpoint import find_checkpoint
 from hifiprune.compute import Compute, estimate_seconds
 from hifiprune.errors import UserError
 from hifiprune.evaluation import Estimate
 from hifiprune.evaluation.intervals import RESAMPLES, percentiles
-from hifiprune.guards import frozen, memory_explained
+from hifiprune.guards import check_seed, check_windows, frozen, memory_explained
 from hifiprune.hashing import hash_tokens
 from hifiprune.head import Head
-from hifiprune.output import check_target, replacing
-from hifiprune.preparation import check_model, duration, load_hashed, plain_arguments
+from hifiprune.output import replacing
+from hifiprune.preparation import duration, load_hashed, plain_arguments, prepare
 from hifiprune.record import RunRecord
 from hifiprune.scores import Scores
 from hifiprune.taps import BlockCall
 from hifiprune.texts import Text
+from hifiprune.unfinished import Unfinished
 from hifiprune.voice import Voice
 
 PER_LAYER = 16  # single neurons tried in a layer: enough to rank them
@@ -80,23 +78,20 @@ def ablate(
     if compute.dtype == "auto":
         compute = replace(compute, dtype="float32")  # in half precision a single neuron drowns in rounding
     loaded_scores = _load_scores(scores)
-    checkpoint = find_checkpoint(model)
-    inputs: list[str | Path | None] = [checkpoint.path, text.source, *scores]
-    target = check_target(output, folder=True, overwrite=overwrite, inputs=inputs)
-    check_model(checkpoint, Calibration(text.source, 1, text.seq_len))
+    checkpoint, target, _ = prepare(model, output, [text], scores, folder=True, overwrite=overwrite)
+    unfinished = Unfinished.beside(target, voice)
     trials = sample(next(iter(loaded_scores.values())), neurons, groups, group_size, seed)
-    checkpoint.fetch()
     windows = text.held(checkpoint.tokenizer()).windows
+    checkpoint.fetch()
     dense, model_hash = load_hashed(checkpoint, compute, record)
     for each in loaded_scores.values():
         each.require_model(model_hash)
-    unfinished = target.with_name(f"{target.name}.unfinished.json")
-    made_of = [model_hash, str(dense.dtype), hash_tokens(windows)]
-    known = _reread(unfinished, made_of)
-    share = 0.5 * windows.numel() * len([trial for trial in trials if _key(trial) not in known])
-    cost = estimate_seconds(
-        dense.config, int(share), windows.shape[1], compute.resolved_device, dense.dtype, backwards=0
-    )
+    unfinished, data = unfinished.of(dense, model_hash), hash_tokens(windows)
+    paths = {trial: unfinished.path("trials", data, *trial) for trial in trials}
+    known = {trial: unfinished.read(path) for trial, path in paths.items()}
+    missing = [trial for trial, divergence in known.items() if divergence is None]
+    share = int(0.5 * windows.numel() * len(missing))  # a trial starts at its own layer
+    cost = estimate_seconds(dense.config, share, windows.shape[1], compute.resolved_device, dense.dtype, backwards=0)
     voice.say(
         f"Removing {neurons} single neurons and {groups} groups of {group_size} in turn, on {len(windows)} windows of "
         f"{windows.shape[1]} tokens: about {duration(2 * cost)} if the machine is idle; interrupted, the same command "
@@ -104,19 +99,17 @@ def ablate(
     )
     with record.stage("ablating"):
         bench = Bench(dense, windows, {layer for layer, _ in trials}, compute.batch_size)
-        for trial in voice.track("ablating")(trials):
-            if _key(trial) not in known:
-                known[_key(trial)] = bench.divergence(trial)
-                with replacing(unfinished) as temporary:
-                    temporary.write_text(json.dumps({"made_of": made_of, "kl": known}))
-    record.results = {"model_hash": model_hash, **correlate(trials, [known[_key(t)] for t in trials], loaded_scores)}
+        for trial in voice.track("ablating")(missing):
+            known[trial] = bench.divergence(trial)
+            unfinished.write(paths[trial], known[trial])
+    record.results = {"model_hash": model_hash, **correlate(trials, [known[trial] for trial in trials], loaded_scores)}
     with replacing(target) as folder:
         from hifiprune.plots import draw_ablation
 
         folder.mkdir()
         draw_ablation(record.results, folder)
         record.save(folder / "ablate.json")
-    unfinished.unlink(missing_ok=True)
+    unfinished.remove()
     return record
 
 
@@ -127,8 +120,10 @@ def sample(scores: Scores, neurons: int, groups: int, group_size: int, seed: int
         UserError: there are not as many neurons.
     """
     widths = [len(values) for values in scores.values]
-    if min(neurons, group_size) < 1 or groups < 0:
-        raise UserError(f"neurons {neurons} and group-size {group_size} must be at least 1, groups {groups} at least 0")
+    check_seed(seed)
+    if neurons < 1 or groups < 0 or (groups and group_size < 2):
+        least = f"neurons {neurons} must be at least 1, group-size {group_size} at least 2, groups {groups} at least 0"
+        raise UserError(least)
     narrowest = min(widths)
     if neurons > len(widths) * narrowest:
         raise UserError(f"neurons {neurons} is more than the model's {len(widths)} layers of {narrowest}; try fewer")
@@ -156,6 +151,7 @@ class Bench:
     def __init__(
         self, model: PreTrainedModel, windows: Int[Tensor, "windows positions"], layers: set[int], batch_size: int
     ):
+        check_windows(model, windows, batch_size, least=2)
         self.model = model
         self.starts: list[Start] = []
         with frozen(model):
@@ -175,8 +171,9 @@ class Bench:
         parts = []
         with frozen(self.model):
             for start in self.starts:
-                pruned = self.chain.run_from(layer, start.inputs[layer], start.calls, removed=removed)
-                parts.append(small_divergence(start.final, pruned, self.chain.head))
+                with memory_explained(self.model, start.final.shape[:2].numel()):
+                    pruned = self.chain.run_from(layer, start.inputs[layer], start.calls, removed=removed)
+                    parts.append(small_divergence(start.final, pruned, self.chain.head))
         return float(torch.cat(parts).mean())
 
 
@@ -297,13 +294,3 @@ def _load_scores(paths: Sequence[str | Path]) -> dict[str, Scores]:
     if len(named) != len(paths):
         raise UserError(f"the scores {', '.join(map(str, paths))} have the same names; rename one")
     return named
-
-
-def _key(trial: Trial) -> str:
-    return json.dumps(trial)
-
-
-def _reread(path: Path, made_of: list[str]) -> dict[str, float]:
-    """What an interrupted run of the same model on the same windows has found."""
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    return dict(found["kl"]) if found.get("made_of") == made_of else {}

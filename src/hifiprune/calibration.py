@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hifiprune.errors import UserError
+from hifiprune.guards import check_seed
 from hifiprune.output import local_path
 
 SAMPLERS = ("auto", "documents", "stream")
@@ -57,18 +58,20 @@ class Calibration:
             raise UserError(f"seq-len {self.seq_len} must be at least 2")
         if self.sampler not in SAMPLERS:
             raise UserError(f"sampler '{self.sampler}' is not known; known are {', '.join(SAMPLERS)}")
+        check_seed(self.seed)
 
-    def check(self, longest: int | None) -> None:
-        """Fail early: check the source's path and that windows fit the model's `longest` sequence.
 
-        Raises:
-            UserError: a local source does not exist, or windows are too long for the model.
-        """
-        if longest is not None and self.seq_len > longest:
-            raise UserError(f"seq-len {self.seq_len} exceeds the model's {longest} positions; use --seq-len {longest}")
-        path = local_path(self.source)
-        if (path.suffix.lower() in READERS or self.source.startswith((".", "/", "~"))) and not path.exists():
-            raise UserError(f"text {self.source} does not exist")
+def check_source(source: str, seq_len: int, longest: int | None) -> None:
+    """Fail early: check a source's path and that its windows fit the model's `longest` sequence.
+
+    Raises:
+        UserError: a local source does not exist, or windows are too long for the model.
+    """
+    if longest is not None and seq_len > longest:
+        raise UserError(f"seq-len {seq_len} exceeds the model's {longest} positions; use --seq-len {longest}")
+    path = local_path(source)
+    if (path.suffix.lower() in READERS or source.startswith((".", "/", "~"))) and not path.exists():
+        raise UserError(f"text {source} does not exist")
 
 
 def load_windows(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, "windows positions"]:

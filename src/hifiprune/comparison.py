@@ -11,18 +11,18 @@ from pathlib import Path
 
 from hifiprune.allocation import Budget, allocate
 from hifiprune.calibration import SELF, Calibration, load_windows
-from hifiprune.checkpoint import find_checkpoint
 from hifiprune.compute import Compute
 from hifiprune.contrasts import Cell, contrast
 from hifiprune.criteria import Options, find_criterion
 from hifiprune.errors import UserError
 from hifiprune.evaluation import Tasks, check_tasks
 from hifiprune.hashing import hash_tokens
-from hifiprune.output import check_target, local_path, replacing
-from hifiprune.preparation import check_model, load_hashed, plain_arguments
+from hifiprune.output import local_path, replacing
+from hifiprune.preparation import load_hashed, plain_arguments, prepare
 from hifiprune.record import RunRecord
 from hifiprune.scoring import Request
 from hifiprune.texts import Text
+from hifiprune.unfinished import Unfinished
 from hifiprune.voice import Voice
 from hifiprune.workbench import Workbench
 
@@ -77,38 +77,35 @@ def compare(
     _check(criteria, ratios, seeds, calibration, texts)
     if tasks:
         check_tasks(tasks.names, tasks.include_path)
-    checkpoint = find_checkpoint(model)
-    inputs: list[str | Path | None] = [checkpoint.path, calibration.source, *(text.source for text in texts)]
-    target = check_target(output, folder=True, overwrite=overwrite, inputs=inputs)
-    shape = check_model(checkpoint, calibration)
-    for text in texts:
-        check_model(checkpoint, Calibration(text.source, 1, text.seq_len))
+    checkpoint, target, shape = prepare(model, output, [calibration, *texts], folder=True, overwrite=overwrite)
+    unfinished = Unfinished.beside(target, voice)
     widths = {ratio: shape.width_at(Budget(ratio=ratio), round_to) for ratio in ratios}
-    checkpoint.fetch()
+    draws = [replace(calibration, seed=calibration.seed + number) for number in range(seeds)]
     tokenizer = checkpoint.tokenizer()
     with record.stage("reading the texts"):
         held = [text.held(tokenizer) for text in texts]
-        draws = [load_windows(replace(calibration, seed=calibration.seed + k), tokenizer) for k in range(seeds)]
+        drawn = [] if calibration.source == SELF else [load_windows(draw, tokenizer) for draw in draws]
+    checkpoint.fetch()
     loaded, model_hash = load_hashed(checkpoint, compute, record)
-    workplace = target.with_name(f"{target.name}.unfinished")
-    bench = Workbench(loaded, model, model_hash, tokenizer, workplace, compute, voice)
+    bench = Workbench(loaded, model, model_hash, tokenizer, unfinished.of(loaded, model_hash), compute, voice)
     cells: list[Cell] = []
-    used: list[Path] = []
+    files: dict[str, Path] = {}
     with record.stage("scoring"):
-        for number, windows in enumerate(draws):
-            seed = calibration.seed + number
-            scores = bench.score(windows, _requests(criteria, ratios, options, seed), seed)
+        drawn = drawn or [bench.sample(draw) for draw in draws]
+        for draw, windows in zip(draws, drawn, strict=True):
+            wanted = _requests(criteria, ratios, options, draw.seed)
+            found = dict(zip(wanted, bench.score(windows, list(wanted.values()), draw), strict=True))
+            files |= {f"{label}-seed{draw.seed}.safetensors": path for label, (_, path) in found.items()}
             for ratio in ratios:
                 for name in criteria:
-                    own = scores[_label(name, ratio)]
+                    own, _ = found[_label(name, ratio)]
                     plan = allocate(own, Budget(ratio=ratio), round_to=round_to)
-                    cells.append(Cell(name, ratio, seed, plan, own.values))
-            used += [bench.scores_path(label, seed) for label in scores]
+                    cells.append(Cell(name, ratio, draw.seed, plan, own.values))
     with record.stage("measuring"):
         dense, *measured = bench.measure([None, *(cell.plan for cell in cells)], [*held, *([tasks] if tasks else [])])
     record.results = {
         "model_hash": model_hash,
-        "data_hashes": [hash_tokens(windows) for windows in draws],
+        "data_hashes": [hash_tokens(windows) for windows in drawn],
         "texts": [{"source": text.source, "windows": list(text.windows.shape)} for text in held],
         "widths": {f"{ratio:g}": [width, shape.ratio_at(width)] for ratio, width in widths.items()},
         **contrast(cells, dense, measured, len(held)),
@@ -117,11 +114,11 @@ def compare(
         from hifiprune.plots import draw_comparison
 
         (folder / "scores").mkdir(parents=True)
-        for path in used:
-            shutil.copyfile(path, folder / "scores" / path.name)
+        for name, path in files.items():
+            shutil.copyfile(path, folder / "scores" / name)
         draw_comparison(record.results, folder)
         record.save(folder / "compare.json")
-    shutil.rmtree(workplace)
+    unfinished.remove()
     return record
 
 
@@ -142,22 +139,23 @@ def _requests(
 def _check(
     criteria: Sequence[str], ratios: Sequence[float], seeds: int, calibration: Calibration, texts: Sequence[Text]
 ) -> None:
-    for what, values in (("criteria", criteria), ("ratios", ratios), ("texts", [text.source for text in texts])):
+    given = {"criteria": criteria, "ratios": [f"{r:g}" for r in ratios], "texts": [text.source for text in texts]}
+    for what, values in given.items():
         if not values:
             raise UserError(f"{what}: give at least one")
         if len(set(values)) != len(values):
-            raise UserError(f"{what} {', '.join(map(str, values))}: each may be given once")
+            raise UserError(f"{what} {', '.join(values)}: each may be given once")
     for name in criteria:
         find_criterion(name)
     if seeds < 1:
         raise UserError(f"seeds {seeds} must be at least 1")
-    if calibration.source == SELF:
-        raise UserError("compare draws its windows from a text; for 'self', sample one with 'hifiprune score' per seed")
-    if any(_same(calibration.source, text.source) for text in texts):
-        raise UserError(f"{calibration.source} is both calibration and held-out text; measure on another one")
+    for text in texts:
+        if _overlap(calibration.source, text.source):
+            raise UserError(f"{text.source} is in both calibration and held-out text; measure on another one")
 
 
-def _same(first: str, second: str) -> bool:
-    """Whether two sources are one, also where a file is spelled in two ways."""
-    paths = [local_path(source) for source in (first, second)]
-    return first == second or (all(path.exists() for path in paths) and paths[0].samefile(paths[1]))
+def _overlap(first: str, second: str) -> bool:
+    """Whether two sources are one, or one is in the folder of the other, however they are spelled."""
+    paths = [local_path(source).resolve() for source in (first, second)]
+    inside = all(path.exists() for path in paths) and (paths[0] in paths[1].parents or paths[1] in paths[0].parents)
+    return first == second or paths[0] == paths[1] or inside

@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hifiprune import statistics as st
+from hifiprune.criteria import find_criterion
 from hifiprune.evaluation import bootstrap_paired, estimate
 from hifiprune.plan import Plan
-
-Measured = dict[str, list[float]]
+from hifiprune.workbench import Measured
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ def contrast(
 
     Returns:
         `dense`: estimates; `cells`: every value by window; `summary`: over seeds, with the difference to the first
-        criterion; `overlap`: Jaccard similarity of kept neurons; `mass`: share of the score in each layer.
+        criterion; `overlap`: Jaccard similarity of kept neurons; `mass`: share of the score in each layer, of criteria
+        whose scores can be added across layers.
     """
     ratios = list(dict.fromkeys(cell.ratio for cell in cells))
     criteria = list(dict.fromkeys(cell.criterion for cell in cells))
@@ -60,7 +62,11 @@ def contrast(
             for name in criteria
         ],
         "overlap": {f"{ratio:g}": _overlaps([cell for cell in cells if cell.ratio == ratio]) for ratio in ratios},
-        "mass": {name: _mass([cell for cell in cells if cell.criterion == name]) for name in criteria},
+        "mass": {
+            name: _mass([cell for cell in cells if cell.criterion == name])
+            for name in criteria
+            if find_criterion(name).finish not in (st.flap, st.random)
+        },
     }
 
 
@@ -107,7 +113,7 @@ def _overlaps(cells: Sequence[Cell]) -> dict[str, Any]:
     return {
         "criteria": [[mean(jaccard(plans[a, s], plans[b, s]) for s in seeds) for b in criteria] for a in criteria],
         "seeds": [
-            mean([jaccard(plans[name, s], plans[name, t]) for s, t in combinations(seeds, 2)] or [1.0])
+            mean(jaccard(plans[name, s], plans[name, t]) for s, t in combinations(seeds, 2)) if seeds[1:] else None
             for name in criteria
         ],
     }

@@ -5,6 +5,7 @@ from typing import Any
 
 from hifiprune import statistics as st
 from hifiprune.errors import UserError, nearest_name
+from hifiprune.guards import check_seed
 from hifiprune.objectives import CrossEntropy, Distillation, Entropy, Kernel, SampledLabel
 
 HFPRUNE, SDMPRUNE = "arXiv 2603.08083", "arXiv 2506.11120"
@@ -42,6 +43,7 @@ class Options:
             raise UserError(f"light-cut {self.light_cut:g} must lie in (0, 1)")
         if self.label_samples < 1:
             raise UserError(f"label-samples {self.label_samples} must be at least 1")
+        check_seed(self.seed)
 
     def for_ratio(self, ratio: float) -> "Options":
         """With the papers' alpha and temperature at their nearest ratio, where these are left open."""

@@ -30,6 +30,16 @@ def check_windows(model: PreTrainedModel, windows: Tensor, batch_size: int, leas
         raise UserError(f"batch size {batch_size} must be at least 1")
 
 
+def check_seed(seed: int) -> None:
+    """Refuse seeds that not every generator of random numbers takes.
+
+    Raises:
+        UserError: it is negative or has more than 32 bits.
+    """
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed {seed} must lie in 0 to {2**32 - 1}")
+
+
 @contextmanager
 def memory_explained(model: PreTrainedModel, tokens: int) -> Iterator[None]:
     """Turn a device that is out of memory into one message."""

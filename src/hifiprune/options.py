@@ -25,12 +25,9 @@ TextColumn = Annotated[str | None, Option(help="Column of the text; guessed if n
 CriterionName = Annotated[
     str, Option("--criterion", help="How to score: see 'hifiprune criteria'; hfprune is the paper's definition.")
 ]
-Alpha = Annotated[
-    float | None, Option(help="Self-distillation: share of the divergence; the papers' for the ratio if not given.")
-]
-Temperature = Annotated[
-    float | None, Option(help="Self-distillation: of the dense model; the papers' for the ratio if not given.")
-]
+PAPERS = "if not given the papers' for the ratio, or for 20% where no ratio is named."
+Alpha = Annotated[float | None, Option(help=f"Self-distillation: share of the divergence; {PAPERS}")]
+Temperature = Annotated[float | None, Option(help=f"Self-distillation: of the dense model; {PAPERS}")]
 LightCut = Annotated[float, Option(help="Self-distillation: fraction of the neurons cut in its first stage.")]
 LabelSamples = Annotated[int, Option(help="Fisher: labels drawn at each position, a backward pass each.")]
 BiasCompensation = Annotated[

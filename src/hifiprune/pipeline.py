@@ -20,9 +20,9 @@ from hifiprune.errors import UserError
 from hifiprune.evaluation import measure
 from hifiprune.hashing import hash_model
 from hifiprune.neurons import find_mlps
-from hifiprune.output import check_space, check_target, replacing
+from hifiprune.output import check_space, replacing
 from hifiprune.plan import Plan
-from hifiprune.preparation import announce_scoring, check_model, load, load_hashed, plain_arguments
+from hifiprune.preparation import announce_scoring, check_model, load, load_hashed, plain_arguments, prepare
 from hifiprune.record import RunRecord
 from hifiprune.scores import Scores
 from hifiprune.scoring import Request, score
@@ -69,10 +69,7 @@ def score_checkpoint(
         ),
     )  # fmt: skip
     _check_data(criterion, calibration)
-    checkpoint = find_checkpoint(model)
-    inputs = (checkpoint.path, calibration.source if calibration else None)
-    target = check_target(output, folder=False, overwrite=overwrite, inputs=inputs)
-    check_model(checkpoint, calibration)
+    checkpoint, target, _ = prepare(model, output, [calibration], folder=False, overwrite=overwrite)
     checkpoint.fetch()
     scores, _ = _score(checkpoint, calibration, request, compute, voice, record)
     scores.save(target)
@@ -133,10 +130,7 @@ def prune(
     )  # fmt: skip
     record = RunRecord("prune", sources | settings)
     _check_shard_size(shard_size)
-    checkpoint = find_checkpoint(model)
-    inputs = (checkpoint.path, path, calibration.source if calibration else None)
-    target = check_target(output, folder=True, overwrite=overwrite, inputs=inputs)
-    shape = check_model(checkpoint, calibration)
+    checkpoint, target, shape = prepare(model, output, [calibration], [path], folder=True, overwrite=overwrite)
     if bias_compensation:
         require_bias(find_mlps(checkpoint.skeleton()))
         if not (used.means if used else find_criterion(criterion).collects_means):
@@ -144,12 +138,15 @@ def prune(
     width = shape.width_at(budget, round_to)
     check_space(target, int(checkpoint.dtype().itemsize * shape.total_parameters * (1 - shape.ratio_at(width))))
     voice.say(_announce(budget, shape, width, round_to))
+    ratio = budget.ratio or shape.ratio_at(width)
+    if used:
+        _remark_on_options(used, ratio, voice)
     checkpoint.fetch()
 
     loaded: PreTrainedModel | None = None
     if used is None:
         settled = options or Options(seed=calibration.seed if calibration else 0)
-        request = (criterion, settled.for_ratio(budget.ratio or shape.ratio_at(width)))
+        request = (criterion, settled.for_ratio(ratio))
         used, loaded = _score(checkpoint, calibration, request, compute, voice, record)
     if loaded is None or loaded.dtype != checkpoint.dtype():
         with record.stage("loading the weights"):
@@ -197,12 +194,13 @@ def evaluate(
             model=model, against=against, text=text, seq_len=seq_len, max_windows=max_windows, compute=compute
         ),
     )
-    source = Calibration(text, 1, seq_len)
+    source = Text(text, seq_len, max_windows, text_column=text_column)
     checkpoints = [find_checkpoint(name) for name in (model, against) if name]
     for checkpoint in checkpoints:
         check_model(checkpoint, source)
+    windows = source.held(checkpoints[0].tokenizer()).windows
+    for checkpoint in checkpoints:
         checkpoint.fetch()
-    windows = Text(text, seq_len, max_windows, text_column=text_column).held(checkpoints[0].tokenizer()).windows
     with record.stage("loading the weights"):
         models = [load(checkpoint, compute) for checkpoint in checkpoints]
     names = " against ".join(checkpoint.name for checkpoint in checkpoints)
@@ -256,6 +254,15 @@ def _score(
             model_hash=model_hash,
         )
     return scores, model
+
+
+def _remark_on_options(scores: Scores, ratio: float, voice: Voice) -> None:
+    """Say where scores were made with other options than the papers' at this ratio."""
+    made = scores.settings.get("options", {})
+    papers = {name: value for name, value in asdict(Options().for_ratio(ratio)).items() if name in made}
+    differing = [name for name in ("alpha", "temperature") if name in made and made[name] != papers[name]]
+    for name in differing:
+        voice.say(f"The scores were made with {name} {made[name]:g}; the papers use {papers[name]:g} near this ratio.")
 
 
 def _announce(budget: Budget, shape: Shape, width: int, round_to: int) -> str:

@@ -1,5 +1,6 @@
 """Plots of comparisons and ablations, each as PNG and SVG."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from hifiprune.evaluation.fidelity import METRICS
 
@@ -19,8 +21,10 @@ def draw_comparison(results: dict[str, Any], folder: Path) -> None:
     """Draw quality against ratio, the share of the score in each layer, and the overlap of kept neurons."""
     for name, rows in _by_text(results["summary"]):
         _save(_quality(rows, results), folder / name)
-    _save(_mass(results["mass"]), folder / "mass")
-    _save(_overlap(results["overlap"], list(results["mass"])), folder / "overlap")
+    if results["mass"]:
+        _save(_mass(results["mass"]), folder / "mass")
+    criteria = list(dict.fromkeys(row["criterion"] for row in results["summary"]))
+    _save(_overlap(results["overlap"], criteria), folder / "overlap")
 
 
 def draw_ablation(results: dict[str, Any], folder: Path) -> None:
@@ -65,8 +69,9 @@ def _quality(rows: list[dict[str, Any]], results: dict[str, Any]) -> Figure:
 
 def _mass(mass: dict[str, list[float]]) -> Figure:
     figure, axes = _figure(8.0, 1.5 + 0.3 * len(mass))
-    _heat(axes, list(mass.values()), list(mass), None, "share of the score in each layer")
+    _heat(axes, list(mass.values()), list(mass), "share of the score in each layer")
     axes.set_xlabel("layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
@@ -78,8 +83,14 @@ def _overlap(overlap: dict[str, dict[str, Any]], criteria: list[str]) -> Figure:
         axes = figure.add_subplot(1, len(overlap), number + 1)
         table = [list(row) for row in found["criteria"]]
         for place, between_seeds in enumerate(found["seeds"]):
-            table[place][place] = between_seeds
-        _heat(axes, table, criteria, criteria, f"kept neurons at ratio {ratio}: Jaccard similarity (diagonal: seeds)")
+            table[place][place] = math.nan if between_seeds is None else between_seeds
+        _heat(axes, table, criteria, f"ratio {ratio}", (0.0, 1.0))
+        axes.set_xticks(range(len(criteria)), criteria, rotation=90, fontsize=8)
+        for row, values in enumerate(table):
+            for column, value in enumerate(values):
+                label = "" if math.isnan(value) else f"{value:.2f}"
+                axes.text(column, row, label, ha="center", va="center", fontsize=6, color="wk"[value > 0.5])
+    figure.suptitle("Jaccard similarity of kept neurons; on the diagonal between draws", fontsize=9)
     return figure
 
 
@@ -102,11 +113,12 @@ def _damage(trials: list[dict[str, Any]], correlations: dict[str, Any], kind: st
     return figure
 
 
-def _heat(axes: Axes, table: list[list[float]], rows: list[str], columns: list[str] | None, title: str) -> None:
-    shown = axes.imshow(table, aspect="auto", cmap="viridis")
+def _heat(
+    axes: Axes, table: list[list[float]], rows: list[str], title: str, limits: tuple[float, float] | None = None
+) -> None:
+    low, high = limits or (None, None)
+    shown = axes.imshow(table, aspect="auto", cmap="viridis", vmin=low, vmax=high)
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
-    if columns:
-        axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=8)
     axes.set_title(title, fontsize=9)
     figure = axes.figure
     assert isinstance(figure, Figure)

@@ -1,7 +1,8 @@
-"""What every command does before its own work: check the model, load it, say what the work will cost."""
+"""What every command does before its own work: check what is asked, load the model, say what the work will cost."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from jaxtyping import Int
@@ -9,22 +10,57 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hifiprune.allocation import Shape
-from hifiprune.calibration import Calibration
-from hifiprune.checkpoint import Checkpoint
+from hifiprune.calibration import Calibration, check_source
+from hifiprune.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.compute import Compute, estimate_seconds
 from hifiprune.criteria import find_criterion
 from hifiprune.hashing import hash_model
 from hifiprune.inspection import shape_of
+from hifiprune.output import check_target
 from hifiprune.passes import choose_recompute, working_bytes
 from hifiprune.record import RunRecord
 from hifiprune.scoring import Request, count_passes
+from hifiprune.texts import Text
 
 
-def check_model(checkpoint: Checkpoint, calibration: Calibration | None) -> Shape:
-    """All that can be known before weights load: family, layout, sequence length; returns the model's shape."""
+def prepare(
+    model: str,
+    output: str | Path,
+    sources: Sequence[Calibration | Text | None],
+    files: Sequence[str | Path | None] = (),
+    *,
+    folder: bool,
+    overwrite: bool,
+) -> tuple[Checkpoint, Path, Shape]:
+    """Find the model, and check the output and all that can be known before weights are fetched.
+
+    Args:
+        model: local folder, hub id or GGUF file.
+        output: what is to be made.
+        sources: texts that will be read.
+        files: other files that will be read.
+        folder: whether the output is a folder.
+        overwrite: whether an existing output may be replaced.
+
+    Returns:
+        the checkpoint, the output's absolute path, and the model's shape.
+
+    Raises:
+        UserError: one of these cannot be used.
+    """
+    checkpoint = find_checkpoint(model)
+    inputs = [checkpoint.path, *(source.source for source in sources if source), *files]
+    target = check_target(output, folder=folder, overwrite=overwrite, inputs=inputs)
+    return checkpoint, target, check_model(checkpoint, *sources)
+
+
+def check_model(checkpoint: Checkpoint, *sources: Calibration | Text | None) -> Shape:
+    """Check family and layout, and that the sources are there and fit its positions; returns the model's shape."""
     shape = shape_of(checkpoint.skeleton())
-    if calibration:
-        calibration.check(getattr(checkpoint.config().get_text_config(), "max_position_embeddings", None))
+    longest = getattr(checkpoint.config().get_text_config(), "max_position_embeddings", None)
+    for source in sources:
+        if source:
+            check_source(source.source, source.seq_len, longest)
     return shape
 
 

@@ -61,19 +61,22 @@ def criteria_listed(facts: list[dict[str, str]]) -> None:
 
 
 def compared(record: RunRecord, model: str, output: Path) -> None:
-    """What `compare` found: a table for each text and for the tasks."""
+    """What `compare` found: a table for each text, and for the tasks, at each ratio."""
     results, seeds = record.results, record.arguments["seeds"]
+    criteria = list(dict.fromkeys(row["criterion"] for row in results["summary"]))
     texts = [f"{text['source']}, {' x '.join(map(str, text['windows']))} tokens" for text in results["texts"]]
-    first = results["summary"][0]["criterion"]
-    for number, title in enumerate([*texts, "zero-shot tasks"]):
-        rows = [row for row in results["summary"] if row["text"] == number]
-        if rows:
-            Console().print(f"{title}: mean and standard deviation over {seeds} draws", markup=False)
-            _show(compared_table(rows, results["widths"]))
-    Console().print(
-        f"In brackets the paired difference to {first}, of perplexity as a factor, with its 95% interval over draws "
-        "and windows."
-    )
+    tasks = {name: {"value": value} for name, value in results["dense_tasks"].items()}
+    titles, dense = [*texts, *["zero-shot tasks"] * bool(tasks)], [*results["dense"], *[tasks] * bool(tasks)]
+    for number, title in enumerate(titles):
+        Console().print(f"{title}: mean and standard deviation over {seeds} draws", markup=False, soft_wrap=True)
+        for ratio, (width, reached) in results["widths"].items():
+            rows = [row for row in results["summary"] if (row["text"], f"{row['ratio']:g}") == (number, ratio)]
+            _show(compared_table(rows, dense[number], f"ratio {ratio}: width {width:,}, {reached:.2%} removed"))
+    if criteria[1:]:
+        Console().print(
+            f"In brackets the paired difference to {criteria[0]}, of perplexity as a factor, with its 95% interval "
+            "over draws and windows."
+        )
     _costs(record)
     ratio = min(row["ratio"] for row in results["summary"])
     measured = [row for row in results["summary"] if (row["text"], row["ratio"]) == (0, ratio)]
@@ -87,29 +90,29 @@ def compared(record: RunRecord, model: str, output: Path) -> None:
     next_step("prune", model, "--scores", scores, "--ratio", f"{ratio:g}", *options, "--output", "DIR")
 
 
-def compared_table(rows: list[dict[str, Any]], widths: dict[str, Any]) -> Table:
-    """A row for each ratio and criterion, a column for each metric."""
+def compared_table(rows: list[dict[str, Any]], dense: dict[str, Any], title: str) -> Table:
+    """A row for the dense model and each criterion, a column for each metric."""
     wanted = ("perplexity", "kl", "js_distance", "top1_agreement")
     metrics = [m for m in dict.fromkeys(row["metric"] for row in rows) if m in wanted or m not in METRICS]
-    table = _table("ratio", "width", "criterion", *(METRICS[m][0] if m in METRICS else m for m in metrics))
-    cells = {(row["ratio"], row["criterion"], row["metric"]): row for row in rows}
-    for ratio, criterion in dict.fromkeys((row["ratio"], row["criterion"]) for row in rows):
-        shown = [compared_cell(cells[ratio, criterion, metric]) for metric in metrics]
-        table.add_row(f"{ratio:g}", f"{widths[f'{ratio:g}'][0]:,}", criterion, *shown)
+    table = _table("criterion", *(METRICS[m][0] if m in METRICS else m for m in metrics), title=title)
+    table.add_row("dense", *(f"{dense[metric]['value']:.4g}" for metric in metrics))
+    cells = {(row["criterion"], row["metric"]): compared_cell(row) for row in rows}
+    for criterion in dict.fromkeys(row["criterion"] for row in rows):
+        table.add_row(criterion, *(cells[criterion, metric] for metric in metrics))
     return table
 
 
 def compared_cell(row: dict[str, Any]) -> str:
-    """Mean and spread; of the main metrics also the difference to the first criterion."""
+    """Mean and spread; of the main metrics also, on a second line, the difference to the first criterion."""
     text = f"{row['mean']:.4g}" + ("" if row["spread"] is None else f" ± {row['spread']:.2g}")
     bounds = [row["difference"][name] for name in ("value", "low", "high")]
     if row["metric"] not in ("perplexity", "kl") or not any(bounds) or bounds[1] is None:
         return text
     if row["metric"] == "perplexity":
         value, low, high = (math.exp(bound) for bound in bounds)
-        return f"{text} (x{value:.3g}, {low:.3g} to {high:.3g})"
+        return f"{text}\n(x{value:.3g}, {low:.3g} to {high:.3g})"
     value, low, high = bounds
-    return f"{text} ({value:+.2g}, {low:+.2g} to {high:+.2g})"
+    return f"{text}\n({value:+.2g}, {low:+.2g} to {high:+.2g})"
 
 
 def ablated(record: RunRecord, model: str, scores: list[Path]) -> None:
@@ -124,7 +127,9 @@ def ablated(record: RunRecord, model: str, scores: list[Path]) -> None:
     _show(table)
     Console().print("Spearman's rank correlation of scores with the measured KL divergence, with 95% intervals")
     _costs(record)
-    next_step("prune", model, "--scores", scores[0], "--ratio", 0.2, "--output", "DIR")
+    known = [found[kinds[0]]["within_layers"]["value"] if kinds else None for found in correlations.values()]
+    best = known.index(max((value for value in known if value is not None), default=None))
+    next_step("prune", model, "--scores", scores[best], "--ratio", 0.2, "--output", "DIR")
 
 
 def inspected(facts: dict[str, Any]) -> None:
@@ -208,8 +213,8 @@ def _costs(record: RunRecord) -> None:
     _show(table)
 
 
-def _table(*columns: str, lines: bool = False) -> Table:
-    table = Table(show_header=any(columns[1:]) or bool(columns[0]), show_lines=lines)
+def _table(*columns: str, lines: bool = False, title: str | None = None) -> Table:
+    table = Table(show_header=any(columns[1:]) or bool(columns[0]), show_lines=lines, title=title)
     for column in columns:
         table.add_column(column, overflow="fold", no_wrap=column == "criterion")
     return table

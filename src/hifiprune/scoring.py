@@ -216,6 +216,10 @@ def _finish(
 def _light_plan(totals: dict[int, Tensor], mlps: list[Mlp], fraction: float) -> Plan:
     """Remove the `fraction` of the neurons with the lowest scores."""
     widths = [int(mlp.neurons * (1 - fraction)) for mlp in mlps]
+    if min(widths) < 1:
+        raise UserError(
+            f"light-cut {fraction:g} leaves no neuron of {min(mlp.neurons for mlp in mlps)}; use a smaller one"
+        )
     kept = [highest(totals[layer][0].cpu(), width) for layer, width in enumerate(widths)]
     return Plan(kept, [mlp.neurons for mlp in mlps], [mlp.name for mlp in mlps], None, 0.0, 0, 0)
 

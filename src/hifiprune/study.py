@@ -85,6 +85,8 @@ def compare(
     import hifiprune as hp
     from hifiprune import printing
 
+    if tasks is None and (tasks_path or tasks_limit):
+        raise UserError("--tasks-path and --tasks-limit need --tasks with the names of tasks")
     plain = [hp.Text(source, seq_len, max_windows, text_column=text_column) for source in text]
     cheap = [hp.Text(source, seq_len, max_windows, False, text_column) for source in perplexity_text or []]
     record = hp.compare(
@@ -96,7 +98,7 @@ def compare(
         plain + cheap,
         seeds=seeds,
         options=hp.Options(alpha, temperature, light_cut, label_samples),
-        tasks=hp.Tasks(_listed(tasks), tasks_path, tasks_limit) if tasks else None,
+        tasks=hp.Tasks(_listed(tasks), tasks_path, tasks_limit) if tasks is not None else None,
         round_to=round_to,
         compute=hp.Compute(device, dtype, batch_size, recompute, attention),
         overwrite=overwrite,

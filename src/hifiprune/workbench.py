@@ -1,29 +1,30 @@
-"""Scores and measurements that survive an interruption: each is a file, found again by what it was made from."""
+"""A dense model on which plans are tried out; scores and measurements survive an interruption."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from hifiprune.calibration import Calibration, sample_windows
 from hifiprune.compute import Compute, estimate_seconds
 from hifiprune.criteria import find_criterion
+from hifiprune.errors import UserError
 from hifiprune.evaluation import Reference, Tasks, measure_windows, zero_shot
 from hifiprune.hashing import hash_tokens
-from hifiprune.output import replacing
 from hifiprune.plan import Plan
 from hifiprune.preparation import announce_scoring, duration
 from hifiprune.scores import Scores
 from hifiprune.scoring import Request, score_all
 from hifiprune.surgery import cut
 from hifiprune.texts import Held
+from hifiprune.unfinished import Unfinished
 from hifiprune.voice import Voice
 
 Measured = dict[str, list[float]]
@@ -32,14 +33,14 @@ Measured = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Workbench:
-    """A dense model on which plans are tried out, and a folder for what was found.
+    """A dense model on which plans are tried out.
 
     Attributes:
         model: the dense model; it is cut for a while, and is whole again after.
         name: what the user called it.
         model_hash: of its weights.
-        tokenizer: of the model, for tasks.
-        folder: keeps scores and measurements.
+        tokenizer: of the model, for texts and tasks.
+        unfinished: keeps scores and measurements.
         compute: device and arithmetic.
         voice: tells of progress.
     """
@@ -48,49 +49,60 @@ class Workbench:
     name: str
     model_hash: str
     tokenizer: PreTrainedTokenizerBase
-    folder: Path
+    unfinished: Unfinished
     compute: Compute
     voice: Voice
 
-    def scores_path(self, label: str, seed: int) -> Path:
-        """Where the scores called `label` are kept."""
-        return self.folder / "scores" / f"{label}-seed{seed}.safetensors"
+    def sample(self, calibration: Calibration) -> Int[Tensor, "windows positions"]:
+        """Calibration windows that the model itself writes, unless they are there from before."""
+        path = self.unfinished.path("windows", asdict(calibration))
+        known = self.unfinished.read(path)
+        if known is None:
+            track = self.voice.track(f"sampling text from the model, seed {calibration.seed}")
+            known = sample_windows(self.model, calibration, track).tolist()
+            self.unfinished.write(path, known)
+        return torch.tensor(known)
 
     def score(
-        self, windows: Int[Tensor, "windows positions"], wanted: dict[str, Request], seed: int
-    ) -> dict[str, Scores]:
-        """Scores for each request, under its label; made together unless they are there from before."""
-        paths = {label: self.scores_path(label, seed) for label in wanted}
-        found = {label: scores for label in wanted if (scores := self._reread(paths[label], windows, wanted[label]))}
-        missing = {label: request for label, request in wanted.items() if label not in found}
+        self, windows: Int[Tensor, "windows positions"], requests: Sequence[Request], calibration: Calibration
+    ) -> list[tuple[Scores, Path]]:
+        """Scores for each request and the file of them; made together unless they are there from before."""
+        paths = [self._scores_path(request, windows) for request in requests]
+        found = {path: known for path in paths if (known := self._reread(path))}
+        missing = {path: request for path, request in zip(paths, requests, strict=True) if path not in found}
         if missing:
-            self.voice.say(announce_scoring(self.name, self.model, windows, list(missing.values()), self.compute))
+            self.unfinished.mark()
+            wanted = list(missing.values())
+            cost = announce_scoring(self.name, self.model, windows, wanted, self.compute)
+            self.voice.say(f"Draw with seed {calibration.seed}: {cost}")
             made = score_all(
                 self.model,
                 windows,
-                list(missing.values()),
+                wanted,
                 batch_size=self.compute.batch_size,
                 recompute=self.compute.recompute,
-                track=self.voice.track(f"scoring, seed {seed}"),
+                track=self.voice.track(f"scoring, seed {calibration.seed}"),
+                settings={"calibration": asdict(calibration)},
                 model_hash=self.model_hash,
             )
-            for label, scores in zip(missing, made, strict=True):
-                scores.save(paths[label])
-                found[label] = scores
-        return found
+            for path, scores in zip(missing, made, strict=True):
+                scores.save(path)
+                found[path] = scores
+        return [(found[path], path) for path in paths]
 
-    def _reread(self, path: Path, windows: Int[Tensor, "windows positions"], request: Request) -> Scores | None:
-        """Scores from an earlier run, if they were made from the same model, windows and options in the same dtype."""
+    def _scores_path(self, request: Request, windows: Int[Tensor, "windows positions"]) -> Path:
         criterion, options = find_criterion(request[0]), request[1]
+        data = hash_tokens(windows) if criterion.statistic else ""
+        return self.unfinished.path("scores", criterion.name, data, criterion.used(options), suffix=".safetensors")
+
+    def _reread(self, path: Path) -> Scores | None:
         if not path.is_file():
             return None
-        scores = Scores.load(path)
-        data = hash_tokens(windows) if criterion.statistic else ""
-        dtype = str(self.model.dtype).removeprefix("torch.")
-        wanted = (criterion.name, self.model_hash, data, dtype, criterion.used(options))
-        settings = scores.settings
-        made = (scores.criterion, scores.model_hash, scores.data_hash, settings["compute_dtype"], settings["options"])
-        return scores if made == wanted else None
+        try:
+            return Scores.load(path)
+        except UserError:
+            self.unfinished.discard(path)
+            return None
 
     def measure(self, plans: Sequence[Plan | None], what: Sequence[Held | Tasks]) -> list[list[Measured]]:
         """Every plan measured on every text and by every set of tasks, the dense model for None.
@@ -98,29 +110,28 @@ class Workbench:
         What is there from before is not made again, and equal plans are measured once.
         """
         table = [[self._path(plan, each) for each in what] for plan in plans]
-        todo = {
+        wanted = {
             path: (plan, each)
             for plan, row in zip(plans, table, strict=True)
             for each, path in zip(what, row, strict=True)
-            if not path.is_file()
         }
-        total = len({path for row in table for path in row})
-        seconds = sum((self._seconds(each) for _, each in todo.values() if isinstance(each, Held)), start=0.0)
+        found = {path: self.unfinished.read(path) for path in wanted}
+        todo = [path for path, known in found.items() if known is None]
+        seconds = sum((self._seconds(each) for path in todo if isinstance(each := wanted[path][1], Held)), start=0.0)
         tasks = " and the time of the tasks" if any(isinstance(each, Tasks) for each in what) else ""
         self.voice.say(
-            f"Measuring: {len(todo)} of {total} measurements are to be made, about {duration(seconds)}{tasks} if the "
-            "machine is idle; interrupted, the same command goes on where it stopped."
+            f"Measuring: {len(todo)} of {len(wanted)} measurements are to be made, about {duration(seconds)}{tasks} if "
+            "the machine is idle; interrupted, the same command goes on where it stopped."
         )
         references: dict[str, Reference] = {}
-        for path in self.voice.track("measuring")(list(todo)):
-            plan, each = todo[path]
+        for path in self.voice.track("measuring")(todo):
+            plan, each = wanted[path]
             if isinstance(each, Held) and each.fidelity and each.source not in references:
                 references[each.source] = Reference.of(self.model, each.windows, self.compute.batch_size)
             with cut(self.model, plan) if plan else nullcontext():
-                found = self._run_tasks(each) if isinstance(each, Tasks) else self._read(each, references)
-            with replacing(path) as temporary:
-                temporary.write_text(json.dumps(found))
-        return [[json.loads(path.read_text()) for path in row] for row in table]
+                found[path] = self._run_tasks(each) if isinstance(each, Tasks) else self._read(each, references)
+            self.unfinished.write(path, found[path])
+        return [[found[path] for path in row] for row in table]
 
     def _read(self, text: Held, references: dict[str, Reference]) -> Measured:
         values = measure_windows(
@@ -142,8 +153,7 @@ class Workbench:
             facts: list[Any] = [hash_tokens(what.windows), what.fidelity]
         else:
             facts = [list(what.names), str(what.include_path), what.limit]
-        made_of = [self.model_hash, str(self.model.dtype), *facts, kept]
-        return self.folder / "cells" / f"{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:24]}.json"
+        return self.unfinished.path("cells", *facts, kept)
 
     def _seconds(self, text: Held) -> float:
         """Rough time of a measurement: a forward pass, and with every metric about half as much again."""
