@@ -49,7 +49,7 @@ def main() -> None:
         )
     names = [f"{name}-0.2" if name == "self-distillation" else name for name in CRITERIA]
     scores = [compared / "scores" / f"{name}-seed0.safetensors" for name in names]
-    text = Text(HELD_OUT.source, HELD_OUT.seq_len, 4)
+    text = Text(HELD_OUT.source, HELD_OUT.seq_len, 2)
     if not ablated.exists():
         ablate(model, ablated, scores, text, neurons=96, groups=48, voice=voice)
     for name, file in (("criteria", compared / "compare.json"), ("ablation", ablated / "ablate.json")):

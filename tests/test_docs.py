@@ -11,6 +11,7 @@ import pytest
 import typer
 
 import hifiprune
+from benchmarks.criteria import readme_table
 from hifiprune.cli import app
 from hifiprune.printing import demo_rows
 
@@ -71,9 +72,16 @@ def test_the_public_names_resolve() -> None:
 
 def test_the_readmes_demo_table_is_the_recorded_one() -> None:
     results = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
+    assert results["results"]["criterion"] == hifiprune.DEFAULT_CRITERION
     rows = [f"| {' | '.join(row)} |" for row in demo_rows(results)]
     readme = (ROOT / "README.md").read_text()
     assert [row for row in rows if row not in readme] == []
+
+
+def test_the_readmes_table_of_criteria_is_the_recorded_one() -> None:
+    results = ROOT / "benchmarks" / "results"
+    compared, ablated = (json.loads((results / f"{name}.json").read_text()) for name in ("criteria", "ablation"))
+    assert readme_table(compared, ablated) in (ROOT / "README.md").read_text()
 
 
 def test_the_readmes_speed_figures_are_the_recorded_ones() -> None:
