@@ -136,7 +136,7 @@ class BlockChain:
                 stored.append(trace)
                 activation, hidden = trace.maps[-1].input.detach(), trace.output
             else:
-                output, down = self._run(index, hidden, call)
+                output, down = self.run(index, hidden, call)
                 if kernels:
                     stored.append((hidden, down.output))
                 activation, hidden = down.input, output
@@ -185,7 +185,7 @@ class BlockChain:
         return rest
 
     @torch.no_grad()
-    def _run(self, index: int, hidden: Tensor, call: BlockCall) -> tuple[Tensor, MapPass]:
+    def run(self, index: int, hidden: Tensor, call: BlockCall) -> tuple[Tensor, MapPass]:
         """Output of a block, and its MLP's output map."""
         passes: list[MapPass] = []
         linear = self.mlps[index].output

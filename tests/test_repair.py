@@ -1,0 +1,212 @@
+"""Repair against least squares in float64 on plain transformers, and against what can go wrong with the moments."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import hifiprune as hp
+from hifiprune.repair import HELD_OUT, cut_and_repair_
+from tests.families import VARIANTS, tiny_model, tiny_tokens
+
+WINDOWS = 10
+"""Of which one, the eighth, is held out."""
+
+
+def plan_of(model: PreTrainedModel, width: int, seed: int = 0) -> hp.Plan:
+    """A plan that keeps random neurons."""
+    chance = torch.Generator().manual_seed(seed)
+    mlps = hp.find_mlps(model)
+    kept = [torch.randperm(mlp.neurons, generator=chance)[:width].sort().values for mlp in mlps]
+    return hp.Plan(kept, [mlp.neurons for mlp in mlps], [mlp.name for mlp in mlps], None, 0.0, 0, 0)
+
+
+@contextmanager
+def watched(model: PreTrainedModel) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """The input of every output map, and the output of every block, while the model runs."""
+    activations: list[Tensor] = []
+    outputs: list[Tensor] = []
+    hooks = [
+        mlp.output.register_forward_hook(lambda _, inputs, __: activations.append(inputs[0].flatten(0, 1)))
+        for mlp in hp.find_mlps(model)
+    ]
+    hooks += [
+        block.register_forward_hook(lambda _, __, output: outputs.append(output.flatten(0, 1)))
+        for block in model.model.layers
+    ]
+    try:
+        yield activations, outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def run(model: PreTrainedModel, tokens: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    with watched(model) as (activations, outputs):
+        model(input_ids=tokens, use_cache=False)
+    return activations, outputs
+
+
+def ridge(inputs: Tensor, residual: Tensor, scale: Tensor, damping: float) -> Tensor:
+    """The change by numpy's least squares, damping as further rows."""
+    rows, wanted = (inputs * scale).numpy(), (residual * scale).numpy()
+    extra = np.sqrt(damping * np.square(rows).sum(0).mean()) * np.eye(rows.shape[1])
+    rows, wanted = np.vstack((rows, extra)), np.vstack((wanted, np.zeros((len(extra), wanted.shape[1]))))
+    return torch.from_numpy(np.linalg.lstsq(rows, wanted, rcond=None)[0].T)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_parallel_form_is_least_squares_on_the_dense_model(variant: str, weighted: bool) -> None:
+    model, tokens = tiny_model(variant), tiny_tokens(WINDOWS)
+    plan = plan_of(model, 29)
+    activations, outputs = run(model, tokens)
+    before = [(mlp.output.weight.clone(), mlp.output.bias) for mlp in hp.find_mlps(model)]
+    before = [(weight, None if bias is None else bias.clone()) for weight, bias in before]
+    refits = cut_and_repair_(model, plan, tokens, sequential=False, weighted=weighted, batch_size=3)
+    for layer, (mlp, refit, kept) in enumerate(zip(hp.find_mlps(model), refits, plan.kept, strict=True)):
+        weight, bias = before[layer]
+        inputs = activations[layer][:, kept]
+        rest = torch.tensor([i for i in range(40) if i not in kept.tolist()])
+        residual = activations[layer][:, rest] @ weight[:, rest].T
+        scale = outputs[layer].square().mean(-1, keepdim=True).rsqrt() if weighted else torch.ones(len(inputs), 1)
+        if bias is not None:
+            inputs = torch.cat((inputs, torch.ones(len(inputs), 1)), 1)
+        assert refit.damping is not None
+        change = ridge(inputs, residual, scale.double(), refit.damping)
+        torch.testing.assert_close(mlp.output.weight, weight[:, kept] + change[:, :29], rtol=1e-6, atol=1e-8)
+        if bias is not None:
+            torch.testing.assert_close(mlp.output.bias, bias + change[:, -1], rtol=1e-6, atol=1e-8)
+        assert refit.error < refit.plain_error
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama-bias", "qwen3", "smollm3", "mistral"])
+def test_the_sequential_form_closes_the_difference_of_the_residual_streams(variant: str) -> None:
+    dense, model, tokens = tiny_model(variant), tiny_model(variant), tiny_tokens(WINDOWS)
+    plan = plan_of(model, 29)
+    _, targets = run(dense, tokens)
+    refits = cut_and_repair_(model, plan, tokens, batch_size=3)
+    checked = tiny_model(variant)
+    hp.cut_(checked, plan)
+    for layer, refit in enumerate(refits):
+        activations, outputs = run(checked, tokens)  # earlier layers are repaired, this one is cut
+        scale = targets[layer].square().mean(-1, keepdim=True).rsqrt()
+        inputs, residual = activations[layer], targets[layer] - outputs[layer]
+        mlp, repaired = hp.find_mlps(checked)[layer], hp.find_mlps(model)[layer]
+        if mlp.output.bias is not None:
+            inputs = torch.cat((inputs, torch.ones(len(inputs), 1)), 1)
+        with torch.no_grad():
+            if refit.damping is not None:
+                change = ridge(inputs, residual, scale, refit.damping)
+                mlp.output.weight += change[:, :29]
+                if mlp.output.bias is not None:
+                    mlp.output.bias += change[:, -1]
+        torch.testing.assert_close(repaired.output.weight, mlp.output.weight, rtol=1e-5, atol=1e-7)
+    assert sum(refit.damping is not None for refit in refits) >= 2, "or there was nothing to check"
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize("variant", ["llama", "llama-bias", "gemma2"])
+def test_keeping_all_changes_nothing(variant: str, sequential: bool) -> None:
+    model, tokens = tiny_model(variant), tiny_tokens(4)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    refits = cut_and_repair_(model, plan_of(model, 40), tokens, sequential=sequential)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert [refit.damping for refit in refits] == [None] * 3
+
+
+def combine_(model: PreTrainedModel, kept: list[Tensor]) -> None:
+    """Make every removed neuron's activation a multiple of a kept one's: same gate, scaled up projection."""
+    with torch.no_grad():
+        for mlp, stay in zip(hp.find_mlps(model), kept, strict=True):
+            gate, up = mlp.inputs
+            rest = [i for i in range(40) if i not in stay.tolist()]
+            for place, neuron in enumerate(rest):
+                gate.weight[neuron] = gate.weight[stay[place % len(stay)]]
+                up.weight[neuron] = (0.3 + 0.1 * place) * up.weight[stay[place % len(stay)]]
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_what_the_kept_neurons_can_express_is_restored(sequential: bool) -> None:
+    model, tokens = tiny_model("llama"), tiny_tokens(30, 16)
+    plan = plan_of(model, 25)
+    combine_(model, plan.kept)
+    with torch.no_grad():
+        dense = model(input_ids=tokens).logits
+        with hp.cut(model, plan):
+            plain = (model(input_ids=tokens).logits - dense).abs().max()
+        cut_and_repair_(model, plan, tokens, sequential=sequential)
+        error = (model(input_ids=tokens).logits - dense).abs().max()
+    assert error < 1e-3 * plain
+
+
+def spoil_(model: PreTrainedModel, kept: list[Tensor], how: str) -> None:
+    with torch.no_grad():
+        for mlp, stay in zip(hp.find_mlps(model), kept, strict=True):
+            for linear in mlp.inputs:
+                if how == "duplicate neurons":
+                    linear.weight[stay[:6]] = linear.weight[stay[6:12]].clone()
+                elif how == "dead neurons":
+                    linear.weight[stay[:6]] = 0
+                elif how == "dead layer":
+                    linear.weight[stay] = 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize("how", ["duplicate neurons", "dead neurons", "dead layer", "few tokens"])
+def test_bad_moments_stay_finite_and_never_end_worse_than_the_plain_cut(
+    how: str, sequential: bool, dtype: torch.dtype
+) -> None:
+    model = tiny_model("llama", dtype)
+    tokens = tiny_tokens(2, 5) if how == "few tokens" else tiny_tokens(WINDOWS)
+    plan = plan_of(model, 29)
+    spoil_(model, plan.kept, how)
+    for refit in cut_and_repair_(model, plan, tokens, sequential=sequential):
+        assert np.isfinite(refit.error)
+        assert refit.error <= refit.plain_error
+        assert (refit.damping is None) == (refit.error == refit.plain_error)
+        assert how != "dead layer" or refit.damping is None
+    assert all(weight.isfinite().all() for weight in model.parameters())
+
+
+def test_what_is_held_out_decides() -> None:
+    """Windows that are fitted cannot be what a refit is accepted for."""
+    model, tokens = tiny_model("llama"), tiny_tokens(HELD_OUT, 9)
+    tokens[-1] = 5  # one token alone: what the others teach is wrong for it
+    plan = plan_of(model, 29)
+    dense = tiny_model("llama")
+    activations, outputs = run(dense, tokens)
+    refits = cut_and_repair_(model, plan, tokens, sequential=False)
+    for layer, refit in enumerate(refits):
+        weight = hp.find_mlps(dense)[layer].output.weight.detach()
+        rest = torch.tensor([i for i in range(40) if i not in plan.kept[layer].tolist()])
+        scale = outputs[layer].square().mean(-1, keepdim=True).rsqrt()
+        held = slice(-9, None)
+        residual = (scale * (activations[layer][:, rest] @ weight[:, rest].T))[held].square().sum()
+        output = (scale * outputs[layer])[held].square().sum()
+        assert refit.plain_error == pytest.approx(float(residual / output))
+
+
+def test_results_do_not_depend_on_the_batch_size() -> None:
+    weights = []
+    for size in (1, 4, 10):
+        model = tiny_model("llama")
+        cut_and_repair_(model, plan_of(model, 29), tiny_tokens(WINDOWS), batch_size=size)
+        weights.append([mlp.output.weight.detach() for mlp in hp.find_mlps(model)])
+    for other in weights[1:]:
+        for one, two in zip(weights[0], other, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-7, atol=1e-9)
+
+
+def test_windows_and_plans_that_cannot_be_used_are_refused() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(hp.UserError, match="repair needs at least 2 windows"):
+        cut_and_repair_(model, plan_of(model, 29), tiny_tokens(1))
+    with pytest.raises(hp.UserError, match="the plan is for 3 MLPs"):
+        cut_and_repair_(tiny_model("llama", intermediate_size=48), plan_of(model, 29), tiny_tokens(4))
