@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hifiprune as hp
 from hifiprune import ablation, plots
-from hifiprune.ablation import Bench, correlation, sample, small_divergence, spearman
+from hifiprune.ablation import Bench, sample, small_divergence
 from hifiprune.checkpoint import Checkpoint
+from hifiprune.evaluation.ranks import correlation, spearman
 from hifiprune.head import Head
 from tests.commands import Result, refused, run
 from tests.conftest import byte_tokenizer, save_checkpoint
@@ -311,9 +312,9 @@ def test_the_sample_follows_the_seed() -> None:
     [
         ((0, 1, 1), "neurons 0"),
         ((1, 1, 0), "group-size 0"),
-        ((1, 1, 1), "group-size 1 at least 2"),
+        ((1, 1, 1), "group-size 1 must be at least 2"),
         ((1, -1, 1), "groups -1"),
-        ((121, 0, 1), "neurons 121 is more than the model's 3 layers of 40; try fewer"),
+        ((121, 0, 50), "neurons 121 is more than the model's 3 layers of 40; try fewer"),
         ((1, 1, 41), "group-size 41 is more than the 40 neurons of a layer"),
     ],
 )
@@ -528,7 +529,7 @@ def test_signals_leave_what_is_finished_for_the_same_command(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Bench, "divergence", divergence)
         refused(run(*words), f"interrupted by {signal.Signals(number).name}", code=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.ablate-unfinished"]
     calls = counted(monkeypatch)
     assert run(*words).code == 0
     assert len(calls) == 28 - 4
@@ -606,8 +607,8 @@ def test_every_option_arrives(world: Path, scored: Path, tmp_path: Path) -> None
 REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--neurons", 121), "neurons 121 is more than the model's 3 layers of 40"),
     (("--neurons", 0), "neurons 0 must be at least 1"),
-    (("--groups", -1), "groups -1 at least 0"),
-    (("--group-size", 1), "group-size 1 at least 2"),
+    (("--groups", -1), "groups -1 must be at least 0"),
+    (("--group-size", 1), "group-size 1 must be at least 2"),
     (("--seed", 2**64), f"seed {2**64} must lie in 0 to 4294967295"),
     (("--group-size", 41), "group-size 41 is more than the 40 neurons of a layer"),
     (("--seq-len", 65), "seq-len 65 exceeds the model's 64 positions; use --seq-len 64"),

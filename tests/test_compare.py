@@ -151,7 +151,7 @@ def test_json_is_one_object_on_one_line(world: Path, tmp_path: Path) -> None:
     assert result.out.count("\n") == 1
     assert result.json == json.loads((tmp_path / "out" / "compare.json").read_text())
     assert result.json["results"]["summary"][0]["spread"] is None
-    assert result.json["results"]["overlap"]["0.1"]["seeds"] == [None], "one draw overlaps with no other"
+    assert result.json["results"]["overlap"]["0.1"]["seeds"] == {"magnitude": None}, "one draw overlaps with no other"
 
 
 def test_widths_are_the_budgets(world: Path, finished: Finished) -> None:
@@ -282,14 +282,14 @@ def test_overlap_and_mass_follow_from_the_saved_scores(finished: Finished) -> No
         width = finished.results["widths"][str(ratio)][0]
         kept = {(name, seed): finished.kept(name, ratio, seed, width) for name in CRITERIA for seed in SEEDS}
         found = finished.results["overlap"][str(ratio)]
-        for row, first in enumerate(CRITERIA):
-            for column, second in enumerate(CRITERIA):
+        for first in CRITERIA:
+            for second in CRITERIA:
                 expected = np.mean([similarity(kept[first, seed], kept[second, seed]) for seed in SEEDS])
-                assert found["criteria"][row][column] == pytest.approx(expected)
+                assert found["criteria"][first][second] == pytest.approx(expected)
             expected = np.mean([similarity(kept[first, a], kept[first, b]) for a, b in combinations(SEEDS, 2)])
-            assert found["seeds"][row] == pytest.approx(expected)
-        assert found["seeds"][CRITERIA.index("magnitude")] == 1
-        assert found["seeds"][0] < 1
+            assert found["seeds"][first] == pytest.approx(expected)
+        assert found["seeds"]["magnitude"] == 1
+        assert found["seeds"]["hfprune"] < 1
     for name in CRITERIA:
         shares = []
         for ratio in RATIOS:
@@ -332,8 +332,8 @@ def test_plots_show_the_results(finished: Finished, tmp_path: Path, monkeypatch:
     heats = [axes for axes in figures["overlap"].axes if axes.images]
     for axes, ratio in zip(heats, RATIOS, strict=True):
         found = finished.results["overlap"][str(ratio)]
-        table = np.array(found["criteria"])
-        np.fill_diagonal(table, found["seeds"])
+        table = np.array([list(row.values()) for row in found["criteria"].values()])
+        np.fill_diagonal(table, list(found["seeds"].values()))
         np.testing.assert_allclose(axes.images[0].get_array(), table)
 
 
@@ -491,7 +491,7 @@ main()
 @pytest.mark.usefixtures("no_plots")
 def test_a_killed_process_goes_on(world: Path, whole: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "out"
-    cells = tmp_path / "out.unfinished" / "cells"
+    cells = tmp_path / "out.compare-unfinished" / "cells"
     command = [sys.executable, "-c", KILLED, *words(world, output)]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         while len(list(cells.glob("*.json"))) < 2:
@@ -528,7 +528,7 @@ def abandoned(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a comparison leaves that is interrupted when all is scored and measured."""
     folder = tmp_path_factory.mktemp("abandoned")
     interrupted(world, folder / "out", "draw_comparison", 0, plots)
-    return folder / "out.unfinished"
+    return folder / "out.compare-unfinished"
 
 
 @pytest.fixture(scope="module")
@@ -568,7 +568,7 @@ def test_what_a_changed_run_left_is_never_mixed_up(
 ) -> None:
     changes = {"seeds": 1, **CHANGES[change](world, tmp_path)}
     fresh = hp.compare(**arguments(world, tmp_path / "fresh", **changes))
-    shutil.copytree(abandoned, tmp_path / "out.unfinished")
+    shutil.copytree(abandoned, tmp_path / "out.compare-unfinished")
     record = hp.compare(**arguments(world, tmp_path / "out", **changes))
     assert record.results == fresh.results
     assert record.results != single, "or the test could not fail"
@@ -583,9 +583,9 @@ def test_what_a_changed_run_left_is_never_mixed_up(
 def test_damaged_parts_are_made_again(
     world: Path, whole: Record, abandoned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(abandoned, tmp_path / "out.unfinished")
-    cell, *_ = (tmp_path / "out.unfinished" / "cells").iterdir()
-    scores, *_ = (tmp_path / "out.unfinished" / "scores").iterdir()
+    shutil.copytree(abandoned, tmp_path / "out.compare-unfinished")
+    cell, *_ = (tmp_path / "out.compare-unfinished" / "cells").iterdir()
+    scores, *_ = (tmp_path / "out.compare-unfinished" / "scores").iterdir()
     for path in (cell, scores):
         path.write_bytes(path.read_bytes()[:-9])
     measured, scored = counted(monkeypatch, "measure_windows"), counted(monkeypatch, "score_all")
@@ -598,10 +598,21 @@ def test_damaged_parts_are_made_again(
 
 def test_a_folder_of_the_users_is_not_touched(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Checkpoint, "load", None)
-    (tmp_path / "out.unfinished").mkdir()
-    (tmp_path / "out.unfinished" / "novel.txt").write_text("Once upon a time")
-    refused(run(*words(world, tmp_path / "out")), "out.unfinished is needed for unfinished work but is not hifiprune's")
-    assert [path.name for path in (tmp_path / "out.unfinished").iterdir()] == ["novel.txt"]
+    (tmp_path / "out.compare-unfinished").mkdir()
+    (tmp_path / "out.compare-unfinished" / "novel.txt").write_text("Once upon a time")
+    refused(
+        run(*words(world, tmp_path / "out")),
+        "out.compare-unfinished is needed for unfinished work but is not hifiprune's",
+    )
+    assert [path.name for path in (tmp_path / "out.compare-unfinished").iterdir()] == ["novel.txt"]
+
+
+def test_what_an_ablation_left_beside_the_same_output_stays(world: Path, abandoned: Path, tmp_path: Path) -> None:
+    shutil.copytree(abandoned, tmp_path / "out.ablate-unfinished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "draw_comparison", lambda *_: None)
+        hp.compare(**arguments(world, tmp_path / "out", criteria=["magnitude"], seeds=1))
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.ablate-unfinished"}
 
 
 @pytest.mark.usefixtures("no_plots")
@@ -627,7 +638,7 @@ def test_one_more_criterion_and_ratio_use_what_is_there(
 ) -> None:
     more = {"criteria": ["hfprune", "self-distillation", "fisher"], "ratios": [0.26, 0.1], "seeds": 1}
     fresh = hp.compare(**arguments(world, tmp_path / "fresh", **more))
-    shutil.copytree(abandoned, tmp_path / "out.unfinished")
+    shutil.copytree(abandoned, tmp_path / "out.compare-unfinished")
     measured, scored = counted(monkeypatch, "measure_windows"), counted(monkeypatch, "score_all")
     record = hp.compare(**arguments(world, tmp_path / "out", **more))
     assert record.results == fresh.results
@@ -752,6 +763,7 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--calibration", "WORLD/held.txt"), "WORLD/held.txt is in both calibration and held-out text"),
     (("--calibration", "WORLD/../WORLDNAME/held.txt"), "is in both calibration and held-out text"),
     (("--calibration", "WORLD"), "WORLD/held.txt is in both calibration and held-out text"),
+    (("--calibration", "some/data", "--text", "some/data:train"), "some/data:train is in both"),
     (("--seed", -1), "seed -1 must lie in 0 to 4294967295"),
     (("--seed", 2**32 - 1, "--seeds", 2), "seed 4294967296 must lie in 0 to 4294967295"),
     (("--ratios", "0.1,0.1000000001"), "ratios 0.1, 0.1: each may be given once"),
@@ -877,7 +889,7 @@ def test_criteria_are_listed_a_line_each(monkeypatch: pytest.MonkeyPatch, column
     for line, criterion in zip(lines, hp.CRITERIA.values(), strict=True):
         assert criterion.summary in line
         assert criterion.reference in line
-        needs = "backward" if criterion.objective else "forward" if criterion.statistic else "weights"
+        needs = "backward" if criterion.kernels else "forward" if criterion.statistic else "weights"
         assert needs in line.replace(criterion.summary, "")
 
 

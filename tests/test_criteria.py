@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from hifiprune import CRITERIA, Options, UserError, cut_, find_mlps, score, score_all
 from hifiprune.criteria import PRESETS, describe_criteria
 from hifiprune.objectives import SampledLabel
+from hifiprune.passes import Pass
 from tests.families import VARIANTS, tiny_model, tiny_tokens
 from tests.naive import (
     Loss,
@@ -249,6 +250,12 @@ def test_random_scores_are_uniform_seeded_and_differ_between_layers() -> None:
 def test_options_out_of_range_are_refused(given: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Options(**given)  # type: ignore[arg-type]
+
+
+def test_a_light_cut_that_leaves_nothing_is_refused_before_any_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pass, "run", None)
+    with pytest.raises(UserError, match=r"light-cut 0\.99 leaves no neuron in a layer"):
+        score(tiny_model("llama"), tiny_tokens(), "self-distillation", Options(light_cut=0.99))
 
 
 def test_options_at_the_limits_are_taken() -> None:

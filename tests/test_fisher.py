@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from hifiprune import Options, find_mlps, score, score_all
 from hifiprune import head as head_module
-from hifiprune.ablation import spearman
 from hifiprune.blocks import BlockChain
+from hifiprune.evaluation.ranks import spearman
 from hifiprune.guards import frozen
 from hifiprune.head import Head
 from hifiprune.objectives import SampledLabel, mean_over_positions

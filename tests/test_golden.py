@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hifiprune import Budget, Options, Scores, allocate, score_all
-from hifiprune.ablation import spearman
+from hifiprune.evaluation.ranks import spearman
 
 EXACT_WIDTH = 1017  # 20% of all parameters of SmolLM2-135M
 LIGHT_WIDTH = 1497  # after SDMPrune's light cut

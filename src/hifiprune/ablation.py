@@ -16,7 +16,7 @@ from hifiprune.blocks import BlockChain
 from hifiprune.compute import Compute, estimate_seconds
 from hifiprune.errors import UserError
 from hifiprune.evaluation import Estimate
-from hifiprune.evaluation.intervals import RESAMPLES, percentiles
+from hifiprune.evaluation.ranks import correlation
 from hifiprune.guards import check_seed, check_windows, frozen, memory_explained
 from hifiprune.hashing import hash_tokens
 from hifiprune.head import Head
@@ -70,16 +70,18 @@ def ablate(
         UserError: something asked for cannot be done, found before the weights are loaded where possible.
         RunError: numbers, memory or disk failed.
     """
+    if compute.dtype == "auto":
+        compute = replace(compute, dtype="float32")  # in half precision a single neuron drowns in rounding
+    elif compute.dtype in ("bfloat16", "float16"):
+        voice.say(f"In {compute.dtype} most of what a single neuron does drowns in rounding; float32 is better.")
     record = RunRecord(
         "ablate",
         plain_arguments(model=model, output=output, scores=[str(path) for path in scores], text=text, compute=compute)
         | {"neurons": neurons, "groups": groups, "group_size": group_size, "seed": seed},
     )
-    if compute.dtype == "auto":
-        compute = replace(compute, dtype="float32")  # in half precision a single neuron drowns in rounding
     loaded_scores = _load_scores(scores)
     checkpoint, target, _ = prepare(model, output, [text], scores, folder=True, overwrite=overwrite)
-    unfinished = Unfinished.beside(target, voice)
+    unfinished = Unfinished.beside(target, "ablate", voice)
     trials = sample(next(iter(loaded_scores.values())), neurons, groups, group_size, seed)
     windows = text.held(checkpoint.tokenizer()).windows
     checkpoint.fetch()
@@ -88,21 +90,23 @@ def ablate(
         each.require_model(model_hash)
     unfinished, data = unfinished.of(dense, model_hash), hash_tokens(windows)
     paths = {trial: unfinished.path("trials", data, *trial) for trial in trials}
-    known = {trial: unfinished.read(path) for trial, path in paths.items()}
-    missing = [trial for trial, divergence in known.items() if divergence is None]
-    share = int(0.5 * windows.numel() * len(missing))  # a trial starts at its own layer
-    cost = estimate_seconds(dense.config, share, windows.shape[1], compute.resolved_device, dense.dtype, backwards=0)
+    known = {trial: unfinished.read_json(path) for trial, path in paths.items()}
+    missing = [trial for trial, found in known.items() if found is None]
+    tokens = windows.numel() * len(missing)
+    cost = estimate_seconds(dense.config, tokens, windows.shape[1], compute.resolved_device, dense.dtype, backwards=0)
     voice.say(
-        f"Removing {neurons} single neurons and {groups} groups of {group_size} in turn, on {len(windows)} windows of "
-        f"{windows.shape[1]} tokens: about {duration(2 * cost)} if the machine is idle; interrupted, the same command "
-        "goes on where it stopped."
+        f"Removing {neurons} single neurons and {groups} groups of {group_size} in turn, {len(missing)} of them still "
+        f"to do, on {len(windows)} windows of {windows.shape[1]} tokens: about {duration(cost)} if the machine is "
+        "idle; interrupted, the same command goes on where it stopped."
     )
     with record.stage("ablating"):
         bench = Bench(dense, windows, {layer for layer, _ in trials}, compute.batch_size)
         for trial in voice.track("ablating")(missing):
-            known[trial] = bench.divergence(trial)
-            unfinished.write(paths[trial], known[trial])
-    record.results = {"model_hash": model_hash, **correlate(trials, [known[trial] for trial in trials], loaded_scores)}
+            known[trial] = {"kl": bench.divergence(trial)}
+            unfinished.write_json(paths[trial], known[trial])
+    record.reused_parts = len(unfinished.reused)
+    divergences = [known[trial]["kl"] for trial in trials]
+    record.results = {"model_hash": model_hash, **correlate(trials, divergences, loaded_scores)}
     with replacing(target) as folder:
         from hifiprune.plots import draw_ablation
 
@@ -121,13 +125,13 @@ def sample(scores: Scores, neurons: int, groups: int, group_size: int, seed: int
     """
     widths = [len(values) for values in scores.values]
     check_seed(seed)
-    if neurons < 1 or groups < 0 or (groups and group_size < 2):
-        least = f"neurons {neurons} must be at least 1, group-size {group_size} at least 2, groups {groups} at least 0"
-        raise UserError(least)
+    for what, number, least in (("neurons", neurons, 1), ("groups", groups, 0), ("group-size", group_size, 2)):
+        if number < least and (groups or what != "group-size"):
+            raise UserError(f"{what} {number} must be at least {least}")
     narrowest = min(widths)
     if neurons > len(widths) * narrowest:
         raise UserError(f"neurons {neurons} is more than the model's {len(widths)} layers of {narrowest}; try fewer")
-    if group_size > narrowest:
+    if groups and group_size > narrowest:
         raise UserError(f"group-size {group_size} is more than the {narrowest} neurons of a layer; try a smaller one")
     chance = torch.Generator().manual_seed(seed)
     count = min(len(widths), -(-neurons // min(PER_LAYER, narrowest)))
@@ -189,11 +193,11 @@ class Start:
 def small_divergence(
     dense: Float[Tensor, "windows positions hidden"], pruned: Float[Tensor, "windows positions hidden"], head: Head
 ) -> Float[Tensor, "rows"]:
-    """KL divergence at each position in nats and float64, precise even where the distributions hardly differ.
+    """KL divergence at each position in nats, precise even where the distributions hardly differ.
 
     Same as `(p * (ln p - ln q)).sum(-1)`. Its terms of first order cancel in the sum, and their rounding errors would
     be larger than the divergence of a single neuron; so the terms summed are `p * (exp(d) - 1 - d)`, `d = ln q - ln p`,
-    which are never negative.
+    which are never negative. Terms have the dtype of the logits, float32 or better.
     """
     values = []
     rows = [states.flatten(0, 1).split(head.slice_rows) for states in (dense, pruned)]
@@ -249,37 +253,6 @@ def correlate(trials: Sequence[Trial], divergences: Sequence[float], scores: dic
 def _plain(estimate: Estimate) -> dict[str, float | None]:
     """Without NaN, which JSON does not know."""
     return {name: None if value is None or isnan(value) else value for name, value in asdict(estimate).items()}
-
-
-def correlation(scores: Float[Tensor, "_"], truth: Float[Tensor, "_"], strata: Sequence[int]) -> Estimate:
-    """Spearman's rank correlation within strata, averaged over them, with a 95% interval from resamples within them.
-
-    Strata that have fewer than three members, or where all scores are equal, have none and do not count.
-    """
-    members = [torch.tensor([i for i, s in enumerate(strata) if s == stratum]) for stratum in sorted(set(strata))]
-    members = [chosen for chosen in members if len(chosen) > 2]
-    if not members:
-        return Estimate(float("nan"))
-    chance = torch.Generator().manual_seed(0)
-    drawn = [chosen[torch.randint(len(chosen), (RESAMPLES, len(chosen)), generator=chance)] for chosen in members]
-    resampled = torch.stack([spearman(scores[each], truth[each]) for each in drawn]).nanmean(0)
-    value = torch.stack([spearman(scores[chosen], truth[chosen]) for chosen in members]).nanmean()
-    return Estimate(float(value), *percentiles(resampled))
-
-
-def spearman(first: Float[Tensor, "*rows n"], second: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows"]:
-    """Spearman's rank correlation along the last dimension; equal values share the mean of their ranks."""
-    ranks = [_ranks(values.double()) for values in (first, second)]
-    centred = [each - each.mean(-1, keepdim=True) for each in ranks]
-    product: Tensor = torch.linalg.vecdot(*centred) / (centred[0].norm(dim=-1) * centred[1].norm(dim=-1))
-    return product
-
-
-def _ranks(values: Tensor) -> Tensor:
-    ordered = values.sort(-1).values
-    below = torch.searchsorted(ordered, values.contiguous())
-    upto = torch.searchsorted(ordered, values.contiguous(), right=True)
-    return (below + upto).double() / 2
 
 
 def _load_scores(paths: Sequence[str | Path]) -> dict[str, Scores]:

@@ -192,7 +192,7 @@ def read_documents(source: str, text_column: str | None = None, seed: int = 0) -
     if source == PYTHON_DOCS:
         documents = python_docs()
     elif path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in READERS)
+        files = text_files(path)
         if not files:
             raise UserError(f"the folder {source} holds no {', '.join(READERS)} files")
         documents = [text for file in files for text in READERS[file.suffix.lower()](file, text_column)]
@@ -204,6 +204,11 @@ def read_documents(source: str, text_column: str | None = None, seed: int = 0) -
     if not documents:
         raise UserError(f"{source} is empty: it holds no text")
     return documents
+
+
+def text_files(folder: Path) -> list[Path]:
+    """The files of a folder that are read as text, those of its folders too."""
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in READERS)
 
 
 def python_docs() -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from hifiprune.allocation import Budget, allocate
-from hifiprune.calibration import SELF, Calibration, load_windows
+from hifiprune.calibration import SELF, Calibration, load_windows, text_files
 from hifiprune.compute import Compute
 from hifiprune.contrasts import Cell, contrast
 from hifiprune.criteria import Options, find_criterion
@@ -20,6 +20,7 @@ from hifiprune.hashing import hash_tokens
 from hifiprune.output import local_path, replacing
 from hifiprune.preparation import load_hashed, plain_arguments, prepare
 from hifiprune.record import RunRecord
+from hifiprune.scores import Scores
 from hifiprune.scoring import Request
 from hifiprune.texts import Text
 from hifiprune.unfinished import Unfinished
@@ -78,7 +79,7 @@ def compare(
     if tasks:
         check_tasks(tasks.names, tasks.include_path)
     checkpoint, target, shape = prepare(model, output, [calibration, *texts], folder=True, overwrite=overwrite)
-    unfinished = Unfinished.beside(target, voice)
+    unfinished = Unfinished.beside(target, "compare", voice)
     widths = {ratio: shape.width_at(Budget(ratio=ratio), round_to) for ratio in ratios}
     draws = [replace(calibration, seed=calibration.seed + number) for number in range(seeds)]
     tokenizer = checkpoint.tokenizer()
@@ -96,13 +97,11 @@ def compare(
             wanted = _requests(criteria, ratios, options, draw.seed)
             found = dict(zip(wanted, bench.score(windows, list(wanted.values()), draw), strict=True))
             files |= {f"{label}-seed{draw.seed}.safetensors": path for label, (_, path) in found.items()}
-            for ratio in ratios:
-                for name in criteria:
-                    own, _ = found[_label(name, ratio)]
-                    plan = allocate(own, Budget(ratio=ratio), round_to=round_to)
-                    cells.append(Cell(name, ratio, draw.seed, plan, own.values))
+            scores = {label: made for label, (made, _) in found.items()}
+            cells += _cells(scores, criteria, ratios, draw.seed, round_to)
     with record.stage("measuring"):
         dense, *measured = bench.measure([None, *(cell.plan for cell in cells)], [*held, *([tasks] if tasks else [])])
+    record.reused_parts = len(bench.unfinished.reused)
     record.results = {
         "model_hash": model_hash,
         "data_hashes": [hash_tokens(windows) for windows in drawn],
@@ -120,6 +119,18 @@ def compare(
         record.save(folder / "compare.json")
     unfinished.remove()
     return record
+
+
+def _cells(
+    scores: dict[str, Scores], criteria: Sequence[str], ratios: Sequence[float], seed: int, round_to: int
+) -> list[Cell]:
+    """What one draw decides at every ratio."""
+    cells = []
+    for ratio in ratios:
+        for name in criteria:
+            own = scores[_label(name, ratio)]
+            cells.append(Cell(name, ratio, seed, allocate(own, Budget(ratio=ratio), round_to=round_to), own.values))
+    return cells
 
 
 def _label(criterion: str, ratio: float) -> str:
@@ -155,7 +166,9 @@ def _check(
 
 
 def _overlap(first: str, second: str) -> bool:
-    """Whether two sources are one, or one is in the folder of the other, however they are spelled."""
+    """Whether two sources are one, or one is a file that is read with the other's folder, however they are spelled."""
     paths = [local_path(source).resolve() for source in (first, second)]
-    inside = all(path.exists() for path in paths) and (paths[0] in paths[1].parents or paths[1] in paths[0].parents)
-    return first == second or paths[0] == paths[1] or inside
+    if not all(path.exists() for path in paths):
+        return first.removesuffix(":train") == second.removesuffix(":train")
+    files = [{path} if path.is_file() else set(text_files(path)) for path in paths]
+    return not files[0].isdisjoint(files[1])

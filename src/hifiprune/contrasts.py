@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hifiprune import statistics as st
 from hifiprune.criteria import find_criterion
 from hifiprune.evaluation import bootstrap_paired, estimate
 from hifiprune.plan import Plan
@@ -65,7 +64,7 @@ def contrast(
         "mass": {
             name: _mass([cell for cell in cells if cell.criterion == name])
             for name in criteria
-            if find_criterion(name).finish not in (st.flap, st.random)
+            if find_criterion(name).across_layers
         },
     }
 
@@ -109,13 +108,16 @@ def _overlaps(cells: Sequence[Cell]) -> dict[str, Any]:
     """Jaccard similarity of kept neurons: between criteria at the same seed, and between seeds of one criterion."""
     criteria = list(dict.fromkeys(cell.criterion for cell in cells))
     seeds = list(dict.fromkeys(cell.seed for cell in cells))
+    pairs = list(combinations(seeds, 2))
     plans = {(cell.criterion, cell.seed): cell.plan for cell in cells}
     return {
-        "criteria": [[mean(jaccard(plans[a, s], plans[b, s]) for s in seeds) for b in criteria] for a in criteria],
-        "seeds": [
-            mean(jaccard(plans[name, s], plans[name, t]) for s, t in combinations(seeds, 2)) if seeds[1:] else None
+        "criteria": {
+            a: {b: mean(jaccard(plans[a, s], plans[b, s]) for s in seeds) for b in criteria} for a in criteria
+        },
+        "seeds": {
+            name: mean(jaccard(plans[name, s], plans[name, t]) for s, t in pairs) if pairs else None
             for name in criteria
-        ],
+        },
     }
 
 

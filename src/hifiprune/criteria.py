@@ -1,8 +1,10 @@
 """Named criteria: which objective a pass differentiates, what it collects, and where that comes from."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hifiprune import DEFAULT_CRITERION
 from hifiprune import statistics as st
 from hifiprune.errors import UserError, nearest_name
 from hifiprune.guards import check_seed
@@ -53,6 +55,29 @@ class Options:
         return replace(self, alpha=alpha, temperature=temperature)
 
 
+Objective = Callable[[Options], tuple[Kernel, ...]]
+
+
+def _entropy(options: Options) -> tuple[Kernel, ...]:
+    return (Entropy(),)
+
+
+def _cross_entropy(options: Options) -> tuple[Kernel, ...]:
+    return (CrossEntropy(),)
+
+
+def _self_distillation(options: Options) -> tuple[Kernel, ...]:
+    settled = options.for_ratio(min(PRESETS))
+    assert settled.alpha is not None
+    assert settled.temperature is not None
+    return (Distillation(settled.alpha, settled.temperature),)
+
+
+def _own_labels(options: Options) -> tuple[Kernel, ...]:
+    samples = options.label_samples
+    return tuple(SampledLabel(options.seed, number, samples) for number in range(samples))
+
+
 @dataclass(frozen=True)
 class Criterion:
     """How neurons are scored; more is more important.
@@ -61,50 +86,34 @@ class Criterion:
         name: what it is called.
         summary: one line on what it measures.
         reference: its source.
-        objective: what is differentiated, if anything: a name in `kernels`.
+        kernels: the objectives that one pass differentiates for it, if any.
         statistic: what is collected; None needs no data.
         finish: makes scores of it.
         maps: whether the statistic looks at the linear maps.
         two_stages: whether a light cut by cross-entropy comes first.
+        options: names of the options that matter to it.
+        across_layers: whether scores of different layers are on one scale.
     """
 
     name: str
     summary: str
     reference: str
-    objective: str | None = None
+    kernels: Objective | None = None
     statistic: st.Statistic | None = None
     finish: st.Finish = st.as_summed
     maps: bool = False
     two_stages: bool = False
+    options: tuple[str, ...] = ()
+    across_layers: bool = True
 
     @property
     def collects_means(self) -> bool:
         """Whether mean activations come with the scores."""
         return self.statistic is st.moments
 
-    def kernels(self, options: Options) -> tuple[Kernel, ...]:
-        """The objectives that one pass differentiates for it."""
-        options = options.for_ratio(min(PRESETS))
-        assert options.alpha is not None
-        assert options.temperature is not None
-        samples = options.label_samples
-        known: dict[str | None, tuple[Kernel, ...]] = {
-            None: (),
-            "entropy": (Entropy(),),
-            "cross-entropy": (CrossEntropy(),),
-            "self-distillation": (Distillation(options.alpha, options.temperature),),
-            "fisher": tuple(SampledLabel(options.seed, number, samples) for number in range(samples)),
-        }
-        return known[self.objective]
-
     def used(self, options: Options) -> dict[str, Any]:
         """The options that matter to it."""
-        names: dict[str | None, tuple[str, ...]] = {
-            "self-distillation": ("alpha", "temperature", "light_cut"),
-            "fisher": ("label_samples", "seed"),
-        }
-        relevant = ("seed",) if self.finish is st.random else names.get(self.objective, ())
-        return {name: getattr(options, name) for name in relevant}
+        return {name: getattr(options, name) for name in self.options}
 
 
 CRITERIA: dict[str, Criterion] = {
@@ -114,30 +123,30 @@ CRITERIA: dict[str, Criterion] = {
             "hfprune",
             "first-order change of the output entropy, sum of |h dH/dh|: the paper's exact definition",
             f"{HFPRUNE}, eq. 3-4",
-            "entropy",
+            _entropy,
             st.absolute,
         ),
-        Criterion("entropy", "the same as hfprune", f"{HFPRUNE}, eq. 3-4", "entropy", st.absolute),
-        Criterion("entropy-square", "output entropy, sum of (h dH/dh)^2", HFPRUNE, "entropy", st.square),
+        Criterion("entropy", "the same as hfprune", f"{HFPRUNE}, eq. 3-4", _entropy, st.absolute),
+        Criterion("entropy-square", "output entropy, sum of (h dH/dh)^2", HFPRUNE, _entropy, st.square),
         Criterion(
             "cross-entropy",
             "plain Taylor pruning: loss of the next token, sum of |h dC/dh|",
             "arXiv 1906.10771",
-            "cross-entropy",
+            _cross_entropy,
             st.absolute,
         ),
         Criterion(
             "cross-entropy-square",
             "loss of the next token, sum of (h dC/dh)^2: the empirical Fisher information",
             "arXiv 1906.10771",
-            "cross-entropy",
+            _cross_entropy,
             st.square,
         ),
         Criterion(
             "cross-entropy-weight",
             "loss of the next token, Taylor importance of the weights: SDMPrune's first stage",
             SDMPRUNE,
-            "cross-entropy",
+            _cross_entropy,
             st.weight_absolute,
             maps=True,
         ),
@@ -145,29 +154,39 @@ CRITERIA: dict[str, Criterion] = {
             "self-distillation",
             "SDMPrune: light cut by cross-entropy, then divergence from the dense model, in weight form",
             SDMPRUNE,
-            "self-distillation",
+            _self_distillation,
             st.weight_absolute,
             maps=True,
             two_stages=True,
+            options=("alpha", "temperature", "light_cut"),
         ),
         Criterion(
             "self-distillation-square",
             "the same with squares in place of absolute values",
             SDMPRUNE,
-            "self-distillation",
+            _self_distillation,
             st.weight_square,
             maps=True,
             two_stages=True,
+            options=("alpha", "temperature", "light_cut"),
         ),
         Criterion(
             "fisher",
             "labels drawn from the model itself, sum of (h dC/dh)^2: KL divergence to second order, diagonal, in nats",
             "arXiv 1801.05787, with labels from the model",
-            "fisher",
+            _own_labels,
             st.square,
             st.as_divergence,
+            options=("label_samples", "seed"),
         ),
-        Criterion("fisher-abs", "the same labels, sum of |h dC/dh|", "arXiv 1801.05787", "fisher", st.absolute),
+        Criterion(
+            "fisher-abs",
+            "the same labels, sum of |h dC/dh|",
+            "arXiv 1801.05787",
+            _own_labels,
+            st.absolute,
+            options=("label_samples", "seed"),
+        ),
         Criterion(
             "wanda-sp",
             "activation norm times mean absolute outgoing weight",
@@ -181,6 +200,7 @@ CRITERIA: dict[str, Criterion] = {
             "arXiv 2312.11983",
             statistic=st.moments,
             finish=st.flap,
+            across_layers=False,
         ),
         Criterion(
             "minitron",
@@ -193,18 +213,25 @@ CRITERIA: dict[str, Criterion] = {
         Criterion(
             "ppm", "peak-to-peak of a neuron's incoming weights; no data", "arXiv 2512.22671", finish=st.peak_to_peak
         ),
-        Criterion("random", "uniform noise; no data", "the control", finish=st.random),
+        Criterion(
+            "random",
+            "uniform noise; no data",
+            "the control",
+            finish=st.random,
+            options=("seed",),
+            across_layers=False,
+        ),
     )
 }
 
 
 def describe_criteria() -> list[dict[str, str]]:
-    """Name, what it needs, summary and source of every criterion."""
+    """Name, what it needs, summary and source of every criterion; the default says that it is."""
     return [
         {
             "name": criterion.name,
             "needs": _needs(criterion),
-            "summary": criterion.summary,
+            "summary": criterion.summary + (" (default)" if criterion.name == DEFAULT_CRITERION else ""),
             "reference": criterion.reference,
         }
         for criterion in CRITERIA.values()
@@ -214,7 +241,7 @@ def describe_criteria() -> list[dict[str, str]]:
 def _needs(criterion: Criterion) -> str:
     if criterion.statistic is None:
         return "weights"
-    passes = "forward" if criterion.objective is None else "forward, backward"
+    passes = "forward, backward" if criterion.kernels else "forward"
     return f"2 x ({passes})" if criterion.two_stages else passes
 
 

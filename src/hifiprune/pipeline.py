@@ -70,7 +70,6 @@ def score_checkpoint(
     )  # fmt: skip
     _check_data(criterion, calibration)
     checkpoint, target, _ = prepare(model, output, [calibration], folder=False, overwrite=overwrite)
-    checkpoint.fetch()
     scores, _ = _score(checkpoint, calibration, request, compute, voice, record)
     scores.save(target)
     record.results = _describe_scores(scores)
@@ -141,7 +140,6 @@ def prune(
     ratio = budget.ratio or shape.ratio_at(width)
     if used:
         _remark_on_options(used, ratio, voice)
-    checkpoint.fetch()
 
     loaded: PreTrainedModel | None = None
     if used is None:
@@ -236,6 +234,7 @@ def _score(
     if calibration and calibration.source != SELF:
         with record.stage("reading the calibration data"):
             windows = load_windows(calibration, checkpoint.tokenizer())
+    checkpoint.fetch()
     model, model_hash = load_hashed(checkpoint, compute, record)
     if calibration and calibration.source == SELF:
         with record.stage("sampling text from the model"):

@@ -23,8 +23,7 @@ def draw_comparison(results: dict[str, Any], folder: Path) -> None:
         _save(_quality(rows, results), folder / name)
     if results["mass"]:
         _save(_mass(results["mass"]), folder / "mass")
-    criteria = list(dict.fromkeys(row["criterion"] for row in results["summary"]))
-    _save(_overlap(results["overlap"], criteria), folder / "overlap")
+    _save(_overlap(results["overlap"]), folder / "overlap")
 
 
 def draw_ablation(results: dict[str, Any], folder: Path) -> None:
@@ -75,14 +74,15 @@ def _mass(mass: dict[str, list[float]]) -> Figure:
     return figure
 
 
-def _overlap(overlap: dict[str, dict[str, Any]], criteria: list[str]) -> Figure:
+def _overlap(overlap: dict[str, dict[str, Any]]) -> Figure:
     """For each ratio: between criteria off the diagonal, between seeds of one criterion on it."""
+    criteria = list(next(iter(overlap.values()))["seeds"])
     size = 2.5 + 0.35 * len(criteria)
     figure = Figure(figsize=(size * len(overlap), size), layout="constrained")
     for number, (ratio, found) in enumerate(overlap.items()):
         axes = figure.add_subplot(1, len(overlap), number + 1)
-        table = [list(row) for row in found["criteria"]]
-        for place, between_seeds in enumerate(found["seeds"]):
+        table = [list(row.values()) for row in found["criteria"].values()]
+        for place, between_seeds in enumerate(found["seeds"].values()):
             table[place][place] = math.nan if between_seeds is None else between_seeds
         _heat(axes, table, criteria, f"ratio {ratio}", (0.0, 1.0))
         axes.set_xticks(range(len(criteria)), criteria, rotation=90, fontsize=8)

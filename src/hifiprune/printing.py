@@ -75,7 +75,7 @@ def compared(record: RunRecord, model: str, output: Path) -> None:
     if criteria[1:]:
         Console().print(
             f"In brackets the paired difference to {criteria[0]}, of perplexity as a factor, with its 95% interval "
-            "over draws and windows."
+            "over draws and windows; compare.json has those of all metrics."
         )
     _costs(record)
     ratio = min(row["ratio"] for row in results["summary"])
@@ -211,6 +211,8 @@ def _costs(record: RunRecord) -> None:
     for stage in record.stages:
         table.add_row(stage["name"], *_cost(stage))
     _show(table)
+    if record.reused_parts:
+        Console().print(f"Not counted: {record.reused_parts} parts that were there from an interrupted run.")
 
 
 def _table(*columns: str, lines: bool = False, title: str | None = None) -> Table:

@@ -28,6 +28,7 @@ class RunRecord:
         results: what came out: ratios, widths, hashes, metrics.
         stages: seconds and peak memory in bytes of each stage, in order.
         environment: versions, platform and device.
+        reused_parts: how many were there from an interrupted run, whose seconds the stages do not count.
     """
 
     command: str
@@ -35,6 +36,7 @@ class RunRecord:
     results: dict[str, Any] = field(default_factory=dict)
     stages: list[dict[str, Any]] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=lambda: describe_environment())
+    reused_parts: int = 0
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

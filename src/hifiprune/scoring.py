@@ -135,7 +135,8 @@ class Asked:
         """What it needs of a pass; None if it looks at the weights alone."""
         if self.criterion.statistic is None:
             return None
-        return Job(self.criterion.statistic, self.criterion.kernels(self.options), self.criterion.maps)
+        kernels = self.criterion.kernels(self.options) if self.criterion.kernels else ()
+        return Job(self.criterion.statistic, kernels, self.criterion.maps)
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,9 @@ def _run(
     """The pass over the dense model, then one over each lightly cut model that is asked for."""
     mlps = find_mlps(model)
     schedule = Schedule.of(asked)
+    for fraction in schedule.later:
+        if int(min(mlp.neurons for mlp in mlps) * (1 - fraction)) < 1:
+            raise UserError(f"light-cut {fraction:g} leaves no neuron in a layer; use a smaller one")
     first = None
     if windows is not None and schedule.first:
         first = Pass(BlockChain(model), windows, **how).run(schedule.first, keep_hidden=bool(schedule.later))
@@ -216,10 +220,6 @@ def _finish(
 def _light_plan(totals: dict[int, Tensor], mlps: list[Mlp], fraction: float) -> Plan:
     """Remove the `fraction` of the neurons with the lowest scores."""
     widths = [int(mlp.neurons * (1 - fraction)) for mlp in mlps]
-    if min(widths) < 1:
-        raise UserError(
-            f"light-cut {fraction:g} leaves no neuron of {min(mlp.neurons for mlp in mlps)}; use a smaller one"
-        )
     kept = [highest(totals[layer][0].cpu(), width) for layer, width in enumerate(widths)]
     return Plan(kept, [mlp.neurons for mlp in mlps], [mlp.name for mlp in mlps], None, 0.0, 0, 0)
 

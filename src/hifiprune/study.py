@@ -121,7 +121,7 @@ def ablate(
     text_column: TextColumn = None,
     batch_size: BatchSize = 1,
     device: Device = "auto",
-    dtype: Dtype = "auto",
+    dtype: Annotated[str, Option(help="Arithmetic: float32 (auto), or float64, bfloat16, float16.")] = "auto",
     attention: Attention = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,

@@ -3,11 +3,11 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel
 
@@ -15,6 +15,7 @@ from hifiprune.errors import UserError
 from hifiprune.output import replacing
 from hifiprune.voice import Voice
 
+T = TypeVar("T")
 MARK = "made-by-hifiprune"
 """A file that tells a folder of ours from a user's."""
 
@@ -27,20 +28,22 @@ class Unfinished:
         folder: beside the output, made with the first part.
         voice: tells of parts that cannot be read.
         made_of: what all parts depend on.
+        reused: parts that were there from before.
     """
 
     folder: Path
     voice: Voice
     made_of: Sequence[str] = ()
+    reused: set[Path] = field(default_factory=set)
 
     @classmethod
-    def beside(cls, target: Path, voice: Voice) -> "Unfinished":
-        """The parts of the run that makes `target`.
+    def beside(cls, target: Path, command: str, voice: Voice) -> "Unfinished":
+        """The parts of the command that makes `target`.
 
         Raises:
             UserError: something else has the folder's name.
         """
-        folder = target.with_name(f"{target.name}.unfinished")
+        folder = target.with_name(f"{target.name}.{command}-unfinished")
         if folder.exists() and not (folder / MARK).is_file():
             raise UserError(f"{folder} is needed for unfinished work but is not hifiprune's; rename or remove it")
         return cls(folder, voice)
@@ -55,31 +58,39 @@ class Unfinished:
         key = hashlib.sha256(json.dumps([*self.made_of, *facts]).encode()).hexdigest()[:24]
         return self.folder / kind / f"{key}{suffix}"
 
-    def read(self, path: Path) -> Any:
-        """A part, or None if it is not there or damaged."""
-        try:
-            return json.loads(path.read_text()) if path.is_file() else None
-        except ValueError:
-            self.discard(path)
+    def read(self, path: Path, reader: Callable[[Path], T]) -> T | None:
+        """A part, or None if it is not there or damaged, which `reader` tells by a `ValueError`."""
+        if not path.is_file():
             return None
+        try:
+            part = reader(path)
+        except ValueError:
+            self.voice.say(f"{path} is damaged and is made again.")
+            path.unlink()
+            return None
+        self.reused.add(path)
+        return part
 
-    def write(self, path: Path, part: Any) -> None:
-        """Keep a part, as JSON."""
-        self.mark()
+    def write(self, path: Path, writer: Callable[[Path], object]) -> None:
+        """Keep a part."""
+        if not self.folder.exists():
+            with replacing(self.folder) as whole:
+                whole.mkdir()
+                (whole / MARK).write_text("Finished parts of an interrupted run: the same command goes on from here.\n")
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps(part))
+            writer(temporary)
 
-    def mark(self) -> None:
-        """Make the folder known as ours, before the first part is written."""
-        if not (self.folder / MARK).is_file():
-            with replacing(self.folder / MARK) as temporary:
-                temporary.write_text("Finished parts of an interrupted run; the same command goes on from here.\n")
+    def read_json(self, path: Path) -> Any:
+        """A part that `write_json` wrote, or None."""
+        return self.read(path, lambda found: json.loads(found.read_text()))
 
-    def discard(self, path: Path) -> None:
-        """Drop a damaged part, to be made again."""
-        self.voice.say(f"{path} is damaged and is made again.")
-        path.unlink()
+    def write_json(self, path: Path, part: dict[str, Any]) -> None:
+        """Keep plain data."""
+        self.write(path, lambda temporary: temporary.write_text(json.dumps(part)))
 
     def remove(self) -> None:
-        """All is done."""
+        """All is done; the mark goes last, so that what an interruption leaves is still known as ours."""
+        for part in self.folder.iterdir():
+            if part.name != MARK:
+                shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(self.folder, ignore_errors=True)

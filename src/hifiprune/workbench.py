@@ -1,8 +1,10 @@
 """A dense model on which plans are tried out; scores and measurements survive an interruption."""
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,6 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from hifiprune.calibration import Calibration, sample_windows
 from hifiprune.compute import Compute, estimate_seconds
 from hifiprune.criteria import find_criterion
-from hifiprune.errors import UserError
 from hifiprune.evaluation import Reference, Tasks, measure_windows, zero_shot
 from hifiprune.hashing import hash_tokens
 from hifiprune.plan import Plan
@@ -56,22 +57,21 @@ class Workbench:
     def sample(self, calibration: Calibration) -> Int[Tensor, "windows positions"]:
         """Calibration windows that the model itself writes, unless they are there from before."""
         path = self.unfinished.path("windows", asdict(calibration))
-        known = self.unfinished.read(path)
+        known = self.unfinished.read_json(path)
         if known is None:
             track = self.voice.track(f"sampling text from the model, seed {calibration.seed}")
-            known = sample_windows(self.model, calibration, track).tolist()
-            self.unfinished.write(path, known)
-        return torch.tensor(known)
+            known = {"windows": sample_windows(self.model, calibration, track).tolist()}
+            self.unfinished.write_json(path, known)
+        return torch.tensor(known["windows"])
 
     def score(
         self, windows: Int[Tensor, "windows positions"], requests: Sequence[Request], calibration: Calibration
     ) -> list[tuple[Scores, Path]]:
         """Scores for each request and the file of them; made together unless they are there from before."""
         paths = [self._scores_path(request, windows) for request in requests]
-        found = {path: known for path in paths if (known := self._reread(path))}
+        found = {path: known for path in paths if (known := self.unfinished.read(path, Scores.load))}
         missing = {path: request for path, request in zip(paths, requests, strict=True) if path not in found}
         if missing:
-            self.unfinished.mark()
             wanted = list(missing.values())
             cost = announce_scoring(self.name, self.model, windows, wanted, self.compute)
             self.voice.say(f"Draw with seed {calibration.seed}: {cost}")
@@ -86,7 +86,7 @@ class Workbench:
                 model_hash=self.model_hash,
             )
             for path, scores in zip(missing, made, strict=True):
-                scores.save(path)
+                self.unfinished.write(path, scores.save)
                 found[path] = scores
         return [(found[path], path) for path in paths]
 
@@ -94,15 +94,6 @@ class Workbench:
         criterion, options = find_criterion(request[0]), request[1]
         data = hash_tokens(windows) if criterion.statistic else ""
         return self.unfinished.path("scores", criterion.name, data, criterion.used(options), suffix=".safetensors")
-
-    def _reread(self, path: Path) -> Scores | None:
-        if not path.is_file():
-            return None
-        try:
-            return Scores.load(path)
-        except UserError:
-            self.unfinished.discard(path)
-            return None
 
     def measure(self, plans: Sequence[Plan | None], what: Sequence[Held | Tasks]) -> list[list[Measured]]:
         """Every plan measured on every text and by every set of tasks, the dense model for None.
@@ -115,22 +106,30 @@ class Workbench:
             for plan, row in zip(plans, table, strict=True)
             for each, path in zip(what, row, strict=True)
         }
-        found = {path: self.unfinished.read(path) for path in wanted}
+        found = {path: self.unfinished.read_json(path) for path in wanted}
         todo = [path for path, known in found.items() if known is None]
-        seconds = sum((self._seconds(each) for path in todo if isinstance(each := wanted[path][1], Held)), start=0.0)
+        texts = {each.source: each for each in what if isinstance(each, Held)}
+        missing = Counter(each.source for path in todo if isinstance(each := wanted[path][1], Held))
+        seconds = sum((number * self._seconds(texts[source]) for source, number in missing.items()), start=0.0)
         tasks = " and the time of the tasks" if any(isinstance(each, Tasks) for each in what) else ""
         self.voice.say(
             f"Measuring: {len(todo)} of {len(wanted)} measurements are to be made, about {duration(seconds)}{tasks} if "
             "the machine is idle; interrupted, the same command goes on where it stopped."
         )
-        references: dict[str, Reference] = {}
-        for path in self.voice.track("measuring")(todo):
-            plan, each = wanted[path]
-            if isinstance(each, Held) and each.fidelity and each.source not in references:
-                references[each.source] = Reference.of(self.model, each.windows, self.compute.batch_size)
+        references = {
+            source: Reference.of(self.model, texts[source].windows, self.compute.batch_size)
+            for source in missing
+            if texts[source].fidelity
+        }
+        steps = self.voice.track("measuring")(todo)
+        for _, paths in groupby(steps, key=lambda path: id(wanted[path][0])):  # a model is cut once for all texts
+            first = next(paths)
+            plan = wanted[first][0]
             with cut(self.model, plan) if plan else nullcontext():
-                found[path] = self._run_tasks(each) if isinstance(each, Tasks) else self._read(each, references)
-            self.unfinished.write(path, found[path])
+                for path in chain([first], paths):
+                    each = wanted[path][1]
+                    found[path] = self._run_tasks(each) if isinstance(each, Tasks) else self._read(each, references)
+                    self.unfinished.write_json(path, found[path])
         return [[found[path] for path in row] for row in table]
 
     def _read(self, text: Held, references: dict[str, Reference]) -> Measured:
