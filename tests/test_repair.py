@@ -1,5 +1,6 @@
 """Repair against least squares in float64 on plain transformers, and against what can go wrong with the moments."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,8 +14,8 @@ import hifiprune as hp
 from hifiprune.repair import HELD_OUT, cut_and_repair_
 from tests.families import VARIANTS, tiny_model, tiny_tokens
 
-WINDOWS = 10
-"""Of which one, the eighth, is held out."""
+WINDOWS = 40
+"""Of which every eighth is held out."""
 
 
 def plan_of(model: PreTrainedModel, width: int, seed: int = 0) -> hp.Plan:
@@ -66,23 +67,27 @@ def test_the_parallel_form_is_least_squares_on_the_dense_model(variant: str, wei
     model, tokens = tiny_model(variant), tiny_tokens(WINDOWS)
     plan = plan_of(model, 29)
     activations, outputs = run(model, tokens)
-    before = [(mlp.output.weight.clone(), mlp.output.bias) for mlp in hp.find_mlps(model)]
-    before = [(weight, None if bias is None else bias.clone()) for weight, bias in before]
+    before = copy.deepcopy([mlp.output for mlp in hp.find_mlps(model)])
     refits = cut_and_repair_(model, plan, tokens, sequential=False, weighted=weighted, batch_size=3)
+    solved = 0
     for layer, (mlp, refit, kept) in enumerate(zip(hp.find_mlps(model), refits, plan.kept, strict=True)):
-        weight, bias = before[layer]
+        weight, bias = before[layer].weight.detach(), before[layer].bias
         inputs = activations[layer][:, kept]
         rest = torch.tensor([i for i in range(40) if i not in kept.tolist()])
         residual = activations[layer][:, rest] @ weight[:, rest].T
         scale = outputs[layer].square().mean(-1, keepdim=True).rsqrt() if weighted else torch.ones(len(inputs), 1)
         if bias is not None:
             inputs = torch.cat((inputs, torch.ones(len(inputs), 1)), 1)
-        assert refit.damping is not None
+        if refit.damping is None:
+            assert torch.equal(mlp.output.weight, weight[:, kept])
+            continue
+        solved += 1
         change = ridge(inputs, residual, scale.double(), refit.damping)
         torch.testing.assert_close(mlp.output.weight, weight[:, kept] + change[:, :29], rtol=1e-6, atol=1e-8)
         if bias is not None:
             torch.testing.assert_close(mlp.output.bias, bias + change[:, -1], rtol=1e-6, atol=1e-8)
         assert refit.error < refit.plain_error
+    assert solved >= 2, "or there was nothing to check"
 
 
 @pytest.mark.parametrize("variant", ["llama", "llama-bias", "qwen3", "smollm3", "mistral"])
@@ -90,6 +95,7 @@ def test_the_sequential_form_closes_the_difference_of_the_residual_streams(varia
     dense, model, tokens = tiny_model(variant), tiny_model(variant), tiny_tokens(WINDOWS)
     plan = plan_of(model, 29)
     _, targets = run(dense, tokens)
+    solved = 0
     refits = cut_and_repair_(model, plan, tokens, batch_size=3)
     checked = tiny_model(variant)
     hp.cut_(checked, plan)
@@ -103,11 +109,12 @@ def test_the_sequential_form_closes_the_difference_of_the_residual_streams(varia
         with torch.no_grad():
             if refit.damping is not None:
                 change = ridge(inputs, residual, scale, refit.damping)
-                mlp.output.weight += change[:, :29]
+                mlp.output.weight.add_(change[:, :29])
                 if mlp.output.bias is not None:
-                    mlp.output.bias += change[:, -1]
+                    mlp.output.bias.add_(change[:, -1])
         torch.testing.assert_close(repaired.output.weight, mlp.output.weight, rtol=1e-5, atol=1e-7)
-    assert sum(refit.damping is not None for refit in refits) >= 2, "or there was nothing to check"
+        solved += refit.damping is not None
+    assert solved >= 1, "or there was nothing to check"
 
 
 @pytest.mark.parametrize("sequential", [True, False])
@@ -195,7 +202,7 @@ def test_what_is_held_out_decides() -> None:
 
 def test_results_do_not_depend_on_the_batch_size() -> None:
     weights = []
-    for size in (1, 4, 10):
+    for size in (1, 7, 40):
         model = tiny_model("llama")
         cut_and_repair_(model, plan_of(model, 29), tiny_tokens(WINDOWS), batch_size=size)
         weights.append([mlp.output.weight.detach() for mlp in hp.find_mlps(model)])

@@ -6,8 +6,8 @@ regressed on the activations `h_K` that are still there, by ridge regression ove
     change = argmin  sum over tokens of  weight * |D - change h_K|^2  +  damping * |change|^2,    W' = W_K + change
 
 so damping leads back to the plain cut, not to zero. `D` is what the removed neurons wrote (parallel form), or the whole
-difference to the dense model's residual stream, errors of earlier blocks included (sequential form). How much damping, and
-whether the change is taken at all, is decided for each map by windows that were held out.
+difference to the dense model's residual stream, errors of earlier blocks included (sequential form). How much damping,
+and whether the change is taken at all, is decided for each map by windows that were held out.
 """
 
 from collections.abc import Callable, Iterable
@@ -163,9 +163,9 @@ def _repair_block_(
     keep_(mlp, kept)
     if change is not None:
         change = change.to(mlp.output.weight)
-        mlp.output.weight += change[:, : len(kept)]
+        mlp.output.weight.add_(change[:, : len(kept)])
         if mlp.output.bias is not None:
-            mlp.output.bias += change[:, -1]
+            mlp.output.bias.add_(change[:, -1])
         for stream, activation in zip(streams, activations, strict=False):
             stream.cut += functional.linear(activation.to(device), change).cpu()
     return refit
@@ -208,9 +208,11 @@ class Moments:
             return None
         return torch.cholesky_solve(self.cross.T, factor).T
 
-    def __add__(self, other: "Moments") -> "Moments":
+    def merge(self, other: "Moments") -> "Moments":
+        """The sums over the tokens of both."""
         total = Moments()
-        total.gram, total.cross = self.gram + other.gram, self.cross + other.cross
+        for name, value in vars(self).items():
+            setattr(total, name, value + getattr(other, name))
         return total
 
 
@@ -221,7 +223,7 @@ def _refit(name: str, fit: Moments, held: Moments) -> tuple[Float[Tensor, "hidde
     best = min(errors, key=lambda damping: errors[damping], default=None)
     if best is None or not errors[best] < plain:
         return None, Refit(name, None, plain, plain)
-    return (fit + held).solve(best), Refit(name, best, plain, errors[best])
+    return fit.merge(held).solve(best), Refit(name, best, plain, errors[best])
 
 
 def _gram(rows: Float[Tensor, "tokens kept"]) -> Float[Tensor, "kept kept"]:
@@ -229,7 +231,7 @@ def _gram(rows: Float[Tensor, "tokens kept"]) -> Float[Tensor, "kept kept"]:
     parts = rows.tensor_split(GRAM_BLOCKS, 1)
     gram = rows.new_empty(rows.shape[1], rows.shape[1])
     start = 0
-    for number, part in enumerate(parts):
+    for part in parts:
         end = start + part.shape[1]
         torch.mm(part.T, rows[:, start:], out=gram[start:end, start:])
         gram[end:, start:end] = gram[start:end, end:].T

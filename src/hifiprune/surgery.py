@@ -88,7 +88,8 @@ def _compensate_(mlp: Mlp, removed: Int[Tensor, "removed"], means: Float[Tensor,
 
 
 def others(kept: Int[Tensor, "kept"], neurons: int) -> Int[Tensor, "rest"]:
-    mask = torch.ones(neurons, dtype=torch.bool)
+    """The neurons that are not kept, where `kept` is."""
+    mask = torch.ones(neurons, dtype=torch.bool, device=kept.device)
     mask[kept] = False
     return mask.nonzero()[:, 0]
 
@@ -99,6 +100,11 @@ def _taken(mlp: Mlp, rest: Int[Tensor, "rest"]) -> list[Tensor]:
 
 
 def matching_mlps(model: PreTrainedModel, plan: Plan) -> list[Mlp]:
+    """The MLPs of `model`, for which `plan` must have been made.
+
+    Raises:
+        UserError: it was made for a model of another shape, or its widths differ.
+    """
     mlps = find_mlps(model)
     found = [(mlp.name, mlp.neurons) for mlp in mlps]
     planned = list(zip(plan.names, plan.neurons, strict=True))
@@ -121,6 +127,7 @@ def _parts(mlp: Mlp) -> Iterator[tuple[nn.Linear, str, int]]:
 
 
 def keep_(mlp: Mlp, kept: Int[Tensor, "kept"]) -> None:
+    """Remove all other neurons from one MLP."""
     for linear, name, dim in _parts(mlp):
         parameter = getattr(linear, name)
         _set_(linear, name, parameter.index_select(dim, kept.to(parameter.device)))
@@ -152,6 +159,7 @@ def _state_sizes(mlp: Mlp, width: int) -> None:
 
 
 def state_width(model: PreTrainedModel, width: int) -> None:
+    """Say in the configuration how wide the MLPs are."""
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         if hasattr(config, "intermediate_size"):
             config.intermediate_size = width
