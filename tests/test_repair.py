@@ -1,17 +1,24 @@
 """Repair against least squares in float64 on plain transformers, and against what can go wrong with the moments."""
 
 import copy
+import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 import hifiprune as hp
+from hifiprune.checkpoint import Checkpoint
 from hifiprune.repair import HELD_OUT, cut_and_repair_
+from tests.commands import Result, refused
+from tests.commands import run as run_command
 from tests.families import VARIANTS, tiny_model, tiny_tokens
 
 WINDOWS = 40
@@ -217,3 +224,86 @@ def test_windows_and_plans_that_cannot_be_used_are_refused() -> None:
         cut_and_repair_(model, plan_of(model, 29), tiny_tokens(1))
     with pytest.raises(hp.UserError, match="the plan is for 3 MLPs"):
         cut_and_repair_(tiny_model("llama", intermediate_size=48), plan_of(model, 29), tiny_tokens(4))
+
+
+def prune(dense: Path, output: Path, *more: object) -> Result:
+    return run_command("prune", dense, "--output", output, "--width", 29, "--num-samples", 9, "--seq-len", 24, *more)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_command_saves_the_repaired_model_in_the_checkpoints_dtype(world: Path, tmp_path: Path, dtype: str) -> None:
+    dense, text = tmp_path / "dense", world / "calibration.txt"
+    model = AutoModelForCausalLM.from_pretrained(world / "dense", dtype=getattr(torch, dtype))
+    model.save_pretrained(dense)
+    for path in (world / "dense").glob("tokenizer*"):
+        shutil.copyfile(path, dense / path.name)
+    result = prune(dense, tmp_path / "out", "--repair", "ridge", "--calibration", text, "--batch-size", 2)
+    assert result.code == 0, result.err
+    assert "maps repaired" in result.out
+    assert "Repairing on 9 windows of 24 tokens, torch.float32 on cpu" in result.err
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert saved.dtype == getattr(torch, dtype)
+    plan = hp.Plan.load(tmp_path / "out" / "hifiprune" / "plan.json")
+    windows = hp.load_windows(hp.Calibration(str(text), 9, 24), AutoTokenizer.from_pretrained(dense))
+    expected = model.float()
+    refits = cut_and_repair_(expected, plan, windows)
+    for name, weight in expected.state_dict().items():
+        torch.testing.assert_close(saved.state_dict()[name], weight.to(saved.dtype), rtol=1e-2, atol=1e-4)
+    recorded = json.loads((tmp_path / "out" / "run.json").read_text())["results"]["repair"]
+    assert [row["damping"] for row in recorded] == [refit.damping for refit in refits]
+    assert any(refit.damping for refit in refits)
+
+
+def test_scores_made_before_are_repaired_with_a_calibration(world: Path, tmp_path: Path) -> None:
+    dense, text = world / "dense", world / "calibration.txt"
+    scored = run_command("score", dense, "--output", tmp_path / "scores", "--criterion", "random")
+    assert scored.code == 0, scored.err
+    both = ("--scores", tmp_path / "scores", "--calibration", text)
+    refused(prune(dense, tmp_path / "out", *both), "give one of --calibration and --scores, not both")
+    result = prune(dense, tmp_path / "out", *both, "--repair", "ridge")
+    assert result.code == 0, result.err
+    assert "Ignored" not in result.err
+    direct = prune(dense, tmp_path / "two", "--criterion", "random", "--calibration", text, "--repair", "ridge")
+    assert direct.code == 0, direct.err
+    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("out", "two"))
+    assert all(torch.equal(weight, two[name]) for name, weight in one.items())
+
+
+def test_repair_on_text_from_the_model_itself(world: Path, tmp_path: Path) -> None:
+    own = ("--calibration", "self", "--repair", "ridge", "--json")
+    result = prune(world / "dense", tmp_path / "out", *own)
+    assert result.code == 0, result.err
+    assert len(result.json["results"]["repair"]) == 3
+    assert [stage["name"] for stage in result.json["stages"]].count("sampling text from the model") == 1
+
+
+REFUSED: list[tuple[tuple[object, ...], str]] = [
+    (("--repair", "rigde", "--calibration", "TEXT"), "repair 'rigde' is not known; known are none, ridge"),
+    (("--repair", "ridge", "--criterion", "magnitude"), "repair needs text to fit to: give --calibration"),
+    (("--repair", "ridge", "--calibration", "TEXT", "--bias-compensation"), "give one of --repair and --bias-compen"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), REFUSED, ids=lambda value: str(value)[:40])
+def test_impossible_repairs_are_refused_before_anything_is_loaded(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[object, ...], message: str
+) -> None:
+    monkeypatch.setattr(Checkpoint, "load", None)
+    placed = [world / "calibration.txt" if word == "TEXT" else word for word in words]
+    refused(prune(world / "dense", tmp_path / "out", *placed), message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_repair_brings_the_real_model_nearer_to_itself(
+    smollm2_folder: Path, smollm2_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """On text that it was not fitted to."""
+    windows = hp.load_windows(hp.Calibration("python-docs", 12, 128), smollm2_tokenizer)
+    fitted, held = windows[:9], windows[9:]
+    dense, *others = (AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32) for _ in range(3))
+    scores = hp.score(dense, fitted[:4])
+    plan = hp.allocate(scores, hp.Budget(ratio=0.2), round_to=1)
+    hp.cut_(others[0], plan)
+    cut_and_repair_(others[1], plan, fitted)
+    plain, repaired = (hp.measure(model, held, dense)["kl"].value for model in others)
+    assert repaired < 0.9 * plain
