@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -97,30 +97,51 @@ def test_the_parallel_form_is_least_squares_on_the_dense_model(variant: str, wei
     assert solved >= 2, "or there was nothing to check"
 
 
+@torch.no_grad()
+def inputs_of(model: PreTrainedModel, tokens: Tensor, modules: list[nn.Module]) -> list[Tensor]:
+    """What modules are given, a row a token."""
+    found: dict[nn.Module, Tensor] = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda self, given: found.update({self: given[0].flatten(0, 1)}))
+        for module in modules
+    ]
+    model(input_ids=tokens, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return [found[module] for module in modules]
+
+
+@pytest.mark.parametrize("attention", [False, True])
 @pytest.mark.parametrize("variant", ["llama", "llama-bias", "qwen3", "smollm3", "mistral"])
-def test_the_sequential_form_closes_the_difference_of_the_residual_streams(variant: str) -> None:
-    dense, model, tokens = tiny_model(variant), tiny_model(variant), tiny_tokens(WINDOWS)
-    plan = plan_of(model, 29)
-    _, targets = run(dense, tokens)
-    solved = 0
-    refits = cut_and_repair_(model, plan, tokens, batch_size=3)
-    checked = tiny_model(variant)
+def test_the_sequential_form_closes_the_difference_of_the_residual_streams(variant: str, attention: bool) -> None:
+    """Each map in turn: earlier ones are repaired, this one is cut, and least squares say what it should be."""
+    dense, model, checked = (tiny_model(variant) for _ in range(3))
+    tokens, plan = tiny_tokens(WINDOWS), plan_of(model, 29)
+    refits = cut_and_repair_(model, plan, tokens, attention=attention, batch_size=3)
     hp.cut_(checked, plan)
-    for layer, refit in enumerate(refits):
-        activations, outputs = run(checked, tokens)  # earlier layers are repaired, this one is cut
-        scale = targets[layer].square().mean(-1, keepdim=True).rsqrt()
-        inputs, residual = activations[layer], targets[layer] - outputs[layer]
-        mlp, repaired = hp.find_mlps(checked)[layer], hp.find_mlps(model)[layer]
-        if mlp.output.bias is not None:
-            inputs = torch.cat((inputs, torch.ones(len(inputs), 1)), 1)
-        with torch.no_grad():
-            if refit.damping is not None:
-                change = ridge(inputs, residual, scale, refit.damping)
-                mlp.output.weight.add_(change[:, :29])
-                if mlp.output.bias is not None:
-                    mlp.output.bias.add_(change[:, -1])
-        torch.testing.assert_close(repaired.output.weight, mlp.output.weight, rtol=1e-5, atol=1e-7)
-        solved += refit.damping is not None
+    steps = []
+    for layer in range(3):
+        block, repaired, true = (each.model.layers[layer] for each in (checked, model, dense))
+        after = [*(each.model.layers[layer + 1 :][:1] or [each.model.norm] for each in (checked, dense))]
+        if attention:
+            linears = block.self_attn.o_proj, repaired.self_attn.o_proj
+            steps.append((*linears, block.post_attention_layernorm, true.post_attention_layernorm))
+        steps.append((block.mlp.down_proj, repaired.mlp.down_proj, after[0][0], after[1][0]))
+    solved = 0
+    for (linear, repaired, end, true_end), refit in zip(steps, refits, strict=True):
+        given, reached = inputs_of(checked, tokens, [linear, end])
+        (wanted,) = inputs_of(dense, tokens, [true_end])
+        if refit.damping is not None:
+            scale = wanted.square().mean(-1, keepdim=True).rsqrt()
+            rows = given if linear.bias is None else torch.cat((given, torch.ones(len(given), 1)), 1)
+            change = ridge(rows, wanted - reached, scale, refit.damping)
+            with torch.no_grad():
+                linear.weight.add_(change[:, : linear.in_features])
+                if linear.bias is not None:
+                    linear.bias.add_(change[:, -1])
+            solved += 1
+        for name, parameter in repaired.named_parameters():
+            torch.testing.assert_close(parameter, linear.get_parameter(name), rtol=1e-5, atol=1e-7)
     assert solved >= 1, "or there was nothing to check"
 
 

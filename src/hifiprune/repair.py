@@ -12,10 +12,11 @@ and whether the change is taken at all, is decided for each map by windows that 
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -23,10 +24,9 @@ from hifiprune.blocks import BlockChain
 from hifiprune.errors import UserError
 from hifiprune.guards import check_windows, frozen, memory_explained
 from hifiprune.head import precise
-from hifiprune.neurons import family_of
 from hifiprune.plan import Plan
 from hifiprune.surgery import keep_, matching_mlps, others, state_width
-from hifiprune.taps import BlockCall
+from hifiprune.taps import BlockCall, overridden
 
 DAMPINGS = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Candidates, relative to the mean square of an activation."""
@@ -61,6 +61,7 @@ def cut_and_repair_(
     *,
     sequential: bool = True,
     weighted: bool = True,
+    attention: bool = False,
     batch_size: int = 1,
     track: Callable[[Iterable[int]], Iterable[int]] = lambda layers: layers,
 ) -> list[Refit]:
@@ -74,11 +75,13 @@ def cut_and_repair_(
             as always in families whose MLPs do not write to the stream directly.
         weighted: weigh each token by the inverse square norm of the dense residual stream there, as the norms that
             read the stream do.
+        attention: refit the output maps of the attention too, in the sequential form: they close what earlier cuts
+            opened.
         batch_size: windows per step; the result depends on it only by rounding.
         track: wraps the layers, to show progress.
 
     Returns:
-        how each layer's refit went.
+        how each refit went.
 
     Raises:
         UserError: the plan or the windows do not fit the model.
@@ -88,14 +91,15 @@ def cut_and_repair_(
     if len(windows) < 2:
         raise UserError("repair needs at least 2 windows, of which it holds one out")
     mlps = matching_mlps(model, plan)
-    sequential = sequential and family_of(model.config.model_type).additive
     with frozen(model):
         chain = BlockChain(model)
+        sequential = sequential and chain.family.additive
         streams = _start(chain, windows, batch_size)
         refits = []
         for layer in track(range(len(mlps))):
             with memory_explained(model, windows[:batch_size].numel()):
-                refits.append(_repair_block_(chain, layer, plan.kept[layer], streams, sequential, weighted))
+                for site in _sites(chain, layer, plan.kept[layer], attention and sequential):
+                    refits.append(_repair_(chain, layer, site, streams, sequential, weighted))
     state_width(model, plan.widths[0])
     return refits
 
@@ -128,30 +132,71 @@ def _start(chain: BlockChain, windows: Int[Tensor, "windows positions"], batch_s
     return streams
 
 
-def _repair_block_(
-    chain: BlockChain, layer: int, kept: Int[Tensor, "kept"], streams: list[Stream], sequential: bool, weighted: bool
+@dataclass(frozen=True)
+class Site:
+    """A linear map that writes to the residual stream.
+
+    Attributes:
+        name: of the module that it belongs to.
+        linear: the map.
+        kept: which of its inputs stay; all if None.
+        skipped: the other module of the block that writes to the stream, left out where halves are taken one by one.
+    """
+
+    name: str
+    linear: nn.Linear
+    kept: Int[Tensor, "kept"] | None = None
+    skipped: nn.Module | None = None
+
+    def run(self, chain: BlockChain, layer: int, hidden: Tensor, call: BlockCall) -> tuple[Tensor, Tensor]:
+        """The stream after the block, or after this half of it, and the map's input."""
+        nothing = hidden.new_zeros(())
+
+        def silent(*args: Any, **kwargs: Any) -> Any:
+            return nothing if self.skipped is not attention else (nothing, None)
+
+        attention = chain.attention(layer)
+        with overridden([(self.skipped, silent)] if self.skipped else []):
+            output, tap = chain.run(layer, hidden, call, self.linear)
+        return output, tap.input
+
+
+def _sites(chain: BlockChain, layer: int, kept: Int[Tensor, "kept"], attention: bool) -> list[Site]:
+    """What is refitted in a block, in the order in which the stream passes it."""
+    mlp, heads = chain.mlps[layer], chain.attention(layer)
+    kept = kept.to(chain.model.device)
+    if not attention:
+        return [Site(mlp.name, mlp.output, kept)]
+    linear = heads.get_submodule(chain.family.attention_output)
+    assert isinstance(linear, nn.Linear)
+    name, module = mlp.name.rpartition(".")[0], chain.model.get_submodule(mlp.name)
+    return [
+        Site(f"{name}.{chain.family.attention}", linear, skipped=module),
+        Site(mlp.name, mlp.output, kept, skipped=heads),
+    ]
+
+
+def _repair_(
+    chain: BlockChain, layer: int, site: Site, streams: list[Stream], sequential: bool, weighted: bool
 ) -> Refit:
-    """Take all batches through a block, cut it and refit its output map."""
-    mlp, device = chain.mlps[layer], chain.model.device
-    kept = kept.to(device)
-    rest = others(kept, mlp.neurons)
-    removed = mlp.output.weight[:, rest]
+    """Take all batches through a block, or half of it; remove what is not kept, and refit the output map."""
+    linear, device = site.linear, chain.model.device
+    kept = torch.arange(linear.in_features, device=device) if site.kept is None else site.kept
+    rest = others(kept, linear.in_features)
     fit, held = Moments(), Moments()
     activations = []
     for stream in streams:
-        output, down = chain.run(layer, stream.cut.to(device), stream.calls[layer])
-        activation, residual = down.input[..., kept], functional.linear(down.input[..., rest], removed)
-        if mlp.output.bias is not None:  # refitted as the weight of an activation that is always 1
+        output, given = site.run(chain, layer, stream.cut.to(device), stream.calls[layer])
+        activation, residual = given[..., kept], functional.linear(given[..., rest], linear.weight[:, rest])
+        if linear.bias is not None:  # refitted as the weight of an input that is always 1
             activation = functional.pad(activation, (0, 1), value=1.0)
+        dense = output
         if sequential:
-            dense, _ = chain.run(layer, stream.dense.to(device), stream.calls[layer])
+            dense, _ = site.run(chain, layer, stream.dense.to(device), stream.calls[layer])
             output = output - residual
             residual = dense - output
-            stream.dense = dense.cpu()
             activations.append(activation.cpu())
-        else:
-            dense = output
-        stream.cut = output.cpu()
+        stream.dense, stream.cut = dense.cpu(), output.cpu()
         scale = precise(dense).square().mean(-1, keepdim=True).rsqrt() if weighted else 1.0
         rows = [(precise(each) * scale) for each in (activation, residual, dense)]
         chosen = torch.zeros(len(output), dtype=torch.bool, device=device)
@@ -159,13 +204,14 @@ def _repair_block_(
         for moments, windows in ((fit, ~chosen), (held, chosen)):
             if windows.any():
                 moments.add(*(each[windows].flatten(0, 1) for each in rows))
-    change, refit = _refit(mlp.name, fit, held)
-    keep_(mlp, kept)
+    change, refit = _refit(site.name, fit, held)
+    if site.kept is not None:
+        keep_(chain.mlps[layer], kept)
     if change is not None:
-        change = change.to(mlp.output.weight)
-        mlp.output.weight.add_(change[:, : len(kept)])
-        if mlp.output.bias is not None:
-            mlp.output.bias.add_(change[:, -1])
+        change = change.to(linear.weight)
+        linear.weight.add_(change[:, : len(kept)])
+        if linear.bias is not None:
+            linear.bias.add_(change[:, -1])
         for stream, activation in zip(streams, activations, strict=False):
             stream.cut += functional.linear(activation.to(device), change).cpu()
     return refit
