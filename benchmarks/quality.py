@@ -1,7 +1,7 @@
 """What each idea beyond the papers is worth on SmolLM2-135M-Instruct, without any training.
 
 HFPrune's exact method against other scores, repair in its forms, and the best of them together: calibrated on C4,
-measured on WikiText-2 test (perplexity) and other documents of C4 (KL divergence), over draws of the calibration windows.
+measured on WikiText-2 test (perplexity) and other documents of C4 (KL divergence), over draws of calibration windows.
 Writes `results/quality.json`. Takes hours on 2 cores; interrupted, it goes on where it stopped.
 """
 
