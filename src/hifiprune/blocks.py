@@ -29,13 +29,17 @@ class BlockChain:
     """
 
     def __init__(self, model: PreTrainedModel):
-        family = family_of(model.config.model_type, [type(model).__name__])
+        self.family = family_of(model.config.model_type, [type(model).__name__])
         self.model = model
         self.mlps = find_mlps(model)
         self.blocks = list(find_blocks(model))
-        self.norm = model.get_submodule(family.norm)
+        self.norm = model.get_submodule(self.family.norm)
         self.head = Head.of(model)
         self._check_head()
+
+    def attention(self, index: int) -> nn.Module:
+        """The attention of a block."""
+        return self.blocks[index].get_submodule(self.family.attention)
 
     def embed(self, tokens: Int[Tensor, "windows positions"]) -> tuple[Tensor, list[BlockCall]]:
         """The first block's input, and the call of every block, as the model's own forward makes them."""
@@ -136,7 +140,7 @@ class BlockChain:
                 stored.append(trace)
                 activation, hidden = trace.maps[-1].input.detach(), trace.output
             else:
-                output, down = self._run(index, hidden, call)
+                output, down = self.run(index, hidden, call)
                 if kernels:
                     stored.append((hidden, down.output))
                 activation, hidden = down.input, output
@@ -185,10 +189,10 @@ class BlockChain:
         return rest
 
     @torch.no_grad()
-    def _run(self, index: int, hidden: Tensor, call: BlockCall) -> tuple[Tensor, MapPass]:
-        """Output of a block, and its MLP's output map."""
+    def run(self, index: int, hidden: Tensor, call: BlockCall, tap: nn.Linear | None = None) -> tuple[Tensor, MapPass]:
+        """Output of a block, and one of its linear maps: its MLP's output map, or another."""
         passes: list[MapPass] = []
-        linear = self.mlps[index].output
+        linear = tap or self.mlps[index].output
 
         def tapped(activation: Tensor) -> Tensor:
             passes.append(MapPass(linear, activation, functional.linear(activation, linear.weight, linear.bias)))

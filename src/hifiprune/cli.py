@@ -15,6 +15,7 @@ from hifiprune.errors import HifipruneError
 from hifiprune.options import (
     SCORING_FLAGS,
     SOURCES,
+    TEXT_FLAGS,
     Alpha,
     AsJson,
     Attention,
@@ -31,6 +32,7 @@ from hifiprune.options import (
     Output,
     Overwrite,
     Recompute,
+    Repair,
     RoundTo,
     Sampler,
     Seed,
@@ -69,6 +71,7 @@ def prune(
     temperature: Temperature = None,
     light_cut: LightCut = 0.025,
     label_samples: LabelSamples = 1,
+    repair: Repair = "none",
     bias_compensation: BiasCompensation = False,
     round_to: RoundTo = 128,
     batch_size: BatchSize = 1,
@@ -87,7 +90,8 @@ def prune(
 
     speaker = voice()
     if scores:
-        ignored = [word for word in sys.argv if word.split("=")[0] in SCORING_FLAGS]
+        unused = SCORING_FLAGS if repair != "none" else (*SCORING_FLAGS, *TEXT_FLAGS)
+        ignored = [word for word in sys.argv if word.split("=")[0] in unused]
         if ignored:
             speaker.say(f"Ignored, since the --scores were made before: {', '.join(ignored)}.")
     record = hp.prune(
@@ -98,6 +102,7 @@ def prune(
         scores=scores,
         criterion=criterion,
         options=hp.Options(alpha, temperature, light_cut, label_samples, seed),
+        repair=repair,
         bias_compensation=bias_compensation,
         round_to=round_to,
         compute=hp.Compute(device, dtype, batch_size, recompute, attention),

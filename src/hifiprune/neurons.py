@@ -16,21 +16,27 @@ from hifiprune.errors import UserError, nearest_name
 
 @dataclass(frozen=True)
 class Family:
-    """Paths of the modules that pruning needs; MLP names are relative to a block, the others to the model."""
+    """Paths of the modules that pruning needs; those of MLP and attention are relative to a block, or to themselves.
+
+    `additive` says that both add their output to the residual stream as it is, without a norm between.
+    """
 
     blocks: str = "model.layers"
     norm: str = "model.norm"
     mlp: str = "mlp"
     inputs: tuple[str, ...] = ("gate_proj", "up_proj")
     output: str = "down_proj"
+    attention: str = "self_attn"
+    attention_output: str = "o_proj"
+    additive: bool = True
 
 
 FAMILIES: dict[str, Family] = {
-    "gemma2": Family(),
-    "gemma3_text": Family(),
+    "gemma2": Family(additive=False),
+    "gemma3_text": Family(additive=False),
     "llama": Family(),  # also SmolLM and SmolLM2
     "mistral": Family(),
-    "olmo2": Family(),
+    "olmo2": Family(additive=False),
     "qwen2": Family(),
     "qwen3": Family(),
     "smollm3": Family(),

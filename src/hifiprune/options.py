@@ -6,8 +6,10 @@ from typing import Annotated
 from typer import Argument, Option
 
 SCORING_FLAGS = (
-    "--num-samples", "--seq-len", "--seed", "--sampler", "--text-column", "--criterion", "--batch-size", "--dtype",
-    "--recompute", "--keep-graphs", "--attention", "--alpha", "--temperature", "--light-cut", "--label-samples",
+    "--criterion", "--recompute", "--keep-graphs", "--alpha", "--temperature", "--light-cut", "--label-samples",
+)  # fmt: skip
+TEXT_FLAGS = (
+    "--num-samples", "--seq-len", "--seed", "--sampler", "--text-column", "--batch-size", "--dtype", "--attention",
 )  # fmt: skip
 Model = Annotated[str, Argument(metavar="MODEL", help="Local folder, hub id or .gguf file.")]
 Output = Annotated[Path, Option(help="What to make; written beside and renamed when whole.")]
@@ -33,6 +35,9 @@ LabelSamples = Annotated[int, Option(help="Fisher: labels drawn at each position
 BiasCompensation = Annotated[
     bool,
     Option("--bias-compensation", help="As FLAP: mean outputs of removed neurons go into the biases, if any."),
+]
+Repair = Annotated[
+    str, Option(help="ridge: refit each MLP's output map to what the dense model computes, in closed form; or none.")
 ]
 RoundTo = Annotated[int, Option(help="Widths become the nearest multiple; 1 for the papers' exact widths.")]
 BatchSize = Annotated[int, Option(help="Windows per step; results do not depend on it.")]

@@ -18,12 +18,20 @@ from hifiprune.compute import Compute
 from hifiprune.criteria import Options, find_criterion
 from hifiprune.errors import UserError
 from hifiprune.evaluation import measure
-from hifiprune.hashing import hash_model
 from hifiprune.neurons import find_mlps
 from hifiprune.output import check_space, replacing
 from hifiprune.plan import Plan
-from hifiprune.preparation import announce_scoring, check_model, load, load_hashed, plain_arguments, prepare
+from hifiprune.preparation import (
+    announce_repair,
+    announce_scoring,
+    check_model,
+    load,
+    load_hashed,
+    plain_arguments,
+    prepare,
+)
 from hifiprune.record import RunRecord
+from hifiprune.repair import cut_and_repair_
 from hifiprune.scores import Scores
 from hifiprune.scoring import Request, score
 from hifiprune.surgery import cut_, require_bias
@@ -31,6 +39,7 @@ from hifiprune.texts import Text
 from hifiprune.voice import Voice
 
 SILENT = Voice()
+REPAIRS = ("none", "ridge")
 
 
 def score_checkpoint(
@@ -70,7 +79,8 @@ def score_checkpoint(
     )  # fmt: skip
     _check_data(criterion, calibration)
     checkpoint, target, _ = prepare(model, output, [calibration], folder=False, overwrite=overwrite)
-    scores, _ = _score(checkpoint, calibration, request, compute, voice, record)
+    windows = _read_windows(checkpoint, calibration, record)
+    scores, *_ = _score(checkpoint, calibration, windows, request, compute, voice, record)
     scores.save(target)
     record.results = _describe_scores(scores)
     return record
@@ -85,6 +95,7 @@ def prune(
     scores: Scores | str | Path | None = None,
     criterion: str = DEFAULT_CRITERION,
     options: Options | None = None,
+    repair: str = "none",
     bias_compensation: bool = False,
     round_to: int = 128,
     compute: Compute = Compute(),
@@ -100,10 +111,12 @@ def prune(
         model: local folder, hub id or GGUF file.
         output: folder to be made; written beside and renamed when whole.
         budget: how much to remove.
-        calibration: what to score on; not with `scores`, and not needed for criteria that look at weights alone.
+        calibration: what to score and repair on; with `scores` for repair alone, and not needed without repair for
+            criteria that look at weights alone.
         scores: scores of this very model, or the file of them.
         criterion: how to score; see `CRITERIA`.
         options: what the criterion leaves open; by default alpha and temperature follow the ratio, as in the papers.
+        repair: `ridge` refits each MLP's output map to what the dense model computes, in closed form; or `none`.
         bias_compensation: put the mean output of the removed neurons into the bias of each output map, as FLAP does;
             only for architectures that have one, with criteria that collect mean activations.
         round_to: widths become the nearest multiple of it.
@@ -118,22 +131,21 @@ def prune(
     """
     if scores is None:
         _check_data(criterion, calibration)
-    elif calibration:
-        raise UserError("give one of --calibration and --scores, not both")
+    elif calibration and repair == "none":
+        raise UserError("give one of --calibration and --scores, not both; both only with --repair")
+    _check_repair(repair, calibration, bias_compensation)
     path = scores if isinstance(scores, str | Path) else None
     used = Scores.load(scores) if isinstance(scores, str | Path) else scores
     sources = plain_arguments(model=model, output=output, budget=budget, calibration=calibration, compute=compute)
     settings = plain_arguments(
         scores=path, criterion=used.criterion if used else criterion, options=options, round_to=round_to,
-        bias_compensation=bias_compensation, shard_size=shard_size, overwrite=overwrite,
+        repair=repair, bias_compensation=bias_compensation, shard_size=shard_size, overwrite=overwrite,
     )  # fmt: skip
     record = RunRecord("prune", sources | settings)
     _check_shard_size(shard_size)
     checkpoint, target, shape = prepare(model, output, [calibration], [path], folder=True, overwrite=overwrite)
     if bias_compensation:
-        require_bias(find_mlps(checkpoint.skeleton()))
-        if not (used.means if used else find_criterion(criterion).collects_means):
-            raise UserError(f"criterion '{settings['criterion']}' has no mean activations for biases; use flap")
+        _check_compensation(checkpoint, used, used.criterion if used else criterion)
     width = shape.width_at(budget, round_to)
     check_space(target, int(checkpoint.dtype().itemsize * shape.total_parameters * (1 - shape.ratio_at(width))))
     voice.say(_announce(budget, shape, width, round_to))
@@ -142,30 +154,66 @@ def prune(
         _remark_on_options(used, ratio, voice)
 
     loaded: PreTrainedModel | None = None
+    windows = _read_windows(checkpoint, calibration, record)
     if used is None:
         settled = options or Options(seed=calibration.seed if calibration else 0)
         request = (criterion, settled.for_ratio(ratio))
-        used, loaded = _score(checkpoint, calibration, request, compute, voice, record)
-    if loaded is None or loaded.dtype != checkpoint.dtype():
-        with record.stage("loading the weights"):
-            loaded = None
-            gc.collect()
-            loaded = checkpoint.load(device=compute.resolved_device)
-            used.require_model(hash_model(loaded))
+        used, loaded, windows = _score(checkpoint, calibration, windows, request, compute, voice, record)
+    dtype = checkpoint.dtype() if repair == "none" else compute.dtype_for(checkpoint)
+    if loaded is None or loaded.dtype != dtype:
+        loaded = None
+        gc.collect()
+        loaded, model_hash = load_hashed(checkpoint, compute, record, dtype)
+        used.require_model(model_hash)
     plan = allocate(used, budget, round_to=round_to)
-    with record.stage("cutting"):
-        cut_(loaded, plan, used.means if bias_compensation else None)
     record.results = _describe_plan(plan, str(budget)) | _describe_scores(used)
+    if repair == "none":
+        with record.stage("cutting"):
+            cut_(loaded, plan, used.means if bias_compensation else None)
+    else:
+        assert calibration
+        windows = _sample_windows(loaded, calibration, windows, record, voice)
+        record.results["repair"] = _repair(loaded, plan, windows, compute, record, voice)
+        loaded.type(checkpoint.dtype())
+    _write(target, checkpoint, loaded, shard_size, used, plan, record)
+    return record
+
+
+def _write(
+    target: Path,
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    shard_size: str,
+    scores: Scores,
+    plan: Plan,
+    record: RunRecord,
+) -> None:
+    """The checkpoint with what it was decided from."""
     with replacing(target) as folder:
         with record.stage("writing"):
-            checkpoint.save(loaded, folder, shard_size)
+            checkpoint.save(model, folder, shard_size)
             (folder / "hifiprune").mkdir()
-            used.save(folder / "hifiprune" / "scores.safetensors")
+            scores.save(folder / "hifiprune" / "scores.safetensors")
             plan.save(folder / "hifiprune" / "plan.json")
         after = Checkpoint(str(target), folder).weight_bytes
         record.results["weight_bytes"] = {"before": checkpoint.weight_bytes, "after": after}
         record.save(folder / "run.json")
-    return record
+
+
+def _repair(
+    model: PreTrainedModel,
+    plan: Plan,
+    windows: Int[Tensor, "windows positions"],
+    compute: Compute,
+    record: RunRecord,
+    voice: Voice,
+) -> list[dict[str, Any]]:
+    """Cut and repair; how each layer's refit went, as plain data."""
+    voice.say(announce_repair(model, windows, compute))
+    with record.stage("cutting and repairing"):
+        track = voice.track("repairing")
+        refits = cut_and_repair_(model, plan, windows, batch_size=compute.batch_size, track=track)
+    return [asdict(refit) for refit in refits]
 
 
 def evaluate(
@@ -216,30 +264,64 @@ def _check_data(criterion: str, calibration: Calibration | None) -> None:
         raise UserError(f"criterion '{criterion}' needs data: give --calibration, or --scores made before")
 
 
+def _check_compensation(checkpoint: Checkpoint, scores: Scores | None, criterion: str) -> None:
+    require_bias(find_mlps(checkpoint.skeleton()))
+    if not (scores.means if scores else find_criterion(criterion).collects_means):
+        raise UserError(f"criterion '{criterion}' has no mean activations for biases; use flap")
+
+
 def _check_shard_size(shard_size: str) -> None:
     if not re.fullmatch(r"[1-9]\d*(KB|MB|GB|TB)", shard_size):
         raise UserError(f"shard size '{shard_size}' must be a number and a unit, such as 500MB or 5GB")
 
 
+def _check_repair(repair: str, calibration: Calibration | None, bias_compensation: bool) -> None:
+    if repair not in REPAIRS:
+        raise UserError(f"repair '{repair}' is not known; known are {', '.join(REPAIRS)}")
+    if repair != "none" and calibration is None:
+        raise UserError("repair needs text to fit to: give --calibration, or --repair none")
+    if repair != "none" and bias_compensation:
+        raise UserError("repair refits biases itself: give one of --repair and --bias-compensation, not both")
+
+
+def _read_windows(
+    checkpoint: Checkpoint, calibration: Calibration | None, record: RunRecord
+) -> Int[Tensor, "windows positions"] | None:
+    """Windows of a text; None without one, or where the model has yet to write it."""
+    if calibration is None or calibration.source == SELF:
+        return None
+    with record.stage("reading the calibration data"):
+        return load_windows(calibration, checkpoint.tokenizer())
+
+
+def _sample_windows(
+    model: PreTrainedModel,
+    calibration: Calibration,
+    windows: Int[Tensor, "windows positions"] | None,
+    record: RunRecord,
+    voice: Voice,
+) -> Int[Tensor, "windows positions"]:
+    """The windows that are there, or text from the model itself."""
+    if windows is not None:
+        return windows
+    with record.stage("sampling text from the model"):
+        return sample_windows(model, calibration, voice.track("sampling text from the model"))
+
+
 def _score(
     checkpoint: Checkpoint,
     calibration: Calibration | None,
+    windows: Int[Tensor, "windows positions"] | None,
     request: Request,
     compute: Compute,
     voice: Voice,
     record: RunRecord,
-) -> tuple[Scores, PreTrainedModel]:
-    """Windows, weights, pass; the model comes back for surgery."""
-    windows: Int[Tensor, "windows positions"] | None = None
-    if calibration and calibration.source != SELF:
-        with record.stage("reading the calibration data"):
-            windows = load_windows(calibration, checkpoint.tokenizer())
+) -> tuple[Scores, PreTrainedModel, Int[Tensor, "windows positions"] | None]:
+    """Weights and pass; the model comes back for surgery, and the windows for repair."""
     checkpoint.fetch()
     model, model_hash = load_hashed(checkpoint, compute, record)
-    if calibration and calibration.source == SELF:
-        with record.stage("sampling text from the model"):
-            windows = sample_windows(model, calibration, voice.track("sampling text from the model"))
-    if windows is not None:
+    if calibration:
+        windows = _sample_windows(model, calibration, windows, record, voice)
         voice.say(announce_scoring(checkpoint.name, model, windows, [request], compute))
     with record.stage("scoring"):
         scores = score(
@@ -252,7 +334,7 @@ def _score(
             settings={"calibration": asdict(calibration)} if calibration else None,
             model_hash=model_hash,
         )
-    return scores, model
+    return scores, model, windows
 
 
 def _remark_on_options(scores: Scores, ratio: float, voice: Voice) -> None:

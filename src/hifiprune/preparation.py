@@ -5,6 +5,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -69,14 +70,17 @@ def load(checkpoint: Checkpoint, compute: Compute) -> PreTrainedModel:
     return checkpoint.load(compute.dtype_for(checkpoint), compute.resolved_device, compute.attention)
 
 
-def load_hashed(checkpoint: Checkpoint, compute: Compute, record: RunRecord) -> tuple[PreTrainedModel, str]:
-    """The model in the arithmetic asked for, and the hash of its weights as stored, which refuses NaN."""
+def load_hashed(
+    checkpoint: Checkpoint, compute: Compute, record: RunRecord, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, str]:
+    """The model in a dtype or the arithmetic asked for, and the hash of its weights as stored, which refuses NaN."""
     with record.stage("loading the weights"):
         model = checkpoint.load(device=compute.resolved_device, attention=compute.attention)
         model_hash = hash_model(model)
-        if compute.dtype_for(checkpoint) != model.dtype:
+        dtype = dtype or compute.dtype_for(checkpoint)
+        if dtype != model.dtype:
             del model
-            model = load(checkpoint, compute)
+            model = checkpoint.load(dtype, compute.resolved_device, compute.attention)
     return model, model_hash
 
 
@@ -112,6 +116,18 @@ def announce_scoring(
         f"{compute.resolved_device}: {forwards} forward and {backwards} backward passes, about {duration(seconds)} and "
         f"{memory / 1e9:.1f} GB above the weights{' (recomputing)' if recompute else ''}{teacher}, if the machine is "
         "idle."
+    )
+
+
+def announce_repair(model: PreTrainedModel, windows: Int[Tensor, "windows positions"], compute: Compute) -> str:
+    """What repair will cost: the dense and the cut model's forward passes, and as much again for the moments of one."""
+    device, config = compute.resolved_device, model.config
+    one = estimate_seconds(config, windows.numel(), windows.shape[1], device, model.dtype, backwards=0)
+    wide = config.get_text_config()
+    kept = windows.numel() * (2 * wide.hidden_size + wide.intermediate_size) * model.dtype.itemsize
+    return (
+        f"Repairing on {len(windows)} windows of {windows.shape[1]} tokens, {model.dtype} on {device}: about "
+        f"{duration(2.5 * one)} and {kept / 1e9:.1f} GB of memory above the weights, if the machine is idle."
     )
 
 

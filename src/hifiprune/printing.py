@@ -22,6 +22,11 @@ def pruned(record: RunRecord, output: Path) -> None:
     table.add_row("asked", "", results["asked"])
     table.add_row("parameters removed", "", f"{results['ratio']['reached']:.2%}")
     table.add_row("neurons removed", "", f"{results['neuron_ratio_reached']:.2%}")
+    if "repair" in results:
+        taken = [refit for refit in results["repair"] if refit["damping"] is not None]
+        table.add_row("maps repaired", "", f"{len(taken)} of {len(results['repair'])}")
+        left = sum(refit["error"] for refit in results["repair"]) / sum(r["plain_error"] for r in results["repair"])
+        table.add_row("squared error left", "", f"{left:.1%} of that of the plain cut, on held-out windows")
     _show(table)
     _costs(record)
     next_step("evaluate", output, "--against", record.arguments["model"], "--text", "FILE")

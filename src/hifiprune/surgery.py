@@ -30,16 +30,16 @@ def cut_(model: PreTrainedModel, plan: Plan, means: Sequence[Float[Tensor, "_"]]
     Raises:
         UserError: the plan was made for a model of another shape, or there is no bias to compensate with.
     """
-    mlps = _matching_mlps(model, plan)
+    mlps = matching_mlps(model, plan)
     if means is not None:
         require_bias(mlps)
         for mlp, kept, mean in zip(mlps, plan.kept, means, strict=True):
-            _compensate_(mlp, _others(kept, mlp.neurons), mean)
+            _compensate_(mlp, others(kept, mlp.neurons), mean)
     for mlp, kept in zip(mlps, plan.kept, strict=True):
-        _keep_(mlp, kept)
+        keep_(mlp, kept)
         for linear, name, _ in _parts(mlp):
             getattr(linear, name).grad = None  # of the shape before
-    _state_width(model, plan.widths[0])
+    state_width(model, plan.widths[0])
 
 
 @contextmanager
@@ -52,20 +52,20 @@ def cut(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
     Raises:
         UserError: the plan was made for a model of another shape.
     """
-    mlps = _matching_mlps(model, plan)
-    rests = [_others(kept, mlp.neurons) for mlp, kept in zip(mlps, plan.kept, strict=True)]
+    mlps = matching_mlps(model, plan)
+    rests = [others(kept, mlp.neurons) for mlp, kept in zip(mlps, plan.kept, strict=True)]
     removed = [_taken(mlp, rest) for mlp, rest in zip(mlps, rests, strict=True)]
     try:
         with torch.no_grad():
             for mlp, kept in zip(mlps, plan.kept, strict=True):
-                _keep_(mlp, kept)
-        _state_width(model, plan.widths[0])
+                keep_(mlp, kept)
+        state_width(model, plan.widths[0])
         yield
     finally:
         with torch.no_grad():
             for mlp, kept, rest, parts in zip(mlps, plan.kept, rests, removed, strict=True):
                 _put_back_(mlp, kept, rest, parts)
-        _state_width(model, plan.neurons[0])
+        state_width(model, plan.neurons[0])
 
 
 def require_bias(mlps: Sequence[Mlp]) -> None:
@@ -87,8 +87,9 @@ def _compensate_(mlp: Mlp, removed: Int[Tensor, "removed"], means: Float[Tensor,
     mlp.output.bias.copy_(bias + weight[:, removed] @ means.to(weight)[removed])
 
 
-def _others(kept: Int[Tensor, "kept"], neurons: int) -> Int[Tensor, "rest"]:
-    mask = torch.ones(neurons, dtype=torch.bool)
+def others(kept: Int[Tensor, "kept"], neurons: int) -> Int[Tensor, "rest"]:
+    """The neurons that are not kept, where `kept` is."""
+    mask = torch.ones(neurons, dtype=torch.bool, device=kept.device)
     mask[kept] = False
     return mask.nonzero()[:, 0]
 
@@ -98,7 +99,12 @@ def _taken(mlp: Mlp, rest: Int[Tensor, "rest"]) -> list[Tensor]:
     return [parameter.index_select(dim, rest.to(parameter.device)) for parameter, dim in parameters]
 
 
-def _matching_mlps(model: PreTrainedModel, plan: Plan) -> list[Mlp]:
+def matching_mlps(model: PreTrainedModel, plan: Plan) -> list[Mlp]:
+    """The MLPs of `model`, for which `plan` must have been made.
+
+    Raises:
+        UserError: it was made for a model of another shape, or its widths differ.
+    """
     mlps = find_mlps(model)
     found = [(mlp.name, mlp.neurons) for mlp in mlps]
     planned = list(zip(plan.names, plan.neurons, strict=True))
@@ -120,7 +126,8 @@ def _parts(mlp: Mlp) -> Iterator[tuple[nn.Linear, str, int]]:
     yield mlp.output, "weight", 1
 
 
-def _keep_(mlp: Mlp, kept: Int[Tensor, "kept"]) -> None:
+def keep_(mlp: Mlp, kept: Int[Tensor, "kept"]) -> None:
+    """Remove all other neurons from one MLP."""
     for linear, name, dim in _parts(mlp):
         parameter = getattr(linear, name)
         _set_(linear, name, parameter.index_select(dim, kept.to(parameter.device)))
@@ -151,7 +158,8 @@ def _state_sizes(mlp: Mlp, width: int) -> None:
         linear.out_features = width
 
 
-def _state_width(model: PreTrainedModel, width: int) -> None:
+def state_width(model: PreTrainedModel, width: int) -> None:
+    """Say in the configuration how wide the MLPs are."""
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         if hasattr(config, "intermediate_size"):
             config.intermediate_size = width

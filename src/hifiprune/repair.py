@@ -1,0 +1,285 @@
+"""Repair of a cut in closed form: the neurons that stay take over what the removed ones did, as far as they can.
+
+Removing neurons `R` of an MLP with output map `W` leaves the plain cut `h_K W_K`. What is missing, the residual `D`, is
+regressed on the activations `h_K` that are still there, by ridge regression over all tokens:
+
+    change = argmin  sum over tokens of  weight * |D - change h_K|^2  +  damping * |change|^2,    W' = W_K + change
+
+so damping leads back to the plain cut, not to zero. `D` is what the removed neurons wrote (parallel form), or the whole
+difference to the dense model's residual stream, errors of earlier blocks included (sequential form). How much damping,
+and whether the change is taken at all, is decided for each map by windows that were held out.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from hifiprune.blocks import BlockChain
+from hifiprune.errors import UserError
+from hifiprune.guards import check_windows, frozen, memory_explained
+from hifiprune.head import precise
+from hifiprune.plan import Plan
+from hifiprune.surgery import keep_, matching_mlps, others, state_width
+from hifiprune.taps import BlockCall, overridden
+
+DAMPINGS = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Candidates, relative to the mean square of an activation."""
+HELD_OUT = 8
+"""Every so many windows one is held out."""
+GRAM_BLOCKS = 4
+"""Parts in which a symmetric product is formed, to leave out most of its mirrored half."""
+
+
+@dataclass(frozen=True)
+class Refit:
+    """How the refit of one output map went.
+
+    Attributes:
+        name: of the MLP.
+        damping: that was best on held-out windows; None if the plain cut was.
+        plain_error: squared residual of the plain cut on held-out windows, relative to that of the dense output.
+        error: the same after the refit.
+    """
+
+    name: str
+    damping: float | None
+    plain_error: float
+    error: float
+
+
+@torch.no_grad()
+def cut_and_repair_(
+    model: PreTrainedModel,
+    plan: Plan,
+    windows: Int[Tensor, "windows positions"],
+    *,
+    sequential: bool = True,
+    weighted: bool = True,
+    attention: bool = False,
+    batch_size: int = 1,
+    track: Callable[[Iterable[int]], Iterable[int]] = lambda layers: layers,
+) -> list[Refit]:
+    """Cut `model` by `plan`, and refit each output map so that the dense model's hidden states are kept.
+
+    Args:
+        model: the dense model.
+        plan: which neurons to keep.
+        windows: token ids, at least two windows.
+        sequential: close the whole difference to the dense residual stream; else only what the block's own cut opens,
+            as always in families whose MLPs do not write to the stream directly.
+        weighted: weigh each token by the inverse square norm of the dense residual stream there, as the norms that
+            read the stream do.
+        attention: refit the output maps of the attention too, in the sequential form: they close what earlier cuts
+            opened.
+        batch_size: windows per step; the result depends on it only by rounding.
+        track: wraps the layers, to show progress.
+
+    Returns:
+        how each refit went.
+
+    Raises:
+        UserError: the plan or the windows do not fit the model.
+        RunError: activations are not finite, or memory ran out.
+    """
+    check_windows(model, windows, batch_size)
+    if len(windows) < 2:
+        raise UserError("repair needs at least 2 windows, of which it holds one out")
+    mlps = matching_mlps(model, plan)
+    with frozen(model):
+        chain = BlockChain(model)
+        sequential = sequential and chain.family.additive
+        streams = _start(chain, windows, batch_size)
+        refits = []
+        for layer in track(range(len(mlps))):
+            with memory_explained(model, windows[:batch_size].numel()):
+                for site in _sites(chain, layer, plan.kept[layer], attention and sequential):
+                    refits.append(_repair_(chain, layer, site, streams, sequential, weighted))
+    state_width(model, plan.widths[0])
+    return refits
+
+
+@dataclass
+class Stream:
+    """A batch of windows on its way through the blocks, kept on the CPU.
+
+    Attributes:
+        calls: what the blocks are called with.
+        held: numbers of its windows that are held out.
+        dense: the dense model's residual stream `[windows, positions, hidden]`.
+        cut: that of the cut and repaired model; in the parallel form the dense one's.
+    """
+
+    calls: list[BlockCall]
+    held: list[int]
+    dense: Tensor
+    cut: Tensor
+
+
+def _start(chain: BlockChain, windows: Int[Tensor, "windows positions"], batch_size: int) -> list[Stream]:
+    """All batches before the first block."""
+    streams = []
+    for batch, numbers in zip(windows.split(batch_size), torch.arange(len(windows)).split(batch_size), strict=True):
+        hidden, calls = chain.embed(batch.to(chain.model.device, torch.int64))
+        last = min(HELD_OUT, len(windows)) - 1
+        held = [place for place, number in enumerate(numbers.tolist()) if number % HELD_OUT == last]
+        streams.append(Stream(calls, held, hidden.cpu(), hidden.cpu()))
+    return streams
+
+
+@dataclass(frozen=True)
+class Site:
+    """A linear map that writes to the residual stream.
+
+    Attributes:
+        name: of the module that it belongs to.
+        linear: the map.
+        kept: which of its inputs stay; all if None.
+        skipped: the other module of the block that writes to the stream, left out where halves are taken one by one.
+    """
+
+    name: str
+    linear: nn.Linear
+    kept: Int[Tensor, "kept"] | None = None
+    skipped: nn.Module | None = None
+
+    def run(self, chain: BlockChain, layer: int, hidden: Tensor, call: BlockCall) -> tuple[Tensor, Tensor]:
+        """The stream after the block, or after this half of it, and the map's input."""
+        nothing = hidden.new_zeros(())
+
+        def silent(*args: Any, **kwargs: Any) -> Any:
+            return nothing if self.skipped is not attention else (nothing, None)
+
+        attention = chain.attention(layer)
+        with overridden([(self.skipped, silent)] if self.skipped else []):
+            output, tap = chain.run(layer, hidden, call, self.linear)
+        return output, tap.input
+
+
+def _sites(chain: BlockChain, layer: int, kept: Int[Tensor, "kept"], attention: bool) -> list[Site]:
+    """What is refitted in a block, in the order in which the stream passes it."""
+    mlp, heads = chain.mlps[layer], chain.attention(layer)
+    kept = kept.to(chain.model.device)
+    if not attention:
+        return [Site(mlp.name, mlp.output, kept)]
+    linear = heads.get_submodule(chain.family.attention_output)
+    assert isinstance(linear, nn.Linear)
+    name, module = mlp.name.rpartition(".")[0], chain.model.get_submodule(mlp.name)
+    return [
+        Site(f"{name}.{chain.family.attention}", linear, skipped=module),
+        Site(mlp.name, mlp.output, kept, skipped=heads),
+    ]
+
+
+def _repair_(
+    chain: BlockChain, layer: int, site: Site, streams: list[Stream], sequential: bool, weighted: bool
+) -> Refit:
+    """Take all batches through a block, or half of it; remove what is not kept, and refit the output map."""
+    linear, device = site.linear, chain.model.device
+    kept = torch.arange(linear.in_features, device=device) if site.kept is None else site.kept
+    rest = others(kept, linear.in_features)
+    fit, held = Moments(), Moments()
+    activations = []
+    for stream in streams:
+        output, given = site.run(chain, layer, stream.cut.to(device), stream.calls[layer])
+        activation, residual = given[..., kept], functional.linear(given[..., rest], linear.weight[:, rest])
+        if linear.bias is not None:  # refitted as the weight of an input that is always 1
+            activation = functional.pad(activation, (0, 1), value=1.0)
+        dense = output
+        if sequential:
+            dense, _ = site.run(chain, layer, stream.dense.to(device), stream.calls[layer])
+            output = output - residual
+            residual = dense - output
+            activations.append(activation.cpu())
+        stream.dense, stream.cut = dense.cpu(), output.cpu()
+        scale = precise(dense).square().mean(-1, keepdim=True).rsqrt() if weighted else 1.0
+        rows = [(precise(each) * scale) for each in (activation, residual, dense)]
+        chosen = torch.zeros(len(output), dtype=torch.bool, device=device)
+        chosen[stream.held] = True
+        for moments, windows in ((fit, ~chosen), (held, chosen)):
+            if windows.any():
+                moments.add(*(each[windows].flatten(0, 1) for each in rows))
+    change, refit = _refit(site.name, fit, held)
+    if site.kept is not None:
+        keep_(chain.mlps[layer], kept)
+    if change is not None:
+        change = change.to(linear.weight)
+        linear.weight.add_(change[:, : len(kept)])
+        if linear.bias is not None:
+            linear.bias.add_(change[:, -1])
+        for stream, activation in zip(streams, activations, strict=False):
+            stream.cut += functional.linear(activation.to(device), change).cpu()
+    return refit
+
+
+class Moments:
+    """Sums over tokens from which every ridge regression of the residual on the activations follows, in float64."""
+
+    def __init__(self) -> None:
+        self.gram = torch.zeros(())
+        self.cross = torch.zeros(())
+        self.residual = 0.0
+        self.output = 0.0
+
+    def add(
+        self,
+        activation: Float[Tensor, "tokens kept"],
+        residual: Float[Tensor, "tokens hidden"],
+        output: Float[Tensor, "tokens hidden"],
+    ) -> None:
+        """Add a batch: products in the tensors' dtype, sums in float64."""
+        self.gram = self.gram.to(activation.device) + _gram(activation).double()
+        self.cross = self.cross.to(activation.device) + (residual.T @ activation).double()
+        self.residual += float(residual.double().square().sum())
+        self.output += float(output.double().square().sum())
+
+    def error(self, change: Float[Tensor, "hidden kept"] | None) -> float:
+        """Squared residual that is left after a change of the output map, relative to the output."""
+        if change is None:
+            return self.residual / self.output
+        left = self.residual - 2 * (change * self.cross).sum() + ((change @ self.gram) * change).sum()
+        return float(left) / self.output
+
+    def solve(self, damping: float) -> Float[Tensor, "hidden kept"] | None:
+        """The best change of the output map under a damping; None if the system cannot be solved."""
+        damped = self.gram.clone()
+        damped.diagonal().add_(damping * self.gram.diagonal().mean())
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if failed:
+            return None
+        return torch.cholesky_solve(self.cross.T, factor).T
+
+    def merge(self, other: "Moments") -> "Moments":
+        """The sums over the tokens of both."""
+        total = Moments()
+        for name, value in vars(self).items():
+            setattr(total, name, value + getattr(other, name))
+        return total
+
+
+def _refit(name: str, fit: Moments, held: Moments) -> tuple[Float[Tensor, "hidden kept"] | None, Refit]:
+    """The change whose damping is best on what is held out, solved on everything; None if the plain cut is better."""
+    plain = held.error(None)
+    errors = {damping: held.error(change) for damping in DAMPINGS if (change := fit.solve(damping)) is not None}
+    best = min(errors, key=lambda damping: errors[damping], default=None)
+    if best is None or not errors[best] < plain:
+        return None, Refit(name, None, plain, plain)
+    return fit.merge(held).solve(best), Refit(name, best, plain, errors[best])
+
+
+def _gram(rows: Float[Tensor, "tokens kept"]) -> Float[Tensor, "kept kept"]:
+    """`rows.T @ rows`, of which little more than half is computed."""
+    parts = rows.tensor_split(GRAM_BLOCKS, 1)
+    gram = rows.new_empty(rows.shape[1], rows.shape[1])
+    start = 0
+    for part in parts:
+        end = start + part.shape[1]
+        torch.mm(part.T, rows[:, start:], out=gram[start:end, start:])
+        gram[end:, start:end] = gram[start:end, end:].T
+        start = end
+    return gram

@@ -1,0 +1,330 @@
+"""Repair against least squares in float64 on plain transformers, and against what can go wrong with the moments."""
+
+import copy
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+import hifiprune as hp
+from hifiprune.checkpoint import Checkpoint
+from hifiprune.repair import HELD_OUT, cut_and_repair_
+from tests.commands import Result, refused
+from tests.commands import run as run_command
+from tests.families import VARIANTS, tiny_model, tiny_tokens
+
+WINDOWS = 40
+"""Of which every eighth is held out."""
+
+
+def plan_of(model: PreTrainedModel, width: int, seed: int = 0) -> hp.Plan:
+    """A plan that keeps random neurons."""
+    chance = torch.Generator().manual_seed(seed)
+    mlps = hp.find_mlps(model)
+    kept = [torch.randperm(mlp.neurons, generator=chance)[:width].sort().values for mlp in mlps]
+    return hp.Plan(kept, [mlp.neurons for mlp in mlps], [mlp.name for mlp in mlps], None, 0.0, 0, 0)
+
+
+@contextmanager
+def watched(model: PreTrainedModel) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """The input of every output map, and the output of every block, while the model runs."""
+    activations: list[Tensor] = []
+    outputs: list[Tensor] = []
+    hooks = [
+        mlp.output.register_forward_hook(lambda _, inputs, __: activations.append(inputs[0].flatten(0, 1)))
+        for mlp in hp.find_mlps(model)
+    ]
+    hooks += [
+        block.register_forward_hook(lambda _, __, output: outputs.append(output.flatten(0, 1)))
+        for block in model.model.layers
+    ]
+    try:
+        yield activations, outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def run(model: PreTrainedModel, tokens: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    with watched(model) as (activations, outputs):
+        model(input_ids=tokens, use_cache=False)
+    return activations, outputs
+
+
+def ridge(inputs: Tensor, residual: Tensor, scale: Tensor, damping: float) -> Tensor:
+    """The change by numpy's least squares, damping as further rows."""
+    rows, wanted = (inputs * scale).numpy(), (residual * scale).numpy()
+    extra = np.sqrt(damping * np.square(rows).sum(0).mean()) * np.eye(rows.shape[1])
+    rows, wanted = np.vstack((rows, extra)), np.vstack((wanted, np.zeros((len(extra), wanted.shape[1]))))
+    return torch.from_numpy(np.linalg.lstsq(rows, wanted, rcond=None)[0].T)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_parallel_form_is_least_squares_on_the_dense_model(variant: str, weighted: bool) -> None:
+    model, tokens = tiny_model(variant), tiny_tokens(WINDOWS)
+    plan = plan_of(model, 29)
+    activations, outputs = run(model, tokens)
+    before = copy.deepcopy([mlp.output for mlp in hp.find_mlps(model)])
+    refits = cut_and_repair_(model, plan, tokens, sequential=False, weighted=weighted, batch_size=3)
+    solved = 0
+    for layer, (mlp, refit, kept) in enumerate(zip(hp.find_mlps(model), refits, plan.kept, strict=True)):
+        weight, bias = before[layer].weight.detach(), before[layer].bias
+        inputs = activations[layer][:, kept]
+        rest = torch.tensor([i for i in range(40) if i not in kept.tolist()])
+        residual = activations[layer][:, rest] @ weight[:, rest].T
+        scale = outputs[layer].square().mean(-1, keepdim=True).rsqrt() if weighted else torch.ones(len(inputs), 1)
+        if bias is not None:
+            inputs = torch.cat((inputs, torch.ones(len(inputs), 1)), 1)
+        if refit.damping is None:
+            assert torch.equal(mlp.output.weight, weight[:, kept])
+            continue
+        solved += 1
+        change = ridge(inputs, residual, scale.double(), refit.damping)
+        torch.testing.assert_close(mlp.output.weight, weight[:, kept] + change[:, :29], rtol=1e-6, atol=1e-8)
+        if bias is not None:
+            torch.testing.assert_close(mlp.output.bias, bias + change[:, -1], rtol=1e-6, atol=1e-8)
+        assert refit.error < refit.plain_error
+    assert solved >= 2, "or there was nothing to check"
+
+
+@torch.no_grad()
+def inputs_of(model: PreTrainedModel, tokens: Tensor, modules: list[nn.Module]) -> list[Tensor]:
+    """What modules are given, a row a token."""
+    found: dict[nn.Module, Tensor] = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda self, given: found.update({self: given[0].flatten(0, 1)}))
+        for module in modules
+    ]
+    model(input_ids=tokens, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return [found[module] for module in modules]
+
+
+@pytest.mark.parametrize("attention", [False, True])
+@pytest.mark.parametrize("variant", ["llama", "llama-bias", "qwen3", "smollm3", "mistral"])
+def test_the_sequential_form_closes_the_difference_of_the_residual_streams(variant: str, attention: bool) -> None:
+    """Each map in turn: earlier ones are repaired, this one is cut, and least squares say what it should be."""
+    dense, model, checked = (tiny_model(variant) for _ in range(3))
+    tokens, plan = tiny_tokens(WINDOWS), plan_of(model, 29)
+    refits = cut_and_repair_(model, plan, tokens, attention=attention, batch_size=3)
+    hp.cut_(checked, plan)
+    steps = []
+    for layer in range(3):
+        block, repaired, true = (each.model.layers[layer] for each in (checked, model, dense))
+        after = [*(each.model.layers[layer + 1 :][:1] or [each.model.norm] for each in (checked, dense))]
+        if attention:
+            linears = block.self_attn.o_proj, repaired.self_attn.o_proj
+            steps.append((*linears, block.post_attention_layernorm, true.post_attention_layernorm))
+        steps.append((block.mlp.down_proj, repaired.mlp.down_proj, after[0][0], after[1][0]))
+    solved = 0
+    for (linear, repaired, end, true_end), refit in zip(steps, refits, strict=True):
+        given, reached = inputs_of(checked, tokens, [linear, end])
+        (wanted,) = inputs_of(dense, tokens, [true_end])
+        if refit.damping is not None:
+            scale = wanted.square().mean(-1, keepdim=True).rsqrt()
+            rows = given if linear.bias is None else torch.cat((given, torch.ones(len(given), 1)), 1)
+            change = ridge(rows, wanted - reached, scale, refit.damping)
+            with torch.no_grad():
+                linear.weight.add_(change[:, : linear.in_features])
+                if linear.bias is not None:
+                    linear.bias.add_(change[:, -1])
+            solved += 1
+        for name, parameter in repaired.named_parameters():
+            torch.testing.assert_close(parameter, linear.get_parameter(name), rtol=1e-5, atol=1e-7)
+    assert solved >= 1, "or there was nothing to check"
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize("variant", ["llama", "llama-bias", "gemma2"])
+def test_keeping_all_changes_nothing(variant: str, sequential: bool) -> None:
+    model, tokens = tiny_model(variant), tiny_tokens(4)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    refits = cut_and_repair_(model, plan_of(model, 40), tokens, sequential=sequential)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert [refit.damping for refit in refits] == [None] * 3
+
+
+def combine_(model: PreTrainedModel, kept: list[Tensor]) -> None:
+    """Make every removed neuron's activation a multiple of a kept one's: same gate, scaled up projection."""
+    with torch.no_grad():
+        for mlp, stay in zip(hp.find_mlps(model), kept, strict=True):
+            gate, up = mlp.inputs
+            rest = [i for i in range(40) if i not in stay.tolist()]
+            for place, neuron in enumerate(rest):
+                gate.weight[neuron] = gate.weight[stay[place % len(stay)]]
+                up.weight[neuron] = (0.3 + 0.1 * place) * up.weight[stay[place % len(stay)]]
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_what_the_kept_neurons_can_express_is_restored(sequential: bool) -> None:
+    model, tokens = tiny_model("llama"), tiny_tokens(30, 16)
+    plan = plan_of(model, 25)
+    combine_(model, plan.kept)
+    with torch.no_grad():
+        dense = model(input_ids=tokens).logits
+        with hp.cut(model, plan):
+            plain = (model(input_ids=tokens).logits - dense).abs().max()
+        cut_and_repair_(model, plan, tokens, sequential=sequential)
+        error = (model(input_ids=tokens).logits - dense).abs().max()
+    assert error < 1e-3 * plain
+
+
+def spoil_(model: PreTrainedModel, kept: list[Tensor], how: str) -> None:
+    with torch.no_grad():
+        for mlp, stay in zip(hp.find_mlps(model), kept, strict=True):
+            for linear in mlp.inputs:
+                if how == "duplicate neurons":
+                    linear.weight[stay[:6]] = linear.weight[stay[6:12]].clone()
+                elif how == "dead neurons":
+                    linear.weight[stay[:6]] = 0
+                elif how == "dead layer":
+                    linear.weight[stay] = 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize("how", ["duplicate neurons", "dead neurons", "dead layer", "few tokens"])
+def test_bad_moments_stay_finite_and_never_end_worse_than_the_plain_cut(
+    how: str, sequential: bool, dtype: torch.dtype
+) -> None:
+    model = tiny_model("llama", dtype)
+    tokens = tiny_tokens(2, 5) if how == "few tokens" else tiny_tokens(WINDOWS)
+    plan = plan_of(model, 29)
+    spoil_(model, plan.kept, how)
+    for refit in cut_and_repair_(model, plan, tokens, sequential=sequential):
+        assert np.isfinite(refit.error)
+        assert refit.error <= refit.plain_error
+        assert (refit.damping is None) == (refit.error == refit.plain_error)
+        assert how != "dead layer" or refit.damping is None
+    assert all(weight.isfinite().all() for weight in model.parameters())
+
+
+def test_what_is_held_out_decides() -> None:
+    """Windows that are fitted cannot be what a refit is accepted for."""
+    model, tokens = tiny_model("llama"), tiny_tokens(HELD_OUT, 9)
+    tokens[-1] = 5  # one token alone: what the others teach is wrong for it
+    plan = plan_of(model, 29)
+    dense = tiny_model("llama")
+    activations, outputs = run(dense, tokens)
+    refits = cut_and_repair_(model, plan, tokens, sequential=False)
+    for layer, refit in enumerate(refits):
+        weight = hp.find_mlps(dense)[layer].output.weight.detach()
+        rest = torch.tensor([i for i in range(40) if i not in plan.kept[layer].tolist()])
+        scale = outputs[layer].square().mean(-1, keepdim=True).rsqrt()
+        held = slice(-9, None)
+        residual = (scale * (activations[layer][:, rest] @ weight[:, rest].T))[held].square().sum()
+        output = (scale * outputs[layer])[held].square().sum()
+        assert refit.plain_error == pytest.approx(float(residual / output))
+
+
+def test_results_do_not_depend_on_the_batch_size() -> None:
+    weights = []
+    for size in (1, 7, 40):
+        model = tiny_model("llama")
+        cut_and_repair_(model, plan_of(model, 29), tiny_tokens(WINDOWS), batch_size=size)
+        weights.append([mlp.output.weight.detach() for mlp in hp.find_mlps(model)])
+    for other in weights[1:]:
+        for one, two in zip(weights[0], other, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-7, atol=1e-9)
+
+
+def test_windows_and_plans_that_cannot_be_used_are_refused() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(hp.UserError, match="repair needs at least 2 windows"):
+        cut_and_repair_(model, plan_of(model, 29), tiny_tokens(1))
+    with pytest.raises(hp.UserError, match="the plan is for 3 MLPs"):
+        cut_and_repair_(tiny_model("llama", intermediate_size=48), plan_of(model, 29), tiny_tokens(4))
+
+
+def prune(dense: Path, output: Path, *more: object) -> Result:
+    return run_command("prune", dense, "--output", output, "--width", 29, "--num-samples", 9, "--seq-len", 24, *more)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_command_saves_the_repaired_model_in_the_checkpoints_dtype(world: Path, tmp_path: Path, dtype: str) -> None:
+    dense, text = tmp_path / "dense", world / "calibration.txt"
+    model = AutoModelForCausalLM.from_pretrained(world / "dense", dtype=getattr(torch, dtype))
+    model.save_pretrained(dense)
+    for path in (world / "dense").glob("tokenizer*"):
+        shutil.copyfile(path, dense / path.name)
+    result = prune(dense, tmp_path / "out", "--repair", "ridge", "--calibration", text, "--batch-size", 2)
+    assert result.code == 0, result.err
+    assert "maps repaired" in result.out
+    assert "Repairing on 9 windows of 24 tokens, torch.float32 on cpu" in result.err
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert saved.dtype == getattr(torch, dtype)
+    plan = hp.Plan.load(tmp_path / "out" / "hifiprune" / "plan.json")
+    windows = hp.load_windows(hp.Calibration(str(text), 9, 24), AutoTokenizer.from_pretrained(dense))
+    expected = model.float()
+    refits = cut_and_repair_(expected, plan, windows)
+    for name, weight in expected.state_dict().items():
+        torch.testing.assert_close(saved.state_dict()[name], weight.to(saved.dtype), rtol=1e-2, atol=1e-4)
+    recorded = json.loads((tmp_path / "out" / "run.json").read_text())["results"]["repair"]
+    assert [row["damping"] for row in recorded] == [refit.damping for refit in refits]
+    assert any(refit.damping for refit in refits)
+
+
+def test_scores_made_before_are_repaired_with_a_calibration(world: Path, tmp_path: Path) -> None:
+    dense, text = world / "dense", world / "calibration.txt"
+    scored = run_command("score", dense, "--output", tmp_path / "scores", "--criterion", "random")
+    assert scored.code == 0, scored.err
+    both = ("--scores", tmp_path / "scores", "--calibration", text)
+    refused(prune(dense, tmp_path / "out", *both), "give one of --calibration and --scores, not both")
+    result = prune(dense, tmp_path / "out", *both, "--repair", "ridge")
+    assert result.code == 0, result.err
+    assert "Ignored" not in result.err
+    direct = prune(dense, tmp_path / "two", "--criterion", "random", "--calibration", text, "--repair", "ridge")
+    assert direct.code == 0, direct.err
+    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("out", "two"))
+    assert all(torch.equal(weight, two[name]) for name, weight in one.items())
+
+
+def test_repair_on_text_from_the_model_itself(world: Path, tmp_path: Path) -> None:
+    own = ("--calibration", "self", "--repair", "ridge", "--json")
+    result = prune(world / "dense", tmp_path / "out", *own)
+    assert result.code == 0, result.err
+    assert len(result.json["results"]["repair"]) == 3
+    assert [stage["name"] for stage in result.json["stages"]].count("sampling text from the model") == 1
+
+
+REFUSED: list[tuple[tuple[object, ...], str]] = [
+    (("--repair", "rigde", "--calibration", "TEXT"), "repair 'rigde' is not known; known are none, ridge"),
+    (("--repair", "ridge", "--criterion", "magnitude"), "repair needs text to fit to: give --calibration"),
+    (("--repair", "ridge", "--calibration", "TEXT", "--bias-compensation"), "give one of --repair and --bias-compen"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), REFUSED, ids=lambda value: str(value)[:40])
+def test_impossible_repairs_are_refused_before_anything_is_loaded(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[object, ...], message: str
+) -> None:
+    monkeypatch.setattr(Checkpoint, "load", None)
+    placed = [world / "calibration.txt" if word == "TEXT" else word for word in words]
+    refused(prune(world / "dense", tmp_path / "out", *placed), message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_repair_brings_the_real_model_nearer_to_itself(
+    smollm2_folder: Path, smollm2_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """On text that it was not fitted to."""
+    windows = hp.load_windows(hp.Calibration("python-docs", 12, 128), smollm2_tokenizer)
+    fitted, held = windows[:9], windows[9:]
+    dense, *others = (AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32) for _ in range(3))
+    scores = hp.score(dense, fitted[:4])
+    plan = hp.allocate(scores, hp.Budget(ratio=0.2), round_to=1)
+    hp.cut_(others[0], plan)
+    cut_and_repair_(others[1], plan, fitted)
+    plain, repaired = (hp.measure(model, held, dense)["kl"].value for model in others)
+    assert repaired < 0.9 * plain
