@@ -2,7 +2,7 @@
 
 Calibrated on C4, perplexity on WikiText-2 test, fidelity on other documents of C4, 3 draws of the calibration windows.
 Writes `results/criteria.json` and `results/ablation.json`. Takes about three hours on 2 cores; interrupted, it goes on
-where it stopped.
+where it stopped. What it made is kept in `.cache/criteria` and `.cache/ablation`: remove these to make it anew.
 """
 
 import json
@@ -69,10 +69,16 @@ def readme_table(document: dict[str, Any], ablation: dict[str, Any]) -> str:
     order = sorted(CRITERIA, key=lambda name: float(values[name, "kl", 1, RATIOS[0]]["mean"]))
     for name in order:
         cells = [values[name, *metric, ratio] for ratio in RATIOS for metric in (("perplexity", 0), ("kl", 1))]
-        shown = [f"{cell['mean']:.3g} ± {cell['spread']:.2g}" for cell in cells]
+        shown = [_shown(cell["mean"], cell["spread"]) for cell in cells]
         within = ablation["results"]["correlations"][name]["single"]["within_layers"]["value"]
         lines.append(f"| `{name}` | {' | '.join(shown)} | {within:.2f} |")
     return "\n".join(lines)
+
+
+def _shown(mean: float, spread: float) -> str:
+    if mean >= 10_000:
+        return "over 10,000"
+    return f"{mean:,.0f} ± {spread:,.0f}" if mean >= 1000 else f"{mean:.3g} ± {spread:.2g}"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from hifiprune.evaluation.fidelity import METRICS
 
 QUALITY = ("perplexity", "kl")
 MARKERS = "osD^vP*X<>hp8d"
-FAR = 5.0  # times the best at the largest ratio: what is worse would flatten the plot
+FAR = 2.0  # times the best at the same ratio: what is worse would flatten the plot
 
 
 def draw_comparison(results: dict[str, Any], folder: Path) -> None:
@@ -48,10 +48,10 @@ def _quality(rows: list[dict[str, Any]], results: dict[str, Any]) -> Figure:
     figure, axes = _figure(7.5, 5.0)
     metric, text = rows[0]["metric"], rows[0]["text"]
     ratios = sorted({row["ratio"] for row in rows})
-    ceiling = FAR * max(min(row["mean"] for row in rows if row["ratio"] == ratio) for ratio in ratios)
+    ceiling = {ratio: FAR * min(row["mean"] for row in rows if row["ratio"] == ratio) for ratio in ratios}
     for number, name in enumerate(dict.fromkeys(row["criterion"] for row in rows)):
         own = sorted((row["ratio"], row["mean"], row["spread"] or 0.0) for row in rows if row["criterion"] == name)
-        shown = [point for point in own if point[1] <= ceiling]
+        shown = [point for point in own if point[1] <= ceiling[point[0]]]
         label = name if len(shown) == len(own) else f"{name} (far above)"
         x, y, spread = zip(*shown, strict=True) if shown else ((), (), ())
         color, marker = mpl.colormaps["tab20"](number % 20), MARKERS[number % len(MARKERS)]

@@ -120,11 +120,10 @@ def announce_scoring(
 
 
 def announce_repair(model: PreTrainedModel, windows: Int[Tensor, "windows positions"], compute: Compute) -> str:
-    """What repair will cost: the dense and the cut model's forward passes, and as much again for the moments of one."""
-    device, config = compute.resolved_device, model.config
+    """What repair will cost: forward passes of the dense and the cut model, and half a pass for the moments."""
+    device, config = compute.resolved_device, model.config.get_text_config()
     one = estimate_seconds(config, windows.numel(), windows.shape[1], device, model.dtype, backwards=0)
-    wide = config.get_text_config()
-    kept = windows.numel() * (2 * wide.hidden_size + wide.intermediate_size) * model.dtype.itemsize
+    kept = windows.numel() * (2 * config.hidden_size + config.intermediate_size) * model.dtype.itemsize
     return (
         f"Repairing on {len(windows)} windows of {windows.shape[1]} tokens, {model.dtype} on {device}: about "
         f"{duration(2.5 * one)} and {kept / 1e9:.1f} GB of memory above the weights, if the machine is idle."

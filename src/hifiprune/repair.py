@@ -41,7 +41,7 @@ class Refit:
     """How the refit of one output map went.
 
     Attributes:
-        name: of the MLP.
+        name: of the MLP or attention.
         damping: that was best on held-out windows; None if the plain cut was.
         plain_error: squared residual of the plain cut on held-out windows, relative to that of the dense output.
         error: the same after the refit.
@@ -150,12 +150,11 @@ class Site:
 
     def run(self, chain: BlockChain, layer: int, hidden: Tensor, call: BlockCall) -> tuple[Tensor, Tensor]:
         """The stream after the block, or after this half of it, and the map's input."""
-        nothing = hidden.new_zeros(())
+        attention, nothing = chain.attention(layer), hidden.new_zeros(())
 
         def silent(*args: Any, **kwargs: Any) -> Any:
-            return nothing if self.skipped is not attention else (nothing, None)
+            return (nothing, None) if self.skipped is attention else nothing  # attention returns its weights too
 
-        attention = chain.attention(layer)
         with overridden([(self.skipped, silent)] if self.skipped else []):
             output, tap = chain.run(layer, hidden, call, self.linear)
         return output, tap.input
