@@ -28,6 +28,7 @@ CRITERIA = (
 )  # fmt: skip
 RATIOS = (0.2, 0.3, 0.4)
 WINDOWS, SEEDS = 12, 3
+CORRELATIONS = (("single", "within_layers"), ("groups", "all_layers"))
 HELD_OUT = Text(str(DATA / "c4" / "c4_short.jsonl"), 512, 8)
 
 
@@ -61,24 +62,26 @@ def main() -> None:
 
 
 def readme_table(document: dict[str, Any], ablation: dict[str, Any]) -> str:
-    """The table of the README in Markdown: mean and standard deviation over draws, and rank correlation."""
+    """The table of the README in Markdown: mean and standard deviation over draws, and rank correlations."""
     rows = document["results"]["summary"]
     values = {(row["criterion"], row["metric"], row["text"], row["ratio"]): row for row in rows}
     heads = [f"{what} at {ratio:.0%}" for ratio in RATIOS for what in ("perplexity", "KL")]
-    lines = [f"| criterion | {' | '.join(heads)} | rank correlation |", "|---" * (len(heads) + 2) + "|"]
+    heads += ["neurons", "groups"]
+    lines = [f"| criterion | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     order = sorted(CRITERIA, key=lambda name: float(values[name, "kl", 1, RATIOS[0]]["mean"]))
     for name in order:
         cells = [values[name, *metric, ratio] for ratio in RATIOS for metric in (("perplexity", 0), ("kl", 1))]
         shown = [_shown(cell["mean"], cell["spread"]) for cell in cells]
-        within = ablation["results"]["correlations"][name]["single"]["within_layers"]["value"]
-        lines.append(f"| `{name}` | {' | '.join(shown)} | {within:.2f} |")
+        found = ablation["results"]["correlations"][name]
+        shown += [f"{found[kind][where]['value']:.2f}" for kind, where in CORRELATIONS]
+        lines.append(f"| `{name}` | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
 def _shown(mean: float, spread: float) -> str:
     if mean >= 10_000:
         return "over 10,000"
-    return f"{mean:,.0f} ± {spread:,.0f}" if mean >= 1000 else f"{mean:.3g} ± {spread:.2g}"
+    return " ± ".join(f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in (mean, float(f"{spread:.2g}")))
 
 
 if __name__ == "__main__":
