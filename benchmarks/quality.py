@@ -37,7 +37,7 @@ class Variant:
     """A criterion, and how its cut is repaired, if at all."""
 
     criterion: str
-    repair: dict[str, bool] | None = None
+    repair: dict[str, Any] | None = None
 
 
 PARALLEL, SEQUENTIAL = {"sequential": False}, {"sequential": True}
