@@ -1,4 +1,4 @@
-"""Every criterion on SmolLM2-135M-Instruct: compared by quality after the cut, and tested against true removals.
+"""Twelve criteria on SmolLM2-135M-Instruct: compared by quality after the cut, and tested against true removals.
 
 Calibrated on C4, perplexity on WikiText-2 test, fidelity on other documents of C4, 3 draws of the calibration windows.
 Writes `results/criteria.json` and `results/ablation.json`. Takes about three hours on 2 cores; interrupted, it goes on

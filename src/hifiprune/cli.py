@@ -45,7 +45,7 @@ from hifiprune.terminal import show, voice
 
 app = typer.Typer(
     name="hifiprune",
-    help="Make a large language model smaller by removing the MLP neurons whose loss changes its predictions least.",
+    help="Make a large language model smaller by removing the MLP neurons that its predictions depend on least.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -60,7 +60,7 @@ def prune(
     neuron_ratio: Annotated[float | None, Option(help="Fraction of the MLP neurons to remove.")] = None,
     width: Annotated[int | None, Option(help="Neurons that every MLP keeps.")] = None,
     calibration: Annotated[str | None, Option(help=SOURCES)] = None,
-    scores: Annotated[Path | None, Option(help="Scores made before, instead of a calibration.")] = None,
+    scores: Annotated[Path | None, Option(help="Scores made before; --calibration is then for repair alone.")] = None,
     num_samples: NumSamples = 128,
     seq_len: SeqLen = 1024,
     seed: Seed = 0,

@@ -21,7 +21,10 @@ NumSamples = Annotated[int, Option(help="Calibration windows.")]
 SeqLen = Annotated[int, Option(help="Tokens per window.")]
 Seed = Annotated[int, Option(help="Seed of the choice of windows.")]
 Sampler = Annotated[
-    str, Option(help="documents: a random window of each long document; stream: all joined and cut; auto: by source.")
+    str,
+    Option(
+        help="documents: a random window of each long one; stream: all joined and cut; auto: stream for a single one."
+    ),
 ]
 TextColumn = Annotated[str | None, Option(help="Column of the text; guessed if not given.")]
 CriterionName = Annotated[
@@ -34,14 +37,14 @@ LightCut = Annotated[float, Option(help="Self-distillation: fraction of the neur
 LabelSamples = Annotated[int, Option(help="Fisher: labels drawn at each position, a backward pass each.")]
 BiasCompensation = Annotated[
     bool,
-    Option("--bias-compensation", help="As FLAP: mean outputs of removed neurons go into the biases, if any."),
+    Option("--bias-compensation", help="As FLAP, with its scores: mean outputs of removed neurons go into biases."),
 ]
 Repair = Annotated[
     str, Option(help="ridge: refit each MLP's output map to what the dense model computes, in closed form; or none.")
 ]
 RoundTo = Annotated[int, Option(help="Widths become the nearest multiple; 1 for the papers' exact widths.")]
 BatchSize = Annotated[int, Option(help="Windows per step; results do not depend on it.")]
-Device = Annotated[str, Option(help="auto, cpu or cuda.")]
+Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, Option(help="Arithmetic: float32, bfloat16, float16; auto: float32 on CPU, the model's on GPU.")]
 Recompute = Annotated[
     bool | None, Option("--recompute/--keep-graphs", help="Trade time for memory; decided by free memory if not given.")

@@ -58,7 +58,7 @@ def compare(
     max_windows: Annotated[int | None, Option(min=1, help="Measure on the first windows of each text only.")] = None,
     tasks: Annotated[
         str | None,
-        Option(help="Zero-shot tasks of lm-evaluation-harness, separated by commas; needs hifiprune[tasks]."),
+        Option(help="Zero-shot tasks of lm-evaluation-harness, separated by commas; needs the extra 'tasks'."),
     ] = None,
     tasks_path: Annotated[Path | None, Option(help="Folder of more task files.")] = None,
     tasks_limit: Annotated[int | None, Option(min=1, help="Only the first items of each task.")] = None,
