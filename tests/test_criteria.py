@@ -67,8 +67,10 @@ def test_cross_entropy_weight_equals_weight_gradients_of_the_whole_model(
 ) -> None:
     model, tokens = tiny_model(variant), tiny_tokens()
     products = weight_products(model, tokens, [next_token_loss] * len(tokens))
-    found = score(model, tokens, "cross-entropy-weight", **settings)
+    names = ("cross-entropy-weight", "cross-entropy-weight-square")
+    found, square = score_all(model, tokens, [(name, Options()) for name in names], **settings)
     assert_scores(found.values, [weight_absolute(layer) for layer in products])
+    assert_scores(square.values, [weight_square(layer) for layer in products])
 
 
 @pytest.mark.parametrize("variant", ["llama", "gemma2", "smollm3"])

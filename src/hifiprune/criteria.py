@@ -151,6 +151,14 @@ CRITERIA: dict[str, Criterion] = {
             maps=True,
         ),
         Criterion(
+            "cross-entropy-weight-square",
+            "the same with squares in place of absolute values",
+            SDMPRUNE,
+            _cross_entropy,
+            st.weight_square,
+            maps=True,
+        ),
+        Criterion(
             "self-distillation",
             "SDMPrune: light cut by cross-entropy, then divergence from the dense model, in weight form",
             SDMPRUNE,

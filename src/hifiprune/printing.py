@@ -61,7 +61,7 @@ def criteria_listed(facts: list[dict[str, str]]) -> None:
     """A line for each criterion."""
     for row in facts:
         source = f" [{row['reference']}]" if row["reference"] else ""
-        line = f"{row['name']:<26}{row['needs']:<24}{row['summary']}{source}"
+        line = f"{row['name']:<28}{row['needs']:<24}{row['summary']}{source}"
         Console().print(line, highlight=False, soft_wrap=True, markup=False)
 
 
