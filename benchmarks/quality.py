@@ -120,13 +120,13 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     dense = find_checkpoint(str(model)).load()
     bench = Bench(model, wikitext, c4, hp.Reference.of(dense, c4), folder)
+    source = str(DATA / "c4" / "c4_documents.jsonl")
+    draws = [hp.load_windows(hp.Calibration(source, asked.windows, 1024, k), tokenizer) for k in range(asked.seeds)]
     console, rows = Console(width=140), []
     for ratio in asked.ratios:
         for name in asked.variants:
             cells = []
-            for seed in range(asked.seeds):
-                source = str(DATA / "c4" / "c4_documents.jsonl")
-                windows = hp.load_windows(hp.Calibration(source, asked.windows, 1024, seed), tokenizer)
+            for seed, windows in enumerate(draws):
                 scores = bench.scores(windows, seed)[VARIANTS[name].criterion]
                 cells.append(bench.cell(name, ratio, seed, scores, windows))
             rows.append(summary(name, ratio, cells))

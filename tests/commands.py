@@ -16,6 +16,10 @@ from hifiprune.cli import main
 MESSAGE_LIMIT = 600
 
 
+class Interruption(BaseException):
+    """What stops a run in tests; no library catches it."""
+
+
 class Result:
     """What a run of the command line left: exit code, output, messages."""
 

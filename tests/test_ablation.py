@@ -4,7 +4,7 @@ import json
 import os
 import shlex
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,25 +25,14 @@ from hifiprune.ablation import Bench, sample, small_divergence
 from hifiprune.checkpoint import Checkpoint
 from hifiprune.evaluation.ranks import correlation, spearman
 from hifiprune.head import Head
-from tests.commands import Result, refused, run
+from tests.commands import Interruption, Result, refused, run
 from tests.conftest import byte_tokenizer, save_checkpoint
 from tests.families import tiny_model, tiny_tokens
 
 SIZES = ("--neurons", 20, "--groups", 8, "--group-size", 4, "--seq-len", 24, "--max-windows", 2)
 Record = dict[str, Any]
+pytestmark = pytest.mark.usefixtures("no_stopwatch")
 Array = np.ndarray[Any, Any]
-
-
-class Interruption(BaseException):
-    """What stops a run in these tests; no library catches it."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_stopwatch() -> Iterator[None]:
-    """Spare the tenth of a second that every estimate of time takes to measure the machine."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hifiprune.compute._product_speed", lambda *_: 1e9)
-        yield
 
 
 @pytest.fixture

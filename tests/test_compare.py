@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -31,7 +31,7 @@ from hifiprune.contrasts import jaccard
 from hifiprune.evaluation import bootstrap_paired, fidelity, harness
 from hifiprune.evaluation.fidelity import METRICS
 from hifiprune.hashing import hash_tokens
-from tests.commands import Result, leftovers, refused, run
+from tests.commands import Interruption, Result, leftovers, refused, run
 from tests.conftest import save_checkpoint
 
 CRITERIA = ("hfprune", "self-distillation", "fisher", "magnitude")
@@ -42,10 +42,7 @@ SEEDS = (0, 1)
 SIZES = ("--num-samples", 3, "--seq-len", 24, "--round-to", 2)
 MEASURED = ("--max-windows", 5, "--batch-size", 4)
 Record = dict[str, Any]
-
-
-class Interruption(BaseException):
-    """What stops a run in these tests; no library catches it."""
+pytestmark = pytest.mark.usefixtures("no_stopwatch")
 
 
 @dataclass
@@ -75,14 +72,6 @@ class Finished:
     def scores(self, criterion: str, ratio: float, seed: int) -> hp.Scores:
         name = f"{criterion}-{ratio:g}" if criterion == "self-distillation" else criterion
         return hp.Scores.load(self.folder / "scores" / f"{name}-seed{seed}.safetensors")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_stopwatch() -> Iterator[None]:
-    """Spare the tenth of a second that every estimate of time takes to measure the machine."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hifiprune.compute._product_speed", lambda *_: 1e9)
-        yield
 
 
 @pytest.fixture

@@ -25,8 +25,9 @@ def pruned(record: RunRecord, output: Path) -> None:
     if "repair" in results:
         taken = [refit for refit in results["repair"] if refit["damping"] is not None]
         table.add_row("maps repaired", "", f"{len(taken)} of {len(results['repair'])}")
-        left = sum(refit["error"] for refit in results["repair"]) / sum(r["plain_error"] for r in results["repair"])
-        table.add_row("squared error left", "", f"{left:.1%} of that of the plain cut, on held-out windows")
+        left, plain = (sum(refit[name] for refit in results["repair"]) for name in ("error", "plain_error"))
+        if plain > 0:  # what was removed did something
+            table.add_row("squared error left", "", f"{left / plain:.1%} of that of the plain cut, on held-out windows")
     _show(table)
     _costs(record)
     next_step("evaluate", output, "--against", record.arguments["model"], "--text", "FILE")
