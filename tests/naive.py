@@ -1,7 +1,7 @@
 """Independent truth for the criteria: plain transformers, one graph, the formulas as they stand in the papers."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from hifiprune import find_mlps
 from hifiprune.objectives import Kernel, Rows
+from hifiprune.plan import Plan
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """From one window's logits `[positions, vocabulary]` and tokens to a scalar."""
@@ -83,6 +84,15 @@ def replaced_activation(linear: nn.Linear, change: Callable[[Tensor], Tensor]) -
     hook = linear.register_forward_pre_hook(lambda _, arguments: (change(arguments[0]),))
     yield
     hook.remove()
+
+
+def masked_logits(model: PreTrainedModel, plan: Plan, tokens: Tensor) -> Tensor:
+    """Logits with the activations of all neurons that a plan does not keep set to zero."""
+    with ExitStack() as stack:
+        for mlp, kept in zip(find_mlps(model), plan.kept, strict=True):
+            mask = torch.zeros(mlp.neurons, dtype=model.dtype).index_fill(0, kept, 1)
+            stack.enter_context(replaced_activation(mlp.output, lambda activation, mask=mask: activation * mask))
+        return logits_of(model, tokens)
 
 
 def taylor_products(model: PreTrainedModel, tokens: Tensor, losses: Sequence[Loss]) -> list[Tensor]:

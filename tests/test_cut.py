@@ -122,12 +122,12 @@ def test_a_cut_that_keeps_everything_changes_no_bit() -> None:
 
 @pytest.mark.parametrize(
     ("kept", "message"),
-    [([torch.arange(9)] * 2, "the plan is for 2 MLPs"), ([*[torch.arange(9)] * 2, torch.arange(8)], "widths differ")],
+    [([torch.arange(9)] * 2, "the plan is for 2 MLPs"), ([torch.arange(9)] * 4, "the plan is for 4 MLPs")],
 )
 def test_a_plan_that_does_not_fit_is_refused_before_anything_is_cut(kept: list[Tensor], message: str) -> None:
     model = tiny_model("llama-bias")
     state, sizes = state_of(model), sizes_of(model)
-    names = [mlp.name for mlp in find_mlps(model)][: len(kept)]
+    names = [f"model.layers.{layer}.mlp" for layer in range(len(kept))]
     plan = Plan(kept, [40] * len(kept), names, None, 0.0, 0, 0)
     with pytest.raises(UserError, match=message), cut(model, plan):
         pytest.fail("a plan for another model was carried out")

@@ -17,6 +17,7 @@ from hifiprune.plan import Plan
 from hifiprune.surgery import cut_
 from hifiprune.taps import Seen
 from tests.families import VARIANTS, tiny_model, tiny_tokens
+from tests.naive import masked_logits
 
 Pairs = dict[int, tuple[Tensor, Tensor]]
 
@@ -113,14 +114,7 @@ def test_keeping_all_neurons_changes_no_bit(variant: str) -> None:
 def test_cutting_equals_setting_activations_to_zero(variant: str) -> None:
     model, tokens = tiny_model(variant), tiny_tokens()
     plan = random_plan(model, 17)
-    hooks = []
-    for mlp, kept in zip(find_mlps(model), plan.kept, strict=True):
-        mask = torch.zeros(mlp.neurons, dtype=torch.float64)
-        mask[kept] = 1
-        hooks.append(mlp.output.register_forward_pre_hook(lambda _, arguments, mask=mask: arguments[0] * mask))
-    masked = logits_of(model, tokens)
-    for hook in hooks:
-        hook.remove()
+    masked = masked_logits(model, plan, tokens)
     assert not torch.allclose(masked, logits_of(model, tokens))
     cut_(model, plan)
     torch.testing.assert_close(logits_of(model, tokens), masked, rtol=1e-10, atol=1e-12)

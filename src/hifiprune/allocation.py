@@ -1,11 +1,21 @@
 """From scores and a budget to the width of each layer and the neurons kept."""
 
 import math
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from hifiprune.errors import UserError
+from jaxtyping import Float
+from torch import Tensor
+
+from hifiprune.errors import UserError, nearest_name
 from hifiprune.plan import Plan, highest
 from hifiprune.scores import Scores
+
+
+ALLOCATIONS = ("uniform", "global")
+FLOOR = 0.5
+"""Every MLP keeps this fraction of the uniform width, however little its neurons seem to matter."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +77,20 @@ class Shape:
         Raises:
             UserError: its MLPs differ in size, so that one width for all of them means nothing.
         """
-        sizes = {(len(v), p) for v, p in zip(scores.values, scores.parameters_per_neuron, strict=True)}
-        if len(sizes) != 1:
+        sizes = [(len(v), p) for v, p in zip(scores.values, scores.parameters_per_neuron, strict=True)]
+        return cls.from_sizes(sizes, len(scores.values), scores.total_parameters)
+
+    @classmethod
+    def from_sizes(cls, sizes: Collection[tuple[int, int]], mlps: int, total_parameters: int) -> "Shape":
+        """From the neurons, and parameters that go with each, of every MLP."""
+        if len(set(sizes)) != 1:
+            widths = sorted({neurons for neurons, _ in sizes})
             raise UserError(
-                f"the MLPs differ in neurons and parameters each: {sorted(sizes)}; one width needs equal ones"
+                f"the MLPs differ in neurons, {widths[0]} to {widths[-1]}, or in parameters of each; a budget needs "
+                "equal ones: prune the dense model"
             )
-        ((neurons, parameters),) = sizes
-        return cls(neurons, len(scores.values), parameters, scores.total_parameters)
+        (neurons, parameters), *_ = sizes
+        return cls(neurons, mlps, parameters, total_parameters)
 
     def ratio_at(self, width: int) -> float:
         """Fraction of all parameters that is removed when every MLP keeps `width` neurons."""
@@ -111,27 +128,78 @@ class Shape:
         return width
 
 
-def allocate(scores: Scores, budget: Budget, *, round_to: int = 128) -> Plan:
-    """Decide which neurons each MLP keeps: the same number in every MLP, those with the highest scores.
+def allocate(
+    scores: Scores, budget: Budget, *, round_to: int = 128, allocation: str = "uniform", floor: float = FLOOR
+) -> Plan:
+    """Decide which neurons each MLP keeps: those with the highest scores.
 
     Ties keep the lower index, so equal scores always give the same plan.
+
+    Args:
+        scores: of every neuron.
+        budget: how much to remove.
+        round_to: widths become multiples of it.
+        allocation: `uniform`, the same number in every MLP, which a stock configuration can state; or `global`, one
+            threshold over all MLPs, for scores that are on one scale.
+        floor: fraction of the uniform width that every MLP keeps under a global threshold.
 
     Raises:
         UserError: the budget cannot be met, or scores are not finite.
     """
     scores.require_finite()
+    if allocation not in ALLOCATIONS:
+        raise UserError(
+            f"allocation '{allocation}' is not known; known are {', '.join(ALLOCATIONS)}"
+            f"{nearest_name(allocation, ALLOCATIONS)}"
+        )
     shape = Shape.of(scores)
     width = shape.width_at(budget, round_to)
-    kept = [highest(values, width) for values in scores.values]
+    widths = [width] * shape.mlps
+    if allocation == "global":
+        gains = [values.double().sort(descending=True).values for values in scores.values]
+        widths = share_out(gains, width * shape.mlps, round_to=round_to, floor=floor)
+    return plan_with(scores, widths, budget)
+
+
+def plan_with(scores: Scores, widths: Sequence[int], budget: Budget) -> Plan:
+    """The plan that keeps the neurons with the highest scores, as many in each MLP as `widths` says."""
+    neurons = [len(values) for values in scores.values]
+    gone = [count - width for count, width in zip(neurons, widths, strict=True)]
+    removed = sum(count * each for count, each in zip(gone, scores.parameters_per_neuron, strict=True))
     return Plan(
-        kept=kept,
-        neurons=[shape.neurons] * shape.mlps,
+        kept=[highest(values, width) for values, width in zip(scores.values, widths, strict=True)],
+        neurons=neurons,
         names=scores.names,
         ratio_asked=budget.ratio,
-        ratio_reached=shape.ratio_at(width),
-        parameters_before=shape.total_parameters,
-        parameters_after=shape.total_parameters - (shape.neurons - width) * shape.mlps * shape.parameters_per_neuron,
+        ratio_reached=removed / scores.total_parameters,
+        parameters_before=scores.total_parameters,
+        parameters_after=scores.total_parameters - removed,
         criterion=scores.criterion,
         model_hash=scores.model_hash,
         data_hash=scores.data_hash,
     )
+
+
+def share_out(
+    gains: Sequence[Float[Tensor, "neurons"]], total: int, *, round_to: int = 1, floor: float = FLOOR
+) -> list[int]:
+    """Widths that together keep `total` neurons, nearest multiple of `round_to`, for the largest sum of gains.
+
+    Args:
+        gains: what the first, second, third ... neuron of each MLP is worth, in descending order.
+        total: neurons to keep.
+        round_to: widths are multiples of it, or whole.
+        floor: fraction of the mean width that every MLP keeps.
+
+    Raises:
+        UserError: the floor is not a fraction.
+    """
+    if not 0 <= floor <= 1:
+        raise UserError(f"floor {floor:g} must lie in [0, 1]")
+    steps = [[gain.mean().item() for gain in each.split(round_to)] for each in gains]
+    wanted = math.floor(total / round_to + 0.5)
+    least = max(1, int(floor * wanted / len(gains)))
+    free = [(gain, layer) for layer, own in enumerate(steps) for gain in own[least:]]
+    chosen = sorted(free, key=lambda step: -step[0])[: wanted - least * len(gains)]
+    counts = Counter(layer for _, layer in chosen)
+    return [min(len(own), (least + counts[layer]) * round_to) for layer, own in enumerate(gains)]

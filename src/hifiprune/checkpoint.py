@@ -20,8 +20,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     GgufConfig,
@@ -31,6 +31,7 @@ from transformers import (
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hifiprune.errors import RunError, UserError
+from hifiprune.modeling_pruned import pruned_class
 from hifiprune.neurons import family_of
 from hifiprune.output import local_path
 
@@ -156,8 +157,14 @@ class Checkpoint:
         """The model on the meta device: all shapes, no weights."""
         config = self.config()
         with _explained(self.name, "the configuration"), torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+            model: PreTrainedModel = self._class._from_config(config)
         return model
+
+    @property
+    def _class(self) -> type[PreTrainedModel]:
+        """Its stock class, or ours where its MLPs differ in width; never one from code of the checkpoint."""
+        stock: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(self._config)]
+        return pruned_class(stock, mixed=hasattr(self._config, "mlp_widths"))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer.
@@ -186,7 +193,7 @@ class Checkpoint:
         if self.gguf:
             arguments = {"gguf_file": self.gguf, "quantization_config": GgufConfig(dequantize=True)}
         with _explained(self.name, "the weights"):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = self._class.from_pretrained(
                 self.folder,
                 dtype=dtype or self.dtype(),
                 attn_implementation=attention,

@@ -15,12 +15,14 @@ def inspect(model: str) -> dict[str, Any]:
     checkpoint = find_checkpoint(model)
     skeleton = checkpoint.skeleton()
     mlps = find_mlps(skeleton)
-    shape = shape_of(skeleton)
+    neurons = [mlp.neurons for mlp in mlps]
+    total = count_parameters(skeleton)
     in_mlps = sum(p.numel() for mlp in mlps for linear in (*mlp.inputs, mlp.output) for p in linear.parameters())
     ends = {p for m in (skeleton.get_input_embeddings(), skeleton.get_output_embeddings()) for p in m.parameters()}
     in_ends = sum(parameter.numel() for parameter in ends)
     widths: dict[str, dict[str, Any]] = {}
-    for percent in (10, 20, 30, 40, 50):
+    for percent in (10, 20, 30, 40, 50) if len(set(neurons)) == 1 else ():
+        shape = shape_of(skeleton)
         exact, rounded = (_possible_width(shape, Budget(ratio=percent / 100), step) for step in (1, 128))
         reached = None if rounded is None else shape.ratio_at(rounded)
         widths[f"{percent}%"] = {"width": exact, "width_rounded_to_128": rounded, "ratio_reached": reached}
@@ -29,13 +31,13 @@ def inspect(model: str) -> dict[str, Any]:
         "architecture": type(skeleton).__name__,
         "model_type": skeleton.config.model_type,
         "mlps": len(mlps),
-        "neurons_per_mlp": shape.neurons,
-        "neurons": shape.neurons * len(mlps),
+        "neurons_per_mlp": neurons[0] if widths else neurons,
+        "neurons": sum(neurons),
         "parameters": {
-            "total": shape.total_parameters,
+            "total": total,
             "mlps": in_mlps,
             "embeddings_and_head": in_ends,
-            "attention_and_norms": shape.total_parameters - in_mlps - in_ends,
+            "attention_and_norms": total - in_mlps - in_ends,
         },
         "weight_bytes": checkpoint.weight_bytes,
         "widths": widths,
@@ -43,9 +45,14 @@ def inspect(model: str) -> dict[str, Any]:
 
 
 def shape_of(model: PreTrainedModel) -> Shape:
-    """The sizes that turn a budget into a width; `model` may be on the meta device."""
+    """The sizes that turn a budget into a width; `model` may be on the meta device.
+
+    Raises:
+        UserError: its MLPs differ in size.
+    """
     mlps = find_mlps(model)
-    return Shape(mlps[0].neurons, len(mlps), mlps[0].parameters_per_neuron, count_parameters(model))
+    sizes = [(mlp.neurons, mlp.parameters_per_neuron) for mlp in mlps]
+    return Shape.from_sizes(sizes, len(mlps), count_parameters(model))
 
 
 def _possible_width(shape: Shape, budget: Budget, round_to: int) -> int | None:

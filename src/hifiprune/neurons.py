@@ -96,8 +96,9 @@ def find_mlps(model: PreTrainedModel) -> list[Mlp]:
     family = family_of(model.config.model_type, [type(model).__name__])
     blocks = find_blocks(model)
     mlps = [_checked_mlp(block.get_submodule(family.mlp), family, i) for i, block in enumerate(blocks)]
-    width = model.config.get_text_config().intermediate_size
-    for mlp in mlps:
+    config = model.config.get_text_config()
+    stated = getattr(config, "mlp_widths", None) or [config.intermediate_size] * len(mlps)
+    for mlp, width in zip(mlps, stated, strict=True):
         if mlp.neurons != width:
             raise UserError(f"{mlp.name} has {mlp.neurons} neurons but the configuration says {width}")
     return mlps

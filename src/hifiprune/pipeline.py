@@ -365,9 +365,9 @@ def _describe_scores(scores: Scores) -> dict[str, Any]:
 
 
 def _describe_plan(plan: Plan, asked: str) -> dict[str, Any]:
-    kept, neurons = sum(plan.widths), sum(plan.neurons)
+    kept, neurons, uniform = sum(plan.widths), sum(plan.neurons), len(set(plan.widths)) == 1
     return {
-        "width": {"before": plan.neurons[0], "after": plan.widths[0]},
+        "width": {"before": plan.neurons[0], "after": plan.widths[0] if uniform else plan.widths},
         "parameters": {"before": plan.parameters_before, "after": plan.parameters_after},
         "asked": asked,
         "ratio": {"asked": plan.ratio_asked, "reached": plan.ratio_reached},

@@ -17,6 +17,7 @@ from hifiprune.compute import Compute, estimate_seconds
 from hifiprune.criteria import find_criterion
 from hifiprune.hashing import hash_model
 from hifiprune.inspection import shape_of
+from hifiprune.neurons import find_mlps
 from hifiprune.output import check_target
 from hifiprune.passes import choose_recompute, working_bytes
 from hifiprune.record import RunRecord
@@ -52,17 +53,17 @@ def prepare(
     checkpoint = find_checkpoint(model)
     inputs = [checkpoint.path, *(source.source for source in sources if source), *files]
     target = check_target(output, folder=folder, overwrite=overwrite, inputs=inputs)
-    return checkpoint, target, check_model(checkpoint, *sources)
+    check_model(checkpoint, *sources)
+    return checkpoint, target, shape_of(checkpoint.skeleton())
 
 
-def check_model(checkpoint: Checkpoint, *sources: Calibration | Text | None) -> Shape:
-    """Check family and layout, and that the sources are there and fit its positions; returns the model's shape."""
-    shape = shape_of(checkpoint.skeleton())
+def check_model(checkpoint: Checkpoint, *sources: Calibration | Text | None) -> None:
+    """Check family and layout, and that the sources are there and fit its positions."""
+    find_mlps(checkpoint.skeleton())
     longest = getattr(checkpoint.config().get_text_config(), "max_position_embeddings", None)
     for source in sources:
         if source:
             check_source(source.source, source.seq_len, longest)
-    return shape
 
 
 def load(checkpoint: Checkpoint, compute: Compute) -> PreTrainedModel:

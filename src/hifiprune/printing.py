@@ -17,7 +17,7 @@ def pruned(record: RunRecord, output: Path) -> None:
     results, table = record.results, _table("", "dense", "pruned")
     parameters, width, size = results["parameters"], results["width"], results["weight_bytes"]
     table.add_row("parameters", f"{parameters['before']:,}", f"{parameters['after']:,}")
-    table.add_row("MLP width", f"{width['before']:,}", f"{width['after']:,}")
+    table.add_row("MLP width", f"{width['before']:,}", width_range(width["after"]))
     table.add_row("weight files", megabytes(size["before"]), megabytes(size["after"]))
     table.add_row("asked", "", results["asked"])
     table.add_row("parameters removed", "", f"{results['ratio']['reached']:.2%}")
@@ -141,7 +141,7 @@ def ablated(record: RunRecord, model: str, scores: list[Path]) -> None:
 def inspected(facts: dict[str, Any]) -> None:
     """What `inspect` found."""
     table = _table(facts["architecture"], facts["model_type"])
-    table.add_row("MLPs x neurons", f"{facts['mlps']} x {facts['neurons_per_mlp']:,}")
+    table.add_row("MLPs x neurons", f"{facts['mlps']} x {width_range(facts['neurons_per_mlp'])}")
     for part, count in facts["parameters"].items():
         table.add_row(f"parameters: {part.replace('_', ' ')}", f"{count:,}")
     table.add_row("weight files", megabytes(facts["weight_bytes"]))
@@ -188,6 +188,11 @@ def demo_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("all stages", "", f"{seconds:.0f} s"),
         ("peak memory", "", megabytes(max(stage["peak_memory_bytes"] for stage in summary["stages"]))),
     ]
+
+
+def width_range(widths: int | list[int]) -> str:
+    """The width of every MLP, or of the narrowest to the widest."""
+    return f"{widths:,}" if isinstance(widths, int) else f"{min(widths):,} to {max(widths):,}"
 
 
 def megabytes(count: int) -> str:

@@ -25,7 +25,7 @@ from hifiprune.errors import UserError
 from hifiprune.guards import check_windows, frozen, memory_explained
 from hifiprune.head import precise
 from hifiprune.plan import Plan
-from hifiprune.surgery import keep_, matching_mlps, others, state_width
+from hifiprune.surgery import keep_, matching_mlps, others, state_widths
 from hifiprune.taps import BlockCall, overridden
 
 DAMPINGS = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -100,7 +100,7 @@ def cut_and_repair_(
             with memory_explained(model, windows[:batch_size].numel()):
                 for site in _sites(chain, layer, plan.kept[layer], attention and sequential):
                     refits.append(_repair_(chain, layer, site, streams, sequential, weighted))
-    state_width(model, plan.widths[0])
+    state_widths(model, plan.widths)
     return refits
 
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from hifiprune.errors import UserError
 from hifiprune.head import precise
+from hifiprune.modeling_pruned import pruned_class
 from hifiprune.neurons import Mlp, find_mlps
 from hifiprune.plan import Plan
 
@@ -19,8 +20,8 @@ def cut_(model: PreTrainedModel, plan: Plan, means: Sequence[Float[Tensor, "_"]]
     """Remove from `model` every neuron that `plan` does not keep, in the weights' own dtype.
 
     The result computes what the dense model computes with the activations of the removed neurons set to zero, or to
-    their `means`, which then go into the bias of the output map (arXiv 2312.11983). The intermediate size is
-    updated wherever the configuration states it, so the saved model loads without code of ours.
+    their `means`, which then go into the bias of the output map (arXiv 2312.11983). The widths are
+    updated wherever the configuration states them, so the saved model loads without this library.
 
     Args:
         model: the dense model.
@@ -39,7 +40,7 @@ def cut_(model: PreTrainedModel, plan: Plan, means: Sequence[Float[Tensor, "_"]]
         keep_(mlp, kept)
         for linear, name, _ in _parts(mlp):
             getattr(linear, name).grad = None  # of the shape before
-    state_width(model, plan.widths[0])
+    state_widths(model, plan.widths)
 
 
 @contextmanager
@@ -59,13 +60,13 @@ def cut(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
         with torch.no_grad():
             for mlp, kept in zip(mlps, plan.kept, strict=True):
                 keep_(mlp, kept)
-        state_width(model, plan.widths[0])
+        state_widths(model, plan.widths)
         yield
     finally:
         with torch.no_grad():
             for mlp, kept, rest, parts in zip(mlps, plan.kept, rests, removed, strict=True):
                 _put_back_(mlp, kept, rest, parts)
-        state_width(model, plan.neurons[0])
+        state_widths(model, plan.neurons)
 
 
 def require_bias(mlps: Sequence[Mlp]) -> None:
@@ -103,7 +104,7 @@ def matching_mlps(model: PreTrainedModel, plan: Plan) -> list[Mlp]:
     """The MLPs of `model`, for which `plan` must have been made.
 
     Raises:
-        UserError: it was made for a model of another shape, or its widths differ.
+        UserError: it was made for a model of another shape.
     """
     mlps = find_mlps(model)
     found = [(mlp.name, mlp.neurons) for mlp in mlps]
@@ -113,9 +114,6 @@ def matching_mlps(model: PreTrainedModel, plan: Plan) -> list[Mlp]:
             f"the plan is for {len(planned)} MLPs of {sorted(set(plan.neurons))} neurons, "
             f"the model has {len(found)} of {sorted({neurons for _, neurons in found})}"
         )
-    widths = set(plan.widths)
-    if len(widths) != 1:
-        raise UserError(f"the plan's widths differ ({sorted(widths)}); a stock configuration holds one for all")
     return mlps
 
 
@@ -158,8 +156,17 @@ def _state_sizes(mlp: Mlp, width: int) -> None:
         linear.out_features = width
 
 
-def state_width(model: PreTrainedModel, width: int) -> None:
-    """Say in the configuration how wide the MLPs are."""
+def state_widths(model: PreTrainedModel, widths: Sequence[int]) -> None:
+    """Say in the configuration how wide the MLPs are; where they differ, the model becomes one that reads them there.
+
+    A stock configuration holds one width for all layers, so models of several are saved with their own code.
+    """
+    mixed = len(set(widths)) > 1
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         if hasattr(config, "intermediate_size"):
-            config.intermediate_size = width
+            config.intermediate_size = max(widths)
+        config.__dict__.pop("mlp_widths", None)
+        config.__dict__.pop("auto_map", None)
+    if mixed:
+        model.config.mlp_widths = list(widths)
+    model.__class__ = pruned_class(type(model), mixed=mixed)

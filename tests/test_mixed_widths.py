@@ -1,0 +1,98 @@
+"""Models whose MLPs differ in width: what they compute, and that they load with and without this library."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from hifiprune import cut, cut_, find_mlps
+from hifiprune.checkpoint import Checkpoint
+from hifiprune.modeling_pruned import MixedWidths
+from hifiprune.neurons import FAMILIES
+from hifiprune.plan import Plan
+from hifiprune.scoring import score
+from tests.families import VARIANTS, tiny_model, tiny_tokens
+from tests.naive import logits_of, masked_logits
+from tests.test_families import plan_keeping
+
+WIDTHS = [7, 40, 23]
+
+
+def mixed_plan(model: PreTrainedModel) -> Plan:
+    chance = torch.Generator().manual_seed(3)
+    return plan_keeping(model, [torch.randperm(40, generator=chance)[:width].sort().values for width in WIDTHS])
+
+
+def test_every_family_has_a_form_of_mixed_widths() -> None:
+    types = {base.config_class.model_type for each in MixedWidths.__subclasses__() for base in each.__bases__[1:]}
+    assert types == set(FAMILIES)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_mixed_cut_equals_zero_masking_and_loads_everywhere(variant: str, tmp_path: Path) -> None:
+    model, tokens = tiny_model(variant), tiny_tokens()
+    plan = mixed_plan(model)
+    expected = masked_logits(model, plan, tokens)
+    cut_(model, plan)
+    torch.testing.assert_close(logits_of(model, tokens), expected)
+    model.save_pretrained(tmp_path)
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    ours = Checkpoint("pruned", tmp_path).load()
+    for loaded in (alone, ours):
+        assert [layer.mlp.down_proj.in_features for layer in loaded.model.layers] == WIDTHS
+        torch.testing.assert_close(logits_of(loaded, tokens), logits_of(model, tokens))
+    assert type(alone).__module__.startswith("transformers_modules."), "it came from the checkpoint's own file"
+    assert [mlp.neurons for mlp in find_mlps(Checkpoint("pruned", tmp_path).skeleton())] == WIDTHS
+    score(ours, tokens)
+
+
+def test_a_stock_loader_refuses_mixed_widths_instead_of_guessing(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    cut_(model, mixed_plan(model))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="size mismatch|mismatched"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=False)
+
+
+def test_a_mixed_checkpoint_needs_nothing_but_transformers(tmp_path: Path) -> None:
+    model, tokens = tiny_model("qwen2"), tiny_tokens()
+    cut_(model, mixed_plan(model))
+    model.save_pretrained(tmp_path)
+    code = f"""
+import sys
+sys.modules["hifiprune"] = None  # an import of it fails
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)
+with torch.no_grad():
+    print(repr(model(input_ids=torch.tensor({tokens.tolist()})).logits.sum().item()))
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(found.stdout) == logits_of(model, tokens).sum().item()
+
+
+def test_a_mixed_cut_for_a_while_leaves_a_stock_model() -> None:
+    model, tokens = tiny_model("llama-bias"), tiny_tokens()
+    stock, before, configured = type(model), logits_of(model, tokens), model.config.to_dict()
+    with cut(model, mixed_plan(model)):
+        assert isinstance(model, MixedWidths)
+        assert model.config.mlp_widths == WIDTHS
+    assert type(model) is stock
+    assert model.config.to_dict() == configured
+    assert torch.equal(logits_of(model, tokens), before)
+
+
+def test_a_mixed_model_cut_to_one_width_is_stock_again(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    stock = type(model)
+    cut_(model, mixed_plan(model))
+    names = [mlp.name for mlp in find_mlps(model)]
+    kept: list[Tensor] = [torch.arange(7)] * 3
+    cut_(model, Plan(kept, WIDTHS, names, None, 0.0, 0, 0))
+    model.save_pretrained(tmp_path)
+    assert type(model) is stock
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.intermediate_size == 7
