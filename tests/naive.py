@@ -91,7 +91,7 @@ def masked_logits(model: PreTrainedModel, plan: Plan, tokens: Tensor) -> Tensor:
     with ExitStack() as stack:
         for mlp, kept in zip(find_mlps(model), plan.kept, strict=True):
             mask = torch.zeros(mlp.neurons, dtype=model.dtype).index_fill(0, kept, 1)
-            stack.enter_context(replaced_activation(mlp.output, lambda activation, mask=mask: activation * mask))
+            stack.enter_context(replaced_activation(mlp.output, mask.mul))
         return logits_of(model, tokens)
 
 

@@ -316,7 +316,9 @@ def test_other_values_out_of_range(cli: Cli, checkpoint: Path, text: Path, tmp_p
     refused(cli(*start, "--num-samples", 999, "--seq-len", 64), "too little text")
     refused(cli(*start, "--shard-size", "lots", *CALIBRATION), "shard size 'lots'")
     refused(cli(*start, "--attention", "flash_attention_9", *CALIBRATION), "attention")
-    refused(cli(*start, "--scores", text), "give one of --calibration and --scores, not both; both only with --repair")
+    refused(
+        cli(*start, "--scores", text), "give one of --calibration and --scores, not both; both only to repair or search"
+    )
     refused(cli(*start[:-2]), "criterion 'entropy-square' needs data: give --calibration, or --scores made before")
     if not torch.cuda.is_available():
         refused(cli(*start, "--device", "cuda"), "sees no CUDA GPU; use --device cpu")

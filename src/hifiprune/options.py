@@ -27,9 +27,9 @@ Sampler = Annotated[
     ),
 ]
 TextColumn = Annotated[str | None, Option(help="Column of the text; guessed if not given.")]
-CriterionName = Annotated[
-    str, Option("--criterion", help="How to score: see 'hifiprune criteria'; hfprune is the paper's definition.")
-]
+CRITERIA = Option("--criterion", help="How to score: see 'hifiprune criteria'; hfprune is the paper's definition.")
+CriterionName = Annotated[str, CRITERIA]
+PresetCriterion = Annotated[str | None, CRITERIA]
 PAPERS = "if not given the papers' for the ratio, or for 20% where no ratio is named."
 Alpha = Annotated[float | None, Option(help=f"Self-distillation: share of the divergence; {PAPERS}")]
 Temperature = Annotated[float | None, Option(help=f"Self-distillation: of the dense model; {PAPERS}")]
@@ -40,9 +40,25 @@ BiasCompensation = Annotated[
     Option("--bias-compensation", help="As FLAP, with its scores: mean outputs of removed neurons go into biases."),
 ]
 Repair = Annotated[
-    str, Option(help="ridge: refit each MLP's output map to what the dense model computes, in closed form; or none.")
+    str | None,
+    Option(help="ridge: refit each MLP's output map to what the dense model computes, in closed form; or none."),
 ]
-RoundTo = Annotated[int, Option(help="Widths become the nearest multiple; 1 for the papers' exact widths.")]
+Preset = Annotated[
+    str, Option(help="What stands for all that is not given: default, or the papers' exact systems, hfprune, sdmprune.")
+]
+Allocation = Annotated[
+    str | None,
+    Option(
+        help="uniform: one width for all layers; global: one threshold on the scores, by 'fisher' unless another "
+        "criterion is given; searched: widths by trial on the calibration text. The last two make checkpoints that "
+        "load with trust_remote_code=True."
+    ),
+]
+Floor = Annotated[float, Option(help="Fraction of the uniform width that every layer keeps where widths differ.")]
+Trials = Annotated[int, Option(help="Plans that a search for widths tries.")]
+ROUNDING = Option(help="Widths become the nearest multiple; 1 for the papers' exact widths.")
+RoundTo = Annotated[int, ROUNDING]
+PresetRoundTo = Annotated[int | None, ROUNDING]
 BatchSize = Annotated[int, Option(help="Windows per step; results do not depend on it.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, Option(help="Arithmetic: float32, bfloat16, float16; auto: float32 on CPU, the model's on GPU.")]

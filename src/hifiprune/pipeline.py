@@ -6,40 +6,41 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hifiprune import DEFAULT_CRITERION
-from hifiprune.allocation import Budget, Shape, allocate
+from hifiprune.allocation import Budget, Shape, Sharing, allocate
 from hifiprune.calibration import SELF, Calibration, load_windows, sample_windows
-from hifiprune.checkpoint import Checkpoint, find_checkpoint
+from hifiprune.checkpoint import Checkpoint
 from hifiprune.compute import Compute
 from hifiprune.criteria import Options, find_criterion
 from hifiprune.errors import UserError
-from hifiprune.evaluation import measure
 from hifiprune.neurons import find_mlps
 from hifiprune.output import check_space, replacing
 from hifiprune.plan import Plan
 from hifiprune.preparation import (
     announce_repair,
     announce_scoring,
-    check_model,
-    load,
+    announce_search,
     load_hashed,
     plain_arguments,
     prepare,
 )
+from hifiprune.presets import Preset, settle
 from hifiprune.record import RunRecord
 from hifiprune.repair import cut_and_repair_
 from hifiprune.scores import Scores
 from hifiprune.scoring import Request, score
+from hifiprune.search import search
 from hifiprune.surgery import cut_, require_bias
-from hifiprune.texts import Text
-from hifiprune.voice import Voice
+from hifiprune.voice import SILENT, Voice
 
-SILENT = Voice()
 REPAIRS = ("none", "ridge")
+SEARCH_WINDOWS = 8
+"""Calibration windows that a search for widths measures on."""
 
 
 def score_checkpoint(
@@ -93,11 +94,15 @@ def prune(
     calibration: Calibration | None = None,
     *,
     scores: Scores | str | Path | None = None,
-    criterion: str = DEFAULT_CRITERION,
+    preset: str = "default",
+    criterion: str | None = None,
     options: Options | None = None,
-    repair: str = "none",
+    allocation: str | None = None,
+    floor: float = 0.5,
+    trials: int = 64,
+    repair: str | None = None,
     bias_compensation: bool = False,
-    round_to: int = 128,
+    round_to: int | None = None,
     compute: Compute = Compute(),
     shard_size: str = "5GB",
     overwrite: bool = False,
@@ -111,11 +116,17 @@ def prune(
         model: local folder, hub id or GGUF file.
         output: folder to be made; written beside and renamed when whole.
         budget: how much to remove.
-        calibration: what to score and repair on; with `scores` for repair alone, and not needed without repair for
-            criteria that look at weights alone.
+        calibration: what to score, search and repair on; with `scores` for the latter two, and not needed without
+            them for criteria that look at weights alone.
         scores: scores of this very model, or the file of them.
+        preset: what stands for all that is not given: `default`, or one of the papers' systems, `hfprune` or
+            `sdmprune`; see `hifiprune.presets`.
         criterion: how to score; see `CRITERIA`.
         options: what the criterion leaves open; by default alpha and temperature follow the ratio, as in the papers.
+        allocation: `uniform` widths, which a stock configuration holds; by one `global` threshold on the scores; or
+            `searched`. Checkpoints whose widths differ load with `trust_remote_code=True`, or by this library.
+        floor: fraction of the uniform width that every MLP keeps where widths differ.
+        trials: plans that the search tries.
         repair: `ridge` refits each MLP's output map to what the dense model computes, in closed form; or `none`.
         bias_compensation: put the mean output of the removed neurons into the bias of each output map, as FLAP does;
             only for architectures that have one, with criteria that collect mean activations.
@@ -129,17 +140,17 @@ def prune(
         UserError: something asked for cannot be done, found before the weights are loaded where possible.
         RunError: numbers, memory or disk failed.
     """
-    if scores is None:
-        _check_data(criterion, calibration)
-    elif calibration and repair == "none":
-        raise UserError("give one of --calibration and --scores, not both; both only with --repair")
-    _check_repair(repair, calibration, bias_compensation)
+    preset_ = settle(preset, criterion=criterion, allocation=allocation, repair=repair, round_to=round_to)
+    criterion, repair, round_to = preset_.criterion, preset_.repair, preset_.round_to
+    sharing = Sharing(preset_.allocation, floor, trials)
+    _check_texts(preset_, calibration, scored=scores is not None, bias_compensation=bias_compensation)
     path = scores if isinstance(scores, str | Path) else None
     used = Scores.load(scores) if isinstance(scores, str | Path) else scores
     sources = plain_arguments(model=model, output=output, budget=budget, calibration=calibration, compute=compute)
     settings = plain_arguments(
-        scores=path, criterion=used.criterion if used else criterion, options=options, round_to=round_to,
-        repair=repair, bias_compensation=bias_compensation, shard_size=shard_size, overwrite=overwrite,
+        scores=path, criterion=used.criterion if used else criterion, options=options, preset=preset,
+        sharing=sharing, round_to=round_to, repair=repair,
+        bias_compensation=bias_compensation, shard_size=shard_size, overwrite=overwrite,
     )  # fmt: skip
     record = RunRecord("prune", sources | settings)
     _check_shard_size(shard_size)
@@ -148,7 +159,7 @@ def prune(
         _check_compensation(checkpoint, used, used.criterion if used else criterion)
     width = shape.width_at(budget, round_to)
     check_space(target, int(checkpoint.dtype().itemsize * shape.total_parameters * (1 - shape.ratio_at(width))))
-    voice.say(_announce(budget, shape, width, round_to))
+    voice.say(_announce(budget, shape, width, round_to, sharing.allocation))
     ratio = budget.ratio or shape.ratio_at(width)
     if used:
         _remark_on_options(used, ratio, voice)
@@ -159,14 +170,17 @@ def prune(
         settled = options or Options(seed=calibration.seed if calibration else 0)
         request = (criterion, settled.for_ratio(ratio))
         used, loaded, windows = _score(checkpoint, calibration, windows, request, compute, voice, record)
-    dtype = checkpoint.dtype() if repair == "none" else compute.dtype_for(checkpoint)
-    if loaded is None or loaded.dtype != dtype:
-        loaded = None
-        gc.collect()
-        loaded, model_hash = load_hashed(checkpoint, compute, record, dtype)
-        used.require_model(model_hash)
-    plan = allocate(used, budget, round_to=round_to)
+    computing = compute.dtype_for(checkpoint)
+    if sharing.allocation == "searched":
+        assert calibration
+        loaded = _ready(loaded, computing, checkpoint, used, compute, record)
+        windows = _sample_windows(loaded, calibration, windows, record, voice)
+        plan = _search(loaded, used, budget, windows, round_to, sharing, compute, record, voice)
+    else:
+        plan = allocate(used, budget, round_to=round_to, sharing=sharing)
     record.results = _describe_plan(plan, str(budget)) | _describe_scores(used)
+    dtype = checkpoint.dtype() if repair == "none" else computing
+    loaded = _ready(loaded, dtype, checkpoint, used, compute, record)
     if repair == "none":
         with record.stage("cutting"):
             cut_(loaded, plan, used.means if bias_compensation else None)
@@ -200,6 +214,44 @@ def _write(
         record.save(folder / "run.json")
 
 
+def _ready(
+    loaded: PreTrainedModel | None,
+    dtype: torch.dtype,
+    checkpoint: Checkpoint,
+    scores: Scores,
+    compute: Compute,
+    record: RunRecord,
+) -> PreTrainedModel:
+    """The dense model in a dtype, loaded again if it is there in another one; the scores must be its own."""
+    if loaded is not None and loaded.dtype == dtype:
+        return loaded
+    del loaded
+    gc.collect()
+    model, model_hash = load_hashed(checkpoint, compute, record, dtype)
+    scores.require_model(model_hash)
+    return model
+
+
+def _search(
+    model: PreTrainedModel,
+    scores: Scores,
+    budget: Budget,
+    windows: Int[Tensor, "windows positions"],
+    round_to: int,
+    sharing: Sharing,
+    compute: Compute,
+    record: RunRecord,
+    voice: Voice,
+) -> Plan:
+    """Widths by trial, on a few of the windows."""
+    few = windows[:: max(1, len(windows) // SEARCH_WINDOWS)][:SEARCH_WINDOWS]
+    voice.say(announce_search(model, few, sharing.trials, compute))
+    with record.stage("searching widths"):
+        track = voice.track("searching widths")
+        size = compute.batch_size
+        return search(model, scores, budget, few, round_to=round_to, sharing=sharing, batch_size=size, track=track)
+
+
 def _repair(
     model: PreTrainedModel,
     plan: Plan,
@@ -214,49 +266,6 @@ def _repair(
         track = voice.track("repairing")
         refits = cut_and_repair_(model, plan, windows, batch_size=compute.batch_size, track=track)
     return [asdict(refit) for refit in refits]
-
-
-def evaluate(
-    model: str,
-    text: str,
-    *,
-    against: str | None = None,
-    seq_len: int = 1024,
-    max_windows: int | None = None,
-    text_column: str | None = None,
-    compute: Compute = Compute(),
-    voice: Voice = SILENT,
-) -> RunRecord:
-    """Perplexity of a checkpoint on a text, and its fidelity to the dense one `against`.
-
-    The text is one stream of tokens cut into windows of `seq_len` without overlap, each scored from its second token.
-
-    Raises:
-        UserError: the text is too short or something else asked for cannot be done.
-    """
-    record = RunRecord(
-        "evaluate",
-        plain_arguments(
-            model=model, against=against, text=text, seq_len=seq_len, max_windows=max_windows, compute=compute
-        ),
-    )
-    source = Text(text, seq_len, max_windows, text_column=text_column)
-    checkpoints = [find_checkpoint(name) for name in (model, against) if name]
-    for checkpoint in checkpoints:
-        check_model(checkpoint, source)
-    windows = source.held(checkpoints[0].tokenizer()).windows
-    for checkpoint in checkpoints:
-        checkpoint.fetch()
-    with record.stage("loading the weights"):
-        models = [load(checkpoint, compute) for checkpoint in checkpoints]
-    names = " against ".join(checkpoint.name for checkpoint in checkpoints)
-    voice.say(f"Evaluating {names} on {len(windows)} windows of {seq_len} tokens of {text}.")
-    with record.stage("evaluating"):
-        pruned, dense = models[0], models[1] if against else None
-        metrics = measure(pruned, windows, dense, batch_size=compute.batch_size, track=voice.track("evaluating"))
-    plain = {name: asdict(estimate) for name, estimate in metrics.items()}
-    record.results = {"windows": len(windows), "positions": seq_len, "metrics": plain}
-    return record
 
 
 def _check_data(criterion: str, calibration: Calibration | None) -> None:
@@ -275,12 +284,20 @@ def _check_shard_size(shard_size: str) -> None:
         raise UserError(f"shard size '{shard_size}' must be a number and a unit, such as 500MB or 5GB")
 
 
-def _check_repair(repair: str, calibration: Calibration | None, bias_compensation: bool) -> None:
-    if repair not in REPAIRS:
-        raise UserError(f"repair '{repair}' is not known; known are {', '.join(REPAIRS)}")
-    if repair != "none" and calibration is None:
+def _check_texts(preset: Preset, calibration: Calibration | None, *, scored: bool, bias_compensation: bool) -> None:
+    """Whether there is a text for each step that reads one, and a use for the one that is given."""
+    if preset.repair not in REPAIRS:
+        raise UserError(f"repair '{preset.repair}' is not known; known are {', '.join(REPAIRS)}")
+    fits = preset.repair != "none" or preset.allocation == "searched"
+    if not scored:
+        _check_data(preset.criterion, calibration)
+    elif calibration and not fits:
+        raise UserError("give one of --calibration and --scores, not both; both only to repair or search")
+    if preset.repair != "none" and calibration is None:
         raise UserError("repair needs text to fit to: give --calibration, or --repair none")
-    if repair != "none" and bias_compensation:
+    if fits and calibration is None:
+        raise UserError("a search for widths needs text to measure on: give --calibration, or another --allocation")
+    if preset.repair != "none" and bias_compensation:
         raise UserError("repair refits biases itself: give one of --repair and --bias-compensation, not both")
 
 
@@ -346,10 +363,12 @@ def _remark_on_options(scores: Scores, ratio: float, voice: Voice) -> None:
         voice.say(f"The scores were made with {name} {made[name]:g}; the papers use {papers[name]:g} near this ratio.")
 
 
-def _announce(budget: Budget, shape: Shape, width: int, round_to: int) -> str:
+def _announce(budget: Budget, shape: Shape, width: int, round_to: int, allocation: str) -> str:
     reached = f"{shape.ratio_at(width):.2%} of all parameters, {1 - width / shape.neurons:.2%} of the neurons"
-    if budget.width is not None:
+    if budget.width is not None and allocation == "uniform":
         return f"Plan: width {shape.neurons} -> {width}, removes {reached}."
+    if allocation != "uniform":
+        return f"Plan: {budget}; {allocation} allocation, mean width {width} of {shape.neurons}, removes {reached}."
     asked = f"{budget.ratio:.2%} of all parameters" if budget.ratio else f"{budget.neuron_ratio:.2%} of the neurons"
     return f"Plan: asked {asked}; width {shape.neurons} -> {width}, a multiple of {round_to}, removes {reached}."
 

@@ -131,6 +131,18 @@ def announce_repair(model: PreTrainedModel, windows: Int[Tensor, "windows positi
     )
 
 
+def announce_search(
+    model: PreTrainedModel, windows: Int[Tensor, "windows positions"], trials: int, compute: Compute
+) -> str:
+    """What a search for widths will cost: a forward pass a trial, and half as much again for the metrics."""
+    device = compute.resolved_device
+    one = estimate_seconds(model.config, windows.numel(), windows.shape[1], device, model.dtype, backwards=0)
+    return (
+        f"Searching for widths by {trials} trials on {len(windows)} windows of {windows.shape[1]} tokens: about "
+        f"{duration(1.5 * one * trials)}, if the machine is idle."
+    )
+
+
 def duration(seconds: float) -> str:
     """Seconds for a reader."""
     if seconds < 90:

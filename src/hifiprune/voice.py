@@ -43,3 +43,6 @@ class Voice:
                 yield from progress.track(items)
 
         return spoken if self.console and not self.console.is_terminal else tracked
+
+
+SILENT = Voice()

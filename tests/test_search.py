@@ -1,0 +1,174 @@
+"""Widths that differ: one threshold over all layers, and search by measured divergence."""
+
+import json
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+import hifiprune as hp
+from hifiprune.allocation import plan_with, share_out
+from hifiprune.checkpoint import Checkpoint
+from hifiprune.search import search
+from tests.commands import Result, refused, run
+from tests.families import tiny_model, tiny_tokens
+from tests.naive import divergence, logits_of, masked_logits
+from tests.test_allocation import make_scores
+
+
+@given(
+    gains=st.lists(st.lists(st.floats(0, 9), min_size=4, max_size=4), min_size=2, max_size=3),
+    total=st.integers(3, 12),
+    floor=st.sampled_from([0.0, 0.5, 1.0]),
+)
+def test_shares_have_the_largest_sum_of_all(gains: list[list[float]], total: int, floor: float) -> None:
+    total = min(total, 4 * len(gains))
+    sums = [sorted(each, reverse=True) for each in gains]
+    widths = share_out([torch.tensor(each).double() for each in sums], total, round_to=1, floor=floor)
+    least = max(1, int(floor * total / len(gains)))
+    possible = [each for each in product(range(least, 5), repeat=len(gains)) if sum(each) == total]
+    assert tuple(widths) in possible
+    worth = [sum(sum(own[:width]) for own, width in zip(sums, each, strict=True)) for each in (widths, *possible)]
+    assert worth[0] == pytest.approx(max(worth[1:]))
+
+
+def test_a_global_threshold_keeps_the_highest_scores_of_all_layers() -> None:
+    scores = make_scores()
+    scores.values[1] *= 3
+    plan = hp.allocate(scores, hp.Budget(width=20), round_to=1, sharing=hp.Sharing("global", floor=0.25))
+    assert sum(plan.widths) == 60
+    assert min(plan.widths) >= 5
+    flat = torch.cat(scores.values).sort(descending=True).values
+    expected = [int((values >= flat[59]).sum()) for values in scores.values]
+    assert min(expected) >= 5, "the floor is not what decides"
+    assert plan.widths == expected
+    assert len(set(plan.widths)) > 1
+    assert plan.parameters_after == plan.parameters_before - (3 * 64 - 60) * 30
+    assert (
+        hp.allocate(scores, hp.Budget(width=20), round_to=1, sharing=hp.Sharing("global", floor=1.0)).widths == [20] * 3
+    )
+
+
+def test_rounded_widths_are_multiples_and_keep_the_budget() -> None:
+    scores = make_scores()
+    scores.values[1] *= 3
+    plan = hp.allocate(scores, hp.Budget(neuron_ratio=0.5), round_to=16, sharing=hp.Sharing("global"))
+    assert sum(plan.widths) == 96
+    assert all(width % 16 == 0 and width >= 16 for width in plan.widths)
+    assert plan.widths[1] == max(plan.widths) > 32
+
+
+def test_search_never_ends_worse_than_uniform_widths_and_leaves_the_model_whole() -> None:
+    model, tokens = tiny_model("llama"), tiny_tokens(4)
+    scores, budget, sharing = hp.score(model, tokens, "fisher"), hp.Budget(width=17), hp.Sharing("searched", 0.5, 40)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    plan = search(model, scores, budget, tokens, round_to=1, sharing=sharing)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert sum(plan.widths) == 3 * 17
+    assert min(plan.widths) >= 8
+    with torch.no_grad():
+        dense = logits_of(model, tokens)[:, :-1]
+        found = {
+            tuple(each.widths): float(divergence(dense, masked_logits(model, each, tokens)[:, :-1]).mean())
+            for each in (
+                plan,
+                hp.allocate(scores, budget, round_to=1),
+                hp.allocate(scores, budget, round_to=1, sharing=hp.Sharing("global")),
+                *(plan_with(scores, each, budget) for each in ([20, 14, 17], [14, 20, 17], [17, 14, 20])),
+            )
+        }
+    assert min(found, key=lambda each: found[each]) == tuple(plan.widths)
+    assert len(found) > 1
+    again = search(model, scores, budget, tokens, round_to=1, sharing=sharing)
+    assert again.to_json() == plan.to_json()
+
+
+def prune(dense: Path, output: Path, *more: object) -> Result:
+    return run("prune", dense, "--neuron-ratio", 0.4, "--round-to", 1, "--seq-len", 16, "--output", output, *more)
+
+
+@pytest.mark.parametrize("allocation", ["global", "searched"])
+def test_the_command_writes_mixed_widths_that_load_with_and_without_us(
+    world: Path, tmp_path: Path, allocation: str, no_stopwatch: None
+) -> None:
+    dense, text, output = world / "dense", world / "calibration.txt", tmp_path / "out"
+    more = ("--calibration", text, "--num-samples", 8, "--allocation", allocation, "--trials", 8)
+    result = prune(dense, output, *more, "--repair", "ridge", "--json")
+    assert result.code == 0, result.err
+    widths = json.loads((output / "config.json").read_text())["mlp_widths"]
+    assert result.json["results"]["width"] == {"before": 40, "after": widths}
+    assert result.json["results"]["criterion"] == "fisher"
+    assert sum(widths) == 3 * 24
+    assert len(set(widths)) > 1
+    alone = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)
+    ours = Checkpoint("pruned", output).load()
+    torch.testing.assert_close(logits_of(alone, tiny_tokens()), logits_of(ours, tiny_tokens()))
+    assert run("inspect", output, "--json").json["neurons_per_mlp"] == widths
+    assert f"{min(widths)} to {max(widths)}" in run("inspect", output).out
+    measured = run("evaluate", output, "--against", dense, "--text", world / "held.txt", "--seq-len", 16, "--json")
+    assert measured.code == 0, measured.err
+    refused(
+        prune(output, tmp_path / "again", "--calibration", text), "a budget needs equal ones: prune the dense model"
+    )
+    second = prune(dense, tmp_path / "two", *more, "--repair", "ridge")
+    assert "24" in second.err
+    plans = [(folder / "hifiprune" / "plan.json").read_bytes() for folder in (output, tmp_path / "two")]
+    assert plans[0] == plans[1]
+
+
+def test_scores_made_before_can_be_searched_with(world: Path, tmp_path: Path, no_stopwatch: None) -> None:
+    dense, text = world / "dense", world / "calibration.txt"
+    assert prune(dense, tmp_path / "one", "--criterion", "random").code == 0
+    scores = tmp_path / "one" / "hifiprune" / "scores.safetensors"
+    more = ("--scores", scores, "--calibration", text, "--num-samples", 4, "--allocation", "searched", "--trials", 12)
+    result = prune(dense, tmp_path / "two", *more, "--json")
+    assert result.code == 0, result.err
+    assert result.json["results"]["criterion"] == "random"
+    assert [stage["name"] for stage in result.json["stages"]].count("searching widths") == 1
+
+
+@pytest.mark.parametrize(
+    ("preset", "flags"),
+    [
+        ("hfprune", ("--criterion", "hfprune", "--round-to", 1)),
+        ("sdmprune", ("--criterion", "self-distillation", "--round-to", 1)),
+        ("default", ("--criterion", hp.DEFAULT_CRITERION, "--round-to", 128, "--allocation", "uniform")),
+    ],
+)
+def test_presets_are_what_their_flags_say(
+    world: Path, tmp_path: Path, preset: str, flags: tuple[object, ...], no_stopwatch: None
+) -> None:
+    plans = []
+    for name, more in (("preset", ("--preset", preset)), ("flags", flags)):
+        start = ("prune", world / "dense", "--width", 21, "--calibration", world / "calibration.txt", "--seq-len", 16)
+        result = run(*start, "--num-samples", 4, "--output", tmp_path / name, *more)
+        assert result.code == 0, result.err
+        plans.append((tmp_path / name / "hifiprune" / "plan.json").read_bytes())
+        arguments = json.loads((tmp_path / name / "run.json").read_text())["arguments"]
+        assert arguments["repair"] == "none"
+    assert plans[0] == plans[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--allocation", "golbal"), "allocation 'golbal' is not known; known are uniform, global, searched"),
+        (("--allocation", "global", "--floor", 1.5), "floor 1.5 must lie in [0, 1]"),
+        (("--allocation", "searched", "--trials", 0), "trials 0 must be at least 1"),
+        (("--preset", "hfprun"), "preset 'hfprun' is not known; known are default, hfprune, sdmprune; did you mean"),
+    ],
+)
+def test_impossible_allocations_are_refused_before_anything_is_loaded(
+    world: Path, tmp_path: Path, flags: tuple[object, ...], message: str
+) -> None:
+    refused(prune(world / "dense", tmp_path / "out", "--calibration", world / "calibration.txt", *flags), message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_search_without_text_is_refused(world: Path, tmp_path: Path) -> None:
+    flags = ("--criterion", "magnitude", "--allocation", "searched")
+    refused(prune(world / "dense", tmp_path / "out", *flags), "a search for widths needs text to measure on")
