@@ -1,7 +1,8 @@
 """What each idea beyond the papers is worth on SmolLM2-135M-Instruct, without any training.
 
-HFPrune's exact method against other scores, repair in its forms, and the best of them together: calibrated on C4,
-measured on WikiText-2 test (perplexity) and other documents of C4 (KL divergence), over draws of calibration windows.
+HFPrune's exact method against other scores, widths that differ, repair in its forms, and the best of them together:
+calibrated on C4, measured on WikiText-2 test (perplexity) and other documents of C4 (KL divergence), over draws of
+calibration windows.
 Writes `results/quality.json`. Takes hours on 2 cores; interrupted, it goes on where it stopped.
 """
 
@@ -25,6 +26,7 @@ from hifiprune.demonstration import fetch_smollm2
 from hifiprune.evaluation import measure_windows
 from hifiprune.output import replacing
 from hifiprune.repair import cut_and_repair_
+from hifiprune.search import search, search_windows
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -34,26 +36,30 @@ RATIOS, SEEDS = (0.2, 0.3), 3
 
 @dataclass(frozen=True)
 class Variant:
-    """A criterion, and how its cut is repaired, if at all."""
+    """A criterion, how widths are decided, and how the cut is repaired, if at all."""
 
     criterion: str
+    allocation: str = "uniform"
     repair: dict[str, Any] | None = None
 
 
-PARALLEL, SEQUENTIAL = {"sequential": False}, {"sequential": True}
-PLAIN_TOKENS, ATTENTION = {"weighted": False}, {"attention": True}
+SEQUENTIAL: dict[str, Any] = {}
 VARIANTS = {
     "hfprune": Variant("hfprune"),
-    "fisher": Variant("fisher"),
     "entropy-square": Variant("entropy-square"),
-    "hfprune, repaired": Variant("hfprune", SEQUENTIAL),
-    "fisher, repaired": Variant("fisher", SEQUENTIAL),
-    "entropy-square, repaired": Variant("entropy-square", SEQUENTIAL),
-    "fisher, parallel, tokens alike": Variant("fisher", PARALLEL | PLAIN_TOKENS),
-    "fisher, parallel": Variant("fisher", PARALLEL),
-    "fisher, tokens alike": Variant("fisher", SEQUENTIAL | PLAIN_TOKENS),
-    "fisher, attention too": Variant("fisher", SEQUENTIAL | ATTENTION),
+    "fisher": Variant("fisher"),
+    "hfprune, repaired": Variant("hfprune", repair=SEQUENTIAL),
+    "entropy-square, repaired": Variant("entropy-square", repair=SEQUENTIAL),
+    "fisher, repaired": Variant("fisher", repair=SEQUENTIAL),
+    "entropy-square, repaired in parallel": Variant("entropy-square", repair={"sequential": False}),
+    "entropy-square, repaired, tokens alike": Variant("entropy-square", repair={"weighted": False}),
+    "entropy-square, repaired, attention too": Variant("entropy-square", repair={"attention": True}),
+    "fisher, global": Variant("fisher", "global"),
+    "fisher, global, repaired": Variant("fisher", "global", SEQUENTIAL),
+    "fisher, searched": Variant("fisher", "searched"),
+    "fisher, searched, repaired": Variant("fisher", "searched", SEQUENTIAL),
 }
+"""By name; all but the last four have one width for all layers."""
 
 
 @dataclass(frozen=True)
@@ -80,23 +86,36 @@ class Bench:
                 scores.save(path)
         return {name: hp.Scores.load(path) for name, path in paths.items()}
 
-    def cell(
-        self, name: str, ratio: float, seed: int, scores: hp.Scores, windows: Int[Tensor, "windows positions"]
-    ) -> dict[str, float]:
-        """Log perplexity on WikiText-2, KL divergence on C4, and seconds of repair."""
+    def plan(
+        self, variant: Variant, ratio: float, seed: int, windows: Int[Tensor, "windows positions"]
+    ) -> tuple[hp.Plan, float]:
+        """What a variant keeps, and the seconds that a search took."""
+        scores, budget = self.scores(windows, seed)[variant.criterion], hp.Budget(ratio=ratio)
+        if variant.allocation != "searched":
+            return hp.allocate(scores, budget, round_to=1, sharing=hp.Sharing(variant.allocation)), 0.0
+        path = self.folder / f"plan-{variant.criterion}-{ratio:g}-{len(windows)}-{seed}.json"
+        if not path.is_file():
+            start = time.perf_counter()
+            search(self.dense(), scores, budget, search_windows(windows), round_to=1).save(path)
+            path.with_suffix(".seconds").write_text(str(time.perf_counter() - start))
+        return hp.Plan.load(path), float(path.with_suffix(".seconds").read_text())
+
+    def cell(self, name: str, ratio: float, seed: int, windows: Int[Tensor, "windows positions"]) -> dict[str, float]:
+        """Log perplexity on WikiText-2, KL divergence on C4, and seconds of search and repair."""
         path = self.folder / f"{name.replace(', ', '-').replace(' ', '-')}-{ratio:g}-{len(windows)}-{seed}.json"
         if not path.is_file():
-            model, repair = self.dense(), VARIANTS[name].repair
-            plan = hp.allocate(scores, hp.Budget(ratio=ratio), round_to=1)
+            variant, model = VARIANTS[name], self.dense()
+            plan, search_seconds = self.plan(variant, ratio, seed, windows)
             start = time.perf_counter()
-            if repair is None:
+            if variant.repair is None:
                 hp.cut_(model, plan)
             else:
-                cut_and_repair_(model, plan, windows, **repair)
+                cut_and_repair_(model, plan, windows, **variant.repair)
             seconds = time.perf_counter() - start
             loss = measure_windows(model, self.wikitext)["perplexity"].mean()
             divergence = measure_windows(model, self.c4, self.reference)["kl"].mean()
-            found = {"loss": float(loss), "kl": float(divergence), "seconds": seconds}
+            found = {"loss": float(loss), "kl": float(divergence)}
+            found |= {"search_seconds": search_seconds, "repair_seconds": seconds}
             with replacing(path) as temporary:
                 temporary.write_text(json.dumps(found))
         cell: dict[str, float] = json.loads(path.read_text())
@@ -127,8 +146,7 @@ def main() -> None:
         for name in asked.variants:
             cells = []
             for seed, windows in enumerate(draws):
-                scores = bench.scores(windows, seed)[VARIANTS[name].criterion]
-                cells.append(bench.cell(name, ratio, seed, scores, windows))
+                cells.append(bench.cell(name, ratio, seed, windows))
             rows.append(summary(name, ratio, cells))
             console.print(rows[-1])
     papers = {row["ratio"]: row for row in rows if row["variant"] == "hfprune"}
@@ -150,7 +168,8 @@ def summary(name: str, ratio: float, cells: list[dict[str, float]]) -> dict[str,
         "perplexity_spread": stdev(perplexities) if len(cells) > 1 else None,
         "kl": mean(divergences),
         "kl_spread": stdev(divergences) if len(cells) > 1 else None,
-        "repair_seconds": mean(cell["seconds"] for cell in cells),
+        "search_seconds": mean(cell["search_seconds"] for cell in cells),
+        "repair_seconds": mean(cell["repair_seconds"] for cell in cells),
     }
 
 

@@ -1,6 +1,7 @@
 """Sources, samplers, seeds, and what is said when there is too little text."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from hifiprune.calibration import (
     read_documents,
     sample_windows,
 )
+from hifiprune.options import drawn_from, mixture
 from tests.conftest import byte_tokenizer
 
 DOCUMENTS = ["".join(chr(97 + (i * k) % 26) for i in range(30 * k)) for k in range(1, 9)]
@@ -183,3 +185,44 @@ def test_text_sampled_from_the_model_follows_its_distribution(make_checkpoint: C
     entropy = -(log_probs.exp() * log_probs).sum(-1).mean().item()
     assert -likelihood == pytest.approx(entropy, rel=0.08)  # sampled tokens are as surprising as the entropy says
     assert entropy < 0.95 * torch.tensor(float(model.config.vocab_size)).log().item()
+
+
+def test_sources_are_mixed_by_their_shares(tmp_path: Path) -> None:
+    for letter in "abc":
+        (tmp_path / f"{letter}.txt").write_text(letter * 1000)
+    first, *others = (str(tmp_path / f"{letter}.txt") for letter in "abc")
+    mixed = Calibration(first, 10, 16, 3, mixed=((others[0], 0.3), (others[1], 0.2)))
+    windows = load_windows(mixed, byte_tokenizer())
+    letters = [byte_tokenizer().decode(window[:1]) for window in windows]
+    assert sorted(letters) == list("aaaaabbbcc")
+    assert letters != sorted(letters), "what is held out for repair is of all sources"
+    assert torch.equal(windows, load_windows(mixed, byte_tokenizer()))
+    alone = load_windows(Calibration(first, 10, 16, 3), byte_tokenizer())
+    assert torch.equal(alone, load_windows(Calibration(first, 10, 16, 3, mixed=()), byte_tokenizer()))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["a"], ("a", ())),
+        (["a", "b:0.3"], ("a", (("b", 0.3),))),
+        (["a", "b"], ("a", (("b", 0.5),))),
+        (["a:1", "b:3"], ("a", (("b", 0.75),))),
+        (["hub/set:config:train", "b:.25"], ("hub/set:config:train", (("b", 0.25),))),
+    ],
+)
+def test_shares_are_read_from_the_command_line(words: list[str], expected: object) -> None:
+    assert mixture(words) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "samples", "message"),
+    [
+        (["a", "b:1.2"], 10, "the shares of --calibration add up to 1.2 and leave nothing for the others"),
+        (["a", "self:0.5"], 10, "'self' cannot be mixed with other sources"),
+        (["a", "b:0.01"], 10, "num-samples 10 leaves a source without a window"),
+    ],
+)
+def test_impossible_mixtures(words: list[str], samples: int, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        drawn_from(words, samples)

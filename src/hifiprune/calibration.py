@@ -3,7 +3,7 @@
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -42,6 +42,10 @@ class Calibration:
             (the papers' way), `stream` joins all documents by the end-of-text token, cuts windows and draws from these;
             `auto` is `stream` for a single document, else `documents`.
         text_column: column of the text in JSON Lines, Parquet and hub data, guessed if not given.
+        mixed: further sources, and the share of the windows that each gets; `source` gets the rest.
+
+    Raises:
+        UserError: a value is out of range.
     """
 
     source: str
@@ -50,6 +54,7 @@ class Calibration:
     seed: int = 0
     sampler: str = "auto"
     text_column: str | None = None
+    mixed: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:
@@ -59,6 +64,31 @@ class Calibration:
         if self.sampler not in SAMPLERS:
             raise UserError(f"sampler '{self.sampler}' is not known; known are {', '.join(SAMPLERS)}")
         check_seed(self.seed)
+        if self.mixed and SELF in (self.source, *(source for source, _ in self.mixed)):
+            raise UserError(f"'{SELF}' cannot be mixed with other sources")
+        for source, share in self.mixed:
+            if not 0 < share < 1:
+                raise UserError(f"the share {share:g} of {source} must lie in (0, 1)")
+        least = min(self._counts)
+        if least < 1:
+            raise UserError(
+                f"num-samples {self.num_samples} leaves a source without a window; use more or larger shares"
+            )
+
+    @property
+    def _counts(self) -> list[int]:
+        """Windows of each source."""
+        further = [round(share * self.num_samples) for _, share in self.mixed]
+        return [self.num_samples - sum(further), *further]
+
+    @property
+    def parts(self) -> list["Calibration"]:
+        """The same for each source by itself, with its number of windows."""
+        sources = [self.source, *(source for source, _ in self.mixed)]
+        return [
+            replace(self, source=source, num_samples=count, mixed=())
+            for source, count in zip(sources, self._counts, strict=True)
+        ]
 
 
 def check_source(source: str, seq_len: int, longest: int | None) -> None:
@@ -80,6 +110,9 @@ def load_windows(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -
     Raises:
         UserError: the source cannot be read, or has too little text.
     """
+    if calibration.mixed:
+        windows = torch.cat([load_windows(part, tokenizer) for part in calibration.parts])
+        return windows[torch.tensor(random.Random(calibration.seed).sample(range(len(windows)), len(windows)))]
     documents = read_documents(calibration.source, calibration.text_column, calibration.seed)
     sampler = calibration.sampler
     if sampler == "auto":

@@ -44,6 +44,7 @@ from hifiprune.options import (
     Temperature,
     TextColumn,
     Trials,
+    drawn_from,
 )
 from hifiprune.study import ablate, compare, criteria
 from hifiprune.terminal import show, voice
@@ -64,8 +65,10 @@ def prune(
     ratio: Annotated[float | None, Option(help="Fraction of all parameters to remove.")] = None,
     neuron_ratio: Annotated[float | None, Option(help="Fraction of the MLP neurons to remove.")] = None,
     width: Annotated[int | None, Option(help="Neurons that every MLP keeps.")] = None,
-    calibration: Annotated[str | None, Option(help=SOURCES)] = None,
-    scores: Annotated[Path | None, Option(help="Scores made before; --calibration is then for repair alone.")] = None,
+    calibration: Annotated[list[str] | None, Option(help=SOURCES)] = None,
+    scores: Annotated[
+        Path | None, Option(help="Scores made before; --calibration is then to repair or search.")
+    ] = None,
     num_samples: NumSamples = 128,
     seq_len: SeqLen = 1024,
     seed: Seed = 0,
@@ -107,7 +110,7 @@ def prune(
         model,
         output,
         hp.Budget(ratio, neuron_ratio, width),
-        hp.Calibration(calibration, num_samples, seq_len, seed, sampler, text_column) if calibration else None,
+        drawn_from(calibration, num_samples, seq_len, seed, sampler, text_column) if calibration else None,
         scores=scores,
         preset=preset,
         criterion=criterion,
@@ -130,7 +133,7 @@ def prune(
 def score(
     model: Model,
     output: Output,
-    calibration: Annotated[str | None, Option(help=SOURCES)] = None,
+    calibration: Annotated[list[str] | None, Option(help=SOURCES)] = None,
     num_samples: NumSamples = 128,
     seq_len: SeqLen = 1024,
     seed: Seed = 0,
@@ -157,7 +160,7 @@ def score(
     record = hp.score_checkpoint(
         model,
         output,
-        hp.Calibration(calibration, num_samples, seq_len, seed, sampler, text_column) if calibration else None,
+        drawn_from(calibration, num_samples, seq_len, seed, sampler, text_column) if calibration else None,
         criterion=criterion,
         options=hp.Options(alpha, temperature, light_cut, label_samples, seed),
         compute=hp.Compute(device, dtype, batch_size, recompute, attention),

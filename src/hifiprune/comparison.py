@@ -161,7 +161,7 @@ def _check(
     if seeds < 1:
         raise UserError(f"seeds {seeds} must be at least 1")
     for text in texts:
-        if _overlap(calibration.source, text.source):
+        if any(_overlap(part.source, text.source) for part in calibration.parts):
             raise UserError(f"{text.source} is in both calibration and held-out text; measure on another one")
 
 

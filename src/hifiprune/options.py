@@ -1,9 +1,16 @@
 """The command line's options, declared once for all commands."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
+
+from hifiprune.errors import UserError
+
+if TYPE_CHECKING:
+    from hifiprune.calibration import Calibration
 
 SCORING_FLAGS = (
     "--criterion", "--recompute", "--keep-graphs", "--alpha", "--temperature", "--light-cut", "--label-samples",
@@ -15,7 +22,8 @@ Model = Annotated[str, Argument(metavar="MODEL", help="Local folder, hub id or .
 Output = Annotated[Path, Option(help="What to make; written beside and renamed when whole.")]
 SOURCES = (
     "Calibration text: .txt, .jsonl or .parquet file, a folder of those, a hub data set id[:config][:split], "
-    "'python-docs' (ships inside Python) or 'self' (sampled from the model)."
+    "'python-docs' (ships inside Python) or 'self' (sampled from the model). Given more than once, sources are mixed: "
+    "SOURCE:0.3 gets 30% of the windows, those without a share the rest."
 )
 NumSamples = Annotated[int, Option(help="Calibration windows.")]
 SeqLen = Annotated[int, Option(help="Tokens per window.")]
@@ -71,3 +79,32 @@ Attention = Annotated[
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object on standard output.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing output.")]
 Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]
+
+
+def drawn_from(words: list[str], *how: Any) -> "Calibration":
+    """The `Calibration` that `--calibration` and its companions ask for."""
+    from hifiprune.calibration import Calibration
+
+    source, mixed = mixture(words)
+    return replace(Calibration(source, *how), mixed=mixed)
+
+
+def mixture(words: list[str]) -> tuple[str, tuple[tuple[str, float], ...]]:
+    """The first source, and the others with their shares: of `a` and `b:0.3`, `("a", (("b", 0.3),))`.
+
+    Sources without a share get equal parts of the rest; where all have one, their shares are relative.
+
+    Raises:
+        UserError: the shares leave nothing for a source.
+    """
+    found = [re.fullmatch(r"(.+):(\d*\.?\d+)", word) for word in words]
+    sources = [match[1] if match else word for word, match in zip(words, found, strict=True)]
+    given = [float(match[2]) if match else None for match in found]
+    total = sum(share for share in given if share is not None)
+    if None not in given and total > 0:
+        shares = [share / total for share in given if share is not None]
+    elif total < 1:
+        shares = [(1 - total) / given.count(None) if share is None else share for share in given]
+    else:
+        raise UserError(f"the shares of --calibration add up to {total:g} and leave nothing for the others")
+    return sources[0], tuple(zip(sources[1:], shares[1:], strict=True))

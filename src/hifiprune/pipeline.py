@@ -34,13 +34,11 @@ from hifiprune.record import RunRecord
 from hifiprune.repair import cut_and_repair_
 from hifiprune.scores import Scores
 from hifiprune.scoring import Request, score
-from hifiprune.search import search
+from hifiprune.search import search, search_windows
 from hifiprune.surgery import cut_, require_bias
 from hifiprune.voice import SILENT, Voice
 
 REPAIRS = ("none", "ridge")
-SEARCH_WINDOWS = 8
-"""Calibration windows that a search for widths measures on."""
 
 
 def score_checkpoint(
@@ -244,7 +242,7 @@ def _search(
     voice: Voice,
 ) -> Plan:
     """Widths by trial, on a few of the windows."""
-    few = windows[:: max(1, len(windows) // SEARCH_WINDOWS)][:SEARCH_WINDOWS]
+    few = search_windows(windows)
     voice.say(announce_search(model, few, sharing.trials, compute))
     with record.stage("searching widths"):
         track = voice.track("searching widths")

@@ -51,7 +51,7 @@ def prepare(
         UserError: one of these cannot be used.
     """
     checkpoint = find_checkpoint(model)
-    inputs = [checkpoint.path, *(source.source for source in sources if source), *files]
+    inputs = [checkpoint.path, *(each.source for source in sources for each in _parts(source)), *files]
     target = check_target(output, folder=folder, overwrite=overwrite, inputs=inputs)
     check_model(checkpoint, *sources)
     return checkpoint, target, shape_of(checkpoint.skeleton())
@@ -62,8 +62,15 @@ def check_model(checkpoint: Checkpoint, *sources: Calibration | Text | None) -> 
     find_mlps(checkpoint.skeleton())
     longest = getattr(checkpoint.config().get_text_config(), "max_position_embeddings", None)
     for source in sources:
-        if source:
-            check_source(source.source, source.seq_len, longest)
+        for each in _parts(source):
+            check_source(each.source, each.seq_len, longest)
+
+
+def _parts(source: Calibration | Text | None) -> Sequence[Calibration | Text]:
+    """Every single source that a calibration or a text reads."""
+    if isinstance(source, Calibration):
+        return source.parts
+    return [source] if source else []
 
 
 def load(checkpoint: Checkpoint, compute: Compute) -> PreTrainedModel:

@@ -17,6 +17,9 @@ from hifiprune.plan import Plan
 from hifiprune.scores import Scores
 from hifiprune.surgery import cut
 
+WINDOWS, POSITIONS = 4, 512
+"""How many calibration windows a search measures on, and how much of each at most."""
+
 
 def search(
     model: PreTrainedModel,
@@ -72,6 +75,11 @@ def search(
         if divergence < least:
             best, least = widths, divergence
     return plan_with(scores, best, budget)
+
+
+def search_windows(windows: Int[Tensor, "windows positions"]) -> Int[Tensor, "few positions"]:
+    """A few of the calibration windows, evenly spread, to search on."""
+    return windows[:: max(1, len(windows) // WINDOWS)][:WINDOWS, :POSITIONS]
 
 
 def _exchanged(widths: list[int], step: int, least: int, most: int, chance: torch.Generator) -> list[int]:

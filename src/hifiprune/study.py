@@ -29,6 +29,7 @@ from hifiprune.options import (
     SeqLen,
     Temperature,
     TextColumn,
+    drawn_from,
 )
 from hifiprune.terminal import show, voice
 
@@ -45,7 +46,7 @@ def criteria(as_json: AsJson = False, debug: Debug = False) -> None:
 def compare(
     model: Model,
     output: Output,
-    calibration: Annotated[str, Option(help=SOURCES)],
+    calibration: Annotated[list[str], Option(help=SOURCES)],
     text: Annotated[list[str], Option(help="Held-out text to measure every metric on; may be given more than once.")],
     criteria: Annotated[
         str, Option(help="Names separated by commas; the others are compared with the first.")
@@ -94,7 +95,7 @@ def compare(
         output,
         _listed(criteria),
         [_number(ratio) for ratio in _listed(ratios)],
-        hp.Calibration(calibration, num_samples, seq_len, seed, sampler, text_column),
+        drawn_from(calibration, num_samples, seq_len, seed, sampler, text_column),
         plain + cheap,
         seeds=seeds,
         options=hp.Options(alpha, temperature, light_cut, label_samples),
