@@ -442,10 +442,10 @@ def test_signals_in_every_stage_leave_nothing(
 @pytest.mark.parametrize(
     ("command", "stage"),
     [
-        (("score", "--calibration", "TEXT", "--output", "OUT"), "score"),
-        (("score", "--calibration", "self", "--output", "OUT"), "sample_windows"),
-        (("evaluate", "--text", "TEXT"), "measure"),
-        (("evaluate", "--text", "TEXT"), "Checkpoint.load"),
+        (("score", "--calibration", "TEXT", "--output", "OUT"), "pipeline.score"),
+        (("score", "--calibration", "self", "--output", "OUT"), "pipeline.sample_windows"),
+        (("evaluate", "--text", "TEXT"), "measurement.measure"),
+        (("evaluate", "--text", "TEXT"), "checkpoint.Checkpoint.load"),
     ],
 )
 def test_signals_in_the_other_commands(
@@ -461,7 +461,7 @@ def test_signals_in_the_other_commands(
     def interrupted(*_: Any, **__: Any) -> None:
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(f"hifiprune.pipeline.{stage}", interrupted)
+    monkeypatch.setattr(f"hifiprune.{stage}", interrupted)
     words = {"TEXT": str(text), "OUT": str(tmp_path / "out")}
     name, *rest = (words.get(word, word) for word in command)
     more = CALIBRATION[:4] if name == "score" else ("--seq-len", 16)
