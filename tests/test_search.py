@@ -172,3 +172,12 @@ def test_impossible_allocations_are_refused_before_anything_is_loaded(
 def test_a_search_without_text_is_refused(world: Path, tmp_path: Path) -> None:
     flags = ("--criterion", "magnitude", "--allocation", "searched")
     refused(prune(world / "dense", tmp_path / "out", *flags), "a search for widths needs text to measure on")
+
+
+@pytest.mark.parametrize(("criterion", "said"), [("random", True), ("magnitude", False)])
+def test_a_threshold_over_scores_of_no_common_scale_is_remarked_on(
+    world: Path, tmp_path: Path, criterion: str, said: bool
+) -> None:
+    result = prune(world / "dense", tmp_path / "out", "--criterion", criterion, "--allocation", "global")
+    assert result.code == 0, result.err
+    assert ("not on one scale" in result.err) == said

@@ -13,7 +13,7 @@ from transformers import (
     LlamaForCausalLM,
     MistralForCausalLM,
     Olmo2ForCausalLM,
-    PreTrainedConfig,
+    PretrainedConfig,
     PreTrainedModel,
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
@@ -24,7 +24,7 @@ from transformers import (
 class MixedWidths(PreTrainedModel):
     """Gives every MLP the width that the configuration states for its layer."""
 
-    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
+    def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
         for layer, width in zip(self.model.layers, config.mlp_widths, strict=True):
             mlp = layer.mlp

@@ -16,7 +16,7 @@ from hifiprune.allocation import Budget, Shape, Sharing, allocate
 from hifiprune.calibration import SELF, Calibration, load_windows, sample_windows
 from hifiprune.checkpoint import Checkpoint
 from hifiprune.compute import Compute
-from hifiprune.criteria import Options, find_criterion
+from hifiprune.criteria import CRITERIA, Options, find_criterion
 from hifiprune.errors import UserError
 from hifiprune.neurons import find_mlps
 from hifiprune.output import check_space, replacing
@@ -171,14 +171,18 @@ def prune(
     computing = compute.dtype_for(checkpoint)
     if sharing.allocation == "searched":
         assert calibration
-        loaded = _ready(loaded, computing, checkpoint, used, compute, record)
+        loaded = loaded or _load_scored(checkpoint, computing, used, compute, record)
         windows = _sample_windows(loaded, calibration, windows, record, voice)
         plan = _search(loaded, used, budget, windows, round_to, sharing, compute, record, voice)
     else:
+        _remark_on_scale(used, sharing, voice)
         plan = allocate(used, budget, round_to=round_to, sharing=sharing)
     record.results = _describe_plan(plan, str(budget)) | _describe_scores(used)
     dtype = checkpoint.dtype() if repair == "none" else computing
-    loaded = _ready(loaded, dtype, checkpoint, used, compute, record)
+    if loaded is not None and loaded.dtype != dtype:
+        loaded = None
+        gc.collect()
+    loaded = loaded or _load_scored(checkpoint, dtype, used, compute, record)
     if repair == "none":
         with record.stage("cutting"):
             cut_(loaded, plan, used.means if bias_compensation else None)
@@ -212,19 +216,10 @@ def _write(
         record.save(folder / "run.json")
 
 
-def _ready(
-    loaded: PreTrainedModel | None,
-    dtype: torch.dtype,
-    checkpoint: Checkpoint,
-    scores: Scores,
-    compute: Compute,
-    record: RunRecord,
+def _load_scored(
+    checkpoint: Checkpoint, dtype: torch.dtype, scores: Scores, compute: Compute, record: RunRecord
 ) -> PreTrainedModel:
-    """The dense model in a dtype, loaded again if it is there in another one; the scores must be its own."""
-    if loaded is not None and loaded.dtype == dtype:
-        return loaded
-    del loaded
-    gc.collect()
+    """The dense model in a dtype; the scores must be its own."""
     model, model_hash = load_hashed(checkpoint, compute, record, dtype)
     scores.require_model(model_hash)
     return model
@@ -359,6 +354,13 @@ def _remark_on_options(scores: Scores, ratio: float, voice: Voice) -> None:
     differing = [name for name in ("alpha", "temperature") if name in made and made[name] != papers[name]]
     for name in differing:
         voice.say(f"The scores were made with {name} {made[name]:g}; the papers use {papers[name]:g} near this ratio.")
+
+
+def _remark_on_scale(scores: Scores, sharing: Sharing, voice: Voice) -> None:
+    """Say where one threshold is laid over scores that cannot be compared from layer to layer."""
+    known = CRITERIA.get(scores.criterion)
+    if sharing.allocation == "global" and known and not known.across_layers:
+        voice.say(f"Scores by '{scores.criterion}' are not on one scale in all layers; widths by them mean little.")
 
 
 def _announce(budget: Budget, shape: Shape, width: int, round_to: int, allocation: str) -> str:

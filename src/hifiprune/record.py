@@ -48,12 +48,13 @@ class RunRecord:
         self.stages.append({"name": name, "seconds": seconds, **peak_memory()})
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as plain data."""
-        return {"format": "hifiprune-run-1", **vars(self)}
+        """The record as plain data, as its file holds it."""
+        facts: dict[str, Any] = json.loads(json.dumps({"format": "hifiprune-run-1", **vars(self)}, default=str))
+        return facts
 
     def save(self, path: str | Path) -> None:
         """Write the record as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2, default=str) + "\n")
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
 
 def describe_environment() -> dict[str, Any]:
