@@ -8,14 +8,15 @@ Writes `results/quality.json`. Takes hours on 2 cores; interrupted, it goes on w
 
 import argparse
 import json
+import math
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -25,41 +26,45 @@ from hifiprune.checkpoint import find_checkpoint
 from hifiprune.demonstration import fetch_smollm2
 from hifiprune.evaluation import measure_windows
 from hifiprune.output import replacing
-from hifiprune.repair import cut_and_repair_
+from hifiprune.repair import cut_and_repair_, residual_stream
 from hifiprune.search import search, search_windows
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DATA = ROOT.parent / "shared" / "data"
-RATIOS, SEEDS = (0.2, 0.3), 3
+RATIOS, SEEDS = (0.2, 0.3, 0.4), 3
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A criterion, how widths are decided, and how the cut is repaired, if at all."""
+    """A criterion, how widths are decided, and how the cut is repaired, if at all.
+
+    Attributes:
+        alone: one idea by itself, looked at in one draw and at the lowest ratio only.
+    """
 
     criterion: str
     allocation: str = "uniform"
     repair: dict[str, Any] | None = None
+    alone: bool = False
 
 
 SEQUENTIAL: dict[str, Any] = {}
 VARIANTS = {
     "hfprune": Variant("hfprune"),
-    "entropy-square": Variant("entropy-square"),
-    "fisher": Variant("fisher"),
-    "hfprune, repaired": Variant("hfprune", repair=SEQUENTIAL),
     "entropy-square, repaired": Variant("entropy-square", repair=SEQUENTIAL),
-    "fisher, repaired": Variant("fisher", repair=SEQUENTIAL),
-    "entropy-square, repaired in parallel": Variant("entropy-square", repair={"sequential": False}),
-    "entropy-square, repaired, tokens alike": Variant("entropy-square", repair={"weighted": False}),
-    "entropy-square, repaired, attention too": Variant("entropy-square", repair={"attention": True}),
-    "fisher, global": Variant("fisher", "global"),
     "fisher, global, repaired": Variant("fisher", "global", SEQUENTIAL),
-    "fisher, searched": Variant("fisher", "searched"),
-    "fisher, searched, repaired": Variant("fisher", "searched", SEQUENTIAL),
+    "entropy-square": Variant("entropy-square", alone=True),
+    "hfprune, repaired": Variant("hfprune", repair=SEQUENTIAL, alone=True),
+    "fisher, repaired": Variant("fisher", repair=SEQUENTIAL, alone=True),
+    "obs, repaired": Variant("obs", repair=SEQUENTIAL, alone=True),
+    "entropy-square, repaired in parallel": Variant("entropy-square", repair={"sequential": False}, alone=True),
+    "entropy-square, repaired, tokens alike": Variant("entropy-square", repair={"weighted": False}, alone=True),
+    "entropy-square, repaired, attention too": Variant("entropy-square", repair={"attention": True}, alone=True),
+    "fisher, global": Variant("fisher", "global", alone=True),
+    "fisher, searched, repaired": Variant("fisher", "searched", SEQUENTIAL, alone=True),
 }
-"""By name; all but the last four have one width for all layers."""
+"""By name; those called global or searched have widths that differ from layer to layer."""
 
 
 @dataclass(frozen=True)
@@ -69,57 +74,85 @@ class Bench:
     model: Path
     wikitext: Int[Tensor, "windows positions"]
     c4: Int[Tensor, "windows positions"]
-    reference: hp.Reference
     folder: Path
 
     def dense(self) -> PreTrainedModel:
         """A fresh copy."""
         return find_checkpoint(str(self.model)).load()
 
-    def scores(self, windows: Int[Tensor, "windows positions"], seed: int) -> dict[str, hp.Scores]:
-        """By every criterion of `VARIANTS`."""
-        names = list(dict.fromkeys(variant.criterion for variant in VARIANTS.values()))
-        paths = {name: self.folder / f"scores-{name}-{len(windows)}-{seed}.safetensors" for name in names}
-        if not all(path.is_file() for path in paths.values()):
-            made = hp.score_all(self.dense(), windows, [(name, hp.Options(seed=seed)) for name in names])
-            for path, scores in zip(paths.values(), made, strict=True):
-                scores.save(path)
-        return {name: hp.Scores.load(path) for name, path in paths.items()}
+    @cached_property
+    def reference(self) -> hp.Reference:
+        """The dense model on C4."""
+        return hp.Reference.of(self.dense(), self.c4)
 
-    def plan(
-        self, variant: Variant, ratio: float, seed: int, windows: Int[Tensor, "windows positions"]
-    ) -> tuple[hp.Plan, float]:
+
+@dataclass(frozen=True)
+class Draw:
+    """One draw of the calibration windows."""
+
+    bench: Bench
+    seed: int
+    windows: Int[Tensor, "windows positions"]
+
+    def path(self, what: str) -> Path:
+        """A file of this draw."""
+        stem, dot, suffix = what.rpartition(".")
+        return self.bench.folder / f"{stem}-{len(self.windows)}-{self.seed}{dot}{suffix}"
+
+    @cached_property
+    def stream(self) -> tuple[Float[Tensor, "blocks windows positions hidden"], float]:
+        """Of the dense model, which every repair in sequence aims at, and the seconds it took."""
+        start = time.perf_counter()
+        return residual_stream(self.bench.dense(), self.windows), time.perf_counter() - start
+
+    def scores(self, criterion: str) -> tuple[hp.Scores, float]:
+        """By a criterion, made with all that are looked at in several draws or by itself, and the seconds it took."""
+        path = self.path(f"scores-{criterion}.safetensors")
+        if not path.is_file():
+            names = list(dict.fromkeys(each.criterion for each in VARIANTS.values() if not each.alone))
+            names = names if criterion in names else [criterion]
+            start = time.perf_counter()
+            made = hp.score_all(
+                self.bench.dense(), self.windows, [(name, hp.Options(seed=self.seed)) for name in names]
+            )
+            seconds = (time.perf_counter() - start) / len(names)
+            for name, scores in zip(names, made, strict=True):
+                self.path(f"scores-{name}.seconds").write_text(str(seconds))
+                scores.save(self.path(f"scores-{name}.safetensors"))
+        return hp.Scores.load(path), float(path.with_suffix(".seconds").read_text())
+
+    def plan(self, variant: Variant, scores: hp.Scores, ratio: float) -> tuple[hp.Plan, float]:
         """What a variant keeps, and the seconds that a search took."""
-        scores, budget = self.scores(windows, seed)[variant.criterion], hp.Budget(ratio=ratio)
-        if variant.allocation != "searched":
-            return hp.allocate(scores, budget, round_to=1, sharing=hp.Sharing(variant.allocation)), 0.0
-        path = self.folder / f"plan-{variant.criterion}-{ratio:g}-{len(windows)}-{seed}.json"
-        if not path.is_file():
-            start = time.perf_counter()
-            search(self.dense(), scores, budget, search_windows(windows), round_to=1).save(path)
-            path.with_suffix(".seconds").write_text(str(time.perf_counter() - start))
-        return hp.Plan.load(path), float(path.with_suffix(".seconds").read_text())
+        start, budget = time.perf_counter(), hp.Budget(ratio=ratio)
+        if variant.allocation == "searched":
+            plan = search(self.bench.dense(), scores, budget, search_windows(self.windows), round_to=1)
+        else:
+            plan = hp.allocate(scores, budget, round_to=1, sharing=hp.Sharing(variant.allocation))
+        return plan, time.perf_counter() - start
 
-    def cell(self, name: str, ratio: float, seed: int, windows: Int[Tensor, "windows positions"]) -> dict[str, float]:
-        """Log perplexity on WikiText-2, KL divergence on C4, and seconds of search and repair."""
-        path = self.folder / f"{name.replace(', ', '-').replace(' ', '-')}-{ratio:g}-{len(windows)}-{seed}.json"
-        if not path.is_file():
-            variant, model = VARIANTS[name], self.dense()
-            plan, search_seconds = self.plan(variant, ratio, seed, windows)
-            start = time.perf_counter()
-            if variant.repair is None:
-                hp.cut_(model, plan)
-            else:
-                cut_and_repair_(model, plan, windows, **variant.repair)
-            seconds = time.perf_counter() - start
-            loss = measure_windows(model, self.wikitext)["perplexity"].mean()
-            divergence = measure_windows(model, self.c4, self.reference)["kl"].mean()
-            found = {"loss": float(loss), "kl": float(divergence)}
-            found |= {"search_seconds": search_seconds, "repair_seconds": seconds}
-            with replacing(path) as temporary:
-                temporary.write_text(json.dumps(found))
-        cell: dict[str, float] = json.loads(path.read_text())
-        return cell
+    def cell(self, name: str, ratio: float) -> dict[str, float]:
+        """Log perplexity on WikiText-2, KL divergence on C4, and seconds of scoring, search and repair."""
+        path = self.path(f"{name.replace(', ', '-').replace(' ', '-')}-{ratio:g}.json")
+        if path.is_file():
+            known: dict[str, float] = json.loads(path.read_text())
+            return known
+        variant, model = VARIANTS[name], self.bench.dense()
+        scores, scoring = self.scores(variant.criterion)
+        plan, searching = self.plan(variant, scores, ratio)
+        dense, before = self.stream if variant.repair == SEQUENTIAL else (None, 0.0)
+        start = time.perf_counter()
+        if variant.repair is None:
+            hp.cut_(model, plan)
+        else:
+            cut_and_repair_(model, plan, self.windows, dense=dense, **variant.repair)
+        repairing = before + time.perf_counter() - start
+        loss = measure_windows(model, self.bench.wikitext)["perplexity"].mean()
+        divergence = measure_windows(model, self.bench.c4, self.bench.reference)["kl"].mean()
+        found = {"loss": float(loss), "kl": float(divergence)}
+        found |= {"scoring_seconds": scoring, "search_seconds": searching, "repair_seconds": repairing}
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(found))
+        return found
 
 
 def main() -> None:
@@ -137,39 +170,40 @@ def main() -> None:
     c4 = hp.Text(str(DATA / "c4" / "c4_short.jsonl"), 512, 8).held(tokenizer).windows
     folder = ROOT / ".cache" / f"quality-{asked.wikitext}"
     folder.mkdir(exist_ok=True)
-    dense = find_checkpoint(str(model)).load()
-    bench = Bench(model, wikitext, c4, hp.Reference.of(dense, c4), folder)
+    bench = Bench(model, wikitext, c4, folder)
     source = str(DATA / "c4" / "c4_documents.jsonl")
-    draws = [hp.load_windows(hp.Calibration(source, asked.windows, 1024, k), tokenizer) for k in range(asked.seeds)]
-    console, rows = Console(width=140), []
-    for ratio in asked.ratios:
-        for name in asked.variants:
-            cells = []
-            for seed, windows in enumerate(draws):
-                cells.append(bench.cell(name, ratio, seed, windows))
-            rows.append(summary(name, ratio, cells))
-            console.print(rows[-1])
-    papers = {row["ratio"]: row for row in rows if row["variant"] == "hfprune"}
+    cells: dict[tuple[str, float], list[dict[str, float]]] = {}
+    console = Console(width=140)
+    for seed in range(asked.seeds):
+        draw = Draw(bench, seed, hp.load_windows(hp.Calibration(source, asked.windows, 1024, seed), tokenizer))
+        for ratio in asked.ratios:
+            for name in asked.variants:
+                if not VARIANTS[name].alone or (seed, ratio) == (0, min(asked.ratios)):
+                    cells.setdefault((name, ratio), []).append(draw.cell(name, ratio))
+                    console.print(f"draw {seed}, {ratio:g}, {name}: {cells[name, ratio][-1]}", highlight=False)
+    rows = [summary(name, ratio, own) for (name, ratio), own in cells.items()]
+    papers = {ratio: own for (name, ratio), own in cells.items() if name == "hfprune"}
     for row in rows:
+        own = cells[row["variant"], row["ratio"]]
+        paper = summary("", 0.0, papers.get(row["ratio"], [])[: len(own)] or own)  # of the same draws
         for metric in ("perplexity", "kl"):
-            if row["ratio"] in papers:
-                row[f"{metric}_to_hfprune"] = row[metric] / papers[row["ratio"]][metric]
+            row[f"{metric}_to_hfprune"] = row[metric] / paper[metric]
     (RESULTS / "quality.json").write_text(json.dumps({"arguments": vars(asked), "results": rows}, indent=1) + "\n")
 
 
 def summary(name: str, ratio: float, cells: list[dict[str, float]]) -> dict[str, Any]:
     """Mean and standard deviation over draws."""
-    perplexities = [float(torch.tensor(cell["loss"]).exp()) for cell in cells]
+    perplexities = [math.exp(cell["loss"]) for cell in cells]
     divergences = [cell["kl"] for cell in cells]
     return {
         "variant": name,
         "ratio": ratio,
+        "draws": len(cells),
         "perplexity": mean(perplexities),
         "perplexity_spread": stdev(perplexities) if len(cells) > 1 else None,
         "kl": mean(divergences),
         "kl_spread": stdev(divergences) if len(cells) > 1 else None,
-        "search_seconds": mean(cell["search_seconds"] for cell in cells),
-        "repair_seconds": mean(cell["repair_seconds"] for cell in cells),
+        **{key: mean(cell[key] for cell in cells) for key in ("scoring_seconds", "search_seconds", "repair_seconds")},
     }
 
 

@@ -96,3 +96,14 @@ def test_a_mixed_model_cut_to_one_width_is_stock_again(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     assert type(model) is stock
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.intermediate_size == 7
+
+
+def test_code_that_a_config_names_itself_stays_named() -> None:
+    model = tiny_model("llama")
+    theirs = {"AutoModelForCausalLM": "modeling_theirs.Theirs"}
+    model.config.auto_map = dict(theirs)
+    with cut(model, mixed_plan(model)):
+        pass
+    assert model.config.auto_map == theirs
+    cut_(model, mixed_plan(model))
+    assert model.config.auto_map == theirs

@@ -16,7 +16,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 import hifiprune as hp
 from hifiprune.checkpoint import Checkpoint
-from hifiprune.repair import HELD_OUT, cut_and_repair_
+from hifiprune.repair import HELD_OUT, cut_and_repair_, residual_stream
 from tests.commands import Result, refused
 from tests.commands import run as run_command
 from tests.families import VARIANTS, tiny_model, tiny_tokens
@@ -226,6 +226,19 @@ def test_what_is_held_out_decides() -> None:
         residual = (scale * (activations[layer][:, rest] @ weight[:, rest].T))[held].square().sum()
         output = (scale * outputs[layer])[held].square().sum()
         assert refit.plain_error == pytest.approx(float(residual / output))
+
+
+@pytest.mark.parametrize("variant", ["llama", "smollm3"])
+def test_a_stream_that_is_known_changes_nothing(variant: str) -> None:
+    tokens, weights = tiny_tokens(9), []
+    for known in (None, residual_stream(tiny_model(variant), tokens, batch_size=4)):
+        model = tiny_model(variant)
+        cut_and_repair_(model, plan_of(model, 29), tokens, dense=known, batch_size=2)
+        weights.append(model.state_dict())
+    assert all(torch.allclose(weight, weights[1][name], rtol=1e-9) for name, weight in weights[0].items())
+    _, outputs = run(tiny_model(variant), tokens)
+    for ours, theirs in zip(residual_stream(tiny_model(variant), tokens), outputs, strict=True):
+        torch.testing.assert_close(ours.flatten(0, 1), theirs)
 
 
 def test_results_do_not_depend_on_the_batch_size() -> None:

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hifiprune.announcements import duration
 from hifiprune.blocks import BlockChain
 from hifiprune.compute import Compute, estimate_seconds
 from hifiprune.errors import UserError
@@ -21,7 +22,7 @@ from hifiprune.guards import check_seed, check_windows, frozen, memory_explained
 from hifiprune.hashing import hash_tokens
 from hifiprune.head import Head
 from hifiprune.output import replacing
-from hifiprune.preparation import duration, load_hashed, plain_arguments, prepare
+from hifiprune.preparation import load_hashed, plain_arguments, prepare
 from hifiprune.record import RunRecord
 from hifiprune.scores import Scores
 from hifiprune.taps import BlockCall

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from hifiprune.errors import UserError, nearest_name
+from hifiprune.errors import UserError, unknown
 from hifiprune.plan import Plan, highest
 from hifiprune.scores import Scores
 
@@ -30,15 +30,12 @@ class Sharing:
     """
 
     allocation: str = "uniform"
-    floor: float = 0.5
+    floor: float = 0.75
     trials: int = 64
 
     def __post_init__(self) -> None:
         if self.allocation not in ALLOCATIONS:
-            raise UserError(
-                f"allocation '{self.allocation}' is not known; known are {', '.join(ALLOCATIONS)}"
-                f"{nearest_name(self.allocation, ALLOCATIONS)}"
-            )
+            raise unknown("allocation", self.allocation, ALLOCATIONS)
         if not 0 <= self.floor <= 1:
             raise UserError(f"floor {self.floor:g} must lie in [0, 1]")
         if self.trials < 1:
@@ -174,8 +171,7 @@ def allocate(scores: Scores, budget: Budget, *, round_to: int = 128, sharing: Sh
     width = shape.width_at(budget, round_to)
     widths = [width] * shape.mlps
     if sharing.allocation == "global":
-        gains = [values.double().sort(descending=True).values for values in scores.values]
-        widths = share_out(gains, width * shape.mlps, round_to=round_to, floor=sharing.floor)
+        widths = share_out(scores.values, width * shape.mlps, round_to=round_to, floor=sharing.floor)
     return plan_with(scores, widths, budget)
 
 
@@ -198,19 +194,20 @@ def plan_with(scores: Scores, widths: Sequence[int], budget: Budget) -> Plan:
     )
 
 
-def share_out(gains: Sequence[Float[Tensor, "neurons"]], total: int, *, round_to: int, floor: float) -> list[int]:
-    """Widths that together keep `total` neurons, nearest multiple of `round_to`, for the largest sum of gains.
+def share_out(values: Sequence[Float[Tensor, "neurons"]], total: int, *, round_to: int, floor: float) -> list[int]:
+    """Widths that together keep `total` neurons, nearest multiple of `round_to`, for the largest sum of values.
 
     Args:
-        gains: what the first, second, third ... neuron of each MLP is worth, in descending order.
+        values: what each neuron of each MLP is worth.
         total: neurons to keep.
         round_to: widths are multiples of it, or whole.
         floor: fraction of the mean width that every MLP keeps.
     """
-    steps = [[gain.mean().item() for gain in each.split(round_to)] for each in gains]
+    falling = (each.double().sort(descending=True).values for each in values)
+    steps = [[gain.mean().item() for gain in each.split(round_to)] for each in falling]
     wanted = math.floor(total / round_to + 0.5)
-    least = max(1, int(floor * wanted / len(gains)))
+    least = max(1, int(floor * wanted / len(steps)))
     free = [(gain, layer) for layer, own in enumerate(steps) for gain in own[least:]]
-    chosen = sorted(free, key=lambda step: -step[0])[: wanted - least * len(gains)]
+    chosen = sorted(free, key=lambda step: -step[0])[: wanted - least * len(steps)]
     counts = Counter(layer for _, layer in chosen)
-    return [min(len(own), (least + counts[layer]) * round_to) for layer, own in enumerate(gains)]
+    return [min(len(own), (least + counts[layer]) * round_to) for layer, own in enumerate(values)]

@@ -81,7 +81,7 @@ def prune(
     light_cut: LightCut = 0.025,
     label_samples: LabelSamples = 1,
     allocation: Allocation = None,
-    floor: Floor = 0.5,
+    floor: Floor = 0.75,
     trials: Trials = 64,
     repair: Repair = None,
     bias_compensation: BiasCompensation = False,

@@ -6,7 +6,7 @@ from typing import Any
 
 from hifiprune import DEFAULT_CRITERION
 from hifiprune import statistics as st
-from hifiprune.errors import UserError, nearest_name
+from hifiprune.errors import UserError, unknown
 from hifiprune.guards import check_seed
 from hifiprune.objectives import CrossEntropy, Distillation, Entropy, Kernel, SampledLabel
 
@@ -188,6 +188,16 @@ CRITERIA: dict[str, Criterion] = {
             options=("label_samples", "seed"),
         ),
         Criterion(
+            "obs",
+            "the same labels, Kronecker-factored: KL divergence of greedy removal where the others are refitted",
+            "arXiv 2203.07259 and 1503.05671, for neurons",
+            _own_labels,
+            st.curvatures,
+            st.surgeon,
+            maps=True,
+            options=("label_samples", "seed"),
+        ),
+        Criterion(
             "fisher-abs",
             "the same labels, sum of |h dC/dh|",
             "arXiv 1801.05787",
@@ -260,7 +270,5 @@ def find_criterion(name: str) -> Criterion:
         UserError: there is none.
     """
     if name not in CRITERIA:
-        raise UserError(
-            f"criterion '{name}' is not known; known are {', '.join(CRITERIA)}{nearest_name(name, CRITERIA)}"
-        )
+        raise unknown("criterion", name, CRITERIA)
     return CRITERIA[name]

@@ -24,3 +24,9 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the known name closest to `name`, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
+    """The error about a name that is not one of those known."""
+    names = list(known)
+    return UserError(f"{what} '{name}' is not known; known are {', '.join(names)}{nearest_name(name, names)}")

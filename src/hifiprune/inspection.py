@@ -20,18 +20,13 @@ def inspect(model: str) -> dict[str, Any]:
     in_mlps = sum(p.numel() for mlp in mlps for linear in (*mlp.inputs, mlp.output) for p in linear.parameters())
     ends = {p for m in (skeleton.get_input_embeddings(), skeleton.get_output_embeddings()) for p in m.parameters()}
     in_ends = sum(parameter.numel() for parameter in ends)
-    widths: dict[str, dict[str, Any]] = {}
-    for percent in (10, 20, 30, 40, 50) if len(set(neurons)) == 1 else ():
-        shape = shape_of(skeleton)
-        exact, rounded = (_possible_width(shape, Budget(ratio=percent / 100), step) for step in (1, 128))
-        reached = None if rounded is None else shape.ratio_at(rounded)
-        widths[f"{percent}%"] = {"width": exact, "width_rounded_to_128": rounded, "ratio_reached": reached}
+    equal = len(set(neurons)) == 1
     return {
         "model": model,
         "architecture": type(skeleton).__name__,
         "model_type": skeleton.config.model_type,
         "mlps": len(mlps),
-        "neurons_per_mlp": neurons[0] if widths else neurons,
+        "neurons_per_mlp": neurons[0] if equal else neurons,
         "neurons": sum(neurons),
         "parameters": {
             "total": total,
@@ -40,7 +35,7 @@ def inspect(model: str) -> dict[str, Any]:
             "attention_and_norms": total - in_mlps - in_ends,
         },
         "weight_bytes": checkpoint.weight_bytes,
-        "widths": widths,
+        "widths": _possible_widths(shape_of(skeleton)) if equal else {},
     }
 
 
@@ -53,6 +48,15 @@ def shape_of(model: PreTrainedModel) -> Shape:
     mlps = find_mlps(model)
     sizes = [(mlp.neurons, mlp.parameters_per_neuron) for mlp in mlps]
     return Shape.from_sizes(sizes, len(mlps), count_parameters(model))
+
+
+def _possible_widths(shape: Shape) -> dict[str, dict[str, Any]]:
+    widths = {}
+    for percent in (10, 20, 30, 40, 50):
+        exact, rounded = (_possible_width(shape, Budget(ratio=percent / 100), step) for step in (1, 128))
+        reached = None if rounded is None else shape.ratio_at(rounded)
+        widths[f"{percent}%"] = {"width": exact, "width_rounded_to_128": rounded, "ratio_reached": reached}
+    return widths
 
 
 def _possible_width(shape: Shape, budget: Budget, round_to: int) -> int | None:

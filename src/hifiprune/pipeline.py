@@ -1,40 +1,27 @@
 """The story of each command, told in order: what is checked, what is computed, what is written."""
 
-import gc
 import re
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Int
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from hifiprune import DEFAULT_CRITERION
-from hifiprune.allocation import Budget, Shape, Sharing, allocate
-from hifiprune.calibration import SELF, Calibration, load_windows, sample_windows
+from hifiprune.allocation import Budget, Sharing, allocate
+from hifiprune.announcements import announce_plan, remark_on_options, remark_on_scale
+from hifiprune.calibration import Calibration
 from hifiprune.checkpoint import Checkpoint
 from hifiprune.compute import Compute
-from hifiprune.criteria import CRITERIA, Options, find_criterion
+from hifiprune.criteria import Options, find_criterion
 from hifiprune.errors import UserError
 from hifiprune.neurons import find_mlps
 from hifiprune.output import check_space, replacing
 from hifiprune.plan import Plan
-from hifiprune.preparation import (
-    announce_repair,
-    announce_scoring,
-    announce_search,
-    load_hashed,
-    plain_arguments,
-    prepare,
-)
+from hifiprune.preparation import plain_arguments, prepare
 from hifiprune.presets import Preset, settle
 from hifiprune.record import RunRecord
-from hifiprune.repair import cut_and_repair_
 from hifiprune.scores import Scores
-from hifiprune.scoring import Request, score
-from hifiprune.search import search, search_windows
+from hifiprune.stages import Stages
 from hifiprune.surgery import cut_, require_bias
 from hifiprune.voice import SILENT, Voice
 
@@ -78,8 +65,9 @@ def score_checkpoint(
     )  # fmt: skip
     _check_data(criterion, calibration)
     checkpoint, target, _ = prepare(model, output, [calibration], folder=False, overwrite=overwrite)
-    windows = _read_windows(checkpoint, calibration, record)
-    scores, *_ = _score(checkpoint, calibration, windows, request, compute, voice, record)
+    stages = Stages(checkpoint, calibration, compute, record, voice)
+    stages.read()
+    scores = stages.score(request)
     scores.save(target)
     record.results = _describe_scores(scores)
     return record
@@ -96,8 +84,8 @@ def prune(
     criterion: str | None = None,
     options: Options | None = None,
     allocation: str | None = None,
-    floor: float = 0.5,
-    trials: int = 64,
+    floor: float = Sharing.floor,
+    trials: int = Sharing.trials,
     repair: str | None = None,
     bias_compensation: bool = False,
     round_to: int | None = None,
@@ -138,10 +126,10 @@ def prune(
         UserError: something asked for cannot be done, found before the weights are loaded where possible.
         RunError: numbers, memory or disk failed.
     """
-    preset_ = settle(preset, criterion=criterion, allocation=allocation, repair=repair, round_to=round_to)
-    criterion, repair, round_to = preset_.criterion, preset_.repair, preset_.round_to
-    sharing = Sharing(preset_.allocation, floor, trials)
-    _check_texts(preset_, calibration, scored=scores is not None, bias_compensation=bias_compensation)
+    system = settle(preset, criterion=criterion, allocation=allocation, repair=repair, round_to=round_to)
+    criterion, repair, round_to = system.criterion, system.repair, system.round_to
+    sharing = Sharing(system.allocation, floor, trials)
+    _check_texts(system, calibration, scored=scores is not None, bias_compensation=bias_compensation)
     path = scores if isinstance(scores, str | Path) else None
     used = Scores.load(scores) if isinstance(scores, str | Path) else scores
     sources = plain_arguments(model=model, output=output, budget=budget, calibration=calibration, compute=compute)
@@ -157,39 +145,29 @@ def prune(
         _check_compensation(checkpoint, used, used.criterion if used else criterion)
     width = shape.width_at(budget, round_to)
     check_space(target, int(checkpoint.dtype().itemsize * shape.total_parameters * (1 - shape.ratio_at(width))))
-    voice.say(_announce(budget, shape, width, round_to, sharing.allocation))
+    voice.say(announce_plan(budget, shape, width, round_to, sharing.allocation))
     ratio = budget.ratio or shape.ratio_at(width)
     if used:
-        _remark_on_options(used, ratio, voice)
+        remark_on_options(used, ratio, voice)
 
-    loaded: PreTrainedModel | None = None
-    windows = _read_windows(checkpoint, calibration, record)
+    stages = Stages(checkpoint, calibration, compute, record, voice)
+    stages.read()
     if used is None:
         settled = options or Options(seed=calibration.seed if calibration else 0)
-        request = (criterion, settled.for_ratio(ratio))
-        used, loaded, windows = _score(checkpoint, calibration, windows, request, compute, voice, record)
-    computing = compute.dtype_for(checkpoint)
+        used = stages.score((criterion, settled.for_ratio(ratio)))
     if sharing.allocation == "searched":
-        assert calibration
-        loaded = loaded or _load_scored(checkpoint, computing, used, compute, record)
-        windows = _sample_windows(loaded, calibration, windows, record, voice)
-        plan = _search(loaded, used, budget, windows, round_to, sharing, compute, record, voice)
+        plan = stages.search(used, budget, round_to, sharing)
     else:
-        _remark_on_scale(used, sharing, voice)
+        remark_on_scale(used, sharing, voice)
         plan = allocate(used, budget, round_to=round_to, sharing=sharing)
     record.results = _describe_plan(plan, str(budget)) | _describe_scores(used)
-    dtype = checkpoint.dtype() if repair == "none" else computing
-    if loaded is not None and loaded.dtype != dtype:
-        loaded = None
-        gc.collect()
-    loaded = loaded or _load_scored(checkpoint, dtype, used, compute, record)
     if repair == "none":
+        loaded = stages.load(checkpoint.dtype(), used)
         with record.stage("cutting"):
             cut_(loaded, plan, used.means if bias_compensation else None)
     else:
-        assert calibration
-        windows = _sample_windows(loaded, calibration, windows, record, voice)
-        record.results["repair"] = _repair(loaded, plan, windows, compute, record, voice)
+        loaded = stages.load(scores=used)
+        record.results["repair"] = stages.repair_(loaded, plan)
         loaded.type(checkpoint.dtype())
     _write(target, checkpoint, loaded, shard_size, used, plan, record)
     return record
@@ -214,51 +192,6 @@ def _write(
         after = Checkpoint(str(target), folder).weight_bytes
         record.results["weight_bytes"] = {"before": checkpoint.weight_bytes, "after": after}
         record.save(folder / "run.json")
-
-
-def _load_scored(
-    checkpoint: Checkpoint, dtype: torch.dtype, scores: Scores, compute: Compute, record: RunRecord
-) -> PreTrainedModel:
-    """The dense model in a dtype; the scores must be its own."""
-    model, model_hash = load_hashed(checkpoint, compute, record, dtype)
-    scores.require_model(model_hash)
-    return model
-
-
-def _search(
-    model: PreTrainedModel,
-    scores: Scores,
-    budget: Budget,
-    windows: Int[Tensor, "windows positions"],
-    round_to: int,
-    sharing: Sharing,
-    compute: Compute,
-    record: RunRecord,
-    voice: Voice,
-) -> Plan:
-    """Widths by trial, on a few of the windows."""
-    few = search_windows(windows)
-    voice.say(announce_search(model, few, sharing.trials, compute))
-    with record.stage("searching widths"):
-        track = voice.track("searching widths")
-        size = compute.batch_size
-        return search(model, scores, budget, few, round_to=round_to, sharing=sharing, batch_size=size, track=track)
-
-
-def _repair(
-    model: PreTrainedModel,
-    plan: Plan,
-    windows: Int[Tensor, "windows positions"],
-    compute: Compute,
-    record: RunRecord,
-    voice: Voice,
-) -> list[dict[str, Any]]:
-    """Cut and repair; how each layer's refit went, as plain data."""
-    voice.say(announce_repair(model, windows, compute))
-    with record.stage("cutting and repairing"):
-        track = voice.track("repairing")
-        refits = cut_and_repair_(model, plan, windows, batch_size=compute.batch_size, track=track)
-    return [asdict(refit) for refit in refits]
 
 
 def _check_data(criterion: str, calibration: Calibration | None) -> None:
@@ -292,85 +225,6 @@ def _check_texts(preset: Preset, calibration: Calibration | None, *, scored: boo
         raise UserError("a search for widths needs text to measure on: give --calibration, or another --allocation")
     if preset.repair != "none" and bias_compensation:
         raise UserError("repair refits biases itself: give one of --repair and --bias-compensation, not both")
-
-
-def _read_windows(
-    checkpoint: Checkpoint, calibration: Calibration | None, record: RunRecord
-) -> Int[Tensor, "windows positions"] | None:
-    """Windows of a text; None without one, or where the model has yet to write it."""
-    if calibration is None or calibration.source == SELF:
-        return None
-    with record.stage("reading the calibration data"):
-        return load_windows(calibration, checkpoint.tokenizer())
-
-
-def _sample_windows(
-    model: PreTrainedModel,
-    calibration: Calibration,
-    windows: Int[Tensor, "windows positions"] | None,
-    record: RunRecord,
-    voice: Voice,
-) -> Int[Tensor, "windows positions"]:
-    """The windows that are there, or text from the model itself."""
-    if windows is not None:
-        return windows
-    with record.stage("sampling text from the model"):
-        return sample_windows(model, calibration, voice.track("sampling text from the model"))
-
-
-def _score(
-    checkpoint: Checkpoint,
-    calibration: Calibration | None,
-    windows: Int[Tensor, "windows positions"] | None,
-    request: Request,
-    compute: Compute,
-    voice: Voice,
-    record: RunRecord,
-) -> tuple[Scores, PreTrainedModel, Int[Tensor, "windows positions"] | None]:
-    """Weights and pass; the model comes back for surgery, and the windows for repair."""
-    checkpoint.fetch()
-    model, model_hash = load_hashed(checkpoint, compute, record)
-    if calibration:
-        windows = _sample_windows(model, calibration, windows, record, voice)
-        voice.say(announce_scoring(checkpoint.name, model, windows, [request], compute))
-    with record.stage("scoring"):
-        scores = score(
-            model,
-            windows,
-            *request,
-            batch_size=compute.batch_size,
-            recompute=compute.recompute,
-            track=voice.track("scoring"),
-            settings={"calibration": asdict(calibration)} if calibration else None,
-            model_hash=model_hash,
-        )
-    return scores, model, windows
-
-
-def _remark_on_options(scores: Scores, ratio: float, voice: Voice) -> None:
-    """Say where scores were made with other options than the papers' at this ratio."""
-    made = scores.settings.get("options", {})
-    papers = {name: value for name, value in asdict(Options().for_ratio(ratio)).items() if name in made}
-    differing = [name for name in ("alpha", "temperature") if name in made and made[name] != papers[name]]
-    for name in differing:
-        voice.say(f"The scores were made with {name} {made[name]:g}; the papers use {papers[name]:g} near this ratio.")
-
-
-def _remark_on_scale(scores: Scores, sharing: Sharing, voice: Voice) -> None:
-    """Say where one threshold is laid over scores that cannot be compared from layer to layer."""
-    known = CRITERIA.get(scores.criterion)
-    if sharing.allocation == "global" and known and not known.across_layers:
-        voice.say(f"Scores by '{scores.criterion}' are not on one scale in all layers; widths by them mean little.")
-
-
-def _announce(budget: Budget, shape: Shape, width: int, round_to: int, allocation: str) -> str:
-    reached = f"{shape.ratio_at(width):.2%} of all parameters, {1 - width / shape.neurons:.2%} of the neurons"
-    if budget.width is not None and allocation == "uniform":
-        return f"Plan: width {shape.neurons} -> {width}, removes {reached}."
-    if allocation != "uniform":
-        return f"Plan: {budget}; {allocation} allocation, mean width {width} of {shape.neurons}, removes {reached}."
-    asked = f"{budget.ratio:.2%} of all parameters" if budget.ratio else f"{budget.neuron_ratio:.2%} of the neurons"
-    return f"Plan: asked {asked}; width {shape.neurons} -> {width}, a multiple of {round_to}, removes {reached}."
 
 
 def _describe_scores(scores: Scores) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from hifiprune import DEFAULT_CRITERION
-from hifiprune.errors import UserError, nearest_name
+from hifiprune.errors import unknown
 
 ACROSS_LAYERS = "fisher"
 """Scores by which layers share out their neurons: they tell the divergence best from layer to layer."""
@@ -40,7 +40,7 @@ def settle(name: str, **given: str | int | None) -> Preset:
         UserError: there is no such preset.
     """
     if name not in PRESETS:
-        raise UserError(f"preset '{name}' is not known; known are {', '.join(PRESETS)}{nearest_name(name, PRESETS)}")
+        raise unknown("preset", name, PRESETS)
     changes: dict[str, str | int] = {key: value for key, value in given.items() if value is not None}
     if name == "default" and changes.get("allocation", "uniform") != "uniform":
         changes.setdefault("criterion", ACROSS_LAYERS)

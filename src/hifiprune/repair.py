@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -25,15 +25,14 @@ from hifiprune.errors import UserError
 from hifiprune.guards import check_windows, frozen, memory_explained
 from hifiprune.head import precise
 from hifiprune.plan import Plan
+from hifiprune.second_order import gram
 from hifiprune.surgery import keep_, matching_mlps, others, state_widths
 from hifiprune.taps import BlockCall, overridden
 
-DAMPINGS = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+DAMPINGS = (1e-6, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Candidates, relative to the mean square of an activation."""
 HELD_OUT = 8
 """Every so many windows one is held out."""
-GRAM_BLOCKS = 4
-"""Parts in which a symmetric product is formed, to leave out most of its mirrored half."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,7 @@ def cut_and_repair_(
     sequential: bool = True,
     weighted: bool = True,
     attention: bool = False,
+    dense: Float[Tensor, "blocks windows positions hidden"] | None = None,
     batch_size: int = 1,
     track: Callable[[Iterable[int]], Iterable[int]] = lambda layers: layers,
 ) -> list[Refit]:
@@ -77,6 +77,7 @@ def cut_and_repair_(
             read the stream do.
         attention: refit the output maps of the attention too, in the sequential form: they close what earlier cuts
             opened.
+        dense: what `residual_stream` gives for the dense model and these windows, where several plans are tried.
         batch_size: windows per step; the result depends on it only by rounding.
         track: wraps the layers, to show progress.
 
@@ -94,7 +95,7 @@ def cut_and_repair_(
     with frozen(model):
         chain = BlockChain(model)
         sequential = sequential and chain.family.additive
-        streams = _start(chain, windows, batch_size)
+        streams = _start(chain, windows, batch_size, dense)
         refits = []
         for layer in track(range(len(mlps))):
             with memory_explained(model, windows[:batch_size].numel()):
@@ -104,31 +105,53 @@ def cut_and_repair_(
     return refits
 
 
+@torch.no_grad()
+def residual_stream(
+    model: PreTrainedModel, windows: Int[Tensor, "windows positions"], batch_size: int = 1
+) -> Float[Tensor, "blocks windows positions hidden"]:
+    """The hidden states after every block, on the CPU: as many numbers as blocks, windows, positions and width make."""
+    found = []
+    with frozen(model):
+        chain = BlockChain(model)
+        for batch in windows.split(batch_size):
+            hidden, calls = chain.embed(batch.to(model.device, torch.int64))
+            after = []
+            for layer, call in enumerate(calls):
+                hidden, _ = chain.run(layer, hidden, call)
+                after.append(hidden.cpu())
+            found.append(torch.stack(after))
+    return torch.cat(found, 1)
+
+
 @dataclass
 class Stream:
     """A batch of windows on its way through the blocks, kept on the CPU.
 
     Attributes:
         calls: what the blocks are called with.
-        held: numbers of its windows that are held out.
+        held: which of its windows are held out.
         dense: the dense model's residual stream `[windows, positions, hidden]`.
+        known: that after every block, if it was computed before.
         cut: that of the cut and repaired model; in the parallel form the dense one's.
     """
 
     calls: list[BlockCall]
-    held: list[int]
+    held: Bool[Tensor, "windows"]
     dense: Tensor
     cut: Tensor
+    known: Float[Tensor, "blocks windows positions hidden"] | None
 
 
-def _start(chain: BlockChain, windows: Int[Tensor, "windows positions"], batch_size: int) -> list[Stream]:
+def _start(
+    chain: BlockChain, windows: Int[Tensor, "windows positions"], batch_size: int, dense: Tensor | None
+) -> list[Stream]:
     """All batches before the first block."""
     streams = []
     for batch, numbers in zip(windows.split(batch_size), torch.arange(len(windows)).split(batch_size), strict=True):
         hidden, calls = chain.embed(batch.to(chain.model.device, torch.int64))
-        last = min(HELD_OUT, len(windows)) - 1
-        held = [place for place, number in enumerate(numbers.tolist()) if number % HELD_OUT == last]
-        streams.append(Stream(calls, held, hidden.cpu(), hidden.cpu()))
+        held = numbers % HELD_OUT == min(HELD_OUT, len(windows)) - 1
+        known = dense[:, numbers] if dense is not None else None
+        streams.append(Stream(calls, held, hidden.cpu(), hidden.cpu(), known))
     return streams
 
 
@@ -182,38 +205,52 @@ def _repair_(
     linear, device = site.linear, chain.model.device
     kept = torch.arange(linear.in_features, device=device) if site.kept is None else site.kept
     rest = others(kept, linear.in_features)
+    removed = linear.weight[:, rest]
+    if sequential:
+        for stream in streams:
+            stream.dense = _dense_output(chain, layer, site, stream)
+        if site.kept is not None:
+            keep_(chain.mlps[layer], kept)
     fit, held = Moments(), Moments()
     activations = []
     for stream in streams:
-        output, given = site.run(chain, layer, stream.cut.to(device), stream.calls[layer])
-        activation, residual = given[..., kept], functional.linear(given[..., rest], linear.weight[:, rest])
+        start = stream.cut if sequential else stream.dense
+        output, activation = site.run(chain, layer, start.to(device), stream.calls[layer])
+        if sequential:
+            stream.cut, dense = output.cpu(), stream.dense.to(device)
+            residual = dense - output
+        else:
+            stream.dense, dense = output.cpu(), output
+            activation, residual = activation[..., kept], functional.linear(activation[..., rest], removed)
         if linear.bias is not None:  # refitted as the weight of an input that is always 1
             activation = functional.pad(activation, (0, 1), value=1.0)
-        dense = output
-        if sequential:
-            dense, _ = site.run(chain, layer, stream.dense.to(device), stream.calls[layer])
-            output = output - residual
-            residual = dense - output
-            activations.append(activation.cpu())
-        stream.dense, stream.cut = dense.cpu(), output.cpu()
+        activations += [activation.cpu()] if sequential else []
         scale = precise(dense).square().mean(-1, keepdim=True).rsqrt() if weighted else 1.0
-        rows = [(precise(each) * scale) for each in (activation, residual, dense)]
-        chosen = torch.zeros(len(output), dtype=torch.bool, device=device)
-        chosen[stream.held] = True
-        for moments, windows in ((fit, ~chosen), (held, chosen)):
-            if windows.any():
-                moments.add(*(each[windows].flatten(0, 1) for each in rows))
+        rows = [precise(each) * scale for each in (activation, residual, dense)]
+        for moments, windows in ((fit, ~stream.held), (held, stream.held)):
+            moments.add(*(each[windows.to(device)].flatten(0, 1) for each in rows))
     change, refit = _refit(site.name, fit, held)
-    if site.kept is not None:
+    if not sequential:
         keep_(chain.mlps[layer], kept)
     if change is not None:
-        change = change.to(linear.weight)
-        linear.weight.add_(change[:, : len(kept)])
-        if linear.bias is not None:
-            linear.bias.add_(change[:, -1])
-        for stream, activation in zip(streams, activations, strict=False):
-            stream.cut += functional.linear(activation.to(device), change).cpu()
+        _add_(linear, change.to(linear.weight))
+        for stream, activation in zip(streams, activations, strict=False):  # none in the parallel form
+            stream.cut += functional.linear(activation.to(device), change.to(linear.weight)).cpu()
     return refit
+
+
+def _add_(linear: nn.Linear, change: Float[Tensor, "hidden kept"]) -> None:
+    """Change the weight, and the bias by the last column if there is one."""
+    linear.weight.add_(change[:, : linear.in_features])
+    if linear.bias is not None:
+        linear.bias.add_(change[:, -1])
+
+
+def _dense_output(chain: BlockChain, layer: int, site: Site, stream: Stream) -> Tensor:
+    """The dense model's stream after the block, or after half of it."""
+    if stream.known is not None and site.skipped is None:
+        return stream.known[layer]
+    return site.run(chain, layer, stream.dense.to(chain.model.device), stream.calls[layer])[0].cpu()
 
 
 class Moments:
@@ -232,7 +269,9 @@ class Moments:
         output: Float[Tensor, "tokens hidden"],
     ) -> None:
         """Add a batch: products in the tensors' dtype, sums in float64."""
-        self.gram = self.gram.to(activation.device) + _gram(activation).double()
+        if not len(activation):
+            return
+        self.gram = self.gram.to(activation.device) + gram(activation).double()
         self.cross = self.cross.to(activation.device) + (residual.T @ activation).double()
         self.residual += float(residual.double().square().sum())
         self.output += float(output.double().square().sum())
@@ -269,16 +308,3 @@ def _refit(name: str, fit: Moments, held: Moments) -> tuple[Float[Tensor, "hidde
     if best is None or not errors[best] < plain:
         return None, Refit(name, None, plain, plain)
     return fit.merge(held).solve(best), Refit(name, best, plain, errors[best])
-
-
-def _gram(rows: Float[Tensor, "tokens kept"]) -> Float[Tensor, "kept kept"]:
-    """`rows.T @ rows`, of which little more than half is computed."""
-    parts = rows.tensor_split(GRAM_BLOCKS, 1)
-    gram = rows.new_empty(rows.shape[1], rows.shape[1])
-    start = 0
-    for part in parts:
-        end = start + part.shape[1]
-        torch.mm(part.T, rows[:, start:], out=gram[start:end, start:])
-        gram[end:, start:end] = gram[start:end, end:].T
-        start = end
-    return gram

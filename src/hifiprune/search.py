@@ -56,12 +56,12 @@ def search(
     scores.require_finite()
     shape = Shape.of(scores)
     width = shape.width_at(budget, round_to)
-    gains = [values.double().sort(descending=True).values for values in scores.values]
     floors = (1.0, (1 + sharing.floor) / 2, sharing.floor)
-    starts = [share_out(gains, width * shape.mlps, round_to=round_to, floor=floor) for floor in floors]
+    starts = [share_out(scores.values, width * shape.mlps, round_to=round_to, floor=floor) for floor in floors]
     reference = Reference.of(model, windows, batch_size)
     chance = torch.Generator().manual_seed(seed)
     best, least = starts[0], float("inf")
+    tried: set[tuple[int, ...]] = set()
     for trial in track(range(sharing.trials)):
         if trial < len(starts):
             widths = starts[trial]
@@ -69,6 +69,9 @@ def search(
             largest = max(round_to, shape.neurons // 8 // round_to * round_to)
             step = max(round_to, largest >> (4 * trial // sharing.trials) // round_to * round_to)
             widths = _exchanged(best, step, int(sharing.floor * width), shape.neurons, chance)
+        if tuple(widths) in tried:
+            continue
+        tried.add(tuple(widths))
         plan = plan_with(scores, widths, budget)
         with cut(model, plan):
             divergence = float(measure_windows(model, windows, reference, batch_size=batch_size)["kl"].mean())

@@ -13,14 +13,16 @@ from torch import Tensor
 
 BLOCK = 8
 """Neurons that are removed between two looks at the costs."""
+PARTS = 4
+"""Parts in which a symmetric product is formed, to leave out most of its mirrored half."""
 DAMPING = 1e-2
 """Added to the diagonal of `G`, relative to its mean."""
 
 
 def removal_costs(
-    gram: Float[Tensor, "neurons neurons"],
+    moments: Float[Tensor, "neurons neurons"],
     weight: Float[Tensor, "hidden neurons"],
-    metric: Float[Tensor, "hidden hidden"],
+    pulled: Float[Tensor, "hidden neurons"],
     *,
     block: int = BLOCK,
     damping: float = DAMPING,
@@ -28,21 +30,20 @@ def removal_costs(
     """Cost of each neuron when it goes in greedy order, cheapest first, the others refitted after each block.
 
     Costs never fall along the order, so the neurons with the highest ones are those that greedy removal would keep, at
-    every width. Takes `2 * neurons ** 3` operations in float64, and twice the memory of `gram` in it.
+    every width. Takes `2 * neurons ** 3` operations in float64, and twice the memory of `moments` in it.
 
     Args:
-        gram: second moments of the activations, positive semidefinite.
+        moments: second moments of the activations, positive semidefinite.
         weight: of the output map.
-        metric: curvature at its output, positive semidefinite.
+        pulled: curvature at its output, positive semidefinite, times `weight`.
         block: neurons removed at a time; 1 is exactly greedy.
-        damping: relative to the mean of the diagonal of `gram`.
+        damping: relative to the mean of the diagonal of `moments`.
     """
-    inverse, neurons = gram.double().clone(), len(gram)
+    inverse, neurons = moments.double().clone(), len(moments)
     scale = inverse.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
     inverse.diagonal().add_(damping * scale)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(inverse))
-    weight = weight.detach().double().clone()
-    pulled = metric.double() @ weight
+    weight, pulled = weight.detach().double(), pulled.double()
     costs, left = weight.new_zeros(neurons), torch.arange(neurons, device=weight.device)
     while len(left):
         now = (weight * pulled).sum(0).clamp(min=0) / inverse.diagonal()
@@ -55,3 +56,16 @@ def removal_costs(
         inverse = inverse[stays][:, stays] - inverse[stays][:, gone] @ taken
         left = left[stays]
     return costs
+
+
+def gram(rows: Float[Tensor, "tokens columns"]) -> Float[Tensor, "columns columns"]:
+    """`rows.T @ rows`, of which little more than half is computed."""
+    parts = rows.tensor_split(PARTS, 1)
+    product = rows.new_empty(rows.shape[1], rows.shape[1])
+    start = 0
+    for part in parts:
+        end = start + part.shape[1]
+        torch.mm(part.T, rows[:, start:], out=product[start:end, start:])
+        product[end:, start:end] = product[start:end, end:].T
+        start = end
+    return product

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hifiprune.head import precise
 from hifiprune.neurons import Mlp
+from hifiprune.second_order import gram, removal_costs
 from hifiprune.taps import MapPass, Seen
 
 
@@ -85,6 +86,13 @@ def moments(seen: Seen) -> Float[Tensor, "2 neurons"]:
     return torch.stack((h.sum(0), h.square().sum(0)))
 
 
+def curvatures(seen: Seen) -> Float[Tensor, "statistics neurons"]:
+    """Second moments of `h`, and below them those of `dC/dy` times `W`, where `y = W h` is the MLP's output."""
+    output = seen.maps[-1]
+    h, slopes = (precise(each.flatten(0, 1)) for each in (seen.activation, output.output))
+    return torch.cat((gram(h), gram(slopes) @ output.linear.weight.to(slopes.dtype)))
+
+
 def squared_mean_magnitude(seen: Seen) -> Float[Tensor, "1 neurons"]:
     """`h.abs().mean("positions") ** 2` summed over windows."""
     h = precise(seen.activation)
@@ -103,6 +111,16 @@ def as_divergence(totals: Float[Tensor, "1 neurons"], mlp: Mlp, sample: Sample) 
     `KL / positions = 1/2 sum_t (h g_t) ** 2 / positions` with `g` the gradient of the sum over positions.
     """
     return totals[0] * sample.positions / (2 * sample.windows * sample.passes)
+
+
+def surgeon(totals: Float[Tensor, "statistics neurons"], mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:
+    """Costs of greedy removal with refit, in nats of KL divergence a position as in `as_divergence`.
+
+    `h` and the slopes count as independent, so the mean over tokens of a product is the product of the means.
+    """
+    moments, pulled = totals.split((mlp.neurons, mlp.output.out_features))
+    scale = 2 * sample.windows**2 * sample.passes
+    return removal_costs(moments / scale, mlp.output.weight, pulled)
 
 
 def wanda(totals: Float[Tensor, "2 neurons"], mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:

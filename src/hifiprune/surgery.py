@@ -166,7 +166,8 @@ def state_widths(model: PreTrainedModel, widths: Sequence[int]) -> None:
         if hasattr(config, "intermediate_size"):
             config.intermediate_size = max(widths)
         config.__dict__.pop("mlp_widths", None)
-        config.__dict__.pop("auto_map", None)
+        if getattr(config, "auto_map", {}).get("AutoModelForCausalLM", "").startswith("modeling_pruned."):
+            del config.auto_map
     if mixed:
         model.config.mlp_widths = list(widths)
     model.__class__ = pruned_class(type(model), mixed=mixed)

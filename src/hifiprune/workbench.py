@@ -14,13 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from hifiprune.announcements import announce_scoring, duration
 from hifiprune.calibration import Calibration, sample_windows
 from hifiprune.compute import Compute, estimate_seconds
 from hifiprune.criteria import find_criterion
 from hifiprune.evaluation import Reference, Tasks, measure_windows, zero_shot
 from hifiprune.hashing import hash_tokens
 from hifiprune.plan import Plan
-from hifiprune.preparation import announce_scoring, duration
 from hifiprune.scores import Scores
 from hifiprune.scoring import Request, score_all
 from hifiprune.surgery import cut

@@ -1,0 +1,108 @@
+"""What is said before work begins: what it will cost, and what may surprise."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hifiprune.allocation import Budget, Shape, Sharing
+from hifiprune.compute import Compute, estimate_seconds
+from hifiprune.criteria import CRITERIA, Options, find_criterion
+from hifiprune.passes import choose_recompute, working_bytes
+from hifiprune.scores import Scores
+from hifiprune.scoring import Request, count_passes
+from hifiprune.voice import Voice
+
+
+def announce_plan(budget: Budget, shape: Shape, width: int, round_to: int, allocation: str) -> str:
+    """What was asked for, and the widths nearest to it."""
+    reached = f"{shape.ratio_at(width):.2%} of all parameters, {1 - width / shape.neurons:.2%} of the neurons"
+    if budget.width is not None and allocation == "uniform":
+        return f"Plan: width {shape.neurons} -> {width}, removes {reached}."
+    if allocation != "uniform":
+        return f"Plan: {budget}; {allocation} allocation, mean width {width} of {shape.neurons}, removes {reached}."
+    asked = f"{budget.ratio:.2%} of all parameters" if budget.ratio else f"{budget.neuron_ratio:.2%} of the neurons"
+    return f"Plan: asked {asked}; width {shape.neurons} -> {width}, a multiple of {round_to}, removes {reached}."
+
+
+def announce_scoring(
+    name: str,
+    model: PreTrainedModel,
+    windows: Int[Tensor, "windows positions"],
+    requests: Sequence[Request],
+    compute: Compute,
+) -> str:
+    """What scoring will cost."""
+    forwards, backwards = count_passes(requests)
+    tokens = compute.batch_size * windows.shape[1]
+    recompute = choose_recompute(model, tokens) if compute.recompute is None else compute.recompute
+    maps = any(find_criterion(name).maps for name, _ in requests)
+    memory = working_bytes(model, tokens, recompute=recompute, objectives=backwards, maps=maps)
+    seconds = estimate_seconds(
+        model.config,
+        windows.numel(),
+        windows.shape[1],
+        compute.resolved_device,
+        model.dtype,
+        forwards=forwards,
+        backwards=backwards,
+    )
+    criteria = ", ".join(dict.fromkeys(f"'{name}'" for name, _ in requests))
+    kept = 0
+    if any(find_criterion(name).two_stages for name, _ in requests):
+        kept = windows.numel() * model.config.get_text_config().hidden_size * model.dtype.itemsize
+    teacher = f", and {kept / 1e6:.0f} MB for the dense model's hidden states" if kept else ""
+    return (
+        f"Scoring {name} by {criteria} on {len(windows)} windows of {windows.shape[1]} tokens, {model.dtype} on "
+        f"{compute.resolved_device}: {forwards} forward and {backwards} backward passes, about {duration(seconds)} and "
+        f"{memory / 1e9:.1f} GB above the weights{' (recomputing)' if recompute else ''}{teacher}, if the machine is "
+        "idle."
+    )
+
+
+def announce_repair(model: PreTrainedModel, windows: Int[Tensor, "windows positions"], compute: Compute) -> str:
+    """What repair will cost: forward passes of the dense and the cut model, and half a pass for the moments."""
+    device, config = compute.resolved_device, model.config.get_text_config()
+    one = estimate_seconds(config, windows.numel(), windows.shape[1], device, model.dtype, backwards=0)
+    kept = windows.numel() * (2 * config.hidden_size + config.intermediate_size) * model.dtype.itemsize
+    return (
+        f"Repairing on {len(windows)} windows of {windows.shape[1]} tokens, {model.dtype} on {device}: about "
+        f"{duration(2.5 * one)} and {kept / 1e9:.1f} GB of memory above the weights, if the machine is idle."
+    )
+
+
+def announce_search(
+    model: PreTrainedModel, windows: Int[Tensor, "windows positions"], trials: int, compute: Compute
+) -> str:
+    """What a search for widths will cost: a forward pass a trial, and half as much again for the metrics."""
+    device = compute.resolved_device
+    one = estimate_seconds(model.config, windows.numel(), windows.shape[1], device, model.dtype, backwards=0)
+    return (
+        f"Searching for widths by {trials} trials on {len(windows)} windows of {windows.shape[1]} tokens: about "
+        f"{duration(1.5 * one * trials)}, if the machine is idle."
+    )
+
+
+def remark_on_options(scores: Scores, ratio: float, voice: Voice) -> None:
+    """Say where scores were made with other options than the papers' at this ratio."""
+    made = scores.settings.get("options", {})
+    papers = {name: value for name, value in asdict(Options().for_ratio(ratio)).items() if name in made}
+    differing = [name for name in ("alpha", "temperature") if name in made and made[name] != papers[name]]
+    for name in differing:
+        voice.say(f"The scores were made with {name} {made[name]:g}; the papers use {papers[name]:g} near this ratio.")
+
+
+def remark_on_scale(scores: Scores, sharing: Sharing, voice: Voice) -> None:
+    """Say where one threshold is laid over scores that cannot be compared from layer to layer."""
+    known = CRITERIA.get(scores.criterion)
+    if sharing.allocation == "global" and known and not known.across_layers:
+        voice.say(f"Scores by '{scores.criterion}' are not on one scale in all layers; widths by them mean little.")
+
+
+def duration(seconds: float) -> str:
+    """Seconds for a reader."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,116 @@
+"""The steps that commands take with a checkpoint's model; each is announced, shown as it goes on, and timed."""
+
+import gc
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hifiprune.allocation import Budget, Sharing
+from hifiprune.announcements import announce_repair, announce_scoring, announce_search
+from hifiprune.calibration import SELF, Calibration, load_windows, sample_windows
+from hifiprune.checkpoint import Checkpoint
+from hifiprune.compute import Compute
+from hifiprune.plan import Plan
+from hifiprune.preparation import load_hashed
+from hifiprune.record import RunRecord
+from hifiprune.repair import cut_and_repair_
+from hifiprune.scores import Scores
+from hifiprune.scoring import Request, score
+from hifiprune.search import search, search_windows
+from hifiprune.voice import Voice
+
+
+@dataclass
+class Stages:
+    """A checkpoint on its way to a smaller one.
+
+    Attributes:
+        checkpoint: of the dense model.
+        calibration: text to score, search and repair on, if there is any.
+        compute: device and arithmetic.
+        record: keeps what each step cost.
+        voice: tells of progress.
+        model: loaded when a step first needs it.
+        model_hash: of the dense weights as stored.
+        text: windows of the calibration text, once they are read or sampled.
+    """
+
+    checkpoint: Checkpoint
+    calibration: Calibration | None
+    compute: Compute
+    record: RunRecord
+    voice: Voice
+    model: PreTrainedModel | None = None
+    model_hash: str = ""
+    text: Int[Tensor, "windows positions"] | None = None
+
+    def read(self) -> None:
+        """Windows of a text, unless there is none or the model has yet to write it."""
+        if self.calibration and self.calibration.source != SELF:
+            with self.record.stage("reading the calibration data"):
+                self.text = load_windows(self.calibration, self.checkpoint.tokenizer())
+
+    def load(self, dtype: torch.dtype | None = None, scores: Scores | None = None) -> PreTrainedModel:
+        """The dense model, in the dtype for computing if no other is asked for; `scores` must be its own.
+
+        Raises:
+            UserError: the scores belong to another model.
+        """
+        dtype = dtype or self.compute.dtype_for(self.checkpoint)
+        if self.model is None or self.model.dtype != dtype:
+            self.model = None
+            gc.collect()
+            self.model, self.model_hash = load_hashed(self.checkpoint, self.compute, self.record, dtype)
+        if scores:
+            scores.require_model(self.model_hash)
+        return self.model
+
+    def windows(self, model: PreTrainedModel) -> Int[Tensor, "windows positions"]:
+        """Those of the text, or text from the model itself."""
+        if self.text is None:
+            assert self.calibration
+            with self.record.stage("sampling text from the model"):
+                track = self.voice.track("sampling text from the model")
+                self.text = sample_windows(model, self.calibration, track)
+        return self.text
+
+    def score(self, request: Request) -> Scores:
+        """Every neuron of the dense model."""
+        self.checkpoint.fetch()
+        model, windows = self.load(), None
+        if self.calibration:
+            windows = self.windows(model)
+            self.voice.say(announce_scoring(self.checkpoint.name, model, windows, [request], self.compute))
+        with self.record.stage("scoring"):
+            return score(
+                model,
+                windows,
+                *request,
+                batch_size=self.compute.batch_size,
+                recompute=self.compute.recompute,
+                track=self.voice.track("scoring"),
+                settings={"calibration": asdict(self.calibration)} if self.calibration else None,
+                model_hash=self.model_hash,
+            )
+
+    def search(self, scores: Scores, budget: Budget, round_to: int, sharing: Sharing) -> Plan:
+        """Widths by trial, on a few of the windows."""
+        model = self.load(scores=scores)
+        few = search_windows(self.windows(model))
+        self.voice.say(announce_search(model, few, sharing.trials, self.compute))
+        with self.record.stage("searching widths"):
+            size, track = self.compute.batch_size, self.voice.track("searching widths")
+            return search(model, scores, budget, few, round_to=round_to, sharing=sharing, batch_size=size, track=track)
+
+    def repair_(self, model: PreTrainedModel, plan: Plan) -> list[dict[str, Any]]:
+        """Cut and repair the model; how each layer's refit went, as plain data."""
+        windows = self.windows(model)
+        self.voice.say(announce_repair(model, windows, self.compute))
+        with self.record.stage("cutting and repairing"):
+            size, track = self.compute.batch_size, self.voice.track("repairing")
+            refits = cut_and_repair_(model, plan, windows, batch_size=size, track=track)
+        return [asdict(refit) for refit in refits]
