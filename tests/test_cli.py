@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pkgutil
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hifiprune import Plan, pipeline
+from hifiprune import Plan
 from hifiprune.checkpoint import Checkpoint
 from hifiprune.cli import main
 from hifiprune.output import replacing
@@ -53,7 +54,7 @@ def test_prune_writes_an_ordinary_checkpoint(cli: Cli, checkpoint: Path, text: P
     )
     for name in ("LICENSE", "generation_config.json"):
         assert (output / name).read_bytes() == (checkpoint / name).read_bytes()
-    assert {stage["name"] for stage in record["stages"]} >= {"scoring", "cutting", "writing"}
+    assert {stage["name"] for stage in record["stages"]} >= {"scoring", "cutting and repairing", "writing"}
     assert all(stage["peak_memory_bytes"] > 1e6 for stage in record["stages"])
     assert not leftovers(tmp_path)
     (tmp_path / "new").touch()
@@ -69,7 +70,7 @@ def test_scores_prune_at_any_ratio_to_the_same_plan(cli: Cli, checkpoint: Path, 
     outputs = []
     for name, source in (
         ("a", ("--scores", tmp_path / "s.safetensors")),
-        ("b", ("--calibration", text, *CALIBRATION[:4])),
+        ("b", ("--calibration", text, *CALIBRATION[:4], "--repair", "none")),
     ):
         outputs.append(tmp_path / name)
         result = cli("prune", checkpoint, "--output", outputs[-1], "--ratio", 0.1, "--round-to", 1, *source)
@@ -317,7 +318,8 @@ def test_other_values_out_of_range(cli: Cli, checkpoint: Path, text: Path, tmp_p
     refused(cli(*start, "--shard-size", "lots", *CALIBRATION), "shard size 'lots'")
     refused(cli(*start, "--attention", "flash_attention_9", *CALIBRATION), "attention")
     refused(
-        cli(*start, "--scores", text), "give one of --calibration and --scores, not both; both only to repair or search"
+        cli(*start, "--scores", text, "--repair", "none"),
+        "give one of --calibration and --scores, not both; both only to repair or search",
     )
     refused(cli(*start[:-2]), "criterion 'entropy-square' needs data: give --calibration, or --scores made before")
     if not torch.cuda.is_available():
@@ -400,14 +402,15 @@ def test_a_disk_that_fills_up_leaves_nothing(
 
 
 STAGES = [
-    "prepare",
-    "load_windows",
-    "Checkpoint.load",
-    "score",
-    "allocate",
-    "cut_",
-    "Checkpoint.save",
-    "Plan.save",
+    "pipeline.prepare",
+    "stages.load_windows",
+    "checkpoint.Checkpoint.load",
+    "stages.score",
+    "pipeline.allocate",
+    "stages.cut_and_repair_",
+    "pipeline.cut_",
+    "checkpoint.Checkpoint.save",
+    "plan.Plan.save",
 ]
 
 
@@ -416,22 +419,19 @@ STAGES = [
 def test_signals_in_every_stage_leave_nothing(
     cli: Cli, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, number: int
 ) -> None:
-    target = f"hifiprune.pipeline.{stage}"
-    owner: Any = pipeline
-    for name in stage.split("."):
-        before, owner = owner, getattr(owner, name)
+    owner = pkgutil.resolve_name(f"hifiprune.{stage}")
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
         result = owner(*arguments, **options)
         os.kill(os.getpid(), number)
         return result
 
-    assert before is not None
-    monkeypatch.setattr(target, interrupted)
+    monkeypatch.setattr(f"hifiprune.{stage}", interrupted)
     old = (tmp_path / "out", "kept from before")
     old[0].mkdir()
     (old[0] / "note").write_text(old[1])
-    arguments = ("--width", 8, "--calibration", text, *CALIBRATION, "--overwrite")
+    arguments = ["--width", 8, "--calibration", text, *CALIBRATION, "--overwrite"]
+    arguments += ["--repair", "none"] if stage == "pipeline.cut_" else []
     result = cli("prune", checkpoint, "--output", tmp_path / "out", *arguments)
     refused(result, f"interrupted by {signal.Signals(number).name}", code=1)
     assert (old[0] / "note").read_text() == old[1]
@@ -442,8 +442,8 @@ def test_signals_in_every_stage_leave_nothing(
 @pytest.mark.parametrize(
     ("command", "stage"),
     [
-        (("score", "--calibration", "TEXT", "--output", "OUT"), "pipeline.score"),
-        (("score", "--calibration", "self", "--output", "OUT"), "pipeline.sample_windows"),
+        (("score", "--calibration", "TEXT", "--output", "OUT"), "stages.score"),
+        (("score", "--calibration", "self", "--output", "OUT"), "stages.sample_windows"),
         (("evaluate", "--text", "TEXT"), "measurement.measure"),
         (("evaluate", "--text", "TEXT"), "checkpoint.Checkpoint.load"),
     ],

@@ -293,14 +293,30 @@ def test_scores_made_before_are_repaired_with_a_calibration(world: Path, tmp_pat
     scored = run_command("score", dense, "--output", tmp_path / "scores", "--criterion", "random")
     assert scored.code == 0, scored.err
     both = ("--scores", tmp_path / "scores", "--calibration", text)
-    refused(prune(dense, tmp_path / "out", *both), "give one of --calibration and --scores, not both")
-    result = prune(dense, tmp_path / "out", *both, "--repair", "ridge")
+    refused(prune(dense, tmp_path / "out", *both, "--repair", "none"), "give one of --calibration and --scores, not bo")
+    result = prune(dense, tmp_path / "out", *both)
     assert result.code == 0, result.err
     assert "Ignored" not in result.err
     direct = prune(dense, tmp_path / "two", "--criterion", "random", "--calibration", text, "--repair", "ridge")
     assert direct.code == 0, direct.err
     one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("out", "two"))
     assert all(torch.equal(weight, two[name]) for name, weight in one.items())
+
+
+def test_repair_is_on_by_default_where_there_is_a_text(world: Path, tmp_path: Path) -> None:
+    text = ("--calibration", world / "calibration.txt")
+    said = "Without --calibration there is no text to repair with: the cut stays a plain one."
+    data_free = prune(world / "dense", tmp_path / "one", "--criterion", "magnitude")
+    assert data_free.code == 0, data_free.err
+    assert said in data_free.err
+    result = prune(world / "dense", tmp_path / "two", *text, "--json")
+    assert result.code == 0, result.err
+    assert said not in result.err
+    assert any(refit["damping"] for refit in result.json["results"]["repair"])
+    refused(prune(world / "dense", tmp_path / "no", *text, "--num-samples", 1), "repair needs at least 2 windows")
+    paper = prune(world / "dense", tmp_path / "three", *text, "--preset", "hfprune", "--json")
+    assert paper.code == 0, paper.err
+    assert "repair" not in paper.json["results"]
 
 
 def test_repair_on_text_from_the_model_itself(world: Path, tmp_path: Path) -> None:

@@ -22,14 +22,14 @@ from tests.test_allocation import make_scores
 
 @given(
     gains=st.lists(st.lists(st.floats(0, 9), min_size=4, max_size=4), min_size=2, max_size=3),
-    total=st.integers(3, 12),
+    width=st.integers(1, 4),
     floor=st.sampled_from([0.0, 0.5, 1.0]),
 )
-def test_shares_have_the_largest_sum_of_all(gains: list[list[float]], total: int, floor: float) -> None:
-    total = min(total, 4 * len(gains))
+def test_shares_have_the_largest_sum_of_all(gains: list[list[float]], width: int, floor: float) -> None:
+    total = width * len(gains)
     sums = [sorted(each, reverse=True) for each in gains]
-    widths = share_out([torch.tensor(each).double() for each in sums], total, round_to=1, floor=floor)
-    least = max(1, int(floor * total / len(gains)))
+    widths = share_out([torch.tensor(each).double() for each in gains], width, round_to=1, floor=floor)
+    least = max(1, int(floor * width))
     possible = [each for each in product(range(least, 5), repeat=len(gains)) if sum(each) == total]
     assert tuple(widths) in possible
     worth = [sum(sum(own[:width]) for own, width in zip(sums, each, strict=True)) for each in (widths, *possible)]
@@ -51,6 +51,17 @@ def test_a_global_threshold_keeps_the_highest_scores_of_all_layers() -> None:
     assert (
         hp.allocate(scores, hp.Budget(width=20), round_to=1, sharing=hp.Sharing("global", floor=1.0)).widths == [20] * 3
     )
+
+
+def test_a_width_that_is_asked_for_is_the_exact_mean() -> None:
+    scores = make_scores()
+    scores.values[1] *= 3
+    for width, round_to in ((20, 16), (32, 16), (20, 128)):
+        plan = hp.allocate(scores, hp.Budget(width=width), round_to=round_to, sharing=hp.Sharing("global", floor=0.25))
+        assert sum(plan.widths) == 3 * width
+        assert len(set(plan.widths)) > 1
+        if width == 32:
+            assert not any(each % 16 for each in plan.widths)
 
 
 def test_rounded_widths_are_multiples_and_keep_the_budget() -> None:
@@ -132,25 +143,27 @@ def test_scores_made_before_can_be_searched_with(world: Path, tmp_path: Path, no
 
 
 @pytest.mark.parametrize(
-    ("preset", "flags"),
+    ("preset", "repair", "flags"),
     [
-        ("hfprune", ("--criterion", "hfprune", "--round-to", 1)),
-        ("sdmprune", ("--criterion", "self-distillation", "--round-to", 1)),
-        ("default", ("--criterion", hp.DEFAULT_CRITERION, "--round-to", 128, "--allocation", "uniform")),
+        ("hfprune", "none", ("--criterion", "hfprune", "--round-to", 1)),
+        ("sdmprune", "none", ("--criterion", "self-distillation", "--round-to", 1)),
+        ("default", "ridge", ("--criterion", hp.DEFAULT_CRITERION, "--round-to", 128, "--allocation", "uniform")),
     ],
 )
 def test_presets_are_what_their_flags_say(
-    world: Path, tmp_path: Path, preset: str, flags: tuple[object, ...], no_stopwatch: None
+    world: Path, tmp_path: Path, preset: str, repair: str, flags: tuple[object, ...], no_stopwatch: None
 ) -> None:
     plans = []
-    for name, more in (("preset", ("--preset", preset)), ("flags", flags)):
+    for name, more in (("preset", ("--preset", preset)), ("flags", (*flags, "--repair", repair))):
         start = ("prune", world / "dense", "--width", 21, "--calibration", world / "calibration.txt", "--seq-len", 16)
         result = run(*start, "--num-samples", 4, "--output", tmp_path / name, *more)
         assert result.code == 0, result.err
         plans.append((tmp_path / name / "hifiprune" / "plan.json").read_bytes())
         arguments = json.loads((tmp_path / name / "run.json").read_text())["arguments"]
-        assert arguments["repair"] == "none"
+        assert arguments["repair"] == repair
     assert plans[0] == plans[1]
+    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("preset", "flags"))
+    assert all(torch.equal(weight, two[name]) for name, weight in one.items())
 
 
 @pytest.mark.parametrize(

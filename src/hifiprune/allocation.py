@@ -171,7 +171,7 @@ def allocate(scores: Scores, budget: Budget, *, round_to: int = 128, sharing: Sh
     width = shape.width_at(budget, round_to)
     widths = [width] * shape.mlps
     if sharing.allocation == "global":
-        widths = share_out(scores.values, width * shape.mlps, round_to=round_to, floor=sharing.floor)
+        widths = share_out(scores.values, width, round_to=round_to, floor=sharing.floor)
     return plan_with(scores, widths, budget)
 
 
@@ -194,20 +194,26 @@ def plan_with(scores: Scores, widths: Sequence[int], budget: Budget) -> Plan:
     )
 
 
-def share_out(values: Sequence[Float[Tensor, "neurons"]], total: int, *, round_to: int, floor: float) -> list[int]:
-    """Widths that together keep `total` neurons, nearest multiple of `round_to`, for the largest sum of values.
+def share_out(values: Sequence[Float[Tensor, "neurons"]], width: int, *, round_to: int, floor: float) -> list[int]:
+    """Widths of the mean `width` for which the neurons kept have the largest sum of values.
 
     Args:
         values: what each neuron of each MLP is worth.
-        total: neurons to keep.
-        round_to: widths are multiples of it, or whole.
+        width: mean width.
+        round_to: widths are multiples of it, or whole; any numbers where the mean is none.
         floor: fraction of the mean width that every MLP keeps.
     """
+    step = step_of(width, round_to)
     falling = (each.double().sort(descending=True).values for each in values)
-    steps = [[gain.mean().item() for gain in each.split(round_to)] for each in falling]
-    wanted = math.floor(total / round_to + 0.5)
-    least = max(1, int(floor * wanted / len(steps)))
+    steps = [[gain.mean().item() for gain in each.split(step)] for each in falling]
+    mean = width // step
+    least = max(1, int(floor * mean))
     free = [(gain, layer) for layer, own in enumerate(steps) for gain in own[least:]]
-    chosen = sorted(free, key=lambda step: -step[0])[: wanted - least * len(steps)]
+    chosen = sorted(free, key=lambda each: -each[0])[: (mean - least) * len(steps)]
     counts = Counter(layer for _, layer in chosen)
-    return [min(len(own), (least + counts[layer]) * round_to) for layer, own in enumerate(values)]
+    return [min(len(own), (least + counts[layer]) * step) for layer, own in enumerate(values)]
+
+
+def step_of(width: int, round_to: int) -> int:
+    """What layers exchange neurons by: `round_to`, or one where a mean width was asked for that is no multiple."""
+    return 1 if width % round_to else round_to

@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 from hifiprune.allocation import Budget, Shape, Sharing
 from hifiprune.compute import Compute, estimate_seconds
 from hifiprune.criteria import CRITERIA, Options, find_criterion
-from hifiprune.passes import choose_recompute, working_bytes
+from hifiprune.passes import choose_recompute, moment_bytes, working_bytes
 from hifiprune.scores import Scores
 from hifiprune.scoring import Request, count_passes
+from hifiprune.steps import Course
 from hifiprune.voice import Voice
 
 
@@ -53,23 +54,40 @@ def announce_scoring(
     kept = 0
     if any(find_criterion(name).two_stages for name, _ in requests):
         kept = windows.numel() * model.config.get_text_config().hidden_size * model.dtype.itemsize
-    teacher = f", and {kept / 1e6:.0f} MB for the dense model's hidden states" if kept else ""
+    more = f", and {kept / 1e6:.0f} MB for the dense model's hidden states" if kept else ""
+    if any(find_criterion(name).collects_moments for name, _ in requests):
+        more += f", and {moment_bytes(model) / 1e9:.1f} GB for second moments"
     return (
         f"Scoring {name} by {criteria} on {len(windows)} windows of {windows.shape[1]} tokens, {model.dtype} on "
         f"{compute.resolved_device}: {forwards} forward and {backwards} backward passes, about {duration(seconds)} and "
-        f"{memory / 1e9:.1f} GB above the weights{' (recomputing)' if recompute else ''}{teacher}, if the machine is "
+        f"{memory / 1e9:.1f} GB above the weights{' (recomputing)' if recompute else ''}{more}, if the machine is "
         "idle."
     )
 
 
+def announce_course(
+    model: PreTrainedModel, windows: Int[Tensor, "windows positions"], course: Course, compute: Compute
+) -> str:
+    """How much longer scoring in steps will take."""
+    repairs = course.steps - 1 if course.repair else 0
+    also = f", and {repairs} repairs of {duration(_repair_seconds(model, windows, compute))}" if repairs else ""
+    return f"That {course.steps} times, on models that are smaller each time{also}."
+
+
+def _repair_seconds(model: PreTrainedModel, windows: Int[Tensor, "windows positions"], compute: Compute) -> float:
+    """Forward passes of the dense and the cut model, and half a pass for the moments."""
+    config, device = model.config.get_text_config(), compute.resolved_device
+    return 2.5 * estimate_seconds(config, windows.numel(), windows.shape[1], device, model.dtype, backwards=0)
+
+
 def announce_repair(model: PreTrainedModel, windows: Int[Tensor, "windows positions"], compute: Compute) -> str:
-    """What repair will cost: forward passes of the dense and the cut model, and half a pass for the moments."""
-    device, config = compute.resolved_device, model.config.get_text_config()
-    one = estimate_seconds(config, windows.numel(), windows.shape[1], device, model.dtype, backwards=0)
+    """What repair will cost."""
+    config, seconds = model.config.get_text_config(), _repair_seconds(model, windows, compute)
     kept = windows.numel() * (2 * config.hidden_size + config.intermediate_size) * model.dtype.itemsize
     return (
-        f"Repairing on {len(windows)} windows of {windows.shape[1]} tokens, {model.dtype} on {device}: about "
-        f"{duration(2.5 * one)} and {kept / 1e9:.1f} GB of memory above the weights, if the machine is idle."
+        f"Repairing on {len(windows)} windows of {windows.shape[1]} tokens, {model.dtype} on "
+        f"{compute.resolved_device}: about {duration(seconds)} and {kept / 1e9:.1f} GB of memory above the weights, if "
+        "the machine is idle."
     )
 
 

@@ -111,6 +111,11 @@ class Criterion:
         """Whether mean activations come with the scores."""
         return self.statistic is st.moments
 
+    @property
+    def collects_moments(self) -> bool:
+        """Whether second moments of all neurons are collected, which are large."""
+        return self.statistic is st.curvatures
+
     def used(self, options: Options) -> dict[str, Any]:
         """The options that matter to it."""
         return {name: getattr(options, name) for name in self.options}

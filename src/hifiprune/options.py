@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 SCORING_FLAGS = (
     "--criterion", "--recompute", "--keep-graphs", "--alpha", "--temperature", "--light-cut", "--label-samples",
+    "--steps",
 )  # fmt: skip
 TEXT_FLAGS = (
     "--num-samples", "--seq-len", "--seed", "--sampler", "--text-column", "--batch-size", "--dtype", "--attention",
@@ -64,6 +65,7 @@ Allocation = Annotated[
 ]
 Floor = Annotated[float, Option(help="Fraction of the uniform width that every layer keeps where widths differ.")]
 Trials = Annotated[int, Option(help="Plans that a search for widths tries.")]
+Steps = Annotated[int, Option(help="How often to score; the model is cut, and repaired, by as much between.")]
 ROUNDING = Option(help="Widths become the nearest multiple; 1 for the papers' exact widths.")
 RoundTo = Annotated[int, ROUNDING]
 PresetRoundTo = Annotated[int | None, ROUNDING]

@@ -13,6 +13,7 @@ from hifiprune.blocks import BlockChain
 from hifiprune.errors import RunError
 from hifiprune.guards import memory_explained
 from hifiprune.head import SLICE_BYTES, SLICE_ROWS
+from hifiprune.neurons import find_mlps
 from hifiprune.objectives import Kernel
 from hifiprune.statistics import Statistic
 from hifiprune.taps import Seen
@@ -123,6 +124,11 @@ def working_bytes(
     slices = 4 * max(SLICE_BYTES, 4 * SLICE_ROWS * config.vocab_size)
     products = 3 * 4 * config.intermediate_size * config.hidden_size if maps else 0
     return int((kept + more) * model.dtype.itemsize + slices + products)
+
+
+def moment_bytes(model: PreTrainedModel) -> int:
+    """Memory of the second moments that `obs` sums up in float64."""
+    return sum(8 * mlp.neurons * (mlp.neurons + mlp.output.out_features) for mlp in find_mlps(model))
 
 
 def free_bytes(device: torch.device) -> int:

@@ -22,6 +22,7 @@ from hifiprune.presets import Preset, settle
 from hifiprune.record import RunRecord
 from hifiprune.scores import Scores
 from hifiprune.stages import Stages
+from hifiprune.steps import Course
 from hifiprune.surgery import cut_, require_bias
 from hifiprune.voice import SILENT, Voice
 
@@ -86,6 +87,7 @@ def prune(
     allocation: str | None = None,
     floor: float = Sharing.floor,
     trials: int = Sharing.trials,
+    steps: int = 1,
     repair: str | None = None,
     bias_compensation: bool = False,
     round_to: int | None = None,
@@ -113,7 +115,9 @@ def prune(
             `searched`. Checkpoints whose widths differ load with `trust_remote_code=True`, or by this library.
         floor: fraction of the uniform width that every MLP keeps where widths differ.
         trials: plans that the search tries.
-        repair: `ridge` refits each MLP's output map to what the dense model computes, in closed form; or `none`.
+        steps: how often to score; the model is cut, and repaired where that is asked for, by as much between.
+        repair: `ridge` refits each MLP's output map to what the dense model computes, in closed form; or `none`, the
+            default where there is no calibration, or biases are compensated.
         bias_compensation: put the mean output of the removed neurons into the bias of each output map, as FLAP does;
             only for architectures that have one, with criteria that collect mean activations.
         round_to: widths become the nearest multiple of it.
@@ -126,16 +130,23 @@ def prune(
         UserError: something asked for cannot be done, found before the weights are loaded where possible.
         RunError: numbers, memory or disk failed.
     """
+    if repair is None and (calibration is None or bias_compensation):
+        repair = "none"  # the default gives way
+        if calibration is None and settle(preset).repair != repair:
+            voice.say("Without --calibration there is no text to repair with: the cut stays a plain one.")
     system = settle(preset, criterion=criterion, allocation=allocation, repair=repair, round_to=round_to)
     criterion, repair, round_to = system.criterion, system.repair, system.round_to
     sharing = Sharing(system.allocation, floor, trials)
+    course = Course(steps, budget, round_to, sharing, repair=repair != "none")
     _check_texts(system, calibration, scored=scores is not None, bias_compensation=bias_compensation)
+    if steps > 1 and calibration is None:
+        raise UserError(f"{steps} steps need text to score on anew: give --calibration")
     path = scores if isinstance(scores, str | Path) else None
     used = Scores.load(scores) if isinstance(scores, str | Path) else scores
     sources = plain_arguments(model=model, output=output, budget=budget, calibration=calibration, compute=compute)
     settings = plain_arguments(
         scores=path, criterion=used.criterion if used else criterion, options=options, preset=preset,
-        sharing=sharing, round_to=round_to, repair=repair,
+        sharing=sharing, steps=steps, round_to=round_to, repair=repair,
         bias_compensation=bias_compensation, shard_size=shard_size, overwrite=overwrite,
     )  # fmt: skip
     record = RunRecord("prune", sources | settings)
@@ -154,7 +165,7 @@ def prune(
     stages.read()
     if used is None:
         settled = options or Options(seed=calibration.seed if calibration else 0)
-        used = stages.score((criterion, settled.for_ratio(ratio)))
+        used = stages.score((criterion, settled.for_ratio(ratio)), course)
     if sharing.allocation == "searched":
         plan = stages.search(used, budget, round_to, sharing)
     else:
@@ -219,6 +230,8 @@ def _check_texts(preset: Preset, calibration: Calibration | None, *, scored: boo
         _check_data(preset.criterion, calibration)
     elif calibration and not fits:
         raise UserError("give one of --calibration and --scores, not both; both only to repair or search")
+    if preset.repair != "none" and calibration and calibration.num_samples < 2:
+        raise UserError("repair needs at least 2 windows, of which it holds one out: --num-samples 2, or --repair none")
     if preset.repair != "none" and calibration is None:
         raise UserError("repair needs text to fit to: give --calibration, or --repair none")
     if fits and calibration is None:

@@ -27,7 +27,7 @@ class Preset:
 
 
 PRESETS = {
-    "default": Preset(DEFAULT_CRITERION),
+    "default": Preset(DEFAULT_CRITERION, repair="ridge"),
     "hfprune": Preset("hfprune", round_to=1),
     "sdmprune": Preset("self-distillation", round_to=1),
 }

@@ -10,7 +10,8 @@ difference to the dense model's residual stream, errors of earlier blocks includ
 and whether the change is taken at all, is decided for each map by windows that were held out.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +25,10 @@ from hifiprune.blocks import BlockChain
 from hifiprune.errors import UserError
 from hifiprune.guards import check_windows, frozen, memory_explained
 from hifiprune.head import precise
+from hifiprune.neurons import find_mlps
 from hifiprune.plan import Plan
 from hifiprune.second_order import gram
-from hifiprune.surgery import keep_, matching_mlps, others, state_widths
+from hifiprune.surgery import keep_, matching_mlps, others, put_back, state_widths
 from hifiprune.taps import BlockCall, overridden
 
 DAMPINGS = (1e-6, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -103,6 +105,24 @@ def cut_and_repair_(
                     refits.append(_repair_(chain, layer, site, streams, sequential, weighted))
     state_widths(model, plan.widths)
     return refits
+
+
+@contextmanager
+def cut_and_repaired(
+    model: PreTrainedModel, plan: Plan, windows: Int[Tensor, "windows positions"], **how: Any
+) -> Iterator[list[Refit]]:
+    """Have `model` cut and repaired as by `cut_and_repair_` within; after, every weight is back, bit for bit.
+
+    What is cut away, and a copy of each output map, is set aside. The attention's maps must not be refitted.
+    """
+    maps = [parameter for mlp in find_mlps(model) for parameter in mlp.output.parameters()]
+    before = [parameter.detach().clone() for parameter in maps]
+    try:
+        with put_back(model, plan):
+            yield cut_and_repair_(model, plan, windows, **how)
+    finally:
+        for parameter, values in zip(maps, before, strict=True):
+            parameter.data.copy_(values)
 
 
 @torch.no_grad()

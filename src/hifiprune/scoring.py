@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 from hifiprune import DEFAULT_CRITERION
 from hifiprune.blocks import BlockChain
 from hifiprune.criteria import PRESETS, Criterion, Options, find_criterion
-from hifiprune.errors import UserError
+from hifiprune.errors import RunError, UserError
 from hifiprune.guards import check_windows, frozen
 from hifiprune.hashing import hash_model, hash_tokens
 from hifiprune.neurons import Mlp, count_parameters, find_mlps
 from hifiprune.objectives import CrossEntropy
-from hifiprune.passes import Job, Pass, Track, choose_recompute
+from hifiprune.passes import Job, Pass, Track, choose_recompute, free_bytes, moment_bytes
 from hifiprune.plan import Plan, highest
 from hifiprune.scores import Scores
 from hifiprune.statistics import Sample, mean_activation, weight_absolute
@@ -100,6 +100,8 @@ def score_all(
         check_windows(model, windows, batch_size)
         if recompute is None:
             recompute = choose_recompute(model, batch_size * windows.shape[1])
+        if any(each.criterion.collects_moments for each in asked):
+            _require_room_for_moments(model)
         facts |= {"windows": len(windows), "positions": windows.shape[1]}
         facts |= {"batch_size": batch_size, "recompute": recompute}
     with frozen(model):
@@ -121,6 +123,15 @@ def score_all(
         )
         for each, outcome in zip(asked, outcomes, strict=True)
     ]
+
+
+def _require_room_for_moments(model: PreTrainedModel) -> None:
+    needed, free = moment_bytes(model), free_bytes(model.device)
+    if needed > free:
+        raise RunError(
+            f"'obs' keeps {needed / 1e9:.3g} GB of second moments on {model.device}, where {free / 1e9:.3g} GB are "
+            "free; use another criterion, such as fisher"
+        )
 
 
 @dataclass(frozen=True)

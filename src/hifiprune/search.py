@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune.allocation import Budget, Shape, Sharing, plan_with, share_out
+from hifiprune.allocation import Budget, Shape, Sharing, plan_with, share_out, step_of
 from hifiprune.evaluation import Reference, measure_windows
 from hifiprune.plan import Plan
 from hifiprune.scores import Scores
@@ -57,7 +57,8 @@ def search(
     shape = Shape.of(scores)
     width = shape.width_at(budget, round_to)
     floors = (1.0, (1 + sharing.floor) / 2, sharing.floor)
-    starts = [share_out(scores.values, width * shape.mlps, round_to=round_to, floor=floor) for floor in floors]
+    starts = [share_out(scores.values, width, round_to=round_to, floor=floor) for floor in floors]
+    unit = step_of(width, round_to)
     reference = Reference.of(model, windows, batch_size)
     chance = torch.Generator().manual_seed(seed)
     best, least = starts[0], float("inf")
@@ -66,8 +67,8 @@ def search(
         if trial < len(starts):
             widths = starts[trial]
         else:
-            largest = max(round_to, shape.neurons // 8 // round_to * round_to)
-            step = max(round_to, largest >> (4 * trial // sharing.trials) // round_to * round_to)
+            largest = max(unit, shape.neurons // 8 // unit * unit)
+            step = max(unit, largest >> (4 * trial // sharing.trials) // unit * unit)
             widths = _exchanged(best, step, int(sharing.floor * width), shape.neurons, chance)
         if tuple(widths) in tried:
             continue

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hifiprune.allocation import Budget, Sharing
-from hifiprune.announcements import announce_repair, announce_scoring, announce_search
+from hifiprune.announcements import announce_course, announce_repair, announce_scoring, announce_search
 from hifiprune.calibration import SELF, Calibration, load_windows, sample_windows
 from hifiprune.checkpoint import Checkpoint
 from hifiprune.compute import Compute
@@ -21,6 +21,7 @@ from hifiprune.repair import cut_and_repair_
 from hifiprune.scores import Scores
 from hifiprune.scoring import Request, score
 from hifiprune.search import search, search_windows
+from hifiprune.steps import Course, score_in_steps
 from hifiprune.voice import Voice
 
 
@@ -78,24 +79,25 @@ class Stages:
                 self.text = sample_windows(model, self.calibration, track)
         return self.text
 
-    def score(self, request: Request) -> Scores:
-        """Every neuron of the dense model."""
+    def score(self, request: Request, course: Course | None = None) -> Scores:
+        """Every neuron of the dense model; in several steps on a course."""
         self.checkpoint.fetch()
         model, windows = self.load(), None
         if self.calibration:
             windows = self.windows(model)
             self.voice.say(announce_scoring(self.checkpoint.name, model, windows, [request], self.compute))
+        how: dict[str, Any] = {
+            "batch_size": self.compute.batch_size,
+            "recompute": self.compute.recompute,
+            "settings": {"calibration": asdict(self.calibration)} if self.calibration else None,
+            "model_hash": self.model_hash,
+        }
         with self.record.stage("scoring"):
-            return score(
-                model,
-                windows,
-                *request,
-                batch_size=self.compute.batch_size,
-                recompute=self.compute.recompute,
-                track=self.voice.track("scoring"),
-                settings={"calibration": asdict(self.calibration)} if self.calibration else None,
-                model_hash=self.model_hash,
-            )
+            if course is None or course.steps == 1:
+                return score(model, windows, *request, track=self.voice.track("scoring"), **how)
+            assert windows is not None
+            self.voice.say(announce_course(model, windows, course, self.compute))
+            return score_in_steps(model, windows, request, course, track=self.voice.track, **how)
 
     def search(self, scores: Scores, budget: Budget, round_to: int, sharing: Sharing) -> Plan:
         """Widths by trial, on a few of the windows."""

@@ -53,14 +53,21 @@ def cut(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
     Raises:
         UserError: the plan was made for a model of another shape.
     """
+    with put_back(model, plan):
+        with torch.no_grad():
+            for mlp, kept in zip(find_mlps(model), plan.kept, strict=True):
+                keep_(mlp, kept)
+        state_widths(model, plan.widths)
+        yield
+
+
+@contextmanager
+def put_back(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
+    """Whatever of `model` is cut away within, as `plan` says, is set aside and back in its place after."""
     mlps = matching_mlps(model, plan)
     rests = [others(kept, mlp.neurons) for mlp, kept in zip(mlps, plan.kept, strict=True)]
     removed = [_taken(mlp, rest) for mlp, rest in zip(mlps, rests, strict=True)]
     try:
-        with torch.no_grad():
-            for mlp, kept in zip(mlps, plan.kept, strict=True):
-                keep_(mlp, kept)
-        state_widths(model, plan.widths)
         yield
     finally:
         with torch.no_grad():
