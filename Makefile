@@ -29,7 +29,7 @@ wheel-test: $(VENV)/.dev
 	$(BIN)/python -c "from pathlib import Path; from hifiprune.demonstration import fetch_smollm2; fetch_smollm2(Path('.cache/smollm2'))"
 	cd build && env/bin/hifiprune --version && env/bin/hifiprune inspect ../.cache/smollm2
 	cd build && env/bin/hifiprune prune ../.cache/smollm2 --output pruned --ratio 0.2 --calibration python-docs \
-		--num-samples 1 --seq-len 128
+		--num-samples 2 --seq-len 128
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Making the environment in $(VENV) (some minutes) ..."

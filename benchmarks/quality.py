@@ -32,6 +32,11 @@ from hifiprune.search import search, search_windows
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DATA = ROOT.parent / "shared" / "data"
+EVALS = ROOT.parent / "shared" / "evals" / "tasks"
+TASKS = [
+    f"hp_{name}" for name in ["arc_easy", "arc_challenge", "piqa", "boolq", "openbookqa", "winogrande", "social_iqa"]
+]
+"""Of the ten in the pack, without the three that take longest or measure no accuracy."""
 RATIOS, SEEDS = (0.2, 0.3, 0.4), 3
 
 
@@ -130,12 +135,8 @@ class Draw:
             plan = hp.allocate(scores, budget, round_to=1, sharing=hp.Sharing(variant.allocation))
         return plan, time.perf_counter() - start
 
-    def cell(self, name: str, ratio: float) -> dict[str, float]:
-        """Log perplexity on WikiText-2, KL divergence on C4, and seconds of scoring, search and repair."""
-        path = self.path(f"{name.replace(', ', '-').replace(' ', '-')}-{ratio:g}.json")
-        if path.is_file():
-            known: dict[str, float] = json.loads(path.read_text())
-            return known
+    def build(self, name: str, ratio: float) -> tuple[PreTrainedModel, dict[str, float]]:
+        """The model that a variant makes, and seconds of scoring, search and repair."""
         variant, model = VARIANTS[name], self.bench.dense()
         scores, scoring = self.scores(variant.criterion)
         plan, searching = self.plan(variant, scores, ratio)
@@ -146,13 +147,40 @@ class Draw:
         else:
             cut_and_repair_(model, plan, self.windows, dense=dense, **variant.repair)
         repairing = before + time.perf_counter() - start
-        loss = measure_windows(model, self.bench.wikitext)["perplexity"].mean()
-        divergence = measure_windows(model, self.bench.c4, self.bench.reference)["kl"].mean()
-        found = {"loss": float(loss), "kl": float(divergence)}
-        found |= {"scoring_seconds": scoring, "search_seconds": searching, "repair_seconds": repairing}
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(found))
-        return found
+        return model, {"scoring_seconds": scoring, "search_seconds": searching, "repair_seconds": repairing}
+
+    def cell(self, name: str, ratio: float) -> dict[str, float]:
+        """Log perplexity on WikiText-2, KL divergence on C4, and the seconds of each part."""
+        path = self.path(f"{file_name(name)}-{ratio:g}.json")
+        if not path.is_file():
+            model, seconds = self.build(name, ratio)
+            loss = measure_windows(model, self.bench.wikitext)["perplexity"].mean()
+            divergence = measure_windows(model, self.bench.c4, self.bench.reference)["kl"].mean()
+            write(path, {"loss": float(loss), "kl": float(divergence)} | seconds)
+        cell: dict[str, float] = json.loads(path.read_text())
+        return cell
+
+    def accuracies(self, name: str, ratio: float, limit: int) -> dict[str, float]:
+        """Zero-shot accuracy by task, of a variant or of the dense model."""
+        path = self.path(f"tasks-{limit}-{file_name(name)}-{ratio:g}.json")
+        if not path.is_file():
+            model = self.bench.dense() if name == "dense" else self.build(name, ratio)[0]
+            tokenizer = find_checkpoint(str(self.bench.model)).tokenizer()
+            found = hp.zero_shot(model, tokenizer, TASKS, include_path=EVALS, limit=limit)
+            write(path, {task: estimate.value for task, estimate in found.items()})
+        accuracies: dict[str, float] = json.loads(path.read_text())
+        return accuracies
+
+
+def file_name(variant: str) -> str:
+    """A variant's name without what file names should not have."""
+    return variant.replace(", ", "-").replace(" ", "-")
+
+
+def write(path: Path, facts: dict[str, float]) -> None:
+    """All or nothing."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(facts))
 
 
 def main() -> None:
@@ -162,6 +190,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--zero-shot", type=int, help="items of each zero-shot task, at the lowest ratio, in one draw")
     parser.add_argument("--wikitext", type=int, default=24, help="windows of 1,024 tokens to measure on")
     asked = parser.parse_args()
     model = fetch_smollm2(ROOT / ".cache" / "smollm2")
@@ -171,11 +200,15 @@ def main() -> None:
     folder = ROOT / ".cache" / f"quality-{asked.wikitext}"
     folder.mkdir(exist_ok=True)
     bench = Bench(model, wikitext, c4, folder)
-    source = str(DATA / "c4" / "c4_documents.jsonl")
+
+    def windows_of(seed: int) -> Int[Tensor, "windows positions"]:
+        source = str(DATA / "c4" / "c4_documents.jsonl")
+        return hp.load_windows(hp.Calibration(source, asked.windows, 1024, seed), tokenizer)
+
     cells: dict[tuple[str, float], list[dict[str, float]]] = {}
     console = Console(width=140)
     for seed in range(asked.seeds):
-        draw = Draw(bench, seed, hp.load_windows(hp.Calibration(source, asked.windows, 1024, seed), tokenizer))
+        draw = Draw(bench, seed, windows_of(seed))
         for ratio in asked.ratios:
             for name in asked.variants:
                 if not VARIANTS[name].alone or (seed, ratio) == (0, min(asked.ratios)):
@@ -188,7 +221,12 @@ def main() -> None:
         paper = summary("", 0.0, papers.get(row["ratio"], [])[: len(own)] or own)  # of the same draws
         for metric in ("perplexity", "kl"):
             row[f"{metric}_to_hfprune"] = row[metric] / paper[metric]
-    (RESULTS / "quality.json").write_text(json.dumps({"arguments": vars(asked), "results": rows}, indent=1) + "\n")
+    facts: dict[str, Any] = {"arguments": vars(asked), "results": rows}
+    if asked.zero_shot:
+        names = ["dense", *(name for name in asked.variants if not VARIANTS[name].alone)]
+        first = Draw(bench, 0, windows_of(0))
+        facts["zero_shot"] = {name: first.accuracies(name, min(asked.ratios), asked.zero_shot) for name in names}
+    (RESULTS / "quality.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def summary(name: str, ratio: float, cells: list[dict[str, float]]) -> dict[str, Any]:

@@ -31,8 +31,8 @@ from hifiprune.second_order import gram
 from hifiprune.surgery import keep_, matching_mlps, others, put_back, state_widths
 from hifiprune.taps import BlockCall, overridden
 
-DAMPINGS = (1e-6, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
-"""Candidates, relative to the mean square of an activation."""
+DAMPINGS = (10.0, 3.0, 1.0, 0.3, 0.1, 1e-2, 1e-3, 1e-4, 1e-6)
+"""Candidates in falling order, relative to the mean square of an activation."""
 HELD_OUT = 8
 """Every so many windows one is held out."""
 
@@ -321,10 +321,17 @@ class Moments:
 
 
 def _refit(name: str, fit: Moments, held: Moments) -> tuple[Float[Tensor, "hidden kept"] | None, Refit]:
-    """The change whose damping is best on what is held out, solved on everything; None if the plain cut is better."""
-    plain = held.error(None)
-    errors = {damping: held.error(change) for damping in DAMPINGS if (change := fit.solve(damping)) is not None}
-    best = min(errors, key=lambda damping: errors[damping], default=None)
-    if best is None or not errors[best] < plain:
-        return None, Refit(name, None, plain, plain)
-    return fit.merge(held).solve(best), Refit(name, best, plain, errors[best])
+    """The change whose damping is best on what is held out, solved on everything; None if the plain cut is better.
+
+    Damping falls as long as that helps.
+    """
+    plain = least = held.error(None)
+    best = None
+    for damping in DAMPINGS:
+        change = fit.solve(damping)
+        error = least if change is None else held.error(change)
+        if not error < least:
+            break
+        best, least = damping, error
+    change = None if best is None else fit.merge(held).solve(best)
+    return change, Refit(name, best, plain, least)

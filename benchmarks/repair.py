@@ -1,0 +1,77 @@
+"""What repair costs beside scoring and a plain forward pass, on SmolLM2-135M and windows of 1,024 tokens.
+
+Each part is run on few and on more windows, interleaved over the rounds in one process: the difference is its time a
+window, which grows with the text; the rest, solving for the maps, does not. Writes `results/repair.json`.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hifiprune as hp
+from hifiprune.checkpoint import find_checkpoint
+from hifiprune.demonstration import fetch_smollm2
+from hifiprune.record import describe_environment
+from hifiprune.repair import cut_and_repaired
+
+ROOT = Path(__file__).parent.parent
+FEW, MORE, POSITIONS, ROUNDS = 2, 8, 1024, 3
+RATIO = 0.2
+
+
+def main() -> None:
+    """Measure all parts, print the ratios, write the result."""
+    checkpoint = find_checkpoint(str(fetch_smollm2(ROOT / ".cache" / "smollm2")))
+    calibration = hp.Calibration("python-docs", MORE, POSITIONS, sampler="stream")
+    windows = hp.load_windows(calibration, checkpoint.tokenizer())
+    model = checkpoint.load(torch.float32)
+    plan = hp.allocate(hp.score(model, windows[:FEW]), hp.Budget(ratio=RATIO), round_to=1)
+
+    def forward(tokens: Tensor) -> None:
+        with torch.no_grad():
+            for window in tokens.split(1):
+                model(input_ids=window, use_cache=False)
+
+    def repair(sequential: bool) -> Callable[[Tensor], None]:
+        def run(tokens: Tensor) -> None:
+            with cut_and_repaired(model, plan, tokens, sequential=sequential):
+                pass
+
+        return run
+
+    parts: dict[str, Callable[[Tensor], Any]] = {
+        "forward": forward,
+        "scoring": lambda tokens: hp.score(model, tokens, recompute=False),
+        "sequential repair": repair(True),
+        "parallel repair": repair(False),
+    }
+    seconds: dict[str, dict[int, list[float]]] = {name: {FEW: [], MORE: []} for name in parts}
+    for number in range(ROUNDS):
+        for name, part in parts.items():
+            for count in (FEW, MORE):
+                start = time.perf_counter()
+                part(windows[:count])
+                seconds[name][count].append(time.perf_counter() - start)
+            print(f"round {number + 1}, {name}: {seconds[name][MORE][-1]:.1f} s for {MORE} windows")
+    results = {}
+    for name, measured in seconds.items():
+        few, more = (median(measured[count]) for count in (FEW, MORE))
+        window = (more - few) / (MORE - FEW)
+        results[name] = {"seconds_per_window": window, "seconds_once": few - FEW * window}
+    for result in results.values():
+        result["to_forward"] = result["seconds_per_window"] / results["forward"]["seconds_per_window"]
+        result["to_scoring"] = result["seconds_per_window"] / results["scoring"]["seconds_per_window"]
+    facts = {"model": "SmolLM2-135M-Instruct", "positions": POSITIONS, "ratio": RATIO, "rounds": ROUNDS}
+    document = {**facts, "environment": describe_environment(), "results": results, "seconds": seconds}
+    (ROOT / "benchmarks" / "results" / "repair.json").write_text(json.dumps(document, indent=1) + "\n")
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
