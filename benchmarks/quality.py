@@ -33,9 +33,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DATA = ROOT.parent / "shared" / "data"
 EVALS = ROOT.parent / "shared" / "evals" / "tasks"
-TASKS = [
-    f"hp_{name}" for name in ["arc_easy", "arc_challenge", "piqa", "boolq", "openbookqa", "winogrande", "social_iqa"]
-]
+NAMES = ("arc_easy", "arc_challenge", "piqa", "boolq", "openbookqa", "winogrande", "social_iqa")
+TASKS = [f"hp_{name}" for name in NAMES]
 """Of the ten in the pack, without the three that take longest or measure no accuracy."""
 RATIOS, SEEDS = (0.2, 0.3, 0.4), 3
 
