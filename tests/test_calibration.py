@@ -17,11 +17,10 @@ from hifiprune.calibration import (
     cut_windows,
     join_documents,
     load_windows,
-    python_docs,
-    read_documents,
     sample_windows,
 )
 from hifiprune.options import drawn_from, mixture
+from hifiprune.reading import python_docs, read_documents
 from tests.conftest import byte_tokenizer
 
 DOCUMENTS = ["".join(chr(97 + (i * k) % 26) for i in range(30 * k)) for k in range(1, 9)]
@@ -145,7 +144,7 @@ def test_hub_data_sets_are_streamed_by_id_config_and_split(monkeypatch: pytest.M
         asked.append((name, config, split, streaming))
         return Dataset.from_dict({"text": DOCUMENTS}).to_iterable_dataset()
 
-    monkeypatch.setattr("hifiprune.calibration.load_dataset", load)
+    monkeypatch.setattr("hifiprune.reading.load_dataset", load)
     for source in ("org/data", "org/data:validation", "org/data:en:test"):
         assert sorted(read_documents(source)) == sorted(DOCUMENTS)
     assert asked == [
@@ -161,7 +160,7 @@ def test_an_unreachable_hub_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch)
     def fail(*_: object, **__: object) -> None:
         raise ConnectionError("no route\nlong story")
 
-    monkeypatch.setattr("hifiprune.calibration.load_dataset", fail)
+    monkeypatch.setattr("hifiprune.reading.load_dataset", fail)
     with pytest.raises(
         UserError, match=r"there is no file org/data here, and the data hub could not give it: no route$"
     ):

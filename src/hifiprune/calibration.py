@@ -1,15 +1,10 @@
-"""Calibration data: from text, JSON Lines, Parquet, the hub, Python's documentation or the model to token windows."""
+"""Calibration data: token windows drawn from any text, or sampled from the model."""
 
-import json
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet
 import torch
-from datasets import load_dataset
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -18,12 +13,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from hifiprune.errors import UserError
 from hifiprune.guards import check_seed
 from hifiprune.output import local_path
+from hifiprune.reading import READERS, SELF, read_documents
 
 SAMPLERS = ("auto", "documents", "stream")
-TEXT_COLUMNS = ("text", "content", "document", "article", "passage")
-SELF, PYTHON_DOCS = "self", "python-docs"
-Row = dict[str, object]
-HUB_DOCUMENTS = 20_000  # documents read from a hub data set at most, after shuffling its stream
 GENERATED_TOGETHER = 16  # sequences sampled from the model at a time
 
 
@@ -209,122 +201,6 @@ def sample_windows(
         likely = output.logits[:, -1].float().softmax(-1)
         windows[group] = torch.cat((windows[group], torch.multinomial(likely, 1, generator=generator)), 1)
     return torch.cat(windows).cpu()
-
-
-def read_documents(source: str, text_column: str | None = None, seed: int = 0) -> list[str]:
-    """The documents of a source: one for a text file, one a row for the others; blank ones are left out.
-
-    Raises:
-        UserError: the source does not exist, cannot be read, or holds no text.
-    """
-    path = local_path(source)
-    if source == SELF:
-        raise UserError(
-            f"'{SELF}' is text for calibration only, sampled from the model; give a file, folder or data set"
-        )
-    if source == PYTHON_DOCS:
-        documents = python_docs()
-    elif path.is_dir():
-        files = text_files(path)
-        if not files:
-            raise UserError(f"the folder {source} holds no {', '.join(READERS)} files")
-        documents = [text for file in files for text in READERS[file.suffix.lower()](file, text_column)]
-    elif path.is_file():
-        documents = list(READERS.get(path.suffix.lower(), _read_text)(path, text_column))
-    else:
-        documents = list(_read_hub(source, text_column, seed))
-    documents = [document for document in documents if document.strip()]
-    if not documents:
-        raise UserError(f"{source} is empty: it holds no text")
-    return documents
-
-
-def text_files(folder: Path) -> list[Path]:
-    """The files of a folder that are read as text, those of its folders too."""
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in READERS)
-
-
-def python_docs() -> list[str]:
-    """The language reference that ships inside CPython, a document a topic in alphabetical order (PSF licence)."""
-    from pydoc_data.topics import topics
-
-    return [topics[name] for name in sorted(topics)]
-
-
-def _read_text(path: Path, column: str | None = None) -> Iterator[str]:
-    if path.suffix.lower() == ".json":
-        raise UserError(f"{path}: JSON is read a line at a time; convert it to JSON Lines and name it .jsonl")
-    try:
-        data = path.read_bytes()
-        if b"\0" in data:
-            raise UserError(f"{path} is binary, not text (a zero byte at {data.index(0)})")
-        yield data.decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        bad = f"byte 0x{error.object[error.start]:02x} at {error.start}"
-        raise UserError(f"{path} is not UTF-8 ({bad}); convert it first") from error
-
-
-def _read_jsonl(path: Path, column: str | None) -> Iterator[str]:
-    return _texts(_json_rows(path), column, str(path))
-
-
-def _json_rows(path: Path) -> Iterator[Row]:
-    (text,) = _read_text(path)
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: broken JSON ({error.msg} at character {error.pos})") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: a JSON object is needed, not {type(row).__name__}")
-        yield row
-
-
-def _read_parquet(path: Path, column: str | None) -> Iterator[str]:
-    try:
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
-        yield from _texts((row for batch in batches for row in batch.to_pylist()), column, str(path))
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a readable Parquet file ({error})") from error
-
-
-READERS = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-
-
-def _read_hub(source: str, column: str | None, seed: int) -> Iterator[str]:
-    name, *rest = source.split(":")
-    if len(rest) > 2:
-        raise UserError(f"'{source}' names no file here, and a hub data set is written id[:config][:split]")
-    config = rest[0] if len(rest) == 2 else None
-    split = rest[-1] if rest else "train"
-    try:
-        rows = load_dataset(name, config, split=split, streaming=True).shuffle(seed=seed)
-        yield from _texts(rows.take(HUB_DOCUMENTS), column, source)
-    except UserError:
-        raise
-    except Exception as error:  # the hub client raises errors of many libraries
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"there is no file {source} here, and the data hub could not give it: {first}") from error
-
-
-def _texts(rows: Iterable[Row], column: str | None, where: str) -> Iterator[str]:
-    """The text of every row, from the column named or else guessed at the first row; empty cells are passed over."""
-    for row in rows:
-        column = column or _guess_column(row)
-        if column not in row or not isinstance(row[column], str | None):
-            wanted = f"'{column}'" if column else f"called {', '.join(TEXT_COLUMNS)}"
-            columns = ", ".join(row)
-            raise UserError(f"{where}: no text column {wanted}; the columns are {columns}; name one with --text-column")
-        yield str(row[column] or "")
-
-
-def _guess_column(row: Row) -> str | None:
-    strings = [name for name, value in row.items() if isinstance(value, str)]
-    return next((name for name in TEXT_COLUMNS if name in row), strings[0] if len(strings) == 1 else None)
 
 
 def _too_little(calibration: Calibration, possible: int, sampler: str, streamed: int = 0) -> UserError:

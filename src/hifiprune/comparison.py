@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from hifiprune.allocation import Budget, allocate
-from hifiprune.calibration import SELF, Calibration, load_windows, text_files
+from hifiprune.calibration import Calibration, load_windows
 from hifiprune.compute import Compute
 from hifiprune.contrasts import Cell, contrast
 from hifiprune.criteria import Options, find_criterion
@@ -19,6 +19,7 @@ from hifiprune.evaluation import Tasks, check_tasks
 from hifiprune.hashing import hash_tokens
 from hifiprune.output import local_path, replacing
 from hifiprune.preparation import load_hashed, plain_arguments, prepare
+from hifiprune.reading import SELF, text_files
 from hifiprune.record import RunRecord
 from hifiprune.scores import Scores
 from hifiprune.scoring import Request

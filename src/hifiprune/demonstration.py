@@ -13,10 +13,11 @@ import torch
 
 from hifiprune import measurement, pipeline
 from hifiprune.allocation import Budget
-from hifiprune.calibration import Calibration, python_docs
+from hifiprune.calibration import Calibration
 from hifiprune.checkpoint import find_checkpoint
 from hifiprune.errors import RunError, UserError
 from hifiprune.output import replacing
+from hifiprune.reading import python_docs
 from hifiprune.record import RunRecord
 from hifiprune.voice import SILENT, Voice
 

@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 
 from hifiprune.allocation import Budget, Sharing
 from hifiprune.announcements import announce_course, announce_repair, announce_scoring, announce_search
-from hifiprune.calibration import SELF, Calibration, load_windows, sample_windows
+from hifiprune.calibration import Calibration, load_windows, sample_windows
 from hifiprune.checkpoint import Checkpoint
 from hifiprune.compute import Compute
 from hifiprune.plan import Plan
 from hifiprune.preparation import load_hashed
+from hifiprune.reading import SELF
 from hifiprune.record import RunRecord
 from hifiprune.repair import cut_and_repair_
 from hifiprune.scores import Scores

@@ -6,8 +6,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from hifiprune.calibration import cut_windows, join_documents, read_documents
+from hifiprune.calibration import cut_windows, join_documents
 from hifiprune.errors import UserError
+from hifiprune.reading import read_documents
 
 
 @dataclass(frozen=True)
