@@ -137,6 +137,37 @@ class Distillation:
 
 
 @dataclass(frozen=True)
+class SoftLabels:
+    """Cross-entropy mixed with the divergence from a teacher as in recovery training, after Hinton (arXiv 1503.02531).
+
+    Attributes:
+        share: of the divergence.
+        temperature: of both distributions in it.
+    """
+
+    share: float
+    temperature: float = 1.0
+
+    def __call__(self, rows: Rows) -> Float[Tensor, "rows"]:
+        """Value of each row in nats; overwrites the logits with its gradient.
+
+        Same as `(1 - share) * weights * CE + share * T ** 2 * KL(p || q)` with `p = (teacher / T).softmax(-1)`,
+        `q = (logits / T).softmax(-1)`.
+        """
+        if self.share == 0:
+            return cross_entropy_(rows.logits, rows.labels, rows.weights)
+        if self.temperature == 1:
+            return Distillation(self.share, 1.0)(rows)
+        assert rows.teacher is not None
+        heat = self.temperature
+        softened = replace(rows, logits=rows.logits / heat, teacher=rows.teacher / heat)
+        soft = Distillation(1.0, 1.0)(softened)
+        hard = cross_entropy_(rows.logits, rows.labels, rows.weights)
+        rows.logits.mul_(1 - self.share).add_(softened.logits, alpha=self.share * heat)
+        return (1 - self.share) * hard + self.share * heat**2 * soft
+
+
+@dataclass(frozen=True)
 class SampledLabel:
     """Cross-entropy with a label drawn from the model's own distribution at every position.
 
@@ -228,13 +259,13 @@ def mean_over_positions(
             for number, kernel in enumerate(kernels):
                 own = logits if number == len(kernels) - 1 else logits.clone()
                 rows = Rows(own, labels[window, here], weights[here], guide, first_window + window, start, positions)
-                parts = [_through_cap(kernel, part, head.cap) for part in rows.split(head.cache_rows)]
+                parts = [through_cap(kernel, part, head.cap) for part in rows.split(head.cache_rows)]
                 values[number, window, here] = torch.cat(parts)
                 gradients[number][window, here] = head.pull_back(own).div_(positions)
     return list(zip(values.mean(-1), gradients, strict=True))
 
 
-def _through_cap(kernel: Kernel, rows: Rows, cap: float | None) -> Float[Tensor, "rows"]:
+def through_cap(kernel: Kernel, rows: Rows, cap: float | None) -> Float[Tensor, "rows"]:
     """Apply `kernel` to soft-capped logits and carry its gradient to before the cap."""
     if cap is None:
         return kernel(rows)

@@ -1,0 +1,148 @@
+"""Training examples: from rows of text, instructions, answers or conversations to tokens, of which some are learned."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from hifiprune.errors import UserError
+from hifiprune.reading import TEXT_COLUMNS, Row, read_parts
+
+ANSWERS = ("output", "response", "completion", "answer")
+"""Columns that hold what is to be learned, where there is an instruction or a prompt."""
+ALPACA = (
+    "Below is an instruction that describes a task{also}. Write a response that appropriately completes the request."
+)
+"""How instructions are introduced since Stanford Alpaca, in both papers' recovery training too."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One document, answer or conversation.
+
+    Attributes:
+        tokens: token ids.
+        learned: whether each of them is a label; in the papers only the answer's and the end are.
+    """
+
+    tokens: list[int]
+    learned: list[bool]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of an example's text."""
+
+    text: str
+    learned: bool
+
+
+def read_examples(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    learn_prompts: bool = False,
+    text_column: str | None = None,
+    seed: int = 0,
+) -> list[Example]:
+    """Every row of a source as an example; the columns say of which shape.
+
+    Shapes, first match: `messages` (a conversation, by the tokenizer's chat template, the assistant's turns learned);
+    `instruction`, perhaps `input`, and an answer (as Stanford Alpaca writes them); `prompt` and an answer; a text, all
+    of it learned. Answers and texts end with the end-of-text token.
+
+    Args:
+        source: see `hifiprune.reading.read_parts`.
+        tokenizer: of the model.
+        learn_prompts: make labels of everything.
+        text_column: column of the text, guessed if not given.
+        seed: of the order in which a hub data set is read.
+
+    Raises:
+        UserError: there is nothing to learn from, or a row has none of these shapes.
+    """
+    examples = []
+    for part in read_parts(source, seed):
+        for number, row in enumerate(part.rows, 1):
+            try:
+                pieces = list(_pieces(row, tokenizer, None if part.plain else text_column))
+            except UserError as error:
+                raise UserError(f"{part.where}, row {number}: {error}") from error
+            example = encode_pieces(pieces, tokenizer, learn_all=learn_prompts)
+            if any(example.learned[1:]):  # nothing predicts the first token
+                examples.append(example)
+    if not examples:
+        raise UserError(f"{source} holds nothing to learn from: no row has a text or an answer")
+    return examples
+
+
+def encode_pieces(pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase, *, learn_all: bool = False) -> Example:
+    """Tokens of the pieces' joined text, tokenized as a whole; learned are those that end in a learned piece."""
+    text = "".join(piece.text for piece in pieces)
+    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, verbose=False)
+    ends = list(accumulate(len(piece.text) for piece in pieces))
+    learned, place = [], 0
+    for _, end in encoded["offset_mapping"]:
+        while place < len(ends) - 1 and end > ends[place]:
+            place += 1
+        learned.append(learn_all or pieces[place].learned)
+    return Example(encoded["input_ids"], learned)
+
+
+def _pieces(row: Row, tokenizer: PreTrainedTokenizerBase, text_column: str | None) -> Iterator[Piece]:
+    """The text of a row in parts, with all special tokens written out."""
+    start, end = _start(tokenizer), str(tokenizer.eos_token or "")
+    answer = next((name for name in ANSWERS if name in row), None)
+    if "messages" in row:
+        yield from _conversation(row["messages"], tokenizer)
+    elif answer and "instruction" in row:
+        context = f"\n\n### Input:\n{row['input']}" if row.get("input") else ""
+        also = ", paired with an input that provides further context" if context else ""
+        asked = f"\n\n### Instruction:\n{row['instruction']}{context}\n\n### Response:\n"
+        yield Piece(start + ALPACA.format(also=also) + asked, learned=False)
+        yield Piece(f"{row[answer] or ''}{end}", learned=True)
+    elif answer and "prompt" in row:
+        yield Piece(f"{start}{row['prompt']}", learned=False)
+        yield Piece(f"{row[answer] or ''}{end}", learned=True)
+    else:
+        column = text_column or next((name for name in TEXT_COLUMNS if name in row), None)
+        if column not in row:
+            text = f"a text called {text_column}" if text_column else "a text, which --text-column can name"
+            raise UserError(
+                f"the columns are {', '.join(row)}; needed are messages, instruction and output, prompt and response, "
+                f"or {text}"
+            )
+        if row[column]:
+            yield Piece(start, learned=False)
+            yield Piece(f"{row[column]}{end}", learned=True)
+
+
+def _start(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The start token, of tokenizers that begin every text with it."""
+    first = tokenizer("").input_ids[:1]
+    return str(tokenizer.bos_token) if first and first[0] == tokenizer.bos_token_id else ""
+
+
+def _conversation(messages: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
+    """A conversation by the tokenizer's own template; what the template writes after an assistant's cue is learned."""
+    if tokenizer.chat_template is None:
+        raise UserError("it is a conversation, but the tokenizer has no chat template")
+    written = ""
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        cue = _written(messages[:number], tokenizer, add_generation_prompt=True)
+        whole = _written(messages[: number + 1], tokenizer)
+        if not cue.startswith(written) or not whole.startswith(cue):
+            raise UserError(
+                "the chat template writes earlier turns anew when a later one comes; give prompt and response"
+            )
+        yield Piece(cue[len(written) :], learned=False)
+        yield Piece(whole[len(cue) :], learned=True)
+        written = whole
+
+
+def _written(messages: Any, tokenizer: PreTrainedTokenizerBase, **how: Any) -> str:
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, **how))

@@ -1,0 +1,132 @@
+"""The loss of recovery training: cross-entropy, divergence from the dense model, or both, a slice of tokens at a time.
+
+The model's own forward would make logits of all positions, several times `[tokens, vocabulary]`. Here it is replaced by
+one that stops at the final hidden state; the loss and its gradients there, and at the head's weight, are computed
+together, so that the logits exist for a slice only. Everything happens inside the model's forward, where DDP and FSDP
+expect its weights to be used.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from hifiprune.head import Head
+from hifiprune.objectives import Rows, SoftLabels, through_cap
+from hifiprune.packing import IGNORED
+from hifiprune.taps import overridden
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The dense model, whose distribution is the target.
+
+    Attributes:
+        model: frozen, in evaluation mode, in any floating dtype.
+    """
+
+    model: PreTrainedModel
+
+    @torch.no_grad()
+    def hidden(self, tokens: Tensor, positions: Tensor) -> Float[Tensor, "rows positions hidden"]:
+        """Its final hidden state."""
+        return final_hidden(self.model, tokens, positions)
+
+
+def final_hidden(model: PreTrainedModel, tokens: Tensor, positions: Tensor) -> Float[Tensor, "rows positions hidden"]:
+    """The state after the last norm, the input of the head."""
+    output = model.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
+    state: Tensor = output.last_hidden_state
+    return state
+
+
+@contextmanager
+def sliced_loss(model: PreTrainedModel, kernel: SoftLabels, teacher: Teacher | None = None) -> Iterator[None]:
+    """Have `model` return nothing but its loss within, as transformers' `Trainer` wants it.
+
+    Args:
+        model: called with `input_ids`, `position_ids`, `labels` and, when several batches make a step, with
+            `num_items_in_batch`, the number of labels that the sum over tokens is divided by.
+        kernel: the loss of a token.
+        teacher: for a kernel that needs one.
+    """
+    head = Head.of(model)
+
+    def forward(
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        **unused: Any,
+    ) -> CausalLMOutput:
+        following = labels[:, 1:]
+        learned = following != IGNORED
+        hidden = final_hidden(model, input_ids, position_ids)[:, :-1][learned]
+        guide = teacher.hidden(input_ids, position_ids)[:, :-1][learned] if teacher else None
+        guide_head = Head.of(teacher.model) if teacher else None
+        weight, bias = head.linear.weight, head.linear.bias
+        total = SlicedLoss.apply(hidden, weight, bias, head, kernel, following[learned], guide, guide_head)  # type: ignore[no-untyped-call]
+        count = learned.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return CausalLMOutput(loss=total / count)
+
+    forward_: Callable[..., Any] = forward
+    with overridden([(model, forward_)]):
+        yield
+
+
+class SlicedLoss(torch.autograd.Function):
+    """Sum over tokens of a kernel's value, with its gradients at the hidden state and at the head.
+
+    Same as `kernel(head.logits(hidden)).sum()` under autograd, with logits of one slice of tokens at a time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Float[Tensor, "tokens hidden"],
+        weight: Float[Tensor, "vocabulary hidden"],
+        bias: Float[Tensor, "vocabulary"] | None,
+        head: Head,
+        kernel: SoftLabels,
+        labels: Int[Tensor, "tokens"],
+        guide: Float[Tensor, "tokens guide_hidden"] | None,
+        guide_head: Head | None,
+    ) -> Float[Tensor, ""]:
+        """The sum; gradients are made on the way."""
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        slopes = torch.empty_like(hidden, dtype=dtype)
+        steep = torch.zeros_like(weight, dtype=dtype) if ctx.needs_input_grad[1] else None
+        lean = torch.zeros_like(bias, dtype=dtype) if bias is not None and ctx.needs_input_grad[2] else None
+        total = hidden.new_zeros((), dtype=dtype)
+        ones = hidden.new_ones(len(hidden), dtype=dtype)
+        for start in range(0, len(hidden), head.slice_rows):
+            here = slice(start, start + head.slice_rows)
+            logits = head.logits(hidden[here])
+            target = None if guide is None or guide_head is None else guide_head.logits(guide[here]).to(logits)
+            rows = Rows(logits, labels[here], ones[here], target, 0, start, len(hidden))
+            for part in rows.split(head.cache_rows):
+                total += through_cap(kernel, part, head.cap).sum()
+            slopes[here] = head.pull_back(logits)
+            if steep is not None:
+                steep.addmm_(logits.T, hidden[here].to(dtype), alpha=head.scale)
+            if lean is not None:
+                lean.add_(logits.sum(0), alpha=head.scale)
+        ctx.save_for_backward(slopes.to(hidden), *(each for each in (steep, lean) if each is not None))
+        ctx.found = (weight.dtype, steep is not None, lean is not None)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients at hidden state, weight and bias."""
+        slopes, *rest = ctx.saved_tensors
+        dtype, steep, lean = ctx.found
+        scaled = [(each * gradients[0]).to(dtype) for each in rest]
+        weight = scaled.pop(0) if steep else None
+        bias = scaled.pop(0) if lean else None
+        return slopes * gradients[0].to(slopes), weight, bias, None, None, None, None, None
