@@ -38,8 +38,9 @@ def assert_same(model: PreTrainedModel, ours: Tensor, theirs: Tensor, rtol: floa
 
 
 def loss_of(model: PreTrainedModel, kernel: SoftLabels, teacher: Teacher | None = None, **more: Any) -> Tensor:
-    with sliced_loss(model, kernel, teacher):
+    with sliced_loss(model.train(), kernel, teacher):
         loss: Tensor = model(**batch(), **more).loss
+    model.eval()
     return loss
 
 
@@ -98,3 +99,14 @@ def test_the_model_is_itself_again_after() -> None:
     before = model(**batch()).loss
     loss_of(model, SoftLabels(0.0))
     assert torch.equal(model(**batch()).loss, before)
+
+
+def test_an_evaluated_model_gives_the_cross_entropy_of_each_row() -> None:
+    model, given = tiny_model("gemma2"), batch()
+    with sliced_loss(model, SoftLabels(1.0), Teacher(tiny_model("gemma2", seed=4))):
+        found = model(**given)
+    logits = model(input_ids=given["input_ids"], position_ids=given["position_ids"], use_cache=False).logits
+    losses = functional.cross_entropy(logits[:, :-1].transpose(1, 2), given["labels"][:, 1:], reduction="none")
+    torch.testing.assert_close(found.logits[:, 0], losses.sum(1))
+    assert found.logits[:, 1].tolist() == [7, 0, 7]
+    assert found.loss.item() == pytest.approx(losses.sum().item() / 14)

@@ -50,6 +50,9 @@ def final_hidden(model: PreTrainedModel, tokens: Tensor, positions: Tensor) -> F
 def sliced_loss(model: PreTrainedModel, kernel: SoftLabels, teacher: Teacher | None = None) -> Iterator[None]:
     """Have `model` return nothing but its loss within, as transformers' `Trainer` wants it.
 
+    In evaluation mode that is the cross-entropy, and in place of logits come its sum and the number of labels, for each
+    row `[rows, 2]`.
+
     Args:
         model: called with `input_ids`, `position_ids`, `labels` and, when several batches make a step, with
             `num_items_in_batch`, the number of labels that the sum over tokens is divided by.
@@ -57,6 +60,7 @@ def sliced_loss(model: PreTrainedModel, kernel: SoftLabels, teacher: Teacher | N
         teacher: for a kernel that needs one.
     """
     head = Head.of(model)
+    guide_head = Head.of(teacher.model) if teacher else None
 
     def forward(
         input_ids: Tensor,
@@ -68,16 +72,44 @@ def sliced_loss(model: PreTrainedModel, kernel: SoftLabels, teacher: Teacher | N
         following = labels[:, 1:]
         learned = following != IGNORED
         hidden = final_hidden(model, input_ids, position_ids)[:, :-1][learned]
+        count = learned.sum() if num_items_in_batch is None else num_items_in_batch
+        if not model.training:
+            losses = hidden.new_zeros(learned.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
+            losses[learned] = torch.cat(
+                [
+                    values
+                    for *_, values in _slices(hidden.detach(), head, SoftLabels(0.0), following[learned], None, None)
+                ]
+            )
+            rows = torch.stack((losses.sum(1), learned.sum(1).to(losses)), 1)
+            return CausalLMOutput(loss=losses.sum() / count, logits=rows)
         guide = teacher.hidden(input_ids, position_ids)[:, :-1][learned] if teacher else None
-        guide_head = Head.of(teacher.model) if teacher else None
         weight, bias = head.linear.weight, head.linear.bias
         total = SlicedLoss.apply(hidden, weight, bias, head, kernel, following[learned], guide, guide_head)  # type: ignore[no-untyped-call]
-        count = learned.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutput(loss=total / count)
 
     forward_: Callable[..., Any] = forward
     with overridden([(model, forward_)]):
         yield
+
+
+def _slices(
+    hidden: Float[Tensor, "tokens hidden"],
+    head: Head,
+    kernel: SoftLabels,
+    labels: Int[Tensor, "tokens"],
+    guide: Float[Tensor, "tokens guide_hidden"] | None,
+    guide_head: Head | None,
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Where a slice of tokens is, the gradient at its logits, and the kernel's values."""
+    ones = hidden.new_ones(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    for start in range(0, len(hidden), head.slice_rows):
+        here = slice(start, start + head.slice_rows)
+        logits = head.logits(hidden[here])
+        target = None if guide is None or guide_head is None else guide_head.logits(guide[here]).to(logits)
+        rows = Rows(logits, labels[here], ones[here], target, 0, start, len(hidden))
+        values = torch.cat([through_cap(kernel, part, head.cap) for part in rows.split(head.cache_rows)])
+        yield here, logits, values
 
 
 class SlicedLoss(torch.autograd.Function):
@@ -104,19 +136,14 @@ class SlicedLoss(torch.autograd.Function):
         steep = torch.zeros_like(weight, dtype=dtype) if ctx.needs_input_grad[1] else None
         lean = torch.zeros_like(bias, dtype=dtype) if bias is not None and ctx.needs_input_grad[2] else None
         total = hidden.new_zeros((), dtype=dtype)
-        ones = hidden.new_ones(len(hidden), dtype=dtype)
-        for start in range(0, len(hidden), head.slice_rows):
-            here = slice(start, start + head.slice_rows)
-            logits = head.logits(hidden[here])
-            target = None if guide is None or guide_head is None else guide_head.logits(guide[here]).to(logits)
-            rows = Rows(logits, labels[here], ones[here], target, 0, start, len(hidden))
-            for part in rows.split(head.cache_rows):
-                total += through_cap(kernel, part, head.cap).sum()
-            slopes[here] = head.pull_back(logits)
-            if steep is not None:
-                steep.addmm_(logits.T, hidden[here].to(dtype), alpha=head.scale)
-            if lean is not None:
-                lean.add_(logits.sum(0), alpha=head.scale)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for here, gradient, values in _slices(hidden, head, kernel, labels, guide, guide_head):
+                total += values.sum()
+                slopes[here] = head.pull_back(gradient)
+                if steep is not None:
+                    steep.addmm_(gradient.T, hidden[here].to(dtype), alpha=head.scale)
+                if lean is not None:
+                    lean.add_(gradient.sum(0), alpha=head.scale)
         ctx.save_for_backward(slopes.to(hidden), *(each for each in (steep, lean) if each is not None))
         ctx.found = (weight.dtype, steep is not None, lean is not None)
         return total

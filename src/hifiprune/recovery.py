@@ -1,0 +1,258 @@
+"""The story of `recover`: a pruned checkpoint is trained, with labels or by the dense model, into a better one."""
+
+import hashlib
+import json
+import math
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel, set_seed
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from hifiprune.announcements import duration
+from hifiprune.checkpoint import Checkpoint, find_checkpoint
+from hifiprune.compute import Compute, estimate_seconds
+from hifiprune.errors import RunError, UserError
+from hifiprune.examples import Example, read_examples
+from hifiprune.objectives import SoftLabels
+from hifiprune.output import replacing
+from hifiprune.packing import Packed, pack
+from hifiprune.preparation import load, load_hashed, plain_arguments, prepare
+from hifiprune.record import RunRecord
+from hifiprune.training import Training, Watch, held_out_losses, last_state, perplexity, train
+from hifiprune.training_loss import Teacher, sliced_loss
+from hifiprune.unfinished import Unfinished
+from hifiprune.voice import SILENT, Voice
+
+
+def recover(
+    model: str,
+    output: str | Path,
+    data: str,
+    training: Training = Training(),
+    *,
+    teacher: str | None = None,
+    control: bool = False,
+    learn_prompts: bool = False,
+    text_column: str | None = None,
+    keep_adapter: bool = False,
+    compute: Compute = Compute(),
+    shard_size: str = "5GB",
+    overwrite: bool = False,
+    voice: Voice = SILENT,
+) -> RunRecord:
+    """Train a pruned checkpoint and write the best state by held-out perplexity as an ordinary checkpoint.
+
+    Interrupted, the same call goes on where it stopped. If training makes it worse, it is written as it was.
+
+    Args:
+        model: local folder, hub id or GGUF file.
+        output: folder to be made.
+        data: rows to learn from; see `hifiprune.examples.read_examples`.
+        training: how.
+        teacher: the dense model; if not given, the one that the pruned model's `run.json` names.
+        control: train the dense model instead, to tell what the data is worth by itself.
+        learn_prompts: make labels of prompts and other people's turns too.
+        text_column: column of the text, guessed if not given.
+        keep_adapter: also write the LoRA adapter, into the folder `adapter`.
+        compute: device and arithmetic; its batch size is not used.
+        shard_size: largest weight file.
+        overwrite: replace an existing output.
+        voice: tells of progress.
+
+    Raises:
+        UserError: something asked for cannot be done, found before the weights are loaded where possible.
+        RunError: numbers, memory or disk failed.
+    """
+    arguments = plain_arguments(
+        model=model, output=output, data=data, training=training, teacher=teacher, control=control,
+        learn_prompts=learn_prompts, keep_adapter=keep_adapter, compute=compute,
+    )  # fmt: skip
+    record = RunRecord("recover", arguments)
+    dense = teacher or _dense_of(model)
+    checkpoint, target, _ = prepare(model, output, [], [data], folder=True, overwrite=overwrite)
+    if dense is None and (control or training.distill_weight > 0):
+        wanted = "--control trains it" if control else "its distribution is what is learned; or give --distill-weight 0"
+        raise UserError(f"the dense model is not known from {model}: give --teacher, {wanted}")
+    started = find_checkpoint(dense) if control and dense else checkpoint
+    tokenizer = checkpoint.tokenizer()
+    with record.stage("reading the data"):
+        examples = read_examples(
+            data, tokenizer, learn_prompts=learn_prompts, text_column=text_column, seed=training.seed
+        )
+        rows, held = _split(examples, training, tokenizer)
+    student, model_hash = load_hashed(started, compute, record, _training_dtype(started, training, compute))
+    guide = None
+    if training.distill_weight > 0:
+        assert dense
+        with record.stage("loading the dense model"):
+            guide = Teacher(load(find_checkpoint(dense), compute).requires_grad_(False))
+        _check_teacher(student, guide.model)
+    unfinished = Unfinished.beside(target, "recover", voice).of(student, model_hash)
+    facts = [asdict(training), _hash(examples), guide is not None and dense]
+    folder = unfinished.path("states", *facts, suffix="")
+    if first_process():
+        unfinished.write(folder / "facts.json", lambda path: path.write_text(json.dumps(facts)))
+    voice.say(_announce(student, training, rows, held, compute, taught=guide is not None))
+    set_seed(training.seed)  # LoRA starts at random
+    trained = _with_adapter(student, training)
+    watch = Watch(training.max_minutes, _tokens_per_step(training), voice, last_state(folder))
+    kernel = SoftLabels(training.distill_weight if guide else 0.0, training.temperature)
+    with record.stage("training"), sliced_loss(student, kernel, guide):
+        trainer = train(trained, training, rows, held, folder, watch, device=compute.resolved_device)
+    if not first_process():
+        return record
+    looks = held_out_losses(trainer.state)
+    better = min(loss for _, loss in looks) < looks[0][1]
+    record.results = _describe(trainer.state.log_history, looks, watch.trouble) | {"model_hash": model_hash}
+    if watch.trouble:
+        voice.say(f"Training was stopped: {watch.trouble}.")
+    if not better:
+        voice.say("Training did not lower the held-out perplexity: the checkpoint is written as it was.")
+    with replacing(target) as new:
+        with record.stage("writing"):
+            if keep_adapter and better and isinstance(trained, PeftModel):
+                trained.save_pretrained(str(new / "adapter"))
+            whole = _merged(trained) if better else load(started, compute)
+            started.save(whole.type(started.dtype()), new, shard_size)
+        before = _record_of(started)
+        record.results["pruning"] = before
+        record.save(new / "run.json")
+    unfinished.remove()
+    return record
+
+
+def first_process() -> bool:
+    """Whether this process is the one that writes, of those that a launcher started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _record_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The run that made a checkpoint, if it was one of ours."""
+    path = checkpoint.folder / "run.json"
+    try:
+        facts: dict[str, Any] = json.loads(path.read_text()) if path.is_file() and not checkpoint.gguf else {}
+    except ValueError:
+        return None
+    return facts if str(facts.get("format", "")).startswith("hifiprune-run") else None
+
+
+def _dense_of(model: str) -> str | None:
+    """What a pruned checkpoint was pruned from, in its own record or that of the run before."""
+    facts = _record_of(find_checkpoint(model))
+    while facts and facts.get("command") == "recover":
+        facts = facts.get("results", {}).get("pruning")
+    return facts["arguments"]["model"] if facts and facts.get("command") == "prune" else None
+
+
+def _check_teacher(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    sizes = [each.get_output_embeddings().weight.shape[0] for each in (student, teacher)]
+    if sizes[0] != sizes[1]:
+        raise UserError(f"the teacher's vocabulary has {sizes[1]} tokens, the model's {sizes[0]}; give the dense model")
+
+
+def _training_dtype(checkpoint: Checkpoint, training: Training, compute: Compute) -> Any:
+    """Weights that are trained in full are float32, unless the optimizer says otherwise."""
+    import torch
+
+    if compute.dtype != "auto" or compute.resolved_device == "cpu":
+        return compute.dtype_for(checkpoint)
+    if training.method == "full":
+        return torch.bfloat16 if training.optimizer == "adamw-bf16" else torch.float32
+    return checkpoint.dtype()
+
+
+def _split(
+    examples: Sequence[Example], training: Training, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Packed, Packed]:
+    """Rows to train on, and rows that are held out."""
+    order = random.Random(training.seed).sample(list(examples), len(examples))
+    count = max(1, round(training.held_out * len(order)))
+    filling = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    parts = order[count:], order[:count]
+    rows, held = (pack(part, training.seq_len, filling=filling, seed=training.seed) for part in parts)
+    if not len(rows) or not len(held):
+        raise UserError(f"too little data: {len(examples)} examples make no row to train on and one to hold out")
+    return rows, held
+
+
+def _with_adapter(model: PreTrainedModel, training: Training) -> nn.Module:
+    if training.method == "full":
+        return model.requires_grad_(True)
+    config = LoraConfig(
+        r=training.lora_r,
+        lora_alpha=training.lora_alpha,
+        lora_dropout=training.lora_dropout,
+        target_modules=list(training.target_modules),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"target-modules {', '.join(training.target_modules)}: {str(error).splitlines()[0]}") from error
+
+
+def _merged(trained: nn.Module) -> PreTrainedModel:
+    whole: Any = trained.merge_and_unload() if isinstance(trained, PeftModel) else trained
+    if not all(parameter.isfinite().all() for parameter in whole.parameters()):
+        raise RunError("the trained weights are not all finite; use a smaller --lr")
+    model: PreTrainedModel = whole
+    return model
+
+
+def _hash(examples: Sequence[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example.tokens, example.learned]).encode())
+    return digest.hexdigest()
+
+
+def _tokens_per_step(training: Training) -> int:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    return training.batch_size * training.gradient_accumulation * training.seq_len * world
+
+
+def _announce(
+    model: PreTrainedModel, training: Training, rows: Packed, held: Packed, compute: Compute, *, taught: bool
+) -> str:
+    """What training will cost."""
+    each = _tokens_per_step(training)
+    steps = training.max_steps or math.ceil(len(rows) * training.seq_len / each) * training.epochs
+    seconds = estimate_seconds(
+        model.config,
+        int(steps * each),
+        training.seq_len,
+        compute.resolved_device,
+        model.dtype,
+        forwards=2 if taught else 1,
+        backwards=1 if training.method == "lora" else 2,
+    )
+    if training.max_minutes:
+        limit = f"{training.max_minutes:g} minutes"
+    else:
+        limit = f"{steps:.0f} steps of {each:,} tokens, about {duration(seconds)} if the machine is idle"
+    how = "low-rank changes" if training.method == "lora" else "all weights"
+    target = "the dense model's distribution" if taught else "labels"
+    return (
+        f"Training {how} on {target}: {len(rows)} rows of {training.seq_len} tokens, {len(held)} held out; {limit}. "
+        "Interrupted, the same command goes on where it stopped."
+    )
+
+
+def _describe(history: list[dict[str, Any]], looks: list[tuple[int, float]], trouble: str) -> dict[str, Any]:
+    best = min(looks, key=lambda look: look[1])
+    return {
+        "held_out_perplexity": {"before": perplexity(looks[0][1]), "after": perplexity(min(best[1], looks[0][1]))},
+        "best_step": best[0],
+        "steps": max((int(entry["step"]) for entry in history), default=0),
+        "trouble": trouble or None,
+        "losses": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
+        "held_out_losses": [list(look) for look in looks],
+    }

@@ -1,0 +1,306 @@
+"""How a model is trained after the cut: settings, the papers' by name, and the run by transformers' Trainer."""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import (
+    EvalPrediction,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from hifiprune.errors import UserError, unknown
+from hifiprune.output import replacing
+from hifiprune.packing import Packed
+from hifiprune.voice import Voice
+
+METHODS = ("lora", "full")
+OPTIMIZERS = {"adamw": "adamw_torch", "adamw-bf16": "adamw_torch", "8-bit": "adamw_bnb_8bit"}
+ALL_MAPS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+CLOCK = "clock.json"
+"""Written into a state when all else of it is there."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What decides a training run.
+
+    Attributes:
+        method: `lora`, low-rank changes that are merged after (arXiv 2106.09685), or `full`.
+        learning_rate: at the start; it falls to zero along a cosine.
+        epochs: passes over the data, unless steps or minutes are given.
+        max_steps: optimizer steps.
+        max_minutes: wall-clock limit; the learning rate then falls with time, and runs are not repeatable.
+        batch_size: rows a step on each device.
+        gradient_accumulation: batches whose gradients make one optimizer step.
+        seq_len: tokens a row.
+        weight_decay: of AdamW.
+        lora_r: rank.
+        lora_alpha: scale of the change, `alpha / r`.
+        lora_dropout: of the change's input.
+        target_modules: maps that get one.
+        optimizer: `adamw`; `adamw-bf16`, weights and moments in bfloat16; `8-bit`, by bitsandbytes.
+        gradient_checkpointing: compute each block twice, for less memory.
+        distill_weight: share of the divergence from the dense model in the loss, the rest being cross-entropy.
+        temperature: of both distributions in the divergence.
+        evaluate_every: optimizer steps between looks at the held-out rows, and between saved states.
+        held_out: fraction of the examples that are held out.
+        seed: of the order of the data, dropout and LoRA's start.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    method: str = "lora"
+    learning_rate: float = 4e-4
+    epochs: float = 2.0
+    max_steps: int | None = None
+    max_minutes: float | None = None
+    batch_size: int = 1
+    gradient_accumulation: int = 32
+    seq_len: int = 1024
+    weight_decay: float = 0.0
+    lora_r: int = 32
+    lora_alpha: int = 64
+    lora_dropout: float = 0.05
+    target_modules: tuple[str, ...] = ALL_MAPS
+    optimizer: str = "adamw"
+    gradient_checkpointing: bool = False
+    distill_weight: float = 1.0
+    temperature: float = 1.0
+    evaluate_every: int = 50
+    held_out: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise unknown("method", self.method, METHODS)
+        if self.optimizer not in OPTIMIZERS:
+            raise unknown("optimizer", self.optimizer, OPTIMIZERS)
+        for name in ("learning_rate", "epochs", "temperature"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name.replace('_', '-')} {getattr(self, name):g} must be above 0")
+        for name in ("max_steps", "batch_size", "gradient_accumulation", "lora_r", "lora_alpha", "evaluate_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name.replace('_', '-')} {value} must be at least 1")
+        for name in ("lora_dropout", "distill_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name.replace('_', '-')} {getattr(self, name):g} must lie in [0, 1]")
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise UserError(f"max-minutes {self.max_minutes:g} must be above 0")
+        if not 0 < self.held_out < 1:
+            raise UserError(f"held-out {self.held_out:g} must lie in (0, 1)")
+        if self.seq_len < 2:
+            raise UserError(f"seq-len {self.seq_len} must be at least 2")
+
+
+HFPRUNE = Training(gradient_checkpointing=True, optimizer="adamw-bf16", distill_weight=0.0)
+SDMPRUNE = replace(HFPRUNE, learning_rate=1e-4, weight_decay=0.05, gradient_accumulation=16, seq_len=4096)
+TRAININGS = {
+    "default": Training(),
+    "hfprune-lora": HFPRUNE,
+    "hfprune-full": replace(HFPRUNE, method="full", learning_rate=1e-4, epochs=3.0, weight_decay=0.05),
+    "sdmprune-lora": replace(SDMPRUNE, lora_r=8, lora_alpha=16, gradient_checkpointing=False),
+    "sdmprune-full": replace(SDMPRUNE, method="full", epochs=3.0, gradient_checkpointing=False),
+}
+"""By name; the papers' as in the scripts that their authors published, for each of four GPUs."""
+
+
+def training_named(name: str, given: Mapping[str, Any]) -> Training:
+    """A preset with what is given, and is not None, in its place.
+
+    Raises:
+        UserError: there is no such preset, or a value is out of range.
+    """
+    if name not in TRAININGS:
+        raise unknown("preset", name, TRAININGS)
+    return replace(TRAININGS[name], **{key: value for key, value in given.items() if value is not None})
+
+
+class Watch(TrainerCallback):
+    """Tells how training goes, keeps its clock over interruptions, and ends it when time is up or it diverges."""
+
+    def __init__(self, limit_minutes: float | None, tokens_per_step: int, voice: Voice, resumed: Path | None = None):
+        self.limit, self.tokens, self.voice = limit_minutes, tokens_per_step, voice
+        self.before = json.loads((resumed / CLOCK).read_text())["seconds"] if resumed else 0.0
+        self.start, self.said = time.monotonic(), self.before
+        self.first_step = 0
+        self.trouble = ""
+
+    @property
+    def spent(self) -> float:
+        """Seconds of training so far, those before an interruption included."""
+        return self.before + time.monotonic() - self.start
+
+    def share(self) -> float:
+        """Of the time limit that is spent."""
+        assert self.limit
+        return min(1.0, self.spent / (60 * self.limit))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any
+    ) -> None:
+        """Start the clock."""
+        self.start, self.first_step = time.monotonic(), state.global_step
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **unused: Any
+    ) -> None:
+        """Say where training is, now and then; stop if the loss is not finite or the held-out rows get worse."""
+        logs = logs or {}
+        if not math.isfinite(logs.get("loss", 0.0)):
+            self.trouble = f"the loss was not finite at step {state.global_step}"
+            control.should_training_stop = True
+        if "eval_loss" in logs:
+            self._look(state, control, logs["eval_loss"])
+        elif "loss" in logs and self.spent - self.said > 20:
+            self.said = self.spent
+            self.voice.say(f"step {state.global_step}{self._left(state)}: loss {logs['loss']:.4f}")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
+        """Stop when the time is up, with a last look at the held-out rows."""
+        if self.limit and self.share() >= 1:
+            control.should_training_stop = control.should_evaluate = control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
+        """Keep the clock, last of all: a state without it is not whole."""
+        path = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / CLOCK
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps({"seconds": self.spent}))
+
+    def _look(self, state: TrainerState, control: TrainerControl, loss: float) -> None:
+        looks = held_out_losses(state)
+        start = looks[0][1] if looks else loss
+        self.voice.say(f"step {state.global_step}{self._left(state)}: held-out perplexity {perplexity(loss):.4g}")
+        if not math.isfinite(loss):
+            self.trouble = f"the held-out loss was not finite at step {state.global_step}"
+        elif len(looks) > 2 and all(later > start for _, later in looks[-2:]):
+            self.trouble = f"the held-out perplexity rose from {perplexity(start):.4g} to {perplexity(loss):.4g}"
+        control.should_training_stop = control.should_training_stop or bool(self.trouble)
+
+    def _left(self, state: TrainerState) -> str:
+        done = state.global_step - self.first_step
+        if not done:
+            return ""
+        pace = (time.monotonic() - self.start) / done
+        left = 60 * self.limit - self.spent if self.limit else pace * (state.max_steps - state.global_step)
+        of = "" if self.limit else f" of {state.max_steps}"
+        return f"{of}, {self.tokens / pace:,.0f} tokens a second, about {max(0, left) / 60:.0f} min left"
+
+
+def perplexity(loss: float) -> float:
+    """Of a mean loss in nats; infinite where a float cannot hold it."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def held_out_losses(state: TrainerState) -> list[tuple[int, float]]:
+    """Step and loss of every look at the held-out rows."""
+    return [(int(entry["step"]), entry["eval_loss"]) for entry in state.log_history if "eval_loss" in entry]
+
+
+class TimedTrainer(Trainer):
+    """Transformers' Trainer, whose learning rate can fall with the time that is spent."""
+
+    watch: Watch
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """A cosine over the steps, or over the time where that is limited."""
+        if self.watch.limit is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        chosen: Any = optimizer or self.optimizer
+        self.lr_scheduler = LambdaLR(chosen, lambda _: (1 + math.cos(math.pi * self.watch.share())) / 2)
+        return self.lr_scheduler
+
+
+def train(
+    model: nn.Module,
+    training: Training,
+    rows: Packed,
+    held: Packed,
+    folder: Path,
+    watch: Watch,
+    *,
+    device: str,
+) -> TimedTrainer:
+    """Train `model`, which returns its loss, and leave it in its best state by held-out loss; resumes from `folder`.
+
+    Args:
+        model: returns its loss, and sum and number of labels of each row when it is evaluated.
+        training: the settings.
+        rows: to train on.
+        held: to look at.
+        folder: where states are kept.
+        watch: tells of progress.
+        device: `cpu`, or anything else for what torch finds.
+    """
+    steps = training.max_steps if training.max_steps is not None else -1
+    mixed = device != "cpu" and next(model.parameters()).dtype == torch.float32
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=10_000 if training.max_minutes and steps < 0 else training.epochs,
+        max_steps=steps,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type="cosine",
+        weight_decay=training.weight_decay,
+        optim=OPTIMIZERS[training.optimizer],
+        activation_checkpointing=training.gradient_checkpointing,
+        bf16=mixed,
+        use_cpu=device == "cpu",
+        seed=training.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_on_start=True,
+        eval_steps=training.evaluate_every,
+        save_strategy="steps",
+        save_steps=training.evaluate_every,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device != "cpu",
+        disable_tqdm=True,
+        report_to="none",
+    )
+    trainer = TimedTrainer(
+        model,
+        arguments,
+        train_dataset=rows,
+        eval_dataset=held,
+        callbacks=[watch],
+        compute_metrics=mean_of_labels,
+    )
+    trainer.watch = watch
+    trainer.remove_callback(PrinterCallback)
+    resumed = last_state(folder)
+    trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    return trainer
+
+
+def mean_of_labels(found: EvalPrediction) -> dict[str, float]:
+    """Loss over all labels, from the sum and the number of each row."""
+    sums = torch.as_tensor(found.predictions).double().sum(0)
+    return {"loss": float(sums[0] / sums[1])}
+
+
+def last_state(folder: Path) -> Path | None:
+    """The newest state that is whole."""
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{CLOCK}")]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

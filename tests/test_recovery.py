@@ -1,0 +1,175 @@
+"""Recovery training on tiny models: what is learned, what is written, and what an interruption leaves."""
+
+import json
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hifiprune as hp
+from hifiprune.record import RunRecord
+from hifiprune.recovery import recover
+from hifiprune.training import TRAININGS, Training, Watch
+from tests.commands import Interruption, leftovers
+from tests.conftest import save_checkpoint
+from tests.families import tiny_tokens
+from tests.naive import logits_of
+
+QUICK = Training(
+    max_steps=6, gradient_accumulation=2, seq_len=32, lora_r=4, lora_alpha=8, learning_rate=1e-2, evaluate_every=2,
+    held_out=0.2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a dense model, one that was pruned from it, and rows to learn from."""
+    folder = tmp_path_factory.mktemp("pruned")
+    chance = random.Random(0)
+    texts = ["".join(chance.choice(("ab", "cd ", "abc")) for _ in range(chance.randint(3, 25))) for _ in range(60)]
+    (folder / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    learn_(save_checkpoint(folder / "dense", initializer_range=0.1), texts)
+    hp.prune(str(folder / "dense"), folder / "pruned", hp.Budget(width=20), criterion="magnitude")
+    return folder
+
+
+def learn_(folder: Path, texts: list[str]) -> None:
+    """Teach a model some of the text, so that there is something that a teacher knows."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    tokens = torch.tensor(tokenizer("".join(texts)).input_ids)
+    windows = tokens[: len(tokens) // 32 * 32].view(-1, 32)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(30):
+        model(input_ids=windows, labels=windows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+
+
+def run(folder: Path, output: Path, training: Training = QUICK, **more: Any) -> RunRecord:
+    return recover(str(folder / "pruned"), output, str(folder / "data.jsonl"), training, **more)
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    return weights
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_training_lowers_what_it_should(pruned: Path, tmp_path: Path, method: str, share: float) -> None:
+    rate = 1e-2 if method == "lora" else 1e-3
+    training = replace(QUICK, method=method, distill_weight=share, learning_rate=rate, max_steps=16)
+    record = run(pruned, tmp_path / "out", training)
+    before, after = (record.results["held_out_perplexity"][name] for name in ("before", "after"))
+    assert record.results["steps"] == 16
+    assert after < before
+    assert [step for step, _ in record.results["losses"]] == list(range(1, 17))
+    assert min(loss for _, loss in record.results["held_out_losses"]) == pytest.approx(math.log(after))
+    assert record.results["pruning"]["command"] == "prune"
+    assert json.loads((tmp_path / "out" / "run.json").read_text()) == record.to_dict()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert model.config.intermediate_size == 20
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "what was unfinished is gone"
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    training = replace(QUICK, method=method, distill_weight=0.5, learning_rate=1e-3)
+    run(pruned, tmp_path / "whole", training)
+    for stop in (3, 5):  # after the states of steps 2 and 4
+
+        def interrupted(self: Watch, args: Any, state: Any, control: Any, stop: int = stop, **_: Any) -> None:
+            if state.global_step == stop:
+                raise Interruption
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Watch, "on_step_end", interrupted)
+            with pytest.raises(Interruption):
+                run(pruned, tmp_path / "parts", training)
+        assert not leftovers(tmp_path)
+        assert not (tmp_path / "parts").exists()
+    record = run(pruned, tmp_path / "parts", training)
+    assert [step for step, _ in record.results["losses"]] == [1, 2, 3, 4, 5, 6]
+    whole, parts = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
+    assert all(torch.equal(weight, parts[name]) for name, weight in whole.items())
+
+
+def test_the_merged_model_is_the_one_with_the_adapter(pruned: Path, tmp_path: Path) -> None:
+    run(pruned, tmp_path / "out", keep_adapter=True)
+    base = AutoModelForCausalLM.from_pretrained(pruned / "pruned")
+    adapted = PeftModel.from_pretrained(base, str(tmp_path / "out" / "adapter"))
+    merged, tokens = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tiny_tokens(vocabulary=200)
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(merged, tokens), adapted(input_ids=tokens).logits, rtol=1e-4, atol=1e-5)
+        plain = logits_of(AutoModelForCausalLM.from_pretrained(pruned / "pruned"), tokens)
+    assert not torch.allclose(logits_of(merged, tokens), plain, atol=1e-3)
+
+
+@pytest.mark.parametrize(("rate", "said"), [(10.0, "held-out perplexity"), (1e25, "not finite")])
+def test_a_run_that_diverges_says_so_and_keeps_what_was_good(
+    pruned: Path, tmp_path: Path, rate: float, said: str
+) -> None:
+    record = run(pruned, tmp_path / "out", replace(QUICK, method="full", learning_rate=rate, max_steps=10))
+    assert said in record.results["trouble"]
+    kept, before = weights_of(tmp_path / "out"), weights_of(pruned / "pruned")
+    assert all(torch.equal(weight, before[name]) for name, weight in kept.items())
+
+
+def test_the_control_is_the_dense_model_trained_alike(pruned: Path, tmp_path: Path) -> None:
+    record = run(pruned, tmp_path / "out", replace(QUICK, distill_weight=0.0), control=True)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.intermediate_size == 40
+    assert record.arguments["control"]
+    assert record.results["held_out_perplexity"]["after"] < record.results["held_out_perplexity"]["before"]
+
+
+def test_a_time_limit_ends_training(pruned: Path, tmp_path: Path) -> None:
+    limited = replace(QUICK, max_steps=None, max_minutes=0.02)
+    record = run(pruned, tmp_path / "out", limited)
+    assert 1 <= record.results["steps"] < 1000
+    assert record.results["held_out_losses"][-1][0] == record.results["steps"]
+
+
+def test_what_cannot_be_trained_is_refused(pruned: Path, tmp_path: Path) -> None:
+    (tmp_path / "few.jsonl").write_text('{"text": "one alone"}\n')
+    with pytest.raises(hp.UserError, match="too little data: 1 examples make no row"):
+        recover(str(pruned / "pruned"), tmp_path / "out", str(tmp_path / "few.jsonl"), QUICK)
+    with pytest.raises(hp.UserError, match=r"the dense model is not known from .*: give --teacher"):
+        recover(str(pruned / "dense"), tmp_path / "out", str(pruned / "data.jsonl"), QUICK)
+    with pytest.raises(hp.UserError, match="target-modules nothing: "):
+        run(pruned, tmp_path / "out", replace(QUICK, target_modules=("nothing",)))
+    save_checkpoint(tmp_path / "other", vocab_size=300)
+    with pytest.raises(hp.UserError, match="the teacher's vocabulary has 300 tokens, the model's 257"):
+        run(pruned, tmp_path / "out", teacher=str(tmp_path / "other"))
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"method": "lore"}, "method 'lore' is not known; known are lora, full; did you mean 'lora'"),
+        ({"optimizer": "sgd"}, "optimizer 'sgd' is not known"),
+        ({"learning_rate": 0.0}, "learning-rate 0 must be above 0"),
+        ({"max_steps": 0}, "max-steps 0 must be at least 1"),
+        ({"distill_weight": 1.5}, r"distill-weight 1.5 must lie in \[0, 1\]"),
+        ({"held_out": 0.0}, r"held-out 0 must lie in \(0, 1\)"),
+    ]
+    for values, message in cases:
+        with pytest.raises(hp.UserError, match=message):
+            Training(**values)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_papers_settings_are_those_of_their_scripts() -> None:
+    names = ("method", "learning_rate", "epochs", "gradient_accumulation", "weight_decay", "seq_len")
+    rows: dict[str, Any] = {preset: tuple(getattr(each, name) for name in names) for preset, each in TRAININGS.items()}
+    assert rows["hfprune-lora"] == ("lora", 4e-4, 2, 32, 0, 1024)
+    assert rows["hfprune-full"] == ("full", 1e-4, 3, 32, 0.05, 1024)
+    assert rows["sdmprune-lora"] == ("lora", 1e-4, 2, 16, 0.05, 4096)
+    assert rows["sdmprune-full"] == ("full", 1e-4, 3, 16, 0.05, 4096)
+    ranks = [(TRAININGS[name].lora_r, TRAININGS[name].lora_alpha) for name in ("hfprune-lora", "sdmprune-lora")]
+    assert ranks == [(32, 64), (8, 16)]
