@@ -3,7 +3,9 @@
 import json
 import math
 import random
-from dataclasses import replace
+import subprocess
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hifiprune as hp
 from hifiprune.record import RunRecord
 from hifiprune.recovery import recover
-from hifiprune.training import TRAININGS, Training, Watch
-from tests.commands import Interruption, leftovers
+from hifiprune.training import ALL_MAPS, TRAININGS, Training, Watch
+from tests.commands import Interruption, leftovers, refused
+from tests.commands import run as run_command
 from tests.conftest import save_checkpoint
 from tests.families import tiny_tokens
 from tests.naive import logits_of
@@ -173,3 +176,38 @@ def test_the_papers_settings_are_those_of_their_scripts() -> None:
     assert rows["sdmprune-full"] == ("full", 1e-4, 3, 16, 0.05, 4096)
     ranks = [(TRAININGS[name].lora_r, TRAININGS[name].lora_alpha) for name in ("hfprune-lora", "sdmprune-lora")]
     assert ranks == [(32, 64), (8, 16)]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_two_processes_are_one_with_twice_the_accumulation(pruned: Path, tmp_path: Path, method: str) -> None:
+    flags = [
+        "--data", pruned / "data.jsonl", "--method", method, "--lora-dropout", 0, "--distill-weight", 0.5, "--lr", 1e-3,
+        "--max-steps", 4, "--evaluate-every", 2, "--seq-len", 32, "--held-out", 0.2, "--device", "cpu",
+    ]  # fmt: skip
+    start = ["recover", pruned / "pruned", *flags]
+    one = run_command(*start, "--gradient-accumulation", 4, "--output", tmp_path / "one", "--json")
+    assert one.code == 0, one.err
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    words = [*launch, "-m", "hifiprune", *start, "--gradient-accumulation", 2, "--output", tmp_path / "two", "--json"]
+    two = subprocess.run([*map(str, words)], capture_output=True, text=True, check=False, timeout=300)
+    assert two.returncode == 0, two.stderr
+    found = json.loads(two.stdout)  # one process speaks
+    assert two.stderr.count("held-out perplexity") == 3
+    for ours, theirs in zip(found["results"]["held_out_losses"], one.json["results"]["held_out_losses"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    weights = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_the_command_shows_presets_and_refuses_what_it_lacks(pruned: Path, tmp_path: Path) -> None:
+    show = ("recover", pruned / "pruned", "--show-preset")
+    shown = run_command(*show, "--preset", "hfprune-lora", "--lora-r", 8, "--json")
+    assert shown.code == 0, shown.err
+    assert shown.json == {**asdict(TRAININGS["hfprune-lora"]), "lora_r": 8, "target_modules": [*ALL_MAPS]}
+    assert "learning-rate" in run_command(*show).out
+    refused(run_command("recover", pruned / "pruned", "--output", tmp_path / "out"), "give --data")
+    flags = ("--output", tmp_path / "out", "--data", pruned / "data.jsonl")
+    refused(run_command("recover", pruned / "pruned", *flags, "--preset", "hfprune"), "did you mean 'hfprune-full'")
+    refused(run_command("recover", pruned / "pruned", *flags[:3], tmp_path / "none.jsonl"), "none.jsonl")
+    assert not (tmp_path / "out").exists()

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from hifiprune.pipeline import prune, score_checkpoint
     from hifiprune.plan import Plan
     from hifiprune.record import RunRecord
+    from hifiprune.recovery import recover
     from hifiprune.scores import Scores
     from hifiprune.scoring import score, score_all
     from hifiprune.surgery import cut, cut_
     from hifiprune.texts import Text
+    from hifiprune.training import Training
 
 __version__ = "0.1.0"
 DEFAULT_CRITERION = "entropy-square"
@@ -45,6 +47,7 @@ __all__ = [
     "Sharing",
     "Tasks",
     "Text",
+    "Training",
     "UserError",
     "ablate",
     "allocate",
@@ -57,6 +60,7 @@ __all__ = [
     "load_windows",
     "measure",
     "prune",
+    "recover",
     "score",
     "score_all",
     "score_checkpoint",
@@ -81,6 +85,7 @@ _HOMES = {
     "Sharing": "allocation",
     "Tasks": "evaluation",
     "Text": "texts",
+    "Training": "training",
     "UserError": "errors",
     "ablate": "ablation",
     "allocate": "allocation",
@@ -93,6 +98,7 @@ _HOMES = {
     "load_windows": "calibration",
     "measure": "evaluation",
     "prune": "pipeline",
+    "recover": "recovery",
     "score": "scoring",
     "score_all": "scoring",
     "score_checkpoint": "pipeline",

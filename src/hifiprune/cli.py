@@ -49,6 +49,7 @@ from hifiprune.options import (
 )
 from hifiprune.study import ablate, compare, criteria
 from hifiprune.terminal import show, voice
+from hifiprune.training_command import recover
 
 app = typer.Typer(
     name="hifiprune",
@@ -238,7 +239,7 @@ def _root(version: Annotated[bool, Option("--version", help="Show the version.")
         raise typer.Exit
 
 
-for command in (criteria, compare, ablate):
+for command in (criteria, compare, ablate, recover):
     app.command()(command)
 
 

@@ -46,6 +46,27 @@ def scored(record: RunRecord, model: str, output: Path) -> None:
     next_step("prune", model, "--scores", output, "--ratio", 0.2, "--output", "DIR")
 
 
+def recovered(record: RunRecord, output: Path) -> None:
+    """What `recover` reached."""
+    results, table = record.results, _table("", "before", "after")
+    before, after = (f"{results['held_out_perplexity'][name]:.4g}" for name in ("before", "after"))
+    table.add_row("held-out perplexity", before, after)
+    table.add_row("optimizer steps", "", f"{results['steps']}, best at {results['best_step']}")
+    _show(table)
+    _costs(record)
+    pruning = results["pruning"]
+    dense = record.arguments["teacher"] or (pruning["arguments"]["model"] if pruning else "DENSE")
+    next_step("evaluate", output, "--against", dense, "--text", "FILE")
+
+
+def settings(facts: dict[str, Any]) -> None:
+    """Settings by name."""
+    table = _table("setting", "value")
+    for name, value in facts.items():
+        table.add_row(name.replace("_", "-"), ", ".join(value) if isinstance(value, tuple) else str(value))
+    _show(table)
+
+
 def evaluated(record: RunRecord) -> None:
     """What `evaluate` measured."""
     table = _table("metric", "value", "95% interval", "meaning")

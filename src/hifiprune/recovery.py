@@ -5,11 +5,13 @@ import json
 import math
 import os
 import random
+import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, set_seed
@@ -75,6 +77,7 @@ def recover(
         learn_prompts=learn_prompts, keep_adapter=keep_adapter, compute=compute,
     )  # fmt: skip
     record = RunRecord("recover", arguments)
+    compute, voice = _own_device(compute), voice if first_process() else SILENT
     dense = teacher or _dense_of(model)
     checkpoint, target, _ = prepare(model, output, [], [data], folder=True, overwrite=overwrite)
     if dense is None and (control or training.distill_weight > 0):
@@ -110,19 +113,18 @@ def recover(
         return record
     looks = held_out_losses(trainer.state)
     better = min(loss for _, loss in looks) < looks[0][1]
-    record.results = _describe(trainer.state.log_history, looks, watch.trouble) | {"model_hash": model_hash}
+    record.results = _describe(trainer.state.log_history, looks, watch.trouble)
+    record.results |= {"model_hash": model_hash, "pruning": _record_of(started)}
     if watch.trouble:
         voice.say(f"Training was stopped: {watch.trouble}.")
     if not better:
         voice.say("Training did not lower the held-out perplexity: the checkpoint is written as it was.")
+        trained = load(started, compute)
     with replacing(target) as new:
         with record.stage("writing"):
-            if keep_adapter and better and isinstance(trained, PeftModel):
+            if keep_adapter and isinstance(trained, PeftModel):
                 trained.save_pretrained(str(new / "adapter"))
-            whole = _merged(trained) if better else load(started, compute)
-            started.save(whole.type(started.dtype()), new, shard_size)
-        before = _record_of(started)
-        record.results["pruning"] = before
+            started.save(_merged(trained).type(started.dtype()), new, shard_size)
         record.save(new / "run.json")
     unfinished.remove()
     return record
@@ -131,6 +133,12 @@ def recover(
 def first_process() -> bool:
     """Whether this process is the one that writes, of those that a launcher started."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def _own_device(compute: Compute) -> Compute:
+    """Of several processes that a launcher started each takes a GPU of its own."""
+    own = os.environ.get("LOCAL_RANK")
+    return replace(compute, device=f"cuda:{own}") if own and compute.resolved_device == "cuda" else compute
 
 
 def _record_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
@@ -159,8 +167,6 @@ def _check_teacher(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
 
 def _training_dtype(checkpoint: Checkpoint, training: Training, compute: Compute) -> Any:
     """Weights that are trained in full are float32, unless the optimizer says otherwise."""
-    import torch
-
     if compute.dtype != "auto" or compute.resolved_device == "cpu":
         return compute.dtype_for(checkpoint)
     if training.method == "full":
@@ -194,7 +200,9 @@ def _with_adapter(model: PreTrainedModel, training: Training) -> nn.Module:
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # about how peft calls transformers
+            return get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"target-modules {', '.join(training.target_modules)}: {str(error).splitlines()[0]}") from error
 

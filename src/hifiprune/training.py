@@ -275,6 +275,7 @@ def train(
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=device != "cpu",
         disable_tqdm=True,
         report_to="none",
