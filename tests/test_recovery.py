@@ -128,6 +128,11 @@ def test_a_run_that_diverges_says_so_and_keeps_what_was_good(
     assert all(torch.equal(weight, before[name]) for name, weight in kept.items())
 
 
+def test_steps_after_the_last_look_are_looked_at_too(pruned: Path, tmp_path: Path) -> None:
+    record = run(pruned, tmp_path / "out", replace(QUICK, max_steps=3, learning_rate=1e-3))
+    assert [step for step, _ in record.results["held_out_losses"]] == [0, 2, 3]
+
+
 def test_the_control_is_the_dense_model_trained_alike(pruned: Path, tmp_path: Path) -> None:
     record = run(pruned, tmp_path / "out", replace(QUICK, distill_weight=0.0), control=True)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.intermediate_size == 40
@@ -138,6 +143,8 @@ def test_the_control_is_the_dense_model_trained_alike(pruned: Path, tmp_path: Pa
 def test_a_time_limit_ends_training(pruned: Path, tmp_path: Path) -> None:
     limited = replace(QUICK, max_steps=None, max_minutes=0.02)
     record = run(pruned, tmp_path / "out", limited)
+    rates = record.results["losses"]
+    assert len(rates) == record.results["steps"]
     assert 1 <= record.results["steps"] < 1000
     assert record.results["held_out_losses"][-1][0] == record.results["steps"]
 
@@ -148,6 +155,8 @@ def test_what_cannot_be_trained_is_refused(pruned: Path, tmp_path: Path) -> None
         recover(str(pruned / "pruned"), tmp_path / "out", str(tmp_path / "few.jsonl"), QUICK)
     with pytest.raises(hp.UserError, match=r"the dense model is not known from .*: give --teacher"):
         recover(str(pruned / "dense"), tmp_path / "out", str(pruned / "data.jsonl"), QUICK)
+    with pytest.raises(hp.UserError, match="seq-len 200000 exceeds the model's 64 positions"):
+        run(pruned, tmp_path / "out", replace(QUICK, seq_len=200_000))
     with pytest.raises(hp.UserError, match="target-modules nothing: "):
         run(pruned, tmp_path / "out", replace(QUICK, target_modules=("nothing",)))
     save_checkpoint(tmp_path / "other", vocab_size=300)

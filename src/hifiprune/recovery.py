@@ -6,13 +6,15 @@ import math
 import os
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -22,11 +24,13 @@ from hifiprune.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.compute import Compute, estimate_seconds
 from hifiprune.errors import RunError, UserError
 from hifiprune.examples import Example, read_examples
+from hifiprune.guards import memory_explained
 from hifiprune.objectives import SoftLabels
 from hifiprune.output import replacing
 from hifiprune.packing import Packed, pack
 from hifiprune.preparation import load, load_hashed, plain_arguments, prepare
 from hifiprune.record import RunRecord
+from hifiprune.texts import Text
 from hifiprune.training import Training, Watch, held_out_losses, last_state, perplexity, train
 from hifiprune.training_loss import Teacher, sliced_loss
 from hifiprune.unfinished import Unfinished
@@ -79,7 +83,7 @@ def recover(
     record = RunRecord("recover", arguments)
     compute, voice = _own_device(compute), voice if first_process() else SILENT
     dense = teacher or _dense_of(model)
-    checkpoint, target, _ = prepare(model, output, [], [data], folder=True, overwrite=overwrite)
+    checkpoint, target, _ = prepare(model, output, [Text(data, training.seq_len)], folder=True, overwrite=overwrite)
     if dense is None and (control or training.distill_weight > 0):
         wanted = "--control trains it" if control else "its distribution is what is learned; or give --distill-weight 0"
         raise UserError(f"the dense model is not known from {model}: give --teacher, {wanted}")
@@ -107,7 +111,7 @@ def recover(
     trained = _with_adapter(student, training)
     watch = Watch(training.max_minutes, _tokens_per_step(training), voice, last_state(folder))
     kernel = SoftLabels(training.distill_weight if guide else 0.0, training.temperature)
-    with record.stage("training"), sliced_loss(student, kernel, guide):
+    with record.stage("training"), sliced_loss(student, kernel, guide), _explained(student, training, folder):
         trainer = train(trained, training, rows, held, folder, watch, device=compute.resolved_device)
     if not first_process():
         return record
@@ -128,6 +132,16 @@ def recover(
         record.save(new / "run.json")
     unfinished.remove()
     return record
+
+
+@contextmanager
+def _explained(model: PreTrainedModel, training: Training, folder: Path) -> Iterator[None]:
+    """Turn a device without memory or a disk without room into one message."""
+    try:
+        with memory_explained(model, training.batch_size * training.seq_len):
+            yield
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"a state of the training could not be kept in {folder}: {error}") from error
 
 
 def first_process() -> bool:

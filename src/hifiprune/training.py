@@ -138,17 +138,13 @@ class Watch(TrainerCallback):
         self.before = json.loads((resumed / CLOCK).read_text())["seconds"] if resumed else 0.0
         self.start, self.said = time.monotonic(), self.before
         self.first_step = 0
+        self.share = 0.0  # of the time limit that is spent
         self.trouble = ""
 
     @property
     def spent(self) -> float:
         """Seconds of training so far, those before an interruption included."""
         return self.before + time.monotonic() - self.start
-
-    def share(self) -> float:
-        """Of the time limit that is spent."""
-        assert self.limit
-        return min(1.0, self.spent / (60 * self.limit))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any
@@ -171,8 +167,13 @@ class Watch(TrainerCallback):
             self.voice.say(f"step {state.global_step}{self._left(state)}: loss {logs['loss']:.4f}")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
-        """Stop when the time is up, with a last look at the held-out rows."""
-        if self.limit and self.share() >= 1:
+        """Stop when the time is up; look at the held-out rows once more at the end. All processes go by one clock."""
+        if self.limit:
+            share = torch.tensor(self.spent / (60 * self.limit), device=args.device)
+            if torch.distributed.is_initialized():
+                torch.distributed.broadcast(share, 0)
+            self.share = min(1.0, share.item())
+        if self.share == 1 or state.global_step >= state.max_steps:
             control.should_training_stop = control.should_evaluate = control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
@@ -221,7 +222,7 @@ class TimedTrainer(Trainer):
         if self.watch.limit is None or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         chosen: Any = optimizer or self.optimizer
-        self.lr_scheduler = LambdaLR(chosen, lambda _: (1 + math.cos(math.pi * self.watch.share())) / 2)
+        self.lr_scheduler = LambdaLR(chosen, lambda _: (1 + math.cos(math.pi * self.watch.share)) / 2)
         return self.lr_scheduler
 
 
