@@ -217,6 +217,6 @@ def test_the_command_shows_presets_and_refuses_what_it_lacks(pruned: Path, tmp_p
     assert "learning-rate" in run_command(*show).out
     refused(run_command("recover", pruned / "pruned", "--output", tmp_path / "out"), "give --data")
     flags = ("--output", tmp_path / "out", "--data", pruned / "data.jsonl")
-    refused(run_command("recover", pruned / "pruned", *flags, "--preset", "hfprune"), "did you mean 'hfprune-full'")
+    refused(run_command("recover", pruned / "pruned", *flags, "--preset", "hfprune"), "did you mean 'hfprune-")
     refused(run_command("recover", pruned / "pruned", *flags[:3], tmp_path / "none.jsonl"), "none.jsonl")
     assert not (tmp_path / "out").exists()
