@@ -162,7 +162,7 @@ def test_every_cell_is_what_prune_and_evaluate_give(world: Path, finished: Finis
             continue
         folder = tmp_path / f"{criterion}-{ratio}-{seed}"
         calibration = hp.Calibration(str(world / "calibration.txt"), 3, 24, seed)
-        hp.prune(dense, folder, hp.Budget(ratio), calibration, criterion=criterion, round_to=2)
+        hp.prune(dense, folder, hp.Budget(ratio), calibration, criterion=criterion, round_to=2, repair="none")
         saved = hp.Scores.load(folder / "hifiprune" / "scores.safetensors")
         used = finished.scores(criterion, ratio, seed)
         assert saved.settings["options"] == used.settings["options"]

@@ -218,5 +218,7 @@ def test_the_command_shows_presets_and_refuses_what_it_lacks(pruned: Path, tmp_p
     refused(run_command("recover", pruned / "pruned", "--output", tmp_path / "out"), "give --data")
     flags = ("--output", tmp_path / "out", "--data", pruned / "data.jsonl")
     refused(run_command("recover", pruned / "pruned", *flags, "--preset", "hfprune"), "did you mean 'hfprune-")
-    refused(run_command("recover", pruned / "pruned", *flags[:3], tmp_path / "none.jsonl"), "none.jsonl")
+    refused(run_command("recover", pruned / "pruned", *flags), "exceeds the model's 64 positions; use --seq-len 64")
+    missing = (*flags[:3], tmp_path / "none.jsonl", "--seq-len", 32)
+    refused(run_command("recover", pruned / "pruned", *missing), "none.jsonl does not exist")
     assert not (tmp_path / "out").exists()
