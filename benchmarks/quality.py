@@ -28,6 +28,7 @@ from hifiprune.evaluation import measure_windows
 from hifiprune.output import replacing
 from hifiprune.repair import cut_and_repair_, residual_stream
 from hifiprune.search import search, search_windows
+from hifiprune.steps import Course, score_in_steps
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -44,12 +45,16 @@ class Variant:
     """A criterion, how widths are decided, and how the cut is repaired, if at all.
 
     Attributes:
+        steps: how often the model is scored, cut and repaired.
+        texts: how many times as many windows are repaired on as are scored on.
         alone: one idea by itself, looked at in one draw and at the lowest ratio only.
     """
 
     criterion: str
     allocation: str = "uniform"
     repair: dict[str, Any] | None = None
+    steps: int = 1
+    texts: int = 1
     alone: bool = False
 
 
@@ -66,6 +71,10 @@ VARIANTS = {
     "entropy-square, repaired, tokens alike": Variant("entropy-square", repair={"weighted": False}, alone=True),
     "entropy-square, repaired, attention too": Variant("entropy-square", repair={"attention": True}, alone=True),
     "fisher, global": Variant("fisher", "global", alone=True),
+    "entropy-square, repaired, 2 steps": Variant("entropy-square", repair=SEQUENTIAL, steps=2, alone=True),
+    "fisher, global, repaired, 2 steps": Variant("fisher", "global", SEQUENTIAL, steps=2, alone=True),
+    "entropy-square, repaired, 3 x text": Variant("entropy-square", repair=SEQUENTIAL, texts=3, alone=True),
+    "fisher, global, repaired, 3 x text": Variant("fisher", "global", SEQUENTIAL, texts=3, alone=True),
     "fisher, searched, repaired": Variant("fisher", "searched", SEQUENTIAL, alone=True),
 }
 """By name; those called global or searched have widths that differ from layer to layer."""
@@ -79,6 +88,11 @@ class Bench:
     wikitext: Int[Tensor, "windows positions"]
     c4: Int[Tensor, "windows positions"]
     folder: Path
+
+    def calibration(self, seed: int, count: int, sampler: str = "documents") -> Int[Tensor, "windows positions"]:
+        """A draw of windows of C4."""
+        source = hp.Calibration(str(DATA / "c4" / "c4_documents.jsonl"), count, 1024, seed, sampler=sampler)
+        return hp.load_windows(source, find_checkpoint(str(self.model)).tokenizer())
 
     def dense(self) -> PreTrainedModel:
         """A fresh copy."""
@@ -125,6 +139,15 @@ class Draw:
                 scores.save(self.path(f"scores-{name}.safetensors"))
         return hp.Scores.load(path), float(path.with_suffix(".seconds").read_text())
 
+    def scores_of(self, variant: Variant, ratio: float) -> tuple[hp.Scores, float]:
+        """Scores of a variant, and the seconds they took."""
+        if variant.steps == 1:
+            return self.scores(variant.criterion)
+        start = time.perf_counter()
+        course = Course(variant.steps, hp.Budget(ratio=ratio), 1, hp.Sharing(variant.allocation))
+        request = (variant.criterion, hp.Options(seed=self.seed))
+        return score_in_steps(self.bench.dense(), self.windows, request, course), time.perf_counter() - start
+
     def plan(self, variant: Variant, scores: hp.Scores, ratio: float) -> tuple[hp.Plan, float]:
         """What a variant keeps, and the seconds that a search took."""
         start, budget = time.perf_counter(), hp.Budget(ratio=ratio)
@@ -137,14 +160,18 @@ class Draw:
     def build(self, name: str, ratio: float) -> tuple[PreTrainedModel, dict[str, float]]:
         """The model that a variant makes, and seconds of scoring, search and repair."""
         variant, model = VARIANTS[name], self.bench.dense()
-        scores, scoring = self.scores(variant.criterion)
+        scores, scoring = self.scores_of(variant, ratio)
         plan, searching = self.plan(variant, scores, ratio)
-        dense, before = self.stream if variant.repair == SEQUENTIAL else (None, 0.0)
+        windows, dense, before = self.windows, None, 0.0
+        if variant.texts > 1:
+            windows = self.bench.calibration(self.seed, variant.texts * len(windows), "stream")
+        elif variant.repair == SEQUENTIAL:
+            dense, before = self.stream
         start = time.perf_counter()
         if variant.repair is None:
             hp.cut_(model, plan)
         else:
-            cut_and_repair_(model, plan, self.windows, dense=dense, **variant.repair)
+            cut_and_repair_(model, plan, windows, dense=dense, **variant.repair)
         repairing = before + time.perf_counter() - start
         return model, {"scoring_seconds": scoring, "search_seconds": searching, "repair_seconds": repairing}
 
@@ -200,14 +227,10 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     bench = Bench(model, wikitext, c4, folder)
 
-    def windows_of(seed: int) -> Int[Tensor, "windows positions"]:
-        source = str(DATA / "c4" / "c4_documents.jsonl")
-        return hp.load_windows(hp.Calibration(source, asked.windows, 1024, seed), tokenizer)
-
     cells: dict[tuple[str, float], list[dict[str, float]]] = {}
     console = Console(width=140)
     for seed in range(asked.seeds):
-        draw = Draw(bench, seed, windows_of(seed))
+        draw = Draw(bench, seed, bench.calibration(seed, asked.windows))
         for ratio in asked.ratios:
             for name in asked.variants:
                 if not VARIANTS[name].alone or (seed, ratio) == (0, min(asked.ratios)):
@@ -220,10 +243,11 @@ def main() -> None:
         paper = summary("", 0.0, papers.get(row["ratio"], [])[: len(own)] or own)  # of the same draws
         for metric in ("perplexity", "kl"):
             row[f"{metric}_to_hfprune"] = row[metric] / paper[metric]
-    facts: dict[str, Any] = {"arguments": vars(asked), "results": rows}
+    dense = float(measure_windows(bench.dense(), wikitext)["perplexity"].mean())
+    facts: dict[str, Any] = {"arguments": vars(asked), "dense_perplexity": math.exp(dense), "results": rows}
     if asked.zero_shot:
         names = ["dense", *(name for name in asked.variants if not VARIANTS[name].alone)]
-        first = Draw(bench, 0, windows_of(0))
+        first = Draw(bench, 0, bench.calibration(0, asked.windows))
         facts["zero_shot"] = {name: first.accuracies(name, min(asked.ratios), asked.zero_shot) for name in names}
     (RESULTS / "quality.json").write_text(json.dumps(facts, indent=1) + "\n")
 
@@ -242,6 +266,25 @@ def summary(name: str, ratio: float, cells: list[dict[str, float]]) -> dict[str,
         "kl_spread": stdev(divergences) if len(cells) > 1 else None,
         **{key: mean(cell[key] for cell in cells) for key in ("scoring_seconds", "search_seconds", "repair_seconds")},
     }
+
+
+def readme_table(facts: dict[str, Any]) -> str:
+    """The results as Markdown: a row for each variant; perplexity and KL at each ratio, and both to HFPrune's."""
+    rows, ratios = facts["results"], sorted({row["ratio"] for row in facts["results"]})
+    lines = ["| | " + " | ".join(f"perplexity at {ratio:.0%} | KL at {ratio:.0%}" for ratio in ratios) + " |"]
+    lines.append("|" + "---|" * (1 + 2 * len(ratios)))
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        cells = []
+        for ratio in ratios:
+            row = next((row for row in rows if (row["variant"], row["ratio"]) == (name, ratio)), None)
+            cells += ["", ""] if row is None else [_cell(row, "perplexity", ".3g"), _cell(row, "kl", ".3f")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any], metric: str, form: str) -> str:
+    share = row[f"{metric}_to_hfprune"]
+    return f"{row[metric]:{form}}" + ("" if share == 1 else f" (x{share:.2f})")
 
 
 if __name__ == "__main__":
