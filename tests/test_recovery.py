@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hifiprune as hp
 from hifiprune.record import RunRecord
 from hifiprune.recovery import recover
+from hifiprune.teacher import Remembered
 from hifiprune.training import ALL_MAPS, TRAININGS, Training, Watch
 from tests.commands import Interruption, leftovers, refused
 from tests.commands import run as run_command
@@ -128,13 +130,69 @@ def test_a_run_that_diverges_says_so_and_keeps_what_was_good(
     assert all(torch.equal(weight, before[name]) for name, weight in kept.items())
 
 
+def test_a_teacher_kept_on_disk_is_asked_once_and_teaches_alike(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = replace(QUICK, learning_rate=1e-3, temperature=1.5)
+    live = run(pruned, tmp_path / "live", training)
+    monkeypatch.setattr("hifiprune.teacher.ROWS_A_FILE", 8)
+    asked: list[int] = []
+    write = Remembered.write
+
+    def counted(self: Remembered, first: int, *more: Any) -> None:
+        asked.append(first)
+        write(self, first, *more)
+
+    def interrupted(self: Remembered, first: int, *more: Any) -> None:
+        if len(asked) == 2:
+            raise Interruption
+        counted(self, first, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Remembered, "write", interrupted)
+        with pytest.raises(Interruption):
+            run(pruned, tmp_path / "kept", replace(training, cache_teacher=256))  # of 257
+        assert asked == [0, 8]
+        patch.setattr(Remembered, "write", counted)
+        record = run(pruned, tmp_path / "kept", replace(training, cache_teacher=256))
+    assert asked == [*range(0, asked[-1] + 8, 8)], "nothing is asked twice"
+    assert len(asked) > 2
+    for ours, theirs in zip(record.results["losses"], live.results["losses"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "live"]
+
+
+def test_hidden_states_are_matched(pruned: Path, tmp_path: Path) -> None:
+    training = replace(QUICK, distill_weight=0.0, learning_rate=3e-3, max_steps=16)
+    run(pruned, tmp_path / "labels", training)
+    run(pruned, tmp_path / "matched", replace(training, match_hidden=10.0))
+    text = " ".join(json.loads(line)["text"] for line in (pruned / "data.jsonl").read_text().splitlines())
+    tokens = AutoTokenizer.from_pretrained(pruned / "pruned")(text[:60], return_tensors="pt").input_ids
+    states = {}
+    for folder in (pruned / "dense", pruned / "pruned", tmp_path / "labels", tmp_path / "matched"):
+        with torch.no_grad():
+            states[folder.name] = AutoModelForCausalLM.from_pretrained(folder).base_model(tokens).last_hidden_state
+    distances = {name: float((state - states["dense"]).norm()) for name, state in states.items()}
+    assert distances["matched"] < distances["pruned"]
+    assert distances["matched"] < 0.98 * distances["labels"]
+
+
+def test_a_disk_without_room_for_the_teacher_is_said_before(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10_000))
+    with pytest.raises(hp.UserError, match=r"cache-teacher 40 takes 0\.\d MB beside the output, where 0.0 MB are free"):
+        run(pruned, tmp_path / "out", replace(QUICK, cache_teacher=40))
+    assert not list(tmp_path.iterdir())
+
+
 def test_steps_after_the_last_look_are_looked_at_too(pruned: Path, tmp_path: Path) -> None:
     record = run(pruned, tmp_path / "out", replace(QUICK, max_steps=3, learning_rate=1e-3))
     assert [step for step, _ in record.results["held_out_losses"]] == [0, 2, 3]
 
 
-def test_the_control_is_the_dense_model_trained_alike(pruned: Path, tmp_path: Path) -> None:
-    record = run(pruned, tmp_path / "out", replace(QUICK, distill_weight=0.0), control=True)
+def test_the_control_is_the_dense_model_trained_on_labels(pruned: Path, tmp_path: Path) -> None:
+    record = run(pruned, tmp_path / "out", control=True)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.intermediate_size == 40
     assert record.arguments["control"]
     assert record.results["held_out_perplexity"]["after"] < record.results["held_out_perplexity"]["before"]
@@ -162,12 +220,22 @@ def test_what_cannot_be_trained_is_refused(pruned: Path, tmp_path: Path) -> None
     save_checkpoint(tmp_path / "other", vocab_size=300)
     with pytest.raises(hp.UserError, match="the teacher's vocabulary has 300 tokens, the model's 257"):
         run(pruned, tmp_path / "out", teacher=str(tmp_path / "other"))
+    with pytest.raises(hp.UserError, match="cache-teacher 257 must be below the vocabulary, 257"):
+        run(pruned, tmp_path / "out", replace(QUICK, cache_teacher=257))
+    save_checkpoint(tmp_path / "deep", num_hidden_layers=4)
+    with pytest.raises(hp.UserError, match="match-hidden needs a teacher of the same depth"):
+        run(pruned, tmp_path / "out", replace(QUICK, match_hidden=1.0), teacher=str(tmp_path / "deep"))
     cases: list[tuple[dict[str, Any], str]] = [
         ({"method": "lore"}, "method 'lore' is not known; known are lora, full; did you mean 'lora'"),
         ({"optimizer": "sgd"}, "optimizer 'sgd' is not known"),
         ({"learning_rate": 0.0}, "learning-rate 0 must be above 0"),
         ({"max_steps": 0}, "max-steps 0 must be at least 1"),
         ({"distill_weight": 1.5}, r"distill-weight 1.5 must lie in \[0, 1\]"),
+        ({"seq_len": 1}, "seq-len 1 must be at least 2"),
+        ({"max_minutes": 0.0}, "max-minutes 0 must be above 0"),
+        ({"match_hidden": -1.0}, "match-hidden -1.0 must be at least 0"),
+        ({"cache_teacher": 9, "distill_weight": 0.0}, "cache-teacher keeps distributions: give a --distill-weight"),
+        ({"cache_teacher": 9, "match_hidden": 0.5}, "and no --match-hidden"),
         ({"held_out": 0.0}, r"held-out 0 must lie in \(0, 1\)"),
     ]
     for values, message in cases:
@@ -187,11 +255,13 @@ def test_the_papers_settings_are_those_of_their_scripts() -> None:
     assert ranks == [(32, 64), (8, 16)]
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_two_processes_are_one_with_twice_the_accumulation(pruned: Path, tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(("method", "more"), [("lora", []), ("full", ["--cache-teacher", 50])])
+def test_two_processes_are_one_with_twice_the_accumulation(
+    pruned: Path, tmp_path: Path, method: str, more: list[object]
+) -> None:
     flags = [
-        "--data", pruned / "data.jsonl", "--method", method, "--lora-dropout", 0, "--distill-weight", 0.5, "--lr", 1e-3,
-        "--max-steps", 4, "--evaluate-every", 2, "--seq-len", 32, "--held-out", 0.2, "--device", "cpu",
+        "--data", pruned / "data.jsonl", "--method", method, *more, "--lora-dropout", 0, "--distill-weight", 0.5,
+        "--lr", 1e-3, "--max-steps", 4, "--evaluate-every", 2, "--seq-len", 32, "--held-out", 0.2, "--device", "cpu",
     ]  # fmt: skip
     start = ["recover", pruned / "pruned", *flags]
     one = run_command(*start, "--gradient-accumulation", 4, "--output", tmp_path / "one", "--json")

@@ -1,5 +1,7 @@
 """The loss of recovery training against transformers' own, and against plain formulas under autograd in float64."""
 
+import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,9 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from hifiprune.objectives import SoftLabels
-from hifiprune.packing import IGNORED
-from hifiprune.training_loss import Teacher, sliced_loss
+from hifiprune.examples import Example
+from hifiprune.objectives import Rows, SoftLabels
+from hifiprune.packing import IGNORED, pack
+from hifiprune.teacher import ROWS_A_FILE, LikeliestTarget, Remembered, Teacher
+from hifiprune.training_loss import sliced_loss
 from tests.families import VARIANTS, tiny_model, tiny_tokens
 
 
@@ -110,3 +114,85 @@ def test_an_evaluated_model_gives_the_cross_entropy_of_each_row() -> None:
     torch.testing.assert_close(found.logits[:, 0], losses.sum(1))
     assert found.logits[:, 1].tolist() == [7, 0, 7]
     assert found.loss.item() == pytest.approx(losses.sum().item() / 14)
+
+
+def test_the_likeliest_are_kept_and_the_others_are_one_event() -> None:
+    generator = torch.Generator().manual_seed(0)
+    own, dense = torch.randn(2, 5, 12, generator=generator, dtype=torch.float64).mul(2).unbind()
+    kept, heat = 4, 1.7
+    target = LikeliestTarget.of(dense, kept, heat)
+    columns = (dense / heat).topk(kept).indices
+
+    def events(logits: Tensor) -> Tensor:
+        probabilities = (logits / heat).softmax(-1)
+        likeliest = probabilities.gather(1, columns)
+        return torch.cat((likeliest, 1 - likeliest.sum(1, keepdim=True)), 1)
+
+    own.requires_grad_()
+    naive = heat**2 * functional.kl_div(events(own).log(), events(dense), reduction="none").sum(1)
+    (slope,) = torch.autograd.grad(naive.sum(), own)
+    logits = own.detach().clone()
+    wanted = target.logits(slice(None), logits)
+    torch.testing.assert_close(events(wanted), events(dense))
+    values = SoftLabels(1.0, heat)(Rows(logits, columns[:, 0], torch.ones(5).double(), wanted, 0, 0, 5))
+    torch.testing.assert_close(values, naive)
+    torch.testing.assert_close(logits, slope)
+
+
+def test_certain_teachers_stay_finite() -> None:
+    dense = torch.tensor([[200.0, 0, 0, 0]])
+    logits = torch.tensor([[0.0, 1, 2, 3]])
+    wanted = LikeliestTarget.of(dense, 1, 1.0).logits(slice(None), logits)
+    values = SoftLabels(1.0)(Rows(logits, torch.tensor([0]), torch.ones(1), wanted, 0, 0, 1))
+    assert values.item() == pytest.approx(-torch.tensor([0.0, 1, 2, 3]).log_softmax(0)[0].item())
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_what_was_kept_on_disk_teaches_as_the_teacher_does(tmp_path: Path, temperature: float) -> None:
+    chance = random.Random(0)
+    examples = [
+        Example([chance.randrange(61) for _ in range(size)], [index > 1 for index in range(size)])
+        for size in [9, 4, 7, 12, 3] * 30
+    ]
+    rows = pack(examples, 12)
+    assert len(rows) > ROWS_A_FILE, "more than one file"
+    student, teacher = tiny_model("llama-tied", intermediate_size=24), Teacher(tiny_model("llama-tied", seed=4))
+    kept = Remembered(rows, 60, lambda first: tmp_path / f"{first}.safetensors")
+    assert kept.missing() == [0, ROWS_A_FILE]
+    for first in kept.missing():
+        kept.write(first, teacher, temperature, kept.place(first))
+    assert not kept.missing()
+    tokens = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert kept.bytes == pytest.approx(tokens, rel=0.02)
+    kernel = SoftLabels(0.6, temperature)
+    for index in (0, 5, len(rows) - 1):
+        row = {name: each[None] for name, each in kept[index].items()}
+        assert all(torch.equal(row[name][0], each) for name, each in rows[index].items())
+        live = {name: row[name] for name in rows[index]}
+        with sliced_loss(student.train(), kernel, teacher):
+            expected = gradients_of(student, student(**live).loss)
+        with sliced_loss(student, kernel):
+            found = gradients_of(student, student(**row).loss)
+        for name, gradient in found.items():  # float16 is what is kept
+            torch.testing.assert_close(gradient, expected[name], rtol=0, atol=3e-3 * float(expected[name].abs().max()))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_matching_hidden_states_is_the_naive_formula(variant: str) -> None:
+    student, dense = tiny_model(variant, intermediate_size=24), tiny_model(variant, seed=4)
+    given = batch()
+    learned = given.pop("labels")[:, 1:] != IGNORED
+    model = student.base_model(**given, output_hidden_states=True, use_cache=False)
+    with torch.no_grad():
+        target = dense.base_model(**given, output_hidden_states=True, use_cache=False)
+    differences = [
+        (ours - theirs)[:, :-1][learned].square().sum(-1) / theirs[:, :-1][learned].square().sum(-1)
+        for ours, theirs in zip(model.hidden_states[1:], target.hidden_states[1:], strict=True)
+    ]
+    assert len(differences) == student.config.get_text_config().num_hidden_layers
+    naive = 0.7 * torch.stack(differences).mean()
+    with sliced_loss(student.train(), SoftLabels(1.0), Teacher(dense), match_hidden=0.7):
+        found = student(**batch()).loss
+    plain = loss_of(student, SoftLabels(1.0), Teacher(dense))
+    assert_same(student, found, plain + naive, rtol=1e-4)

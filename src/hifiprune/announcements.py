@@ -124,3 +124,8 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def megabytes(count: int) -> str:
+    """Bytes for a reader."""
+    return f"{count / 1e6:,.1f} MB"

@@ -42,7 +42,7 @@ def check_target(
             raise UserError(f"output {target} exists already; choose another name, or replace it with --overwrite")
         if path.is_symlink() or path.is_dir() != folder:
             raise UserError(f"output {target} is not a {'folder' if folder else 'file'}; choose another name")
-    parent = _nearest_folder(path)
+    parent = nearest_folder(path)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"output {target} cannot be written: {parent} is not a writable folder")
     return path
@@ -50,7 +50,7 @@ def check_target(
 
 def check_space(target: str | Path, needed_bytes: int) -> None:
     """Raise `RunError` if the disk of `target` has less room than `needed_bytes`."""
-    parent = _nearest_folder(Path(target).absolute())
+    parent = nearest_folder(Path(target).absolute())
     free = shutil.disk_usage(parent).free
     if free < needed_bytes:
         raise RunError(
@@ -106,7 +106,7 @@ def _rename(new: Path, target: Path, aside: Path) -> None:
         raise
 
 
-def _nearest_folder(path: Path) -> Path:
+def nearest_folder(path: Path) -> Path:
     """The closest parent that exists."""
     return next(parent for parent in path.parents if parent.exists())
 

@@ -4,6 +4,8 @@ A row's positions start anew with every example: from that transformers makes a 
 attention its sequence lengths.
 """
 
+import hashlib
+import json
 import random
 from collections.abc import Sequence
 
@@ -47,6 +49,11 @@ class Packed(Dataset[dict[str, Tensor]]):
         labels += [IGNORED] * missing
         found = {"input_ids": tokens, "position_ids": positions, "labels": labels}
         return {name: torch.tensor(values) for name, values in found.items()}
+
+    def digest(self) -> str:
+        """A hash of all that the rows hold."""
+        facts = [[(example.tokens, example.learned) for example in row] for row in self.rows]
+        return hashlib.sha256(json.dumps([facts, self.length, self.filling]).encode()).hexdigest()
 
 
 def pack(examples: Sequence[Example], length: int, *, filling: int = 0, seed: int = 0) -> Packed:

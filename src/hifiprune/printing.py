@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from hifiprune.announcements import megabytes
 from hifiprune.evaluation.fidelity import METRICS
 from hifiprune.record import RunRecord
 
@@ -198,7 +199,10 @@ def demo_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     parameters, width, size = results["parameters"], results["width"], results["weight_bytes"]
     metrics = {name: _interval(estimate) for name, estimate in results["metrics"].items()}
     seconds = sum(stage["seconds"] for stage in summary["stages"])
-    scoring = next(stage for stage in summary["stages"] if stage["name"] == "scoring")
+    scoring, repair = (
+        next(stage for stage in summary["stages"] if stage["name"] == name)
+        for name in ("scoring", "cutting and repairing")
+    )
     return [
         ("parameters", f"{parameters['before']:,}", f"{parameters['after']:,}"),
         ("MLP width", f"{width['before']:,}", f"{width['after']:,}"),
@@ -206,6 +210,7 @@ def demo_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("perplexity", metrics.pop("dense_perplexity"), metrics.pop("perplexity")),
         *((METRICS[name][0], "", text) for name, text in metrics.items() if name != "entropy"),
         ("scoring", "", f"{scoring['seconds']:.0f} s"),
+        ("repair", "", f"{repair['seconds']:.0f} s"),
         ("all stages", "", f"{seconds:.0f} s"),
         ("peak memory", "", megabytes(max(stage["peak_memory_bytes"] for stage in summary["stages"]))),
     ]
@@ -214,11 +219,6 @@ def demo_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
 def width_range(widths: int | list[int]) -> str:
     """The width of every MLP, or of the narrowest to the widest."""
     return f"{widths:,}" if isinstance(widths, int) else f"{min(widths):,} to {max(widths):,}"
-
-
-def megabytes(count: int) -> str:
-    """Bytes for a reader."""
-    return f"{count / 1e6:,.1f} MB"
 
 
 def next_step(*words: object) -> None:

@@ -1,6 +1,5 @@
 """The story of `recover`: a pruned checkpoint is trained, with labels or by the dense model, into a better one."""
 
-import hashlib
 import json
 import math
 import os
@@ -16,7 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, TrainerState, set_seed
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hifiprune.announcements import duration
@@ -28,11 +27,13 @@ from hifiprune.guards import memory_explained
 from hifiprune.objectives import SoftLabels
 from hifiprune.output import replacing
 from hifiprune.packing import Packed, pack
+from hifiprune.parallel import processes, rank
 from hifiprune.preparation import load, load_hashed, plain_arguments, prepare
 from hifiprune.record import RunRecord
+from hifiprune.teacher import Teacher, remember
 from hifiprune.texts import Text
 from hifiprune.training import Training, Watch, held_out_losses, last_state, perplexity, train
-from hifiprune.training_loss import Teacher, sliced_loss
+from hifiprune.training_loss import sliced_loss
 from hifiprune.unfinished import Unfinished
 from hifiprune.voice import SILENT, Voice
 
@@ -81,56 +82,52 @@ def recover(
         learn_prompts=learn_prompts, keep_adapter=keep_adapter, compute=compute,
     )  # fmt: skip
     record = RunRecord("recover", arguments)
-    compute, voice = _own_device(compute), voice if first_process() else SILENT
-    dense = teacher or _dense_of(model)
+    compute, voice = _own_device(compute), voice if rank() == 0 else SILENT
     checkpoint, target, _ = prepare(model, output, [Text(data, training.seq_len)], folder=True, overwrite=overwrite)
-    if dense is None and (control or training.distill_weight > 0):
-        wanted = "--control trains it" if control else "its distribution is what is learned; or give --distill-weight 0"
-        raise UserError(f"the dense model is not known from {model}: give --teacher, {wanted}")
-    started = find_checkpoint(dense) if control and dense else checkpoint
-    tokenizer = checkpoint.tokenizer()
+    if control:  # from itself it has nothing to learn
+        training = replace(training, distill_weight=0.0, match_hidden=0.0, cache_teacher=None)
+    dense = _find_dense(model, teacher, training, control=control)
+    started = dense if dense and control else checkpoint
     with record.stage("reading the data"):
+        tokenizer = checkpoint.tokenizer()
         examples = read_examples(
             data, tokenizer, learn_prompts=learn_prompts, text_column=text_column, seed=training.seed
         )
         rows, held = _split(examples, training, tokenizer)
+    unfinished = Unfinished.beside(target, "recover", voice)
+    guided, guide = None, None
+    if dense and training.cache_teacher:
+        with record.stage("asking the dense model"):
+            guided = remember(rows, dense, training.cache_teacher, training.temperature, compute, unfinished)
     student, model_hash = load_hashed(started, compute, record, _training_dtype(started, training, compute))
-    guide = None
-    if training.distill_weight > 0:
-        assert dense
+    if dense and training.taught and not guided:
         with record.stage("loading the dense model"):
-            guide = Teacher(load(find_checkpoint(dense), compute).requires_grad_(False))
-        _check_teacher(student, guide.model)
-    unfinished = Unfinished.beside(target, "recover", voice).of(student, model_hash)
-    facts = [asdict(training), _hash(examples), guide is not None and dense]
-    folder = unfinished.path("states", *facts, suffix="")
-    if first_process():
+            guide = Teacher(load(dense, compute).requires_grad_(False))
+    facts = [asdict(training), rows.digest(), held.digest(), training.taught and dense and dense.name]
+    folder = unfinished.of(student, model_hash).path("states", *facts, suffix="")
+    if rank() == 0:
         unfinished.write(folder / "facts.json", lambda path: path.write_text(json.dumps(facts)))
-    voice.say(_announce(student, training, rows, held, compute, taught=guide is not None))
+    voice.say(_announce(student, training, rows, held, compute))
     set_seed(training.seed)  # LoRA starts at random
     trained = _with_adapter(student, training)
     watch = Watch(training.max_minutes, _tokens_per_step(training), voice, last_state(folder))
-    kernel = SoftLabels(training.distill_weight if guide else 0.0, training.temperature)
-    with record.stage("training"), sliced_loss(student, kernel, guide), _explained(student, training, folder):
-        trainer = train(trained, training, rows, held, folder, watch, device=compute.resolved_device)
-    if not first_process():
-        return record
-    looks = held_out_losses(trainer.state)
-    better = min(loss for _, loss in looks) < looks[0][1]
-    record.results = _describe(trainer.state.log_history, looks, watch.trouble)
-    record.results |= {"model_hash": model_hash, "pruning": _record_of(started)}
-    if watch.trouble:
-        voice.say(f"Training was stopped: {watch.trouble}.")
-    if not better:
-        voice.say("Training did not lower the held-out perplexity: the checkpoint is written as it was.")
-        trained = load(started, compute)
-    with replacing(target) as new:
-        with record.stage("writing"):
-            if keep_adapter and isinstance(trained, PeftModel):
-                trained.save_pretrained(str(new / "adapter"))
-            started.save(_merged(trained).type(started.dtype()), new, shard_size)
-        record.save(new / "run.json")
-    unfinished.remove()
+    kernel = SoftLabels(training.distill_weight, training.temperature)
+    loss = sliced_loss(student, kernel, guide, match_hidden=training.match_hidden)
+    with record.stage("training"), loss, _explained(student, training, folder):
+        trainer = train(trained, training, guided or rows, held, folder, watch, device=compute.resolved_device)
+    if rank() == 0:
+        record.results = _describe(trainer.state, watch.trouble)
+        record.results |= {"model_hash": model_hash, "pruning": _record_of(started)}
+        if not _better(trainer.state):
+            voice.say("Training did not lower the held-out perplexity: the checkpoint is written as it was.")
+            trained = load(started, compute)
+        with replacing(target) as new:
+            with record.stage("writing"):
+                if keep_adapter and isinstance(trained, PeftModel):
+                    trained.save_pretrained(str(new / "adapter"))
+                started.save(_merged(trained).type(started.dtype()), new, shard_size)
+            record.save(new / "run.json")
+        unfinished.remove()
     return record
 
 
@@ -142,11 +139,6 @@ def _explained(model: PreTrainedModel, training: Training, folder: Path) -> Iter
             yield
     except (OSError, SafetensorError) as error:
         raise RunError(f"a state of the training could not be kept in {folder}: {error}") from error
-
-
-def first_process() -> bool:
-    """Whether this process is the one that writes, of those that a launcher started."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _own_device(compute: Compute) -> Compute:
@@ -173,10 +165,28 @@ def _dense_of(model: str) -> str | None:
     return facts["arguments"]["model"] if facts and facts.get("command") == "prune" else None
 
 
-def _check_teacher(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    sizes = [each.get_output_embeddings().weight.shape[0] for each in (student, teacher)]
-    if sizes[0] != sizes[1]:
-        raise UserError(f"the teacher's vocabulary has {sizes[1]} tokens, the model's {sizes[0]}; give the dense model")
+def _find_dense(model: str, teacher: str | None, training: Training, *, control: bool) -> Checkpoint | None:
+    """The dense model, checked to fit where it teaches."""
+    name = teacher or _dense_of(model)
+    if name is None:
+        if control or training.taught:
+            wanted = "--control trains it" if control else "its distribution is what is learned"
+            raise UserError(
+                f"the dense model is not known from {model}: give --teacher, {wanted}; or --distill-weight 0"
+            )
+        return None
+    dense = find_checkpoint(name)
+    if training.taught:
+        ours, theirs = (each.config().get_text_config() for each in (find_checkpoint(model), dense))
+        if ours.vocab_size != theirs.vocab_size:
+            sizes = f"{theirs.vocab_size} tokens, the model's {ours.vocab_size}"
+            raise UserError(f"the teacher's vocabulary has {sizes}; give the dense model")
+        if training.cache_teacher and training.cache_teacher >= theirs.vocab_size:
+            raise UserError(f"cache-teacher {training.cache_teacher} must be below the vocabulary, {theirs.vocab_size}")
+        shapes = {(each.hidden_size, each.num_hidden_layers) for each in (ours, theirs)}
+        if training.match_hidden and len(shapes) > 1:
+            raise UserError("match-hidden needs a teacher of the same depth and hidden size; give the dense model")
+    return dense
 
 
 def _training_dtype(checkpoint: Checkpoint, training: Training, compute: Compute) -> Any:
@@ -229,21 +239,11 @@ def _merged(trained: nn.Module) -> PreTrainedModel:
     return model
 
 
-def _hash(examples: Sequence[Example]) -> str:
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(json.dumps([example.tokens, example.learned]).encode())
-    return digest.hexdigest()
-
-
 def _tokens_per_step(training: Training) -> int:
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    return training.batch_size * training.gradient_accumulation * training.seq_len * world
+    return training.batch_size * training.gradient_accumulation * training.seq_len * processes()
 
 
-def _announce(
-    model: PreTrainedModel, training: Training, rows: Packed, held: Packed, compute: Compute, *, taught: bool
-) -> str:
+def _announce(model: PreTrainedModel, training: Training, rows: Packed, held: Packed, compute: Compute) -> str:
     """What training will cost."""
     each = _tokens_per_step(training)
     steps = training.max_steps or math.ceil(len(rows) * training.seq_len / each) * training.epochs
@@ -253,7 +253,7 @@ def _announce(
         training.seq_len,
         compute.resolved_device,
         model.dtype,
-        forwards=2 if taught else 1,
+        forwards=2 if training.taught and not training.cache_teacher else 1,
         backwards=1 if training.method == "lora" else 2,
     )
     if training.max_minutes:
@@ -261,20 +261,27 @@ def _announce(
     else:
         limit = f"{steps:.0f} steps of {each:,} tokens, about {duration(seconds)} if the machine is idle"
     how = "low-rank changes" if training.method == "lora" else "all weights"
-    target = "the dense model's distribution" if taught else "labels"
+    target = "the dense model's distribution" if training.taught else "labels"
     return (
         f"Training {how} on {target}: {len(rows)} rows of {training.seq_len} tokens, {len(held)} held out; {limit}. "
         "Interrupted, the same command goes on where it stopped."
     )
 
 
-def _describe(history: list[dict[str, Any]], looks: list[tuple[int, float]], trouble: str) -> dict[str, Any]:
+def _better(state: TrainerState) -> bool:
+    """Whether the held-out loss was ever below that at the start."""
+    (_, start), *later = held_out_losses(state)
+    return any(loss < start for _, loss in later)
+
+
+def _describe(state: TrainerState, trouble: str) -> dict[str, Any]:
+    looks = held_out_losses(state)
     best = min(looks, key=lambda look: look[1])
     return {
         "held_out_perplexity": {"before": perplexity(looks[0][1]), "after": perplexity(min(best[1], looks[0][1]))},
         "best_step": best[0],
-        "steps": max((int(entry["step"]) for entry in history), default=0),
+        "steps": state.global_step,
         "trouble": trouble or None,
-        "losses": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
+        "losses": [[entry["step"], entry["loss"]] for entry in state.log_history if "loss" in entry],
         "held_out_losses": [list(look) for look in looks],
     }

@@ -24,11 +24,17 @@ from transformers import (
 from hifiprune.errors import UserError, unknown
 from hifiprune.output import replacing
 from hifiprune.packing import Packed
+from hifiprune.teacher import Remembered
 from hifiprune.voice import Voice
 
 METHODS = ("lora", "full")
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw-bf16": "adamw_torch", "8-bit": "adamw_bnb_8bit"}
 ALL_MAPS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LEAST = {
+    "max_steps": 1, "batch_size": 1, "gradient_accumulation": 1, "seq_len": 2, "lora_r": 1, "lora_alpha": 1,
+    "match_hidden": 0, "cache_teacher": 1, "evaluate_every": 1,
+}  # fmt: skip
+"""What numbers must be at least."""
 CLOCK = "clock.json"
 """Written into a state when all else of it is there."""
 
@@ -55,6 +61,8 @@ class Training:
         gradient_checkpointing: compute each block twice, for less memory.
         distill_weight: share of the divergence from the dense model in the loss, the rest being cross-entropy.
         temperature: of both distributions in the divergence.
+        match_hidden: weight of the difference between hidden states, see `hifiprune.training_loss.sliced_loss`.
+        cache_teacher: so many likeliest tokens of the dense model's distribution are asked for once and kept on disk.
         evaluate_every: optimizer steps between looks at the held-out rows, and between saved states.
         held_out: fraction of the examples that are held out.
         seed: of the order of the data, dropout and LoRA's start.
@@ -80,6 +88,8 @@ class Training:
     gradient_checkpointing: bool = False
     distill_weight: float = 1.0
     temperature: float = 1.0
+    match_hidden: float = 0.0
+    cache_teacher: int | None = None
     evaluate_every: int = 50
     held_out: float = 0.05
     seed: int = 0
@@ -89,22 +99,26 @@ class Training:
             raise unknown("method", self.method, METHODS)
         if self.optimizer not in OPTIMIZERS:
             raise unknown("optimizer", self.optimizer, OPTIMIZERS)
-        for name in ("learning_rate", "epochs", "temperature"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name.replace('_', '-')} {getattr(self, name):g} must be above 0")
-        for name in ("max_steps", "batch_size", "gradient_accumulation", "lora_r", "lora_alpha", "evaluate_every"):
+        for name in ("learning_rate", "epochs", "temperature", "max_minutes"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name.replace('_', '-')} {value} must be at least 1")
+            if value is not None and not value > 0:
+                raise UserError(f"{name.replace('_', '-')} {value:g} must be above 0")
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name.replace('_', '-')} {value} must be at least {least}")
         for name in ("lora_dropout", "distill_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name.replace('_', '-')} {getattr(self, name):g} must lie in [0, 1]")
-        if self.max_minutes is not None and not self.max_minutes > 0:
-            raise UserError(f"max-minutes {self.max_minutes:g} must be above 0")
         if not 0 < self.held_out < 1:
             raise UserError(f"held-out {self.held_out:g} must lie in (0, 1)")
-        if self.seq_len < 2:
-            raise UserError(f"seq-len {self.seq_len} must be at least 2")
+        if self.cache_teacher and (self.match_hidden or not self.distill_weight):
+            raise UserError("cache-teacher keeps distributions: give a --distill-weight above 0, and no --match-hidden")
+
+    @property
+    def taught(self) -> bool:
+        """Whether the dense model has a part in the loss."""
+        return self.distill_weight > 0 or self.match_hidden > 0
 
 
 HFPRUNE = Training(gradient_checkpointing=True, optimizer="adamw-bf16", distill_weight=0.0)
@@ -158,8 +172,7 @@ class Watch(TrainerCallback):
         """Say where training is, now and then; stop if the loss is not finite or the held-out rows get worse."""
         logs = logs or {}
         if not math.isfinite(logs.get("loss", 0.0)):
-            self.trouble = f"the loss was not finite at step {state.global_step}"
-            control.should_training_stop = True
+            self._stop(control, f"the loss was not finite at step {state.global_step}")
         if "eval_loss" in logs:
             self._look(state, control, logs["eval_loss"])
         elif "loss" in logs and self.spent - self.said > 20:
@@ -187,10 +200,14 @@ class Watch(TrainerCallback):
         start = looks[0][1] if looks else loss
         self.voice.say(f"step {state.global_step}{self._left(state)}: held-out perplexity {perplexity(loss):.4g}")
         if not math.isfinite(loss):
-            self.trouble = f"the held-out loss was not finite at step {state.global_step}"
+            self._stop(control, f"the held-out loss was not finite at step {state.global_step}")
         elif len(looks) > 2 and all(later > start for _, later in looks[-2:]):
-            self.trouble = f"the held-out perplexity rose from {perplexity(start):.4g} to {perplexity(loss):.4g}"
-        control.should_training_stop = control.should_training_stop or bool(self.trouble)
+            self._stop(control, f"the held-out perplexity rose from {perplexity(start):.4g} to {perplexity(loss):.4g}")
+
+    def _stop(self, control: TrainerControl, trouble: str) -> None:
+        self.trouble = trouble
+        self.voice.say(f"Training is stopped: {trouble}.")
+        control.should_training_stop = True
 
     def _left(self, state: TrainerState) -> str:
         done = state.global_step - self.first_step
@@ -229,7 +246,7 @@ class TimedTrainer(Trainer):
 def train(
     model: nn.Module,
     training: Training,
-    rows: Packed,
+    rows: Packed | Remembered,
     held: Packed,
     folder: Path,
     watch: Watch,

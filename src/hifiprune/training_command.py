@@ -33,6 +33,13 @@ def recover(
         float | None, Option(help="Share of the divergence from the dense model in the loss; the rest is labels.")
     ] = None,
     temperature: Annotated[float | None, Option(help="Of both distributions in the divergence.")] = None,
+    match_hidden: Annotated[
+        float | None, Option(help="Weight of the difference to the dense model's hidden states, added to the loss.")
+    ] = None,
+    cache_teacher: Annotated[
+        int | None,
+        Option(help="Keep so many likeliest tokens of the dense model's distribution on disk, and train without it."),
+    ] = None,
     epochs: Annotated[float | None, Option(help="Passes over the data.")] = None,
     max_steps: Annotated[int | None, Option(help="Optimizer steps, in place of epochs.")] = None,
     max_minutes: Annotated[float | None, Option(help="Wall-clock limit.")] = None,
@@ -79,6 +86,8 @@ def recover(
         "method": method,
         "distill_weight": distill_weight,
         "temperature": temperature,
+        "match_hidden": match_hidden,
+        "cache_teacher": cache_teacher,
         "epochs": epochs,
         "max_steps": max_steps,
         "max_minutes": max_minutes,

@@ -8,7 +8,6 @@ expect its weights to be used.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,75 +16,66 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from hifiprune.head import Head
+from hifiprune.head import Head, precise
 from hifiprune.objectives import Rows, SoftLabels, through_cap
 from hifiprune.packing import IGNORED
 from hifiprune.taps import overridden
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """The dense model, whose distribution is the target.
-
-    Attributes:
-        model: frozen, in evaluation mode, in any floating dtype.
-    """
-
-    model: PreTrainedModel
-
-    @torch.no_grad()
-    def hidden(self, tokens: Tensor, positions: Tensor) -> Float[Tensor, "rows positions hidden"]:
-        """Its final hidden state."""
-        return final_hidden(self.model, tokens, positions)
-
-
-def final_hidden(model: PreTrainedModel, tokens: Tensor, positions: Tensor) -> Float[Tensor, "rows positions hidden"]:
-    """The state after the last norm, the input of the head."""
-    output = model.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
-    state: Tensor = output.last_hidden_state
-    return state
+from hifiprune.teacher import LikeliestTarget, Target, Teacher, WholeTarget, hidden_states
 
 
 @contextmanager
-def sliced_loss(model: PreTrainedModel, kernel: SoftLabels, teacher: Teacher | None = None) -> Iterator[None]:
+def sliced_loss(
+    model: PreTrainedModel, kernel: SoftLabels, teacher: Teacher | None = None, *, match_hidden: float = 0.0
+) -> Iterator[None]:
     """Have `model` return nothing but its loss within, as transformers' `Trainer` wants it.
 
     In evaluation mode that is the cross-entropy, and in place of logits come its sum and the number of labels, for each
     row `[rows, 2]`.
 
     Args:
-        model: called with `input_ids`, `position_ids`, `labels` and, when several batches make a step, with
-            `num_items_in_batch`, the number of labels that the sum over tokens is divided by.
+        model: called with `input_ids`, `position_ids`, `labels`, when several batches make a step with
+            `num_items_in_batch`, the number of labels that the sum over tokens is divided by, and with what
+            `hifiprune.teacher.Remembered` adds.
         kernel: the loss of a token.
-        teacher: for a kernel that needs one.
+        teacher: for a kernel that needs one, where rows do not bring what it would say.
+        match_hidden: weight of the squared difference between the model's hidden states and the teacher's, relative to
+            the square of the latter, mean over the blocks.
     """
     head = Head.of(model)
-    guide_head = Head.of(teacher.model) if teacher else None
 
     def forward(
         input_ids: Tensor,
         position_ids: Tensor,
         labels: Tensor,
         num_items_in_batch: Tensor | int | None = None,
+        guide_values: Tensor | None = None,
+        guide_columns: Tensor | None = None,
         **unused: Any,
     ) -> CausalLMOutput:
         following = labels[:, 1:]
         learned = following != IGNORED
-        hidden = final_hidden(model, input_ids, position_ids)[:, :-1][learned]
+        every = model.training and match_hidden > 0
+        states = [each[:, :-1][learned] for each in hidden_states(model, input_ids, position_ids, every=every)]
+        hidden = states[-1]
         count = learned.sum() if num_items_in_batch is None else num_items_in_batch
         if not model.training:
             losses = hidden.new_zeros(learned.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
             losses[learned] = torch.cat(
-                [
-                    values
-                    for *_, values in _slices(hidden.detach(), head, SoftLabels(0.0), following[learned], None, None)
-                ]
+                [values for *_, values in _slices(hidden.detach(), head, SoftLabels(0.0), following[learned], None)]
             )
             rows = torch.stack((losses.sum(1), learned.sum(1).to(losses)), 1)
             return CausalLMOutput(loss=losses.sum() / count, logits=rows)
-        guide = teacher.hidden(input_ids, position_ids)[:, :-1][learned] if teacher else None
+        target: Target | None = None
+        if guide_values is not None and guide_columns is not None:
+            kept = guide_values[:, :-1][learned], guide_columns[:, :-1][learned]
+            target = LikeliestTarget(*kept, kernel.temperature)
+        elif teacher:
+            wanted = [each[:, :-1][learned] for each in teacher.states(input_ids, position_ids, every=every)]
+            target = WholeTarget(wanted[-1], Head.of(teacher.model))
         weight, bias = head.linear.weight, head.linear.bias
-        total = SlicedLoss.apply(hidden, weight, bias, head, kernel, following[learned], guide, guide_head)  # type: ignore[no-untyped-call]
+        total = SlicedLoss.apply(hidden, weight, bias, head, kernel, following[learned], target)  # type: ignore[no-untyped-call]
+        if every:
+            total = total + match_hidden * sum(map(relative_difference, states, wanted)) / len(states)
         return CausalLMOutput(loss=total / count)
 
     forward_: Callable[..., Any] = forward
@@ -93,21 +83,28 @@ def sliced_loss(model: PreTrainedModel, kernel: SoftLabels, teacher: Teacher | N
         yield
 
 
+def relative_difference(
+    states: Float[Tensor, "tokens hidden"], wanted: Float[Tensor, "tokens hidden"]
+) -> Float[Tensor, ""]:
+    """Squared difference of the states of each token, relative to the square of what is wanted; the sum over tokens."""
+    wanted = precise(wanted).to(states.device)
+    return ((precise(states) - wanted).square().sum(-1) / wanted.square().sum(-1)).sum()
+
+
 def _slices(
     hidden: Float[Tensor, "tokens hidden"],
     head: Head,
     kernel: SoftLabels,
     labels: Int[Tensor, "tokens"],
-    guide: Float[Tensor, "tokens guide_hidden"] | None,
-    guide_head: Head | None,
+    target: Target | None,
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Where a slice of tokens is, the gradient at its logits, and the kernel's values."""
     ones = hidden.new_ones(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
     for start in range(0, len(hidden), head.slice_rows):
         here = slice(start, start + head.slice_rows)
         logits = head.logits(hidden[here])
-        target = None if guide is None or guide_head is None else guide_head.logits(guide[here]).to(logits)
-        rows = Rows(logits, labels[here], ones[here], target, 0, start, len(hidden))
+        wanted = target.logits(here, logits) if target else None
+        rows = Rows(logits, labels[here], ones[here], wanted, 0, start, len(hidden))
         values = torch.cat([through_cap(kernel, part, head.cap) for part in rows.split(head.cache_rows)])
         yield here, logits, values
 
@@ -127,8 +124,7 @@ class SlicedLoss(torch.autograd.Function):
         head: Head,
         kernel: SoftLabels,
         labels: Int[Tensor, "tokens"],
-        guide: Float[Tensor, "tokens guide_hidden"] | None,
-        guide_head: Head | None,
+        target: Target | None,
     ) -> Float[Tensor, ""]:
         """The sum; gradients are made on the way."""
         dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -137,7 +133,7 @@ class SlicedLoss(torch.autograd.Function):
         lean = torch.zeros_like(bias, dtype=dtype) if bias is not None and ctx.needs_input_grad[2] else None
         total = hidden.new_zeros((), dtype=dtype)
         with torch.autocast(hidden.device.type, enabled=False):
-            for here, gradient, values in _slices(hidden, head, kernel, labels, guide, guide_head):
+            for here, gradient, values in _slices(hidden, head, kernel, labels, target):
                 total += values.sum()
                 slopes[here] = head.pull_back(gradient)
                 if steep is not None:
@@ -156,4 +152,4 @@ class SlicedLoss(torch.autograd.Function):
         scaled = [(each * gradients[0]).to(dtype) for each in rest]
         weight = scaled.pop(0) if steep else None
         bias = scaled.pop(0) if lean else None
-        return slopes * gradients[0].to(slopes), weight, bias, None, None, None, None, None
+        return slopes * gradients[0].to(slopes), weight, bias, None, None, None, None
