@@ -244,6 +244,17 @@ def test_what_cannot_be_trained_is_refused(pruned: Path, tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
+def test_launchers_that_are_known_to_fail_are_refused(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(hp.UserError, match=r"low-rank changes do not work under FSDP; use .*, or --method full"):
+        run(pruned, tmp_path / "out")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(hp.UserError, match="training does not work under DeepSpeed; use torchrun, where"):
+        run(pruned, tmp_path / "out", replace(QUICK, method="full"))
+
+
 def test_the_papers_settings_are_those_of_their_scripts() -> None:
     names = ("method", "learning_rate", "epochs", "gradient_accumulation", "weight_decay", "seq_len")
     rows: dict[str, Any] = {preset: tuple(getattr(each, name) for name in names) for preset, each in TRAININGS.items()}

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hifiprune.plan import Plan
     from hifiprune.record import RunRecord
     from hifiprune.recovery import recover
+    from hifiprune.repair import cut_and_repair_
     from hifiprune.scores import Scores
     from hifiprune.scoring import score, score_all
     from hifiprune.surgery import cut, cut_
@@ -54,6 +55,7 @@ __all__ = [
     "compare",
     "cut",
     "cut_",
+    "cut_and_repair_",
     "evaluate",
     "find_mlps",
     "inspect",
@@ -92,6 +94,7 @@ _HOMES = {
     "compare": "comparison",
     "cut": "surgery",
     "cut_": "surgery",
+    "cut_and_repair_": "repair",
     "evaluate": "measurement",
     "find_mlps": "neurons",
     "inspect": "inspection",

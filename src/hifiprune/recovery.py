@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerState, set_seed
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -27,12 +27,12 @@ from hifiprune.guards import memory_explained
 from hifiprune.objectives import SoftLabels
 from hifiprune.output import replacing
 from hifiprune.packing import Packed, pack
-from hifiprune.parallel import processes, rank
+from hifiprune.parallel import check_launcher, processes, rank
 from hifiprune.preparation import load, load_hashed, plain_arguments, prepare
 from hifiprune.record import RunRecord
 from hifiprune.teacher import Teacher, remember
 from hifiprune.texts import Text
-from hifiprune.training import Training, Watch, held_out_losses, last_state, perplexity, train
+from hifiprune.training import Training, Watch, gathered, held_out_losses, last_state, perplexity, train
 from hifiprune.training_loss import sliced_loss
 from hifiprune.unfinished import Unfinished
 from hifiprune.voice import SILENT, Voice
@@ -82,6 +82,7 @@ def recover(
         learn_prompts=learn_prompts, keep_adapter=keep_adapter, compute=compute,
     )  # fmt: skip
     record = RunRecord("recover", arguments)
+    check_launcher(low_rank=training.method == "lora")
     compute, voice = _own_device(compute), voice if rank() == 0 else SILENT
     checkpoint, target, _ = prepare(model, output, [Text(data, training.seq_len)], folder=True, overwrite=overwrite)
     if control:  # from itself it has nothing to learn
@@ -115,12 +116,12 @@ def recover(
     loss = sliced_loss(student, kernel, guide, match_hidden=training.match_hidden)
     with record.stage("training"), loss, _explained(student, training, folder):
         trainer = train(trained, training, guided or rows, held, folder, watch, device=compute.resolved_device)
+        weights = gathered(trainer)
     if rank() == 0:
-        record.results = _describe(trainer.state, watch.trouble)
-        record.results |= {"model_hash": model_hash, "pruning": _record_of(started)}
-        if not _better(trainer.state):
-            voice.say("Training did not lower the held-out perplexity: the checkpoint is written as it was.")
-            trained = load(started, compute)
+        chain = {"model_hash": model_hash, "pruning": _record_of(started)}
+        record.results = _describe(trainer.state, watch.trouble) | chain
+        if weights or not _better(trainer.state):
+            trained = _anew(started, training, compute, weights if _better(trainer.state) else None, voice)
         with replacing(target) as new:
             with record.stage("writing"):
                 if keep_adapter and isinstance(trained, PeftModel):
@@ -266,6 +267,19 @@ def _announce(model: PreTrainedModel, training: Training, rows: Packed, held: Pa
         f"Training {how} on {target}: {len(rows)} rows of {training.seq_len} tokens, {len(held)} held out; {limit}. "
         "Interrupted, the same command goes on where it stopped."
     )
+
+
+def _anew(
+    checkpoint: Checkpoint, training: Training, compute: Compute, weights: dict[str, Tensor] | None, voice: Voice
+) -> nn.Module:
+    """The model with weights that were trained, or else as it was."""
+    model = load(checkpoint, replace(compute, device="cpu"))
+    if weights is None:
+        voice.say("Training did not lower the held-out perplexity: the checkpoint is written as it was.")
+        return model
+    trained = _with_adapter(model, training)
+    trained.load_state_dict(weights)
+    return trained
 
 
 def _better(state: TrainerState) -> bool:

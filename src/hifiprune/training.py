@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from accelerate import DistributedType
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     EvalPrediction,
@@ -311,6 +312,14 @@ def train(
     resumed = last_state(folder)
     trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     return trainer
+
+
+def gathered(trainer: Trainer) -> dict[str, Tensor] | None:
+    """All weights, in the first process, where FSDP or DeepSpeed share them out; every process must ask."""
+    accelerator = trainer.accelerator
+    shared_out = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    state: dict[str, Tensor] | None = accelerator.get_state_dict(trainer.model_wrapped) if shared_out else None
+    return state
 
 
 def mean_of_labels(found: EvalPrediction) -> dict[str, float]:
