@@ -3,7 +3,8 @@
 HFPrune's exact method against other scores, widths that differ, repair in its forms, and the best of them together:
 calibrated on C4, measured on WikiText-2 test (perplexity) and other documents of C4 (KL divergence), over draws of
 calibration windows.
-Writes `results/quality.json`. Takes hours on 2 cores; interrupted, it goes on where it stopped.
+Writes `results/quality.json`. Takes hours on 2 cores; interrupted, it goes on where it stopped. What the parts cost is
+measured by `repair.py` and `scoring.py`.
 """
 
 import argparse
@@ -264,7 +265,6 @@ def summary(name: str, ratio: float, cells: list[dict[str, float]]) -> dict[str,
         "perplexity_spread": stdev(perplexities) if len(cells) > 1 else None,
         "kl": mean(divergences),
         "kl_spread": stdev(divergences) if len(cells) > 1 else None,
-        **{key: mean(cell[key] for cell in cells) for key in ("scoring_seconds", "search_seconds", "repair_seconds")},
     }
 
 

@@ -11,12 +11,13 @@ import pytest
 import typer
 
 import hifiprune
+from benchmarks import quality
 from benchmarks.criteria import readme_table
 from hifiprune.cli import app
 from hifiprune.printing import demo_rows
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "CONTRIBUTING.md", "docs/method.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "docs/method.md", "docs/findings.md"]
 
 
 def commands(page: str) -> list[list[str]]:
@@ -82,6 +83,11 @@ def test_the_readmes_table_of_criteria_is_the_recorded_one() -> None:
     results = ROOT / "benchmarks" / "results"
     compared, ablated = (json.loads((results / f"{name}.json").read_text()) for name in ("criteria", "ablation"))
     assert readme_table(compared, ablated) in (ROOT / "README.md").read_text()
+
+
+def test_the_readmes_table_beyond_the_papers_is_the_recorded_one() -> None:
+    facts = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text())
+    assert quality.readme_table(facts) in (ROOT / "README.md").read_text()
 
 
 def test_the_readmes_speed_figures_are_the_recorded_ones() -> None:
