@@ -130,6 +130,8 @@ def test_a_start_token_is_written_where_the_tokenizer_writes_one(tmp_path: Path)
         ({"a": "x", "b": "y"}, "row 1: the columns are a, b; needed are messages, instruction and output"),
         ({"messages": TURNS[1:], "x": 1}, "the tokenizer has no chat template"),
         ({"text": ""}, "holds nothing to learn from"),
+        ({"prompt": [{"role": "user"}], "response": "x"}, "row 1: column 'prompt' holds list, not text"),
+        ({"text": ["a", "b"]}, "column 'text' holds list, not text"),
         ({"prompt": "x", "response": None}, None),
     ],
 )
@@ -140,6 +142,32 @@ def test_rows_that_teach_nothing_are_refused(tmp_path: Path, row: dict[str, Any]
         return
     with pytest.raises(UserError, match=message):
         read_examples(source, byte_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (None, "'messages' must be a list of turns, each with 'role' and 'content'"),
+        ([{"from": "human", "value": "x"}], "'messages' must be a list of turns"),
+        ([{"role": "user"}, TURNS[2]], "chat template refuses the conversation"),
+        ([{"role": "odd", "content": "x"}, TURNS[2]], "chat template refuses the conversation: no such role"),
+    ],
+)
+def test_conversations_that_cannot_be_written_are_refused(tmp_path: Path, messages: Any, message: str) -> None:
+    strict = tokenizer()
+    strict.chat_template = "{% if messages[0].role == 'odd' %}{{ raise_exception('no such role') }}{% endif %}" + (
+        TEMPLATE.replace("m['content']", "m['content'] + ''")
+    )
+    with pytest.raises(UserError, match=f"row 1: .*{message}"):
+        read_examples(written(tmp_path, {"messages": messages}), strict)
+
+
+def test_the_column_that_is_asked_for_comes_first_and_null_is_nothing(tmp_path: Path) -> None:
+    row = {"instruction": None, "output": "2", "text": "all of it"}
+    (whole,) = read_examples(written(tmp_path, row), tokenizer(), text_column="text")
+    assert tokenizer().decode(whole.tokens) == "all of it<end>"
+    (answer,) = read_examples(written(tmp_path, row), tokenizer())
+    assert "None" not in tokenizer().decode(answer.tokens)
 
 
 @settings(deadline=None)

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -180,9 +181,9 @@ def test_hidden_states_are_matched(pruned: Path, tmp_path: Path) -> None:
 def test_a_disk_without_room_for_the_teacher_is_said_before(
     pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10_000))
-    with pytest.raises(hp.UserError, match=r"cache-teacher 40 takes 0\.\d MB beside the output, where 0.0 MB are free"):
-        run(pruned, tmp_path / "out", replace(QUICK, cache_teacher=40))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=200_000))
+    with pytest.raises(hp.UserError, match=r"cache-teacher 200 takes 2\.\d MB beside the output, where 0.2 MB"):
+        run(pruned, tmp_path / "out", replace(QUICK, cache_teacher=200))
     assert not list(tmp_path.iterdir())
 
 
@@ -215,8 +216,16 @@ def test_what_cannot_be_trained_is_refused(pruned: Path, tmp_path: Path) -> None
         recover(str(pruned / "dense"), tmp_path / "out", str(pruned / "data.jsonl"), QUICK)
     with pytest.raises(hp.UserError, match="seq-len 200000 exceeds the model's 64 positions"):
         run(pruned, tmp_path / "out", replace(QUICK, seq_len=200_000))
-    with pytest.raises(hp.UserError, match="target-modules nothing: "):
-        run(pruned, tmp_path / "out", replace(QUICK, target_modules=("nothing",)))
+    with pytest.raises(hp.UserError, match=r"target module 'dwn_proj' is not known; .* did you mean 'down_proj'"):
+        run(pruned, tmp_path / "out", replace(QUICK, target_modules=("q_proj", "dwn_proj")))
+    with pytest.raises(hp.UserError, match="shard size '5 gigs' must be a number and a unit"):
+        run(pruned, tmp_path / "out", shard_size="5 gigs")
+    with pytest.raises(hp.UserError, match="dtype float16 loses the small gradients"):
+        run(pruned, tmp_path / "out", compute=hp.Compute(dtype="float16"))
+    with pytest.raises(hp.UserError, match="in batches of one row only"):
+        run(pruned, tmp_path / "out", replace(QUICK, batch_size=2), compute=hp.Compute(attention="flash_attention_2"))
+    with pytest.raises(hp.UserError, match=r"output .*dense is the input .*dense; choose another name"):
+        run(pruned, pruned / "dense", overwrite=True)
     save_checkpoint(tmp_path / "other", vocab_size=300)
     with pytest.raises(hp.UserError, match="the teacher's vocabulary has 300 tokens, the model's 257"):
         run(pruned, tmp_path / "out", teacher=str(tmp_path / "other"))
@@ -236,12 +245,52 @@ def test_what_cannot_be_trained_is_refused(pruned: Path, tmp_path: Path) -> None
         ({"match_hidden": -1.0}, "match-hidden -1.0 must be at least 0"),
         ({"cache_teacher": 9, "distill_weight": 0.0}, "cache-teacher keeps distributions: give a --distill-weight"),
         ({"cache_teacher": 9, "match_hidden": 0.5}, "and no --match-hidden"),
+        ({"seed": -1}, "seed -1 must lie in 0 to 4294967295"),
         ({"held_out": 0.0}, r"held-out 0 must lie in \(0, 1\)"),
     ]
     for values, message in cases:
         with pytest.raises(hp.UserError, match=message):
             Training(**values)
     assert not (tmp_path / "out").exists()
+
+
+def test_labels_need_no_dense_model_and_teaching_says_where_it_is_not(pruned: Path, tmp_path: Path) -> None:
+    shutil.copytree(pruned / "pruned", tmp_path / "pruned")
+    record = json.loads((tmp_path / "pruned" / "run.json").read_text())
+    record["arguments"]["model"] = str(tmp_path / "gone")
+    (tmp_path / "pruned" / "run.json").write_text(json.dumps(record))
+    shutil.copyfile(pruned / "data.jsonl", tmp_path / "data.jsonl")
+    with pytest.raises(hp.UserError, match=r"there is no model folder .*gone; give --teacher, to learn"):
+        run(tmp_path, tmp_path / "out")
+    run(tmp_path, tmp_path / "out", replace(QUICK, distill_weight=0.0, max_steps=1))
+
+
+def test_a_long_text_is_rows_to_train_on_and_to_hold_out(pruned: Path, tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("abc cd " * 200)
+    record = recover(str(pruned / "pruned"), tmp_path / "out", str(tmp_path / "long.txt"), replace(QUICK, max_steps=1))
+    assert record.results["steps"] == 1
+
+
+def test_a_look_is_taken_once_when_a_run_goes_on(pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: Watch, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 3:
+            raise Interruption
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Watch, "on_step_end", interrupted)
+        with pytest.raises(Interruption):
+            run(pruned, tmp_path / "out")
+    record = run(pruned, tmp_path / "out")
+    assert [step for step, _ in record.results["held_out_losses"]] == [0, 2, 4, 6]
+
+
+def test_what_training_did_not_better_is_the_checkpoint_bit_for_bit(pruned: Path, tmp_path: Path) -> None:
+    training = replace(QUICK, method="full", learning_rate=10.0, max_steps=2)
+    run(pruned, tmp_path / "out", training, compute=hp.Compute("cpu", "bfloat16"))
+    kept, before = weights_of(tmp_path / "out"), weights_of(pruned / "pruned")
+    assert all(torch.equal(weight, before[name]) for name, weight in kept.items())
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", pruned / "pruned")]
+    assert configs[0] == configs[1]
 
 
 def test_launchers_that_are_known_to_fail_are_refused(

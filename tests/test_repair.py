@@ -288,6 +288,29 @@ def test_the_command_saves_the_repaired_model_in_the_checkpoints_dtype(world: Pa
     assert any(refit.damping for refit in refits)
 
 
+def test_what_is_not_repaired_is_as_stored_in_any_arithmetic(world: Path, tmp_path: Path) -> None:
+    text = world / "calibration.txt"
+    result = prune(world / "dense", tmp_path / "out", "--calibration", text, "--dtype", "bfloat16")
+    assert result.code == 0, result.err
+    dense, saved = (AutoModelForCausalLM.from_pretrained(folder) for folder in (world / "dense", tmp_path / "out"))
+    hp.cut_(dense, hp.Plan.load(tmp_path / "out" / "hifiprune" / "plan.json"))
+    weights = dict(dense.state_dict())
+    changed = {name for name, weight in saved.state_dict().items() if not torch.equal(weight, weights[name])}
+    assert saved.dtype == torch.float32
+    assert changed
+    assert all("down_proj" in name for name in changed)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_activations_that_are_not_finite_are_told(sequential: bool) -> None:
+    model = tiny_model("llama")
+    plan = plan_of(model, 29)
+    embeddings: torch.nn.Embedding = model.get_input_embeddings()
+    embeddings.weight.data[3] = torch.inf
+    with pytest.raises(hp.RunError, match=r"activations of .* are (not finite|NaN or infinite)"):
+        cut_and_repair_(model, plan, tiny_tokens(4).clamp(max=3), sequential=sequential)
+
+
 def test_scores_made_before_are_repaired_with_a_calibration(world: Path, tmp_path: Path) -> None:
     dense, text = world / "dense", world / "calibration.txt"
     scored = run_command("score", dense, "--output", tmp_path / "scores", "--criterion", "random")

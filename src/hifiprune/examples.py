@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hifiprune.errors import UserError
@@ -95,28 +96,37 @@ def _pieces(row: Row, tokenizer: PreTrainedTokenizerBase, text_column: str | Non
     """The text of a row in parts, with all special tokens written out."""
     start, end = _start(tokenizer), str(tokenizer.eos_token or "")
     answer = next((name for name in ANSWERS if name in row), None)
-    if "messages" in row:
+    column = text_column or next((name for name in TEXT_COLUMNS if name in row), None)
+    if text_column is None and "messages" in row:
         yield from _conversation(row["messages"], tokenizer)
-    elif answer and "instruction" in row:
-        context = f"\n\n### Input:\n{row['input']}" if row.get("input") else ""
+    elif text_column is None and answer and "instruction" in row:
+        given = _text(row, "input") if "input" in row else ""
+        context = f"\n\n### Input:\n{given}" if given else ""
         also = ", paired with an input that provides further context" if context else ""
-        asked = f"\n\n### Instruction:\n{row['instruction']}{context}\n\n### Response:\n"
+        asked = f"\n\n### Instruction:\n{_text(row, 'instruction')}{context}\n\n### Response:\n"
         yield Piece(start + ALPACA.format(also=also) + asked, learned=False)
-        yield Piece(f"{row[answer] or ''}{end}", learned=True)
-    elif answer and "prompt" in row:
-        yield Piece(f"{start}{row['prompt']}", learned=False)
-        yield Piece(f"{row[answer] or ''}{end}", learned=True)
-    else:
-        column = text_column or next((name for name in TEXT_COLUMNS if name in row), None)
-        if column not in row:
-            text = f"a text called {text_column}" if text_column else "a text, which --text-column can name"
-            raise UserError(
-                f"the columns are {', '.join(row)}; needed are messages, instruction and output, prompt and response, "
-                f"or {text}"
-            )
-        if row[column]:
+        yield Piece(_text(row, answer) + end, learned=True)
+    elif text_column is None and answer and "prompt" in row:
+        yield Piece(start + _text(row, "prompt"), learned=False)
+        yield Piece(_text(row, answer) + end, learned=True)
+    elif column in row:
+        if text := _text(row, column):
             yield Piece(start, learned=False)
-            yield Piece(f"{row[column]}{end}", learned=True)
+            yield Piece(text + end, learned=True)
+    else:
+        wanted = f"a text called {text_column}" if text_column else "a text, which --text-column can name"
+        raise UserError(
+            f"the columns are {', '.join(row)}; needed are messages, instruction and output, prompt and response, "
+            f"or {wanted}"
+        )
+
+
+def _text(row: Row, column: str) -> str:
+    """What stands in a column; nothing where it is null."""
+    found = row[column]
+    if found is not None and not isinstance(found, str):
+        raise UserError(f"column '{column}' holds {type(found).__name__}, not text; conversations go in 'messages'")
+    return found or ""
 
 
 def _start(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -129,12 +139,17 @@ def _conversation(messages: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator
     """A conversation by the tokenizer's own template; what the template writes after an assistant's cue is learned."""
     if tokenizer.chat_template is None:
         raise UserError("it is a conversation, but the tokenizer has no chat template")
+    if not isinstance(messages, Sequence) or not all(isinstance(each, dict) and "role" in each for each in messages):
+        raise UserError("'messages' must be a list of turns, each with 'role' and 'content'")
     written = ""
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        cue = _written(messages[:number], tokenizer, add_generation_prompt=True)
-        whole = _written(messages[: number + 1], tokenizer)
+        try:
+            cue = _written(messages[:number], tokenizer, add_generation_prompt=True)
+            whole = _written(messages[: number + 1], tokenizer)
+        except (TemplateError, KeyError, TypeError, ValueError, IndexError) as error:
+            raise UserError(f"the tokenizer's chat template refuses the conversation: {error}") from error
         if not cue.startswith(written) or not whole.startswith(cue):
             raise UserError(
                 "the chat template writes earlier turns anew when a later one comes; give prompt and response"

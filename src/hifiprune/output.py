@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -46,6 +47,12 @@ def check_target(
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"output {target} cannot be written: {parent} is not a writable folder")
     return path
+
+
+def check_shard_size(shard_size: str) -> None:
+    """Raise `UserError` if transformers cannot read a size."""
+    if not re.fullmatch(r"[1-9]\d*(KB|MB|GB|TB)", shard_size):
+        raise UserError(f"shard size '{shard_size}' must be a number and a unit, such as 500MB or 5GB")
 
 
 def check_space(target: str | Path, needed_bytes: int) -> None:

@@ -18,6 +18,8 @@ from hifiprune.examples import Example
 
 IGNORED = -100
 """Label of a token that is not learned."""
+OPEN_ROWS = 256
+"""How many rows are looked at for room."""
 
 
 class Packed(Dataset[dict[str, Tensor]]):
@@ -61,7 +63,7 @@ def pack(examples: Sequence[Example], length: int, *, filling: int = 0, seed: in
 
     Longer examples are cut into pieces; those without anything to learn are left out.
     """
-    pieces = [piece for example in examples for piece in _cut(example, length)]
+    pieces = [piece for example in examples for piece in cut_to(example, length)]
     random.Random(seed).shuffle(pieces)
     rows: list[list[Example]] = []
     room: list[int] = []
@@ -69,7 +71,8 @@ def pack(examples: Sequence[Example], length: int, *, filling: int = 0, seed: in
     shortest = min((len(piece.tokens) for piece in pieces), default=1)
     for piece in pieces:
         size = len(piece.tokens)
-        place = next((row for row in range(first, len(rows)) if room[row] >= size), len(rows))
+        open_rows = range(max(first, len(rows) - OPEN_ROWS), len(rows))
+        place = next((row for row in open_rows if room[row] >= size), len(rows))
         if place == len(rows):
             rows.append([])
             room.append(length)
@@ -80,7 +83,8 @@ def pack(examples: Sequence[Example], length: int, *, filling: int = 0, seed: in
     return Packed(rows, length, filling)
 
 
-def _cut(example: Example, length: int) -> list[Example]:
+def cut_to(example: Example, length: int) -> list[Example]:
+    """Pieces of an example that fit into rows of a length, without those that have nothing to learn."""
     parts = [
         Example(example.tokens[start : start + length], example.learned[start : start + length])
         for start in range(0, len(example.tokens), length)

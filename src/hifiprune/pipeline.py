@@ -1,6 +1,5 @@
 """The story of each command, told in order: what is checked, what is computed, what is written."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from hifiprune.compute import Compute
 from hifiprune.criteria import Options, find_criterion
 from hifiprune.errors import UserError
 from hifiprune.neurons import find_mlps
-from hifiprune.output import check_space, replacing
+from hifiprune.output import check_shard_size, check_space, replacing
 from hifiprune.plan import Plan
 from hifiprune.preparation import plain_arguments, prepare
 from hifiprune.presets import Preset, settle
@@ -150,7 +149,7 @@ def prune(
         bias_compensation=bias_compensation, shard_size=shard_size, overwrite=overwrite,
     )  # fmt: skip
     record = RunRecord("prune", sources | settings)
-    _check_shard_size(shard_size)
+    check_shard_size(shard_size)
     checkpoint, target, shape = prepare(model, output, [calibration], [path], folder=True, overwrite=overwrite)
     if bias_compensation:
         _check_compensation(checkpoint, used, used.criterion if used else criterion)
@@ -179,7 +178,7 @@ def prune(
     else:
         loaded = stages.load(scores=used)
         record.results["repair"] = stages.repair_(loaded, plan)
-        loaded.type(checkpoint.dtype())
+        loaded = stages.as_stored(loaded, plan)
     _write(target, checkpoint, loaded, shard_size, used, plan, record)
     return record
 
@@ -214,11 +213,6 @@ def _check_compensation(checkpoint: Checkpoint, scores: Scores | None, criterion
     require_bias(find_mlps(checkpoint.skeleton()))
     if not (scores.means if scores else find_criterion(criterion).collects_means):
         raise UserError(f"criterion '{criterion}' has no mean activations for biases; use flap")
-
-
-def _check_shard_size(shard_size: str) -> None:
-    if not re.fullmatch(r"[1-9]\d*(KB|MB|GB|TB)", shard_size):
-        raise UserError(f"shard size '{shard_size}' must be a number and a unit, such as 500MB or 5GB")
 
 
 def _check_texts(preset: Preset, calibration: Calibration | None, *, scored: bool, bias_compensation: bool) -> None:

@@ -21,12 +21,12 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from hifiprune.announcements import duration
 from hifiprune.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.compute import Compute, estimate_seconds
-from hifiprune.errors import RunError, UserError
+from hifiprune.errors import RunError, UserError, unknown
 from hifiprune.examples import Example, read_examples
 from hifiprune.guards import memory_explained
 from hifiprune.objectives import SoftLabels
-from hifiprune.output import replacing
-from hifiprune.packing import Packed, pack
+from hifiprune.output import check_shard_size, check_space, replacing
+from hifiprune.packing import Packed, cut_to, pack
 from hifiprune.parallel import check_launcher, processes, rank
 from hifiprune.preparation import load, load_hashed, plain_arguments, prepare
 from hifiprune.record import RunRecord
@@ -79,15 +79,17 @@ def recover(
     """
     arguments = plain_arguments(
         model=model, output=output, data=data, training=training, teacher=teacher, control=control,
-        learn_prompts=learn_prompts, keep_adapter=keep_adapter, compute=compute,
+        learn_prompts=learn_prompts, text_column=text_column, keep_adapter=keep_adapter, compute=compute,
     )  # fmt: skip
     record = RunRecord("recover", arguments)
-    check_launcher(low_rank=training.method == "lora")
-    compute, voice = _own_device(compute), voice if rank() == 0 else SILENT
-    checkpoint, target, _ = prepare(model, output, [Text(data, training.seq_len)], folder=True, overwrite=overwrite)
+    check_shard_size(shard_size)
+    compute, voice = _settled(compute, training), voice if rank() == 0 else SILENT
     if control:  # from itself it has nothing to learn
         training = replace(training, distill_weight=0.0, match_hidden=0.0, cache_teacher=None)
     dense = _find_dense(model, teacher, training, control=control)
+    texts, read = [Text(data, training.seq_len)], [dense.path] if dense else []
+    checkpoint, target, shape = prepare(model, output, texts, read, folder=True, overwrite=overwrite)
+    check_space(target, 2 * checkpoint.dtype().itemsize * shape.total_parameters)  # a state is as large as the result
     started = dense if dense and control else checkpoint
     with record.stage("reading the data"):
         tokenizer = checkpoint.tokenizer()
@@ -126,7 +128,7 @@ def recover(
             with record.stage("writing"):
                 if keep_adapter and isinstance(trained, PeftModel):
                     trained.save_pretrained(str(new / "adapter"))
-                started.save(_merged(trained).type(started.dtype()), new, shard_size)
+                started.save(_merged(trained, started), new, shard_size)
             record.save(new / "run.json")
         unfinished.remove()
     return record
@@ -142,8 +144,16 @@ def _explained(model: PreTrainedModel, training: Training, folder: Path) -> Iter
         raise RunError(f"a state of the training could not be kept in {folder}: {error}") from error
 
 
-def _own_device(compute: Compute) -> Compute:
-    """Of several processes that a launcher started each takes a GPU of its own."""
+def _settled(compute: Compute, training: Training) -> Compute:
+    """Of several processes that a launcher started each takes a GPU of its own; one alone trains on the first."""
+    check_launcher(low_rank=training.method == "lora")
+    if "flash" in (compute.attention or "") and training.batch_size > 1:
+        raise UserError("flash attention keeps packed examples apart in batches of one row only: --batch-size 1")
+    if compute.dtype == "float16":
+        raise UserError("dtype float16 loses the small gradients of training: use bfloat16 or float32")
+    if compute.resolved_device.startswith("cuda:"):
+        number = compute.resolved_device.partition(":")[2]
+        raise UserError(f"training takes the first GPU that it sees: set CUDA_VISIBLE_DEVICES={number}, --device cuda")
     own = os.environ.get("LOCAL_RANK")
     return replace(compute, device=f"cuda:{own}") if own and compute.resolved_device == "cuda" else compute
 
@@ -167,16 +177,17 @@ def _dense_of(model: str) -> str | None:
 
 
 def _find_dense(model: str, teacher: str | None, training: Training, *, control: bool) -> Checkpoint | None:
-    """The dense model, checked to fit where it teaches."""
-    name = teacher or _dense_of(model)
-    if name is None:
-        if control or training.taught:
-            wanted = "--control trains it" if control else "its distribution is what is learned"
-            raise UserError(
-                f"the dense model is not known from {model}: give --teacher, {wanted}; or --distill-weight 0"
-            )
+    """The dense model, where there is something for it to do, checked to fit where it teaches."""
+    if not control and not training.taught:
         return None
-    dense = find_checkpoint(name)
+    name = teacher or _dense_of(model)
+    wanted = "which --control trains" if control else "to learn its distribution, or --distill-weight 0"
+    if name is None:
+        raise UserError(f"the dense model is not known from {model}: give --teacher, {wanted}")
+    try:
+        dense = find_checkpoint(name)
+    except UserError as error:
+        raise UserError(f"{error}; give --teacher, {wanted}") from error
     if training.taught:
         ours, theirs = (each.config().get_text_config() for each in (find_checkpoint(model), dense))
         if ours.vocab_size != theirs.vocab_size:
@@ -191,31 +202,36 @@ def _find_dense(model: str, teacher: str | None, training: Training, *, control:
 
 
 def _training_dtype(checkpoint: Checkpoint, training: Training, compute: Compute) -> Any:
-    """Weights that are trained in full are float32, unless the optimizer says otherwise."""
+    """Weights that are trained in full are float32, unless the optimizer says otherwise; none are float16."""
     if compute.dtype != "auto" or compute.resolved_device == "cpu":
         return compute.dtype_for(checkpoint)
     if training.method == "full":
         return torch.bfloat16 if training.optimizer == "adamw-bf16" else torch.float32
-    return checkpoint.dtype()
+    return torch.float32 if checkpoint.dtype() == torch.float16 else checkpoint.dtype()
 
 
 def _split(
     examples: Sequence[Example], training: Training, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Packed, Packed]:
-    """Rows to train on, and rows that are held out."""
-    order = random.Random(training.seed).sample(list(examples), len(examples))
+    """Rows to train on, and rows that are held out; an example longer than a row is as many as its pieces."""
+    pieces = [piece for example in examples for piece in cut_to(example, training.seq_len)]
+    order = random.Random(training.seed).sample(pieces, len(pieces))
     count = max(1, round(training.held_out * len(order)))
     filling = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     parts = order[count:], order[:count]
     rows, held = (pack(part, training.seq_len, filling=filling, seed=training.seed) for part in parts)
     if not len(rows) or not len(held):
-        raise UserError(f"too little data: {len(examples)} examples make no row to train on and one to hold out")
+        raise UserError(f"too little data: {len(order)} examples make no row to train on and one to hold out")
     return rows, held
 
 
 def _with_adapter(model: PreTrainedModel, training: Training) -> nn.Module:
     if training.method == "full":
         return model.requires_grad_(True)
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for name in training.target_modules:
+        if name not in names:
+            raise unknown("target module", name, sorted(names))
     config = LoraConfig(
         r=training.lora_r,
         lora_alpha=training.lora_alpha,
@@ -224,19 +240,18 @@ def _with_adapter(model: PreTrainedModel, training: Training) -> nn.Module:
         bias="none",
         task_type="CAUSAL_LM",
     )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # about how peft calls transformers
-            return get_peft_model(model, config)
-    except ValueError as error:
-        raise UserError(f"target-modules {', '.join(training.target_modules)}: {str(error).splitlines()[0]}") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # about how peft calls transformers
+        return get_peft_model(model, config)
 
 
-def _merged(trained: nn.Module) -> PreTrainedModel:
+def _merged(trained: nn.Module, checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model itself, in the dtype and with the configuration of the checkpoint."""
     whole: Any = trained.merge_and_unload() if isinstance(trained, PeftModel) else trained
     if not all(parameter.isfinite().all() for parameter in whole.parameters()):
         raise RunError("the trained weights are not all finite; use a smaller --lr")
-    model: PreTrainedModel = whole
+    whole.config.use_cache = checkpoint.config().use_cache  # which is off while a model is trained
+    model: PreTrainedModel = whole.type(checkpoint.dtype())
     return model
 
 
@@ -273,11 +288,10 @@ def _anew(
     checkpoint: Checkpoint, training: Training, compute: Compute, weights: dict[str, Tensor] | None, voice: Voice
 ) -> nn.Module:
     """The model with weights that were trained, or else as it was."""
-    model = load(checkpoint, replace(compute, device="cpu"))
     if weights is None:
         voice.say("Training did not lower the held-out perplexity: the checkpoint is written as it was.")
-        return model
-    trained = _with_adapter(model, training)
+        return checkpoint.load(checkpoint.dtype())
+    trained = _with_adapter(load(checkpoint, replace(compute, device="cpu")), training)
     trained.load_state_dict(weights)
     return trained
 

@@ -10,6 +10,7 @@ difference to the dense model's residual stream, errors of earlier blocks includ
 and whether the change is taken at all, is decided for each map by windows that were held out.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from hifiprune.blocks import BlockChain
-from hifiprune.errors import UserError
+from hifiprune.errors import RunError, UserError
 from hifiprune.guards import check_windows, frozen, memory_explained
 from hifiprune.head import precise
 from hifiprune.neurons import find_mlps
@@ -250,6 +251,8 @@ def _repair_(
         for moments, windows in ((fit, ~stream.held), (held, stream.held)):
             moments.add(*(each[windows.to(device)].flatten(0, 1) for each in rows))
     change, refit = _refit(site.name, fit, held)
+    if not math.isfinite(refit.plain_error):
+        raise RunError(f"activations of {site.name} are not finite; compute in another --dtype, such as float32")
     if not sequential:
         keep_(chain.mlps[layer], kept)
     if change is not None:

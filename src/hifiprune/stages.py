@@ -14,6 +14,7 @@ from hifiprune.announcements import announce_course, announce_repair, announce_s
 from hifiprune.calibration import Calibration, load_windows, sample_windows
 from hifiprune.checkpoint import Checkpoint
 from hifiprune.compute import Compute
+from hifiprune.neurons import find_mlps
 from hifiprune.plan import Plan
 from hifiprune.preparation import load_hashed
 from hifiprune.reading import SELF
@@ -23,6 +24,7 @@ from hifiprune.scores import Scores
 from hifiprune.scoring import Request, score
 from hifiprune.search import search, search_windows
 from hifiprune.steps import Course, score_in_steps
+from hifiprune.surgery import cut_
 from hifiprune.voice import Voice
 
 
@@ -99,6 +101,18 @@ class Stages:
             assert windows is not None
             self.voice.say(announce_course(model, windows, course, self.compute))
             return score_in_steps(model, windows, request, course, track=self.voice.track, **how)
+
+    def as_stored(self, repaired: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+        """The repaired model in the checkpoint's dtype, with all but its output maps exactly as they are stored."""
+        stored = self.checkpoint.dtype()
+        if torch.promote_types(repaired.dtype, stored) == repaired.dtype:
+            return repaired.type(stored)
+        maps = [mlp.output.state_dict() for mlp in find_mlps(repaired)]
+        model = self.load(stored)
+        cut_(model, plan)
+        for mlp, values in zip(find_mlps(model), maps, strict=True):
+            mlp.output.load_state_dict(values)
+        return model
 
     def search(self, scores: Scores, budget: Budget, round_to: int, sharing: Sharing) -> Plan:
         """Widths by trial, on a few of the windows."""

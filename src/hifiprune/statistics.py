@@ -116,10 +116,11 @@ def as_divergence(totals: Float[Tensor, "1 neurons"], mlp: Mlp, sample: Sample) 
 def surgeon(totals: Float[Tensor, "statistics neurons"], mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:
     """Costs of greedy removal with refit, in nats of KL divergence a position as in `as_divergence`.
 
-    `h` and the slopes count as independent, so the mean over tokens of a product is the product of the means.
+    `h` and the slopes count as independent, so the mean over tokens of a product is the product of the means. Both are
+    summed over the passes.
     """
     moments, pulled = totals.split((mlp.neurons, mlp.output.out_features))
-    scale = 2 * sample.windows**2 * sample.passes
+    scale = 2 * (sample.windows * sample.passes) ** 2
     return removal_costs(moments / scale, mlp.output.weight, pulled)
 
 

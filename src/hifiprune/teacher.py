@@ -6,7 +6,7 @@ over `kept` tokens and one for all others, and so is its gradient.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -149,20 +149,24 @@ class Remembered(Dataset[dict[str, Tensor]]):
             row[name][learned] = part
         return row
 
-    @property
-    def bytes(self) -> int:
-        """How much disk all files take."""
-        return (6 * self.kept + 2) * sum(int(guided(self.rows[index]["labels"]).sum()) for index in range(len(self)))
-
     def missing(self) -> list[int]:
         """First rows of the files that are not there."""
         return [first for first in range(0, len(self), ROWS_A_FILE) if not self.place(first).is_file()]
+
+    def bytes(self, firsts: Sequence[int]) -> int:
+        """How much disk files take."""
+        numbers = [number for first in firsts for number in self._numbers(first)]
+        return (6 * self.kept + 2) * sum(int(guided(self.rows[number]["labels"]).sum()) for number in numbers)
+
+    def _numbers(self, first: int) -> range:
+        """Of the rows in a file."""
+        return range(first, min(first + ROWS_A_FILE, len(self)))
 
     @torch.no_grad()
     def write(self, first: int, teacher: Teacher, temperature: float, path: Path) -> None:
         """Ask the teacher about the rows of one file."""
         head, parts, ends = Head.of(teacher.model), [], [0]
-        for index in range(first, min(first + ROWS_A_FILE, len(self))):
+        for index in self._numbers(first):
             row = {name: each[None].to(teacher.model.device) for name, each in self.rows[index].items()}
             hidden = teacher.states(row["input_ids"], row["position_ids"])[-1][guided(row["labels"])]
             for some in hidden.split(head.slice_rows):
@@ -185,21 +189,27 @@ def remember(
     facts = [hash_model(model), str(model.dtype), kept, temperature, rows.digest()]
     found = Remembered(rows, kept, lambda first: unfinished.path("teacher", *facts, first, suffix=".safetensors"))
     missing, free = found.missing(), shutil.disk_usage(nearest_folder(unfinished.folder)).free
-    if missing and found.bytes > free:
+    needed = found.bytes(missing)
+    if needed > free:
         raise UserError(
-            f"cache-teacher {kept} takes {megabytes(found.bytes)} beside the output, where {megabytes(free)} are free; "
+            f"cache-teacher {kept} takes {megabytes(needed)} beside the output, where {megabytes(free)} are free; "
             "use a smaller one"
         )
     if missing:
-        seconds = estimate_seconds(model.config, len(rows) * rows.length, rows.length, str(model.device), model.dtype)
+        tokens = ROWS_A_FILE * len(missing) * rows.length
+        seconds = estimate_seconds(model.config, tokens, rows.length, str(model.device), model.dtype)
         voice.say(
             f"Asking the dense model about {len(rows)} rows, about {duration(seconds)}; its {kept} likeliest tokens "
-            f"take {megabytes(found.bytes)} on the disk until all is done."
+            f"take {megabytes(needed)} on the disk until all is done."
         )
+    meeting = PartialState(cpu=compute.resolved_device == "cpu")
+    if meeting.is_main_process:
+        unfinished.make()
+    meeting.wait_for_everyone()  # all have seen the same files missing
     with memory_explained(model, rows.length):
         for first in voice.track("asking the dense model")(missing[rank() :: processes()]):
             unfinished.write(found.place(first), partial(found.write, first, Teacher(model), temperature))
-    PartialState(cpu=compute.resolved_device == "cpu").wait_for_everyone()
+    meeting.wait_for_everyone()
     return found
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import DistributedType
+from accelerate import DistributedType, PartialState
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from hifiprune.errors import UserError, unknown
+from hifiprune.guards import check_seed
 from hifiprune.output import replacing
 from hifiprune.packing import Packed
 from hifiprune.teacher import Remembered
@@ -113,6 +114,7 @@ class Training:
                 raise UserError(f"{name.replace('_', '-')} {getattr(self, name):g} must lie in [0, 1]")
         if not 0 < self.held_out < 1:
             raise UserError(f"held-out {self.held_out:g} must lie in (0, 1)")
+        check_seed(self.seed)
         if self.cache_teacher and (self.match_hidden or not self.distill_weight):
             raise UserError("cache-teacher keeps distributions: give a --distill-weight above 0, and no --match-hidden")
 
@@ -192,6 +194,9 @@ class Watch(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
         """Keep the clock, last of all: a state without it is not whole."""
+        PartialState().wait_for_everyone()
+        if not state.is_world_process_zero:
+            return
         path = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / CLOCK
         with replacing(path) as temporary:
             temporary.write_text(json.dumps({"seconds": self.spent}))
@@ -267,6 +272,7 @@ def train(
     """
     steps = training.max_steps if training.max_steps is not None else -1
     mixed = device != "cpu" and next(model.parameters()).dtype == torch.float32
+    resumed = last_state(folder)
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=10_000 if training.max_minutes and steps < 0 else training.epochs,
@@ -285,7 +291,7 @@ def train(
         logging_steps=1,
         logging_nan_inf_filter=False,
         eval_strategy="steps",
-        eval_on_start=True,
+        eval_on_start=resumed is None,
         eval_steps=training.evaluate_every,
         save_strategy="steps",
         save_steps=training.evaluate_every,
@@ -299,6 +305,7 @@ def train(
         disable_tqdm=True,
         report_to="none",
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # or one process would make replicas of the model
     trainer = TimedTrainer(
         model,
         arguments,
@@ -309,7 +316,6 @@ def train(
     )
     trainer.watch = watch
     trainer.remove_callback(PrinterCallback)
-    resumed = last_state(folder)
     trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     return trainer
 

@@ -95,7 +95,7 @@ def recover(
         "lora_r": lora_r,
         "lora_alpha": lora_alpha,
         "lora_dropout": lora_dropout,
-        "target_modules": tuple(target_modules.split(",")) if target_modules else None,
+        "target_modules": tuple(name.strip() for name in target_modules.split(",")) if target_modules else None,
         "seq_len": seq_len,
         "batch_size": batch_size,
         "gradient_accumulation": gradient_accumulation,

@@ -71,12 +71,16 @@ class Unfinished:
         self.reused.add(path)
         return part
 
-    def write(self, path: Path, writer: Callable[[Path], object]) -> None:
-        """Keep a part."""
+    def make(self) -> None:
+        """The folder, if it is not there."""
         if not self.folder.exists():
             with replacing(self.folder) as whole:
                 whole.mkdir()
                 (whole / MARK).write_text("Finished parts of an interrupted run: the same command goes on from here.\n")
+
+    def write(self, path: Path, writer: Callable[[Path], object]) -> None:
+        """Keep a part."""
+        self.make()
         with replacing(path) as temporary:
             writer(temporary)
 
