@@ -305,7 +305,8 @@ def test_what_is_not_repaired_is_as_stored_in_any_arithmetic(world: Path, tmp_pa
 def test_activations_that_are_not_finite_are_told(sequential: bool) -> None:
     model = tiny_model("llama")
     plan = plan_of(model, 29)
-    embeddings: torch.nn.Embedding = model.get_input_embeddings()
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, torch.nn.Embedding)
     embeddings.weight.data[3] = torch.inf
     with pytest.raises(hp.RunError, match=r"activations of .* are (not finite|NaN or infinite)"):
         cut_and_repair_(model, plan, tiny_tokens(4).clamp(max=3), sequential=sequential)
