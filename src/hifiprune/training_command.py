@@ -53,7 +53,7 @@ def recover(
     gradient_accumulation: Annotated[int | None, Option(help="Batches that make one optimizer step.")] = None,
     weight_decay: Annotated[float | None, Option(help="Of AdamW.")] = None,
     optimizer: Annotated[
-        str | None, Option(help="adamw; adamw-bf16: weights and moments in bfloat16; 8-bit: by bitsandbytes.")
+        str | None, Option(help="adamw; adamw-bf16: full weights and moments in bfloat16; 8-bit: by bitsandbytes.")
     ] = None,
     gradient_checkpointing: Annotated[
         bool | None, Option("--gradient-checkpointing/--keep-activations", help="Compute each block twice.")
