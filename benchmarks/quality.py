@@ -268,9 +268,10 @@ def summary(name: str, ratio: float, cells: list[dict[str, float]]) -> dict[str,
     }
 
 
-def readme_table(facts: dict[str, Any]) -> str:
-    """The results as Markdown: a row for each variant; perplexity and KL at each ratio, and both to HFPrune's."""
-    rows, ratios = facts["results"], sorted({row["ratio"] for row in facts["results"]})
+def table(facts: dict[str, Any], *, alone: bool) -> str:
+    """Results as Markdown, of ideas alone or of the others: perplexity and KL at each ratio, and both to HFPrune's."""
+    rows = [row for row in facts["results"] if VARIANTS[row["variant"]].alone == alone]
+    ratios = sorted({row["ratio"] for row in rows})
     lines = ["| | " + " | ".join(f"perplexity at {ratio:.0%} | KL at {ratio:.0%}" for ratio in ratios) + " |"]
     lines.append("|" + "---|" * (1 + 2 * len(ratios)))
     for name in dict.fromkeys(row["variant"] for row in rows):

@@ -21,7 +21,7 @@ from hifiprune.record import describe_environment
 from hifiprune.repair import cut_and_repaired
 
 ROOT = Path(__file__).parent.parent
-FEW, MORE, POSITIONS, ROUNDS = 2, 8, 1024, 3
+FEW, MORE, POSITIONS, ROUNDS = 2, 4, 1024, 2
 RATIO = 0.2
 
 

@@ -87,7 +87,16 @@ def test_the_readmes_table_of_criteria_is_the_recorded_one() -> None:
 
 def test_the_readmes_table_beyond_the_papers_is_the_recorded_one() -> None:
     facts = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text())
-    assert quality.readme_table(facts) in (ROOT / "README.md").read_text()
+    assert quality.table(facts, alone=False) in (ROOT / "README.md").read_text()
+    assert quality.table(facts, alone=True) in (ROOT / "docs" / "findings.md").read_text()
+
+
+def test_the_readmes_cost_of_repair_is_the_recorded_one() -> None:
+    repair = json.loads((ROOT / "benchmarks" / "results" / "repair.json").read_text())["results"]["sequential repair"]
+    figures = (
+        f"Repair takes {repair['to_scoring']:.2f} of the scoring's time ({repair['seconds_per_window']:.1f} s a window"
+    )
+    assert figures in (ROOT / "README.md").read_text()
 
 
 def test_the_readmes_speed_figures_are_the_recorded_ones() -> None:
