@@ -78,6 +78,7 @@ Recompute = Annotated[
 Attention = Annotated[
     str | None, Option(help="Attention implementation, such as flash_attention_2; the model's default if not given.")
 ]
+ShardSize = Annotated[str, Option(help="Largest weight file.")]
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object on standard output.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing output.")]
 Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]

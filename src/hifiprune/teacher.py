@@ -203,7 +203,7 @@ def remember(
             f"take {megabytes(needed)} on the disk until all is done."
         )
     meeting = PartialState(cpu=compute.resolved_device == "cpu")
-    if meeting.is_main_process:
+    if rank() == 0:
         unfinished.make()
     meeting.wait_for_everyone()  # all have seen the same files missing
     with memory_explained(model, rows.length):

@@ -7,7 +7,7 @@ from typing import Annotated
 from typer import Option
 
 from hifiprune.errors import UserError
-from hifiprune.options import AsJson, Attention, Debug, Device, Dtype, Model, Output, Overwrite, TextColumn
+from hifiprune.options import AsJson, Attention, Debug, Device, Dtype, Model, Output, Overwrite, ShardSize, TextColumn
 from hifiprune.terminal import show, voice
 
 
@@ -72,7 +72,7 @@ def recover(
     device: Device = "auto",
     dtype: Dtype = "auto",
     attention: Attention = None,
-    shard_size: Annotated[str, Option(help="Largest weight file.")] = "5GB",
+    shard_size: ShardSize = "5GB",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     debug: Debug = False,

@@ -18,9 +18,8 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from hifiprune.head import Head, precise
 from hifiprune.objectives import Rows, SoftLabels, through_cap
-from hifiprune.packing import IGNORED
 from hifiprune.taps import overridden
-from hifiprune.teacher import LikeliestTarget, Target, Teacher, WholeTarget, hidden_states
+from hifiprune.teacher import LikeliestTarget, Target, Teacher, WholeTarget, guided, hidden_states
 
 
 @contextmanager
@@ -52,28 +51,28 @@ def sliced_loss(
         guide_columns: Tensor | None = None,
         **unused: Any,
     ) -> CausalLMOutput:
-        following = labels[:, 1:]
-        learned = following != IGNORED
+        learned = guided(labels)
+        answers = labels.roll(-1, 1)[learned]
         every = model.training and match_hidden > 0
-        states = [each[:, :-1][learned] for each in hidden_states(model, input_ids, position_ids, every=every)]
+        states = [each[learned] for each in hidden_states(model, input_ids, position_ids, every=every)]
         hidden = states[-1]
         count = learned.sum() if num_items_in_batch is None else num_items_in_batch
         if not model.training:
             losses = hidden.new_zeros(learned.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
             losses[learned] = torch.cat(
-                [values for *_, values in _slices(hidden.detach(), head, SoftLabels(0.0), following[learned], None)]
+                [values for *_, values in _slices(hidden.detach(), head, SoftLabels(0.0), answers, None)]
             )
             rows = torch.stack((losses.sum(1), learned.sum(1).to(losses)), 1)
             return CausalLMOutput(loss=losses.sum() / count, logits=rows)
         target: Target | None = None
         if guide_values is not None and guide_columns is not None:
-            kept = guide_values[:, :-1][learned], guide_columns[:, :-1][learned]
+            kept = guide_values[learned], guide_columns[learned]
             target = LikeliestTarget(*kept, kernel.temperature)
         elif teacher:
-            wanted = [each[:, :-1][learned] for each in teacher.states(input_ids, position_ids, every=every)]
+            wanted = [each[learned] for each in teacher.states(input_ids, position_ids, every=every)]
             target = WholeTarget(wanted[-1], Head.of(teacher.model))
         weight, bias = head.linear.weight, head.linear.bias
-        total = SlicedLoss.apply(hidden, weight, bias, head, kernel, following[learned], target)  # type: ignore[no-untyped-call]
+        total = SlicedLoss.apply(hidden, weight, bias, head, kernel, answers, target)  # type: ignore[no-untyped-call]
         if every:
             total = total + match_hidden * sum(map(relative_difference, states, wanted)) / len(states)
         return CausalLMOutput(loss=total / count)
