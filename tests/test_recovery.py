@@ -17,6 +17,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hifiprune as hp
+from hifiprune.checkpoint import find_checkpoint
 from hifiprune.record import RunRecord
 from hifiprune.recovery import recover
 from hifiprune.teacher import Remembered
@@ -84,6 +85,20 @@ def test_training_lowers_what_it_should(pruned: Path, tmp_path: Path, method: st
     assert type(model).__name__ == "LlamaForCausalLM"
     assert model.config.intermediate_size == 20
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "what was unfinished is gone"
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_model_of_mixed_widths_is_trained_into_one(pruned: Path, tmp_path: Path, method: str) -> None:
+    dense, small = pruned / "dense", tmp_path / "small"
+    hp.prune(str(dense), small, hp.Budget(width=20), criterion="magnitude", allocation="global", floor=0.5, round_to=1)
+    widths = [layer.mlp.down_proj.in_features for layer in find_checkpoint(str(small)).load().model.layers]
+    assert len(set(widths)) > 1
+    training = replace(QUICK, method=method, learning_rate=1e-3)
+    record = recover(str(small), tmp_path / "out", str(pruned / "data.jsonl"), training)
+    before, after = (record.results["held_out_perplexity"][name] for name in ("before", "after"))
+    assert after < before
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert [layer.mlp.down_proj.in_features for layer in model.model.layers] == widths
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -17,6 +17,7 @@ from hifiprune.criteria import Options, find_criterion
 from hifiprune.errors import UserError
 from hifiprune.evaluation import Tasks, check_tasks
 from hifiprune.hashing import hash_tokens
+from hifiprune.inspection import shape_of
 from hifiprune.output import local_path, replacing
 from hifiprune.preparation import load_hashed, plain_arguments, prepare
 from hifiprune.reading import SELF, text_files
@@ -79,7 +80,8 @@ def compare(
     _check(criteria, ratios, seeds, calibration, texts)
     if tasks:
         check_tasks(tasks.names, tasks.include_path)
-    checkpoint, target, shape = prepare(model, output, [calibration, *texts], folder=True, overwrite=overwrite)
+    checkpoint, target, skeleton = prepare(model, output, [calibration, *texts], folder=True, overwrite=overwrite)
+    shape = shape_of(skeleton)
     unfinished = Unfinished.beside(target, "compare", voice)
     widths = {ratio: shape.width_at(Budget(ratio=ratio), round_to) for ratio in ratios}
     draws = [replace(calibration, seed=calibration.seed + number) for number in range(seeds)]

@@ -13,6 +13,7 @@ from hifiprune.checkpoint import Checkpoint
 from hifiprune.compute import Compute
 from hifiprune.criteria import Options, find_criterion
 from hifiprune.errors import UserError
+from hifiprune.inspection import shape_of
 from hifiprune.neurons import find_mlps
 from hifiprune.output import check_shard_size, check_space, replacing
 from hifiprune.plan import Plan
@@ -150,7 +151,8 @@ def prune(
     )  # fmt: skip
     record = RunRecord("prune", sources | settings)
     check_shard_size(shard_size)
-    checkpoint, target, shape = prepare(model, output, [calibration], [path], folder=True, overwrite=overwrite)
+    checkpoint, target, skeleton = prepare(model, output, [calibration], [path], folder=True, overwrite=overwrite)
+    shape = shape_of(skeleton)
     if bias_compensation:
         _check_compensation(checkpoint, used, used.criterion if used else criterion)
     width = shape.width_at(budget, round_to)

@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hifiprune.allocation import Shape
 from hifiprune.calibration import Calibration, check_source
 from hifiprune.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.compute import Compute
 from hifiprune.hashing import hash_model
-from hifiprune.inspection import shape_of
 from hifiprune.neurons import find_mlps
 from hifiprune.output import check_target
 from hifiprune.record import RunRecord
@@ -28,7 +26,7 @@ def prepare(
     *,
     folder: bool,
     overwrite: bool,
-) -> tuple[Checkpoint, Path, Shape]:
+) -> tuple[Checkpoint, Path, PreTrainedModel]:
     """Find the model, and check the output and all that can be known before weights are fetched.
 
     Args:
@@ -40,7 +38,7 @@ def prepare(
         overwrite: whether an existing output may be replaced.
 
     Returns:
-        the checkpoint, the output's absolute path, and the model's shape.
+        the checkpoint, the output's absolute path, and the model's skeleton on the meta device.
 
     Raises:
         UserError: one of these cannot be used.
@@ -48,7 +46,7 @@ def prepare(
     checkpoint = find_checkpoint(model)
     inputs = [checkpoint.path, *(each.source for source in sources for each in _parts(source)), *files]
     target = check_target(output, folder=folder, overwrite=overwrite, inputs=inputs)
-    return checkpoint, target, shape_of(check_model(checkpoint, *sources))
+    return checkpoint, target, check_model(checkpoint, *sources)
 
 
 def check_model(checkpoint: Checkpoint, *sources: Calibration | Text | None) -> PreTrainedModel:

@@ -24,6 +24,7 @@ from hifiprune.compute import Compute, estimate_seconds
 from hifiprune.errors import RunError, UserError, unknown
 from hifiprune.examples import Example, read_examples
 from hifiprune.guards import memory_explained
+from hifiprune.neurons import count_parameters
 from hifiprune.objectives import SoftLabels
 from hifiprune.output import check_shard_size, check_space, replacing
 from hifiprune.packing import Packed, cut_to, pack
@@ -88,9 +89,10 @@ def recover(
         training = replace(training, distill_weight=0.0, match_hidden=0.0, cache_teacher=None)
     dense = _find_dense(model, teacher, training, control=control)
     texts, read = [Text(data, training.seq_len)], [dense.path] if dense else []
-    checkpoint, target, shape = prepare(model, output, texts, read, folder=True, overwrite=overwrite)
-    check_space(target, 2 * checkpoint.dtype().itemsize * shape.total_parameters)  # a state is as large as the result
+    checkpoint, target, _ = prepare(model, output, texts, read, folder=True, overwrite=overwrite)
     started = dense if dense and control else checkpoint
+    size = started.dtype().itemsize * count_parameters(started.skeleton())
+    check_space(target, 2 * size)  # a state of the training is as large as the result
     with record.stage("reading the data"):
         tokenizer = checkpoint.tokenizer()
         examples = read_examples(
@@ -120,8 +122,10 @@ def recover(
         trainer = train(trained, training, guided or rows, held, folder, watch, device=compute.resolved_device)
         weights = gathered(trainer)
     if rank() == 0:
-        chain = {"model_hash": model_hash, "pruning": _record_of(started)}
-        record.results = _describe(trainer.state, watch.trouble) | chain
+        record.results = _describe(trainer.state, watch.trouble) | {
+            "model_hash": model_hash,
+            "pruning": _record_of(started),
+        }
         if weights or not _better(trainer.state):
             trained = _anew(started, training, compute, weights if _better(trainer.state) else None, voice)
         with replacing(target) as new:
