@@ -193,7 +193,7 @@ class Draw:
         if not path.is_file():
             model = self.bench.dense() if name == "dense" else self.build(name, ratio)[0]
             tokenizer = find_checkpoint(str(self.bench.model)).tokenizer()
-            found = hp.zero_shot(model, tokenizer, TASKS, include_path=EVALS, limit=limit)
+            found = hp.zero_shot(model, tokenizer, hp.Tasks(TASKS, EVALS, limit))
             write(path, {task: estimate.value for task, estimate in found.items()})
         accuracies: dict[str, float] = json.loads(path.read_text())
         return accuracies

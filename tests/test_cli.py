@@ -88,7 +88,8 @@ def test_scores_prune_at_any_ratio_to_the_same_plan(cli: Cli, checkpoint: Path, 
 def test_evaluate_prints_every_metric(cli: Cli, checkpoint: Path, text: Path) -> None:
     result = cli("evaluate", checkpoint, "--against", checkpoint, "--text", text, "--seq-len", 32, "--json")
     assert result.code == 0, result.err
-    metrics = result.json["results"]["metrics"]
+    (row,) = result.json["results"]["models"].values()
+    metrics = row["metrics"]
     assert metrics["kl"] == {"value": 0, "low": 0, "high": 0}
     assert metrics["top5_jaccard"]["value"] == 1
     assert metrics["perplexity"]["low"] < metrics["perplexity"]["value"] < metrics["perplexity"]["high"]

@@ -28,7 +28,7 @@ from hifiprune import plots, preparation, workbench
 from hifiprune.calibration import sample_windows
 from hifiprune.checkpoint import Checkpoint
 from hifiprune.contrasts import jaccard
-from hifiprune.evaluation import bootstrap_paired, fidelity, harness
+from hifiprune.evaluation import Exam, bootstrap_paired, fidelity, harness
 from hifiprune.evaluation.fidelity import METRICS
 from hifiprune.hashing import hash_tokens
 from tests.commands import Interruption, Result, leftovers, refused, run
@@ -169,12 +169,12 @@ def test_every_cell_is_what_prune_and_evaluate_give(world: Path, finished: Finis
         for one, two in zip(saved.values, used.values, strict=True):
             torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-9)
         alike: dict[str, Any] = {"seq_len": 24, "max_windows": 5, "compute": hp.Compute(batch_size=2)}
-        found = hp.evaluate(str(folder), held, against=dense, **alike).results["metrics"]
+        found = measured(str(folder), held, against=dense, **alike)
         assert set(found) == set(METRICS) == set(cell["windows"][0])
         assert set(cell["windows"][1]) == {"perplexity", "entropy"}
         pairs = [(found, cell["windows"][0])]
         if ratio == RATIOS[0]:
-            alone = hp.evaluate(str(folder), other, **alike).results["metrics"]
+            alone = measured(str(folder), other, **alike)
             pairs.append((alone, cell["windows"][1]))
         for metrics, windows in pairs:
             for name, estimate in metrics.items():
@@ -255,7 +255,7 @@ def test_the_paired_interval_knows_seeds_and_windows(by_seed: float, by_window: 
 
 def test_the_dense_model_is_measured_too(world: Path, finished: Finished) -> None:
     for number, name in enumerate(("held.txt", "other.txt")):
-        found = hp.evaluate(str(world / "dense"), str(world / name), seq_len=24, max_windows=5).results["metrics"]
+        found = measured(str(world / "dense"), str(world / name), seq_len=24, max_windows=5)
         for metric, estimate in found.items():
             assert finished.results["dense"][number][metric] == pytest.approx(estimate, rel=1e-5), metric
     assert finished.results["dense"][0]["kl"]["value"] == 0
@@ -374,6 +374,12 @@ def words(world: Path, output: Path) -> list[str]:
 
 MEASUREMENTS = 6  # the dense model, two draws of two criteria, and magnitude once
 Calls = list[tuple[Any, ...]]
+
+
+def measured(model: str, *what: Any, **how: Any) -> dict[str, dict[str, float]]:
+    """What `evaluate` finds for a model."""
+    metrics: dict[str, dict[str, float]] = hp.evaluate(model, *what, **how).results["models"][model]["metrics"]
+    return metrics
 
 
 def counted(patch: pytest.MonkeyPatch, name: str, stop: int | None = None, owner: Any = workbench) -> Calls:
@@ -764,10 +770,10 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--text", "WORLD/held.txt"), "each may be given once"),
     (("--perplexity-text", "WORLD/held.txt"), "each may be given once"),
     (("--perplexity-text", "WORLD/calibration.txt"), "calibration.txt is in both calibration and held-out text"),
-    (("--tasks-path", "WORLD"), "--tasks-path and --tasks-limit need --tasks"),
-    (("--tasks-limit", 3), "--tasks-path and --tasks-limit need --tasks"),
+    (("--task-path", "WORLD"), "--task-path and --limit need --tasks"),
+    (("--limit", 3), "--task-path and --limit need --tasks"),
     (("--tasks", ""), "no task is named"),
-    (("--tasks", "piqa", "--tasks-path", "WORLD/missing"), "the folder of task files WORLD/missing does not exist"),
+    (("--tasks", "piqa", "--task-path", "WORLD/missing"), "the folder of task files WORLD/missing does not exist"),
     (("--tasks", ","), "no task is named"),
 ]
 
@@ -798,7 +804,7 @@ def test_an_unknown_task_is_refused_before_anything_is_loaded(
     (tmp_path / "tasks" / "riddles.yaml").write_text("task: riddles\noutput_type: multiple_choice\n")
     monkeypatch.setattr(harness, "_own_tasks", dict)
     monkeypatch.setattr(Checkpoint, "load", None)
-    result = run(*command(world, tmp_path / "out"), "--tasks", "riddels", "--tasks-path", tmp_path / "tasks")
+    result = run(*command(world, tmp_path / "out"), "--tasks", "riddels", "--task-path", tmp_path / "tasks")
     refused(result, "unknown task 'riddels'; did you mean 'riddles'?")
     assert not (tmp_path / "out").exists()
 
@@ -835,11 +841,11 @@ def test_tasks_are_run_on_the_cut_models(
     monkeypatch.setattr(harness, "_own_tasks", dict)
     folder, names = tmp_path / "out", ["hp_winogrande", "hp_piqa"]
     dense = save_checkpoint(tmp_path / "long", max_position_embeddings=1024)
-    ran = counted(monkeypatch, "zero_shot")
+    ran = counted(monkeypatch, "ask", owner=Exam)
     result = run(
         *("compare", dense, "--output", folder, "--calibration", world / "calibration.txt", *SIZES),
         *("--text", world / "held.txt", "--criteria", "hfprune,magnitude", "--ratios", 0.26, "--seeds", 2),
-        *("--tasks", ",".join(names), "--tasks-path", tasks_folder, "--tasks-limit", 4),
+        *("--tasks", ",".join(names), "--task-path", tasks_folder, "--limit", 4),
     )
     assert result.code == 0, result.err
     assert len(ran) == 4, "dense, two draws of hfprune, and magnitude once"
@@ -847,7 +853,7 @@ def test_tasks_are_run_on_the_cut_models(
 
     def values(model: PreTrainedModel) -> dict[str, float]:
         tokenizer = AutoTokenizer.from_pretrained(dense)
-        found = hp.zero_shot(model, tokenizer, names, include_path=tasks_folder, limit=4)
+        found = hp.zero_shot(model, tokenizer, hp.Tasks(names, tasks_folder, 4))
         return {name: estimate.value for name, estimate in found.items()}
 
     model = AutoModelForCausalLM.from_pretrained(dense)

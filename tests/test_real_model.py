@@ -79,7 +79,7 @@ def test_perplexity_equals_that_of_the_models_own_loss(smollm2_folder: Path, tmp
     windows = stream[: len(stream) // 32 * 32].view(-1, 32)
     with torch.no_grad():
         loss = model(input_ids=windows, labels=windows).loss
-    found = record.results["metrics"]["perplexity"]
+    found = record.results["models"][str(smollm2_folder)]["metrics"]["perplexity"]
     torch.testing.assert_close(
         torch.tensor(found["value"]).log(), loss.double().cpu(), rtol=1e-4, atol=0, check_dtype=False
     )

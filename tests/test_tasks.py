@@ -7,6 +7,7 @@ import random
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hifiprune import RunError, UserError
-from hifiprune.evaluation import Estimate, check_tasks, harness, zero_shot
+from hifiprune.evaluation import Answers, Estimate, Exam, Tasks, average, differences, harness, zero_shot
+from tests.commands import Interruption, refused, run
 
 Item = dict[str, Any]
 Question = tuple[list[tuple[str, str]], list[str], int]
@@ -83,9 +85,10 @@ def log_likelihood(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, p
 def expected(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Path, ask: Callable[[Item], Question], limit: int
 ) -> dict[str, Estimate]:
-    """`acc` by log-likelihood, `acc_norm` by log-likelihood a character, of the first items."""
+    """`acc` by log-likelihood, `acc_norm` by log-likelihood a character, of the items that are drawn."""
     hits: dict[str, list[bool]] = {"acc": [], "acc_norm": []}
-    for line in data.read_text().splitlines()[:limit]:
+    lines = data.read_text().splitlines()
+    for line in (lines[number] for number in sorted(random.Random(0).sample(range(len(lines)), limit))):
         pairs, choices, gold = ask(json.loads(line))
         values = [log_likelihood(model, tokenizer, *pair) for pair in pairs]
         normed = [value / len(choice) for value, choice in zip(values, choices, strict=True)]
@@ -114,9 +117,8 @@ def test_accuracies_equal_those_computed_choice_by_choice(family: str, folder: P
         "hp_piqa/acc_norm": expected(model, tokenizer, data / "piqa.jsonl", piqa, 4)["acc_norm"],
     }
     for batch_size in (1, 8):
-        found = zero_shot(
-            model, tokenizer, ["hp_winogrande", "hp_piqa"], include_path=folder, limit=4, batch_size=batch_size
-        )
+        tasks = Tasks(["hp_winogrande", "hp_piqa"], folder, limit=4)
+        found = zero_shot(model, tokenizer, tasks, batch_size=batch_size)
         assert list(found) == list(wanted)
         assert all(same(found[name], wanted[name]) for name in wanted), (found, wanted)
 
@@ -124,7 +126,7 @@ def test_accuracies_equal_those_computed_choice_by_choice(family: str, folder: P
 @pytest.mark.usefixtures("no_defaults")
 def test_a_group_has_a_value_of_its_own_beside_its_tasks(folder: Path, load: Callable[..., Any]) -> None:
     model, tokenizer = load("smollm3")
-    found = zero_shot(model, tokenizer, ["hp_pair"], include_path=folder, limit=4)
+    found = zero_shot(model, tokenizer, Tasks(["hp_pair"], folder, limit=4))
     assert set(found) == {"hp_winogrande/acc", "hp_piqa/acc_norm", "hp_pair/acc"}
     data = folder.parent / "data" / "piqa.jsonl"
     parts = [found["hp_winogrande/acc"], expected(model, tokenizer, data, piqa, 4)["acc"]]
@@ -150,7 +152,7 @@ def test_nothing_is_changed_and_nothing_said(
 
     before, tokenizer_before = state(), (tokenizer.pad_token, tokenizer.padding_side, len(tokenizer))
     capfd.readouterr()
-    zero_shot(model, tokenizer, ["hp_winogrande", "hp_piqa"], include_path=folder, limit=2)
+    zero_shot(model, tokenizer, Tasks(["hp_winogrande", "hp_piqa"], folder, limit=2))
     assert ("".join(capfd.readouterr()), caplog.records) == ("", [])
     assert state() == before
     assert (tokenizer.pad_token, tokenizer.padding_side, len(tokenizer)) == tokenizer_before
@@ -182,7 +184,7 @@ def test_a_head_of_its_own_is_not_tied_whatever_the_configuration_says(folder: P
     model.lm_head.weight = head
     data = folder.parent / "data" / "piqa.jsonl"
     wanted = expected(model, tokenizer, data, piqa, 4)["acc_norm"]
-    found = zero_shot(model, tokenizer, ["hp_piqa"], include_path=folder, limit=4)["hp_piqa/acc_norm"]
+    found = zero_shot(model, tokenizer, Tasks(["hp_piqa"], folder, limit=4))["hp_piqa/acc_norm"]
     assert model.lm_head.weight is head
     assert same(found, wanted)
     model.tie_weights()
@@ -192,7 +194,7 @@ def test_a_head_of_its_own_is_not_tied_whatever_the_configuration_says(folder: P
 @pytest.mark.usefixtures("no_defaults")
 def test_one_item_has_no_interval(folder: Path, load: Callable[..., Any]) -> None:
     model, tokenizer = load()
-    found = zero_shot(model, tokenizer, ["hp_winogrande"], include_path=folder, limit=1)["hp_winogrande/acc"]
+    found = zero_shot(model, tokenizer, Tasks(["hp_winogrande"], folder, limit=1))["hp_winogrande/acc"]
     assert found.value in {0.0, 1.0}
     assert (found.low, found.high) == (None, None)
 
@@ -208,42 +210,161 @@ def test_the_harness_own_tasks_are_read_only_for_names_not_in_the_folder(
         return {"far": index["hp_piqa"]}
 
     monkeypatch.setattr(harness, "_own_tasks", own)
-    check_tasks(["hp_zero_shot"], folder)
+    Tasks(["hp_zero_shot"], folder).check()
     assert read == []
-    check_tasks(["hp_piqa", "far"], folder)
+    Tasks(["hp_piqa", "far"], folder).check()
     assert read == ["all"]
     (folder / "hp_pair.yaml").write_text(PAIR.replace("hp_piqa", "far"))
-    check_tasks(["hp_pair"], folder)
+    Tasks(["hp_pair"], folder).check()
     assert read == ["all", "all"]
 
 
 def test_an_unknown_task_suggests_the_nearest_also_of_the_harness_own(folder: Path) -> None:
     with pytest.raises(UserError, match=r"unknown task 'hp_piqua'; did you mean 'hp_piqa'\?") as caught:
-        check_tasks(["hp_piqua", "hp_winogrande", "winogrand"], folder)
+        Tasks(["hp_piqua", "hp_winogrande", "winogrand"], folder).check()
     assert "unknown task 'winogrand'; did you mean 'winogrande'?" in str(caught.value)
     assert "'hp_winogrande'" not in str(caught.value)
-    check_tasks(["piqa", "hp_piqa"], folder)
+    Tasks(["piqa", "hp_piqa"], folder).check()
 
 
 @pytest.mark.usefixtures("no_defaults")
 def test_what_cannot_be_run_is_said(folder: Path, load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = load()
     with pytest.raises(UserError, match="limit 0 must be at least 1"):
-        zero_shot(model, tokenizer, ["hp_piqa"], include_path=folder, limit=0)
+        zero_shot(model, tokenizer, Tasks(["hp_piqa"], folder, limit=0))
     with pytest.raises(UserError, match="batch size 0 must be at least 1"):
-        zero_shot(model, tokenizer, ["hp_piqa"], include_path=folder, batch_size=0)
+        zero_shot(model, tokenizer, Tasks(["hp_piqa"], folder), batch_size=0)
     with pytest.raises(UserError, match="no task is named"):
-        check_tasks([], folder)
+        Tasks([], folder).check()
     with pytest.raises(UserError, match=r"elsewhere does not exist"):
-        check_tasks(["hp_piqa"], folder / "elsewhere")
+        Tasks(["hp_piqa"], folder / "elsewhere").check()
     with pytest.raises(UserError, match="hp_piqa would run twice"):
-        check_tasks(["hp_pair", "hp_piqa"], folder)
+        Tasks(["hp_pair", "hp_piqa"], folder).check()
     (folder.parent / "data").unlink()
     with pytest.raises(RunError, match=r"the data of hp_piqa cannot be had: .*piqa.jsonl"):
-        zero_shot(model, tokenizer, ["hp_piqa"], include_path=folder, limit=1)
+        zero_shot(model, tokenizer, Tasks(["hp_piqa"], folder, limit=1))
     (folder / "hp_pair.yaml").write_text("task: hp_pair\noutput_type: guesswork\n")
     with pytest.raises(UserError, match=r"the harness cannot run hp_pair: .*'guesswork'"):
-        zero_shot(model, tokenizer, ["hp_pair"], include_path=folder)
+        zero_shot(model, tokenizer, Tasks(["hp_pair"], folder))
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"pip install 'hifiprune\[tasks\]'"):
-        check_tasks(["hp_piqa"], folder)
+        Tasks(["hp_piqa"], folder).check()
+
+
+def answered(*hits: float) -> Answers:
+    return Answers(Estimate(sum(hits) / len(hits)), hits)
+
+
+def test_differences_are_taken_item_by_item() -> None:
+    chance = random.Random(0)
+    theirs = [float(chance.random() < 0.6) for _ in range(400)]
+    ours = [0.0 if chance.random() < 0.05 else hit for hit in theirs]  # the same but for a few lost
+    others = theirs[::-1]
+    reference = {"a/acc": answered(*theirs), "b/acc": answered(*others), "group/acc": Answers(Estimate(0.5))}
+    found = differences(reference | {"a/acc": answered(*ours), "group/acc": Answers(Estimate(1.0))}, reference)
+    assert list(found) == ["a/acc", "b/acc", "average"]
+    lost = (sum(ours) - sum(theirs)) / 400
+    assert found["a/acc"].value == pytest.approx(lost)
+    assert found["b/acc"] == Estimate(0.0, 0.0, 0.0), "the very same answers have no uncertain difference"
+    assert found["average"].value == pytest.approx(lost / 2)
+    error = math.sqrt(-lost * (1 + lost) / 400)  # of a share of items lost
+    for name, scale in (("a/acc", 1), ("average", 2)):
+        low, high = found[name].low or 0, found[name].high or 0
+        assert low == pytest.approx((lost - 1.96 * error) / scale, abs=0.3 * error)
+        assert high == pytest.approx((lost + 1.96 * error) / scale, abs=0.3 * error)
+
+
+def test_the_average_is_that_of_tasks_and_not_of_items() -> None:
+    answers = {
+        "a/acc": Answers(Estimate(0.5, 0.3, 0.7), (1.0, 0.0)),
+        "b/acc": Answers(Estimate(0.9, 0.9, 0.9), (1.0,) * 9 + (0.0,)),
+        "group/acc": Answers(Estimate(0.1)),
+    }
+    found = average(answers)
+    assert found.value == pytest.approx(0.7)
+    assert same(found, Estimate(0.7, 0.6, 0.8))
+
+
+@pytest.mark.usefixtures("no_defaults")
+def test_an_exam_is_read_once_and_taken_by_one_model_after_another(
+    folder: Path, load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = Tasks(["hp_winogrande", "hp_piqa"], folder, limit=25, seed=3)
+    exam = Exam(tasks)
+    assert exam.items == {"hp_winogrande": (25, 1267), "hp_piqa": (25, 1838)}
+    (model, tokenizer), (other, _) = load(), load(initializer_range=0.3)
+    seen: list[int] = []
+
+    def noted(number: int) -> int:
+        seen.append(number)
+        return number
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", None)  # nothing is read again
+        first = exam.ask(model, tokenizer, track=lambda prompts: map(noted, prompts))
+        second, again = exam.ask(other, tokenizer), exam.ask(model, tokenizer)
+    assert again == first != second
+    assert seen == list(range(len(exam.prompts))), "progress goes to the end"
+    assert first == Exam(tasks).ask(model, tokenizer)
+    assert Exam(replace(tasks, seed=4)).prompts != exam.prompts
+
+
+@pytest.mark.usefixtures("no_defaults")
+def test_evaluate_measures_several_models_and_goes_on_after_an_interruption(
+    folder: Path, make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, small = (
+        make_checkpoint(name, max_position_embeddings=1024, initializer_range=size)
+        for name, size in (("dense", 0.1), ("small", 0.3))
+    )
+    text = tmp_path / "text.txt"
+    text.write_text("some words to measure on, " * 40)
+    arguments = (
+        *("evaluate", small, "--against", dense, "--text", text, "--seq-len", 32, "--output", tmp_path / "out"),
+        *("--tasks", "hp_winogrande,hp_piqa", "--task-path", folder, "--limit", 6),
+    )
+    asked: list[str] = []
+    ask = Exam.ask
+
+    def stopped(exam: Exam, *rest: Any, **how: Any) -> Any:
+        asked.append(exam.tasks.names[0])
+        if len(asked) == 4:
+            raise Interruption
+        return ask(exam, *rest, **how)
+
+    monkeypatch.setattr(Exam, "ask", stopped)
+    with pytest.raises(Interruption):
+        run(*arguments)
+    assert not (tmp_path / "out").exists()
+    result = run(*arguments)
+    assert result.code == 0, result.err
+    assert asked == ["hp_winogrande", "hp_piqa"] * 2 + ["hp_piqa"], "what was answered is not asked again"
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["reused_parts"] == 4
+    assert not list(tmp_path.glob("out.*"))
+    models = record["results"]["models"]
+    row, base = models[str(small)], models[str(dense)]
+    wanted = zero_shot(
+        AutoModelForCausalLM.from_pretrained(small),
+        AutoTokenizer.from_pretrained(small),
+        Tasks(["hp_winogrande", "hp_piqa"], folder, limit=6),
+    )
+    assert {name: found["value"] for name, found in row["tasks"].items()} == {
+        name: estimate.value for name, estimate in wanted.items()
+    }
+    for name, gain in row["differences"].items():
+        ours, theirs = (each["average"] if name == "average" else each["tasks"][name] for each in (row, base))
+        assert gain["value"] == pytest.approx(ours["value"] - theirs["value"])
+    assert "differences" not in base
+    assert row["metrics"]["kl"]["value"] > 0
+    assert record["results"]["items"] == {"hp_winogrande": [6, 1267], "hp_piqa": [6, 1838]}
+    for part in ("6 of 1267", "acc_norm", "±", "random choice", "difference to dense"):
+        assert part in " ".join(result.out.split())
+
+
+def test_what_evaluate_cannot_measure_is_refused(make_checkpoint: Callable[..., Path]) -> None:
+    model = make_checkpoint()
+    refused(run("evaluate", model), "nothing to measure: give --text, --tasks or both")
+    refused(run("evaluate", model, model, "--text", "x.txt"), "would be measured twice")
+    refused(run("evaluate", model, "--limit", 3, "--text", "x.txt"), "--limit need --tasks")
+    refused(run("evaluate", model, "--tasks", "piqa", "--limit", 0), "limit 0 must be at least 1")

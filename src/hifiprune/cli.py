@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from typer import Option
+from typer import Argument, Option
 
 from hifiprune import DEFAULT_CRITERION, __version__
 from hifiprune.errors import HifipruneError
@@ -29,6 +29,7 @@ from hifiprune.options import (
     Floor,
     LabelSamples,
     LightCut,
+    Limit,
     Model,
     NumSamples,
     Output,
@@ -43,9 +44,12 @@ from hifiprune.options import (
     SeqLen,
     ShardSize,
     Steps,
+    TaskNames,
+    TaskPath,
     Temperature,
     TextColumn,
     Trials,
+    asked_tasks,
     drawn_from,
 )
 from hifiprune.study import ablate, compare, criteria
@@ -177,30 +181,42 @@ def score(
 
 @app.command()
 def evaluate(
-    model: Model,
-    text: Annotated[str, Option(help="Text to measure on: any source that --calibration takes but 'self'.")],
+    models: Annotated[list[str], Argument(metavar="MODEL...", help="Local folders, hub ids or .gguf files.")],
+    text: Annotated[
+        str | None, Option(help="Text to measure on: any source that --calibration takes but 'self'.")
+    ] = None,
     against: Annotated[str | None, Option(metavar="DENSE", help="The dense model to compare with.")] = None,
     seq_len: SeqLen = 1024,
     max_windows: Annotated[int | None, Option(min=1, help="Use only the first windows.")] = None,
     text_column: TextColumn = None,
+    tasks: TaskNames = None,
+    task_path: TaskPath = None,
+    limit: Limit = None,
+    output: Annotated[
+        Path | None, Option(help="Folder to keep the results in; with it, an interrupted run can go on.")
+    ] = None,
     batch_size: BatchSize = 1,
     device: Device = "auto",
     dtype: Dtype = "auto",
     attention: Attention = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Measure perplexity and, against the dense model, fidelity."""
+    """Measure perplexity, fidelity to the dense model, and zero-shot accuracy, of one model or several."""
     import hifiprune as hp
     from hifiprune import printing
 
     record = hp.evaluate(
-        model,
+        models,
         text,
         against=against,
+        tasks=asked_tasks(tasks, task_path, limit),
         seq_len=seq_len,
         max_windows=max_windows,
         text_column=text_column,
+        output=output,
+        overwrite=overwrite,
         compute=hp.Compute(device, dtype, batch_size, None, attention),
         voice=voice(),
     )

@@ -15,7 +15,7 @@ from hifiprune.compute import Compute
 from hifiprune.contrasts import Cell, contrast
 from hifiprune.criteria import Options, find_criterion
 from hifiprune.errors import UserError
-from hifiprune.evaluation import Tasks, check_tasks
+from hifiprune.evaluation import Tasks
 from hifiprune.hashing import hash_tokens
 from hifiprune.inspection import shape_of
 from hifiprune.output import local_path, replacing
@@ -79,7 +79,7 @@ def compare(
     )  # fmt: skip
     _check(criteria, ratios, seeds, calibration, texts)
     if tasks:
-        check_tasks(tasks.names, tasks.include_path)
+        tasks.check()
     checkpoint, target, skeleton = prepare(model, output, [calibration, *texts], folder=True, overwrite=overwrite)
     shape = shape_of(skeleton)
     unfinished = Unfinished.beside(target, "compare", voice)

@@ -116,7 +116,7 @@ def run(output: Path, model: str | None, num_samples: int, seq_len: int, voice: 
         dense_texts, pruned_texts = continuations(dense), continuations(after)
     record.stages += pruning.stages + evaluation.stages
     record.results = pruning.results | {
-        "metrics": evaluation.results["metrics"],
+        "metrics": evaluation.results["models"][after]["metrics"],
         "measured_on": f"{evaluation.results['windows']} windows of {seq_len} tokens of Python's documentation",
         "continuations": [
             {"prompt": prompt, "dense": before, "pruned": now}

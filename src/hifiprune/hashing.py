@@ -1,6 +1,7 @@
-"""Content hashes: which weights and which tokens a result belongs to."""
+"""Content hashes: which weights, tokens and texts a result belongs to."""
 
 import hashlib
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import Int
@@ -35,4 +36,12 @@ def hash_tokens(windows: Int[Tensor, "windows positions"]) -> str:
     """SHA-256 of token windows, whatever their integer dtype."""
     digest = hashlib.sha256(f"{list(windows.shape)}\n".encode())
     digest.update(windows.to("cpu", torch.int64).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def hash_texts(texts: Iterable[str]) -> str:
+    """SHA-256 of texts and where each ends."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(hashlib.sha256(text.encode()).digest())
     return digest.hexdigest()

@@ -1,54 +1,230 @@
-"""The story of `evaluate`: a checkpoint measured on a text, beside the dense one."""
+"""The story of `evaluate`: checkpoints measured on a text, beside the dense one, and by zero-shot tasks."""
 
-from dataclasses import asdict
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-from hifiprune.checkpoint import find_checkpoint
-from hifiprune.compute import Compute
-from hifiprune.evaluation import measure
-from hifiprune.preparation import check_model, load, plain_arguments
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hifiprune.announcements import duration
+from hifiprune.checkpoint import Checkpoint, find_checkpoint
+from hifiprune.compute import Compute, estimate_seconds
+from hifiprune.errors import UserError
+from hifiprune.evaluation import Answers, Estimate, Exam, Tasks, average, differences, measure
+from hifiprune.hashing import hash_texts, hash_tokens
+from hifiprune.output import check_target, replacing
+from hifiprune.preparation import check_model, load_hashed, plain_arguments
 from hifiprune.record import RunRecord
 from hifiprune.texts import Text
+from hifiprune.unfinished import Unfinished
 from hifiprune.voice import SILENT, Voice
 
 
 def evaluate(
-    model: str,
-    text: str,
+    models: str | Sequence[str],
+    text: str | None = None,
     *,
     against: str | None = None,
+    tasks: Tasks | None = None,
     seq_len: int = 1024,
     max_windows: int | None = None,
     text_column: str | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
     compute: Compute = Compute(),
     voice: Voice = SILENT,
 ) -> RunRecord:
-    """Perplexity of a checkpoint on a text, and its fidelity to the dense one `against`.
+    """Perplexity of checkpoints on a text, their fidelity to the dense one `against`, and their zero-shot accuracy.
 
     The text is one stream of tokens cut into windows of `seq_len` without overlap, each scored from its second token.
+    Models answer the same items of the tasks, so that their differences to the dense one, or else to the first, are
+    taken item by item.
+
+    Args:
+        models: local folders, hub ids or GGUF files.
+        text: what to measure perplexity and fidelity on.
+        against: the dense model.
+        tasks: zero-shot tasks.
+        seq_len: tokens a window.
+        max_windows: use only the first ones.
+        text_column: column of the text, guessed if not given.
+        output: folder to be made, with the results in `run.json`; with it an interrupted run goes on where it stopped.
+        overwrite: replace an existing output.
+        compute: device and arithmetic.
+        voice: tells of progress.
 
     Raises:
         UserError: the text is too short or something else asked for cannot be done.
+        RunError: numbers, memory or the data of a task failed.
     """
+    names = [models] if isinstance(models, str) else list(models)
     record = RunRecord(
         "evaluate",
         plain_arguments(
-            model=model, against=against, text=text, seq_len=seq_len, max_windows=max_windows, compute=compute
+            models=names, against=against, text=text, tasks=tasks, seq_len=seq_len, max_windows=max_windows,
+            compute=compute,
         ),
-    )
-    source = Text(text, seq_len, max_windows, text_column=text_column)
-    checkpoints = [find_checkpoint(name) for name in (model, against) if name]
-    for checkpoint in checkpoints:
+    )  # fmt: skip
+    twice = [name for name, times in Counter(names).items() if times > 1]
+    if twice:
+        raise UserError(f"{', '.join(twice)} would be measured twice; name each model once")
+    if text is None and tasks is None:
+        raise UserError("there is nothing to measure: give --text, --tasks or both")
+    source = None if text is None else Text(text, seq_len, max_windows, text_column=text_column)
+    dense = find_checkpoint(against) if against else None
+    checkpoints = [find_checkpoint(name) for name in names]
+    everyone = [dense, *checkpoints] if dense else checkpoints
+    for checkpoint in everyone:
         check_model(checkpoint, source)
-    windows = source.held(checkpoints[0].tokenizer()).windows
-    for checkpoint in checkpoints:
+    unfinished = None
+    if output is not None:
+        inputs = [*(checkpoint.path for checkpoint in everyone), text]
+        target = check_target(output, folder=True, overwrite=overwrite, inputs=inputs)
+        unfinished = Unfinished.beside(target, "evaluate", voice)
+    if tasks:
+        tasks.check()
+    windows = source.held(everyone[0].tokenizer()).windows if source else None
+    exams = {name: Exam(replace(tasks, names=(name,))) for name in tasks.names} if tasks else {}
+    for checkpoint in everyone:
         checkpoint.fetch()
-    with record.stage("loading the weights"):
-        models = [load(checkpoint, compute) for checkpoint in checkpoints]
-    names = " against ".join(checkpoint.name for checkpoint in checkpoints)
-    voice.say(f"Evaluating {names} on {len(windows)} windows of {seq_len} tokens of {text}.")
-    with record.stage("evaluating"):
-        pruned, dense = models[0], models[1] if against else None
-        metrics = measure(pruned, windows, dense, batch_size=compute.batch_size, track=voice.track("evaluating"))
-    plain = {name: asdict(estimate) for name, estimate in metrics.items()}
-    record.results = {"windows": len(windows), "positions": seq_len, "metrics": plain}
+    bench = Bench(windows, exams, compute, record, unfinished, voice)
+    voice.say(bench.cost(everyone[0], len(everyone)))
+    if dense:
+        bench.take_dense(dense)
+    for checkpoint in checkpoints:
+        bench.take(checkpoint)
+    record.results = bench.results()
+    if output is not None and unfinished:
+        record.reused_parts = len(unfinished.reused)
+        with replacing(target) as new:
+            new.mkdir()
+            record.save(new / "run.json")
+        unfinished.remove()
     return record
+
+
+@dataclass
+class Bench:
+    """Checkpoints measured one after another.
+
+    Attributes:
+        windows: of the text, to measure perplexity and fidelity on.
+        exams: tasks to be taken, by the names that they were asked by.
+        compute: device and arithmetic.
+        record: of the run.
+        unfinished: keeps what is finished, if anything does.
+        voice: tells of progress.
+        dense: the dense model, which the others are compared with.
+        dense_hash: of its weights.
+        metrics: on the text, by checkpoint.
+        answers: to the tasks, by checkpoint.
+    """
+
+    windows: Int[Tensor, "windows positions"] | None
+    exams: dict[str, Exam]
+    compute: Compute
+    record: RunRecord
+    unfinished: Unfinished | None
+    voice: Voice
+    dense: PreTrainedModel | None = None
+    dense_hash: str = ""
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    answers: dict[str, dict[str, Answers]] = field(default_factory=dict)
+
+    def take_dense(self, checkpoint: Checkpoint) -> None:
+        """Load the dense model, to stay, and have it answer the tasks."""
+        self.dense, self.dense_hash = load_hashed(checkpoint, self.compute, self.record)
+        self._ask(checkpoint, self.dense, self._parts(self.dense, self.dense_hash))
+
+    def take(self, checkpoint: Checkpoint) -> None:
+        """Measure a checkpoint on the text, and by the tasks."""
+        model, model_hash = load_hashed(checkpoint, self.compute, self.record)
+        parts = self._parts(model, model_hash)
+        if self.windows is not None:
+            facts = ["metrics", hash_tokens(self.windows), self.dense_hash]
+            with self.record.stage(f"measuring {checkpoint.name}"):
+                self.metrics[checkpoint.name] = _kept(parts, facts, partial(self._measure, checkpoint, model))
+        self._ask(checkpoint, model, parts)
+
+    def _measure(self, checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Any]:
+        assert self.windows is not None
+        track = self.voice.track(f"measuring {checkpoint.name}")
+        found = measure(model, self.windows, self.dense, batch_size=self.compute.batch_size, track=track)
+        return {name: asdict(estimate) for name, estimate in found.items()}
+
+    def _ask(self, checkpoint: Checkpoint, model: PreTrainedModel, parts: Unfinished | None) -> None:
+        """Have a model answer every task."""
+        for name, exam in self.exams.items():
+            facts = ["answers", hash_texts(exam.prompts)]
+            with self.record.stage(f"asking {checkpoint.name}: {name}"):
+                plain = _kept(parts, facts, partial(self._answers, name, checkpoint, model))
+            own = self.answers.setdefault(checkpoint.name, {})
+            own |= {task: Answers(Estimate(**each["accuracy"]), tuple(each["items"])) for task, each in plain.items()}
+
+    def _answers(self, name: str, checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Any]:
+        track = self.voice.track(f"asking {checkpoint.name}: {name}")
+        size = self.compute.batch_size
+        found = self.exams[name].ask(model, checkpoint.tokenizer(), batch_size=size, track=track)
+        return {task: asdict(answers) for task, answers in found.items()}
+
+    def _parts(self, model: PreTrainedModel, model_hash: str) -> Unfinished | None:
+        return self.unfinished.of(model, model_hash) if self.unfinished else None
+
+    def cost(self, first: Checkpoint, count: int) -> str:
+        """What all of it will take, judged by the first checkpoint."""
+        tokens, what = 0, []
+        if self.windows is not None:
+            tokens += 2 * self.windows.numel()
+            what.append(f"{len(self.windows)} windows of {self.windows.shape[1]} tokens")
+        prompts = [prompt for exam in self.exams.values() for prompt in exam.prompts]
+        if prompts:
+            some = random.Random(0).sample(prompts, min(len(prompts), 200))
+            lengths = [len(ids) for ids in first.tokenizer()(some).input_ids]
+            tokens += len(prompts) * sum(lengths) // len(lengths)
+            what.append(f"{len(prompts):,} prompts of {len(self.exams)} tasks")
+        dtype, device = self.compute.dtype_for(first), self.compute.resolved_device
+        seconds = count * estimate_seconds(first.config(), tokens, 512, device, dtype, backwards=0)
+        return f"Measuring {count} models on {' and '.join(what)}: about {duration(seconds)} if the machine is idle."
+
+    def results(self) -> dict[str, Any]:
+        """All that was found, model by model; differences are to the dense model, or else to the first."""
+        reference = next(iter(self.answers.values()), {})
+        rows: dict[str, dict[str, Any]] = {name: {} for name in [*self.answers, *self.metrics]}
+        for name, found in self.metrics.items():
+            rows[name]["metrics"] = found
+        for name, answers in self.answers.items():
+            row = rows[name]
+            row["tasks"] = {task: _with_error(each.accuracy) for task, each in answers.items()}
+            row["average"] = _with_error(average(answers))
+            if answers is not reference:
+                row["differences"] = {task: asdict(each) for task, each in differences(answers, reference).items()}
+        results: dict[str, Any] = {"models": rows}
+        if self.windows is not None:
+            results |= {"windows": len(self.windows), "positions": self.windows.shape[1]}
+        if self.exams:
+            results["items"] = {task: list(size) for exam in self.exams.values() for task, size in exam.items.items()}
+        return results
+
+
+def _kept(parts: Unfinished | None, facts: list[Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What was made of these facts before, else what is made now, kept."""
+    if parts is None:
+        return make()
+    path = parts.path("parts", *facts)
+    found: dict[str, Any] | None = parts.read_json(path)
+    if found is None:
+        found = make()
+        parts.write_json(path, found)
+    return found
+
+
+def _with_error(estimate: Estimate) -> dict[str, float | None]:
+    """With the standard error, of which the interval has 1.96 to each side."""
+    error = None if estimate.high is None else (estimate.high - estimate.value) / 1.96
+    return asdict(estimate) | {"standard_error": error}

@@ -11,6 +11,7 @@ from hifiprune.errors import UserError
 
 if TYPE_CHECKING:
     from hifiprune.calibration import Calibration
+    from hifiprune.evaluation import Tasks
 
 SCORING_FLAGS = (
     "--criterion", "--recompute", "--keep-graphs", "--alpha", "--temperature", "--light-cut", "--label-samples",
@@ -78,6 +79,16 @@ Recompute = Annotated[
 Attention = Annotated[
     str | None, Option(help="Attention implementation, such as flash_attention_2; the model's default if not given.")
 ]
+TaskNames = Annotated[
+    str | None,
+    Option(
+        "--tasks",
+        help="Zero-shot tasks of lm-evaluation-harness, separated by commas, or 'papers' for the ten of the papers; "
+        "needs the extra 'tasks'.",
+    ),
+]
+TaskPath = Annotated[Path | None, Option(help="Folder of more task files.")]
+Limit = Annotated[int | None, Option(help="So many items of each task, drawn at random, always the same.")]
 ShardSize = Annotated[str, Option(help="Largest weight file.")]
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object on standard output.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing output.")]
@@ -111,3 +122,17 @@ def mixture(words: list[str]) -> tuple[str, tuple[tuple[str, float], ...]]:
     else:
         raise UserError(f"the shares of --calibration add up to {total:g} and leave nothing for the others")
     return sources[0], tuple(zip(sources[1:], shares[1:], strict=True))
+
+
+def asked_tasks(names: str | None, path: Path | None, limit: int | None) -> "Tasks | None":
+    """The `Tasks` that `--tasks` and its companions ask for."""
+    from hifiprune.evaluation import Tasks
+
+    if names is None and (path or limit is not None):
+        raise UserError("--task-path and --limit need --tasks with the names of tasks")
+    return None if names is None else Tasks(listed(names), path, limit)
+
+
+def listed(names: str) -> list[str]:
+    """Names separated by commas."""
+    return [name.strip() for name in names.split(",") if name.strip()]

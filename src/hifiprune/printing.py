@@ -2,6 +2,7 @@
 
 import math
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +71,45 @@ def settings(facts: dict[str, Any]) -> None:
 
 def evaluated(record: RunRecord) -> None:
     """What `evaluate` measured."""
-    table = _table("metric", "value", "95% interval", "meaning")
-    for name, estimate in record.results["metrics"].items():
-        interval = "" if estimate["low"] is None else f"{estimate['low']:.4g} to {estimate['high']:.4g}"
-        label, meaning = METRICS[name]
-        table.add_row(label, f"{estimate['value']:.4g}", interval, meaning)
+    results = record.results
+    measured = {name: row["metrics"] for name, row in results["models"].items() if "metrics" in row}
+    if measured:
+        table = _table("metric", *(short(measured) if len(measured) > 1 else ["value"]), "meaning")
+        for metric in next(iter(measured.values())):
+            label, meaning = METRICS[metric]
+            table.add_row(label, *(_interval(metrics[metric], ".4g") for metrics in measured.values()), meaning)
+        _show(table)
+        size = f"{results['windows']} windows of {results['positions']} tokens"
+        Console().print(f"{size}; in brackets 95% intervals by bootstrap over windows")
+    if "items" in results:
+        _answered(results["models"], results["items"])
+
+
+def _answered(models: dict[str, dict[str, Any]], items: dict[str, list[int]]) -> None:
+    """A row for each task, a column for each model."""
+    rows = {name: row["tasks"] | {"average": row["average"]} for name, row in models.items()}
+    table = _table("task", "metric", "items", *short(rows))
+    for key in next(iter(rows.values())):
+        task, _, metric = key.partition("/")
+        asked, there = items.get(task, ("", ""))
+        size = f"{asked} of {there}" if asked != there else str(asked)
+        gains = [models[name].get("differences", {}).get(key) for name in rows]
+        cells = [_accuracy(row[key], gain) for row, gain in zip(rows.values(), gains, strict=True)]
+        table.add_row(task, metric, size, *cells)
     _show(table)
-    size = f"{record.results['windows']} windows of {record.results['positions']} tokens"
-    Console().print(f"{size}; intervals by bootstrap over windows")
+    remarks = ["No examples in the prompts; accuracy with its standard error."]
+    if any(asked != there for asked, there in items.values()):
+        remarks.append("Of larger tasks a random choice of items was asked, the same of every model.")
+    if len(rows) > 1:
+        reference, *_ = short(rows)
+        remarks.append(f"In brackets the difference to {reference} on the same items, with its 95% interval.")
+    Console().print(" ".join(remarks), markup=False)
+
+
+def _accuracy(estimate: dict[str, float | None], gain: dict[str, float] | None) -> str:
+    error = "" if estimate["standard_error"] is None else f" ± {estimate['standard_error']:.3f}"
+    interval = "" if gain is None or gain["low"] is None else f", {gain['low']:+.3f} to {gain['high']:+.3f}"
+    return f"{estimate['value']:.3f}{error}" + ("" if gain is None else f" ({gain['value']:+.3f}{interval})")
 
 
 def criteria_listed(facts: list[dict[str, str]]) -> None:
@@ -221,17 +253,23 @@ def width_range(widths: int | list[int]) -> str:
     return f"{widths:,}" if isinstance(widths, int) else f"{min(widths):,} to {max(widths):,}"
 
 
+def short(names: Collection[str]) -> list[str]:
+    """The last part of each path, where that tells them apart."""
+    ends = [Path(name).name for name in names]
+    return ends if len(set(ends)) == len(ends) else list(names)
+
+
 def next_step(*words: object) -> None:
     """Tell which of our commands to run next, ready to be pasted into a shell."""
     command = shlex.join(["hifiprune", *map(str, words)])
     Console().print(f"Next: {command}", highlight=False, soft_wrap=True, markup=False)
 
 
-def _interval(estimate: dict[str, float | None]) -> str:
+def _interval(estimate: dict[str, float | None], form: str = ".3g") -> str:
     if estimate["value"] is None:
         return "none"
-    bounds = "" if estimate["low"] is None else f" ({estimate['low']:.3g} to {estimate['high']:.3g})"
-    return f"{estimate['value']:.3g}{bounds}"
+    bounds = "" if estimate["low"] is None else f" ({estimate['low']:{form}} to {estimate['high']:{form}})"
+    return f"{estimate['value']:{form}}{bounds}"
 
 
 def _cost(stage: dict[str, Any]) -> tuple[str, str]:

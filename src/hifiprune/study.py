@@ -18,6 +18,7 @@ from hifiprune.options import (
     Dtype,
     LabelSamples,
     LightCut,
+    Limit,
     Model,
     NumSamples,
     Output,
@@ -27,9 +28,13 @@ from hifiprune.options import (
     Sampler,
     Seed,
     SeqLen,
+    TaskNames,
+    TaskPath,
     Temperature,
     TextColumn,
+    asked_tasks,
     drawn_from,
+    listed,
 )
 from hifiprune.terminal import show, voice
 
@@ -57,12 +62,9 @@ def compare(
         list[str] | None, Option(help="Text to measure perplexity and entropy alone on, in less time.")
     ] = None,
     max_windows: Annotated[int | None, Option(min=1, help="Measure on the first windows of each text only.")] = None,
-    tasks: Annotated[
-        str | None,
-        Option(help="Zero-shot tasks of lm-evaluation-harness, separated by commas; needs the extra 'tasks'."),
-    ] = None,
-    tasks_path: Annotated[Path | None, Option(help="Folder of more task files.")] = None,
-    tasks_limit: Annotated[int | None, Option(min=1, help="Only the first items of each task.")] = None,
+    tasks: TaskNames = None,
+    task_path: TaskPath = None,
+    limit: Limit = None,
     num_samples: NumSamples = 128,
     seq_len: SeqLen = 1024,
     seed: Seed = 0,
@@ -86,20 +88,18 @@ def compare(
     import hifiprune as hp
     from hifiprune import printing
 
-    if tasks is None and (tasks_path or tasks_limit):
-        raise UserError("--tasks-path and --tasks-limit need --tasks with the names of tasks")
     plain = [hp.Text(source, seq_len, max_windows, text_column=text_column) for source in text]
     cheap = [hp.Text(source, seq_len, max_windows, False, text_column) for source in perplexity_text or []]
     record = hp.compare(
         model,
         output,
-        _listed(criteria),
-        [_number(ratio) for ratio in _listed(ratios)],
+        listed(criteria),
+        [_number(ratio) for ratio in listed(ratios)],
         drawn_from(calibration, num_samples, seq_len, seed, sampler, text_column),
         plain + cheap,
         seeds=seeds,
         options=hp.Options(alpha, temperature, light_cut, label_samples),
-        tasks=hp.Tasks(_listed(tasks), tasks_path, tasks_limit) if tasks is not None else None,
+        tasks=asked_tasks(tasks, task_path, limit),
         round_to=round_to,
         compute=hp.Compute(device, dtype, batch_size, recompute, attention),
         overwrite=overwrite,
@@ -146,10 +146,6 @@ def ablate(
         voice=voice(),
     )
     show(record.to_dict(), as_json, lambda: printing.ablated(record, model, scores))
-
-
-def _listed(names: str) -> list[str]:
-    return [name.strip() for name in names.split(",") if name.strip()]
 
 
 def _number(text: str) -> float:

@@ -18,7 +18,7 @@ from hifiprune.announcements import announce_scoring, duration
 from hifiprune.calibration import Calibration, sample_windows
 from hifiprune.compute import Compute, estimate_seconds
 from hifiprune.criteria import find_criterion
-from hifiprune.evaluation import Reference, Tasks, measure_windows, zero_shot
+from hifiprune.evaluation import Exam, Reference, Tasks, measure_windows
 from hifiprune.hashing import hash_tokens
 from hifiprune.plan import Plan
 from hifiprune.scores import Scores
@@ -121,6 +121,8 @@ class Workbench:
             for source in missing
             if texts[source].fidelity
         }
+        asked = [each for each in what if isinstance(each, Tasks) and any(wanted[path][1] is each for path in todo)]
+        exams = {each: Exam(each) for each in asked}
         steps = self.voice.track("measuring")(todo)
         for _, paths in groupby(steps, key=lambda path: id(wanted[path][0])):  # a model is cut once for all texts
             first = next(paths)
@@ -128,7 +130,7 @@ class Workbench:
             with cut(self.model, plan) if plan else nullcontext():
                 for path in chain([first], paths):
                     each = wanted[path][1]
-                    found[path] = self._run_tasks(each) if isinstance(each, Tasks) else self._read(each, references)
+                    found[path] = self._take(exams[each]) if isinstance(each, Tasks) else self._read(each, references)
                     self.unfinished.write_json(path, found[path])
         return [[found[path] for path in row] for row in table]
 
@@ -138,12 +140,9 @@ class Workbench:
         )
         return {name: each.tolist() for name, each in values.items()}
 
-    def _run_tasks(self, tasks: Tasks) -> Measured:
-        size = self.compute.batch_size
-        found = zero_shot(
-            self.model, self.tokenizer, tasks.names, include_path=tasks.include_path, limit=tasks.limit, batch_size=size
-        )
-        return {name: [estimate.value] for name, estimate in found.items()}
+    def _take(self, exam: Exam) -> Measured:
+        answers = exam.ask(self.model, self.tokenizer, batch_size=self.compute.batch_size)
+        return {name: [found.accuracy.value] for name, found in answers.items()}
 
     def _path(self, plan: Plan | None, what: Held | Tasks) -> Path:
         """Named by all that the measurement depends on."""
@@ -151,7 +150,7 @@ class Workbench:
         if isinstance(what, Held):
             facts: list[Any] = [hash_tokens(what.windows), what.fidelity]
         else:
-            facts = [list(what.names), str(what.include_path), what.limit]
+            facts = [what.names, str(what.include_path), what.limit, what.seed]
         return self.unfinished.path("cells", *facts, kept)
 
     def _seconds(self, text: Held) -> float:

@@ -2,15 +2,18 @@
 
 from hifiprune.evaluation.fidelity import Reference, estimate, measure, measure_windows
 from hifiprune.evaluation.intervals import Estimate, bootstrap_mean, bootstrap_paired
-from hifiprune.evaluation.tasks import Tasks, check_tasks, zero_shot
+from hifiprune.evaluation.tasks import Answers, Exam, Tasks, average, differences, zero_shot
 
 __all__ = [
+    "Answers",
     "Estimate",
+    "Exam",
     "Reference",
     "Tasks",
+    "average",
     "bootstrap_mean",
     "bootstrap_paired",
-    "check_tasks",
+    "differences",
     "estimate",
     "measure",
     "measure_windows",

@@ -118,8 +118,19 @@ def as_it_is(model: PreTrainedModel) -> Iterator[None]:
             del model.__dict__["tie_weights"]
 
 
+def built_once(task: Any, items: list[int]) -> None:
+    """Build a task's prompts for these items now; each later building only takes the answers away."""
+    task.build_all_requests(samples=items)
+
+    def cleared(**how: Any) -> None:
+        for instance in task.instances:
+            instance.resps, instance.filtered_resps = [], {}
+
+    task.build_all_requests = cleared
+
+
 @contextmanager
-def explained(tasks: Sequence[str], batch_size: int) -> Iterator[None]:
+def explained(tasks: Sequence[str], batch_size: int = 1) -> Iterator[None]:
     """Turn the harness's refusals, missing data and lack of memory into one message each."""
     names = ", ".join(tasks)
     try:

@@ -1,6 +1,7 @@
 """Estimates with bootstrap confidence intervals over windows."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,14 +26,18 @@ class Estimate:
 
 def bootstrap_mean(values: Float[Tensor, "windows"], seed: int = 0) -> Estimate:
     """Mean of `values` with a 95% percentile interval from 2,000 resamples of the windows, in float64."""
-    values = values.double()
-    mean = values.mean().item()
-    if len(values) < 2:
+    return bootstrap_average([values], seed)
+
+
+def bootstrap_average(groups: Sequence[Float[Tensor, "_"]], seed: int = 0) -> Estimate:
+    """Mean of the groups' means with a 95% percentile interval; items are drawn again within their group."""
+    mean = sum(group.double().mean().item() for group in groups) / len(groups)
+    if any(len(group) < 2 for group in groups):
         return Estimate(mean)
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
-    means = values[drawn].mean(1)
-    return Estimate(mean, *percentiles(means))
+    drawn = sum(_counts(len(group), generator) @ (group.double() / len(group)) for group in groups)
+    assert isinstance(drawn, Tensor)
+    return Estimate(mean, *percentiles(drawn / len(groups)))
 
 
 def bootstrap_paired(differences: Float[Tensor, "seeds windows"], seed: int = 0) -> Estimate:
