@@ -292,7 +292,7 @@ def test_an_exam_is_read_once_and_taken_by_one_model_after_another(
     tasks = Tasks(["hp_winogrande", "hp_piqa"], folder, limit=25, seed=3)
     exam = Exam(tasks)
     assert exam.items == {"hp_winogrande": (25, 1267), "hp_piqa": (25, 1838)}
-    (model, tokenizer), (other, _) = load(), load(initializer_range=0.3)
+    (model, tokenizer), (other, _) = load(), load("qwen3")
     seen: list[int] = []
 
     def noted(number: int) -> int:
