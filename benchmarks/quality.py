@@ -70,7 +70,6 @@ VARIANTS = {
     "obs, repaired": Variant("obs", repair=SEQUENTIAL, alone=True),
     "entropy-square, repaired in parallel": Variant("entropy-square", repair={"sequential": False}, alone=True),
     "entropy-square, repaired, tokens alike": Variant("entropy-square", repair={"weighted": False}, alone=True),
-    "entropy-square, repaired, attention too": Variant("entropy-square", repair={"attention": True}, alone=True),
     "fisher, global": Variant("fisher", "global", alone=True),
     "entropy-square, repaired, 2 steps": Variant("entropy-square", repair=SEQUENTIAL, steps=2, alone=True),
     "fisher, global, repaired, 2 steps": Variant("fisher", "global", SEQUENTIAL, steps=2, alone=True),

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import hifiprune as hp
 from hifiprune.allocation import plan_with, share_out
 from hifiprune.checkpoint import Checkpoint
-from hifiprune.search import search
+from hifiprune.search import exchange_size, search
 from tests.commands import Result, refused, run
 from tests.families import tiny_model, tiny_tokens
 from tests.naive import divergence, logits_of, masked_logits
@@ -98,6 +98,22 @@ def test_search_never_ends_worse_than_uniform_widths_and_leaves_the_model_whole(
     assert again.to_json() == plan.to_json()
 
 
+@pytest.mark.parametrize(
+    ("neurons", "unit", "sizes"),
+    [(14_336, 1, [1792, 896, 448, 224]), (14_336, 128, [1792, 896, 384, 128]), (40, 16, [16, 16, 16, 16])],
+)
+def test_exchanges_are_halved_at_every_quarter(neurons: int, unit: int, sizes: list[int]) -> None:
+    assert [exchange_size(neurons, unit, trial / 8) for trial in range(8)] == [size for size in sizes for _ in range(2)]
+
+
+def test_searched_widths_are_multiples() -> None:
+    model, tokens = tiny_model("llama"), tiny_tokens(4)
+    scores, sharing = hp.score(model, tokens, "fisher"), hp.Sharing("searched", 0.5, 24)
+    plan = search(model, scores, hp.Budget(neuron_ratio=0.4), tokens, round_to=4, sharing=sharing)
+    assert sum(plan.widths) == 3 * 24
+    assert not any(width % 4 for width in plan.widths)
+
+
 def prune(dense: Path, output: Path, *more: object) -> Result:
     return run("prune", dense, "--neuron-ratio", 0.4, "--round-to", 1, "--seq-len", 16, "--output", output, *more)
 
@@ -164,6 +180,29 @@ def test_presets_are_what_their_flags_say(
     assert plans[0] == plans[1]
     one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("preset", "flags"))
     assert all(torch.equal(weight, two[name]) for name, weight in one.items())
+
+
+def test_what_was_asked_for_is_what_scores_were_made_by(world: Path, tmp_path: Path) -> None:
+    dense = world / "dense"
+    assert prune(dense, tmp_path / "one", "--criterion", "random").code == 0
+    scores = ("--scores", tmp_path / "one" / "hifiprune" / "scores.safetensors")
+    for flags, name in ((("--preset", "hfprune"), "hfprune"), (("--criterion", "magnitude"), "magnitude")):
+        refused(prune(dense, tmp_path / "two", *scores, *flags), f"made by 'random', and '{name}' is asked for")
+    refused(prune(dense, tmp_path / "two", *scores, "--steps", 2), "2 steps score the model anew: leave out --scores")
+    assert prune(dense, tmp_path / "two", *scores, "--criterion", "random").code == 0
+
+
+def test_settings_without_effect_are_told(world: Path, tmp_path: Path) -> None:
+    text = ("--calibration", world / "calibration.txt", "--num-samples", 4)
+    result = prune(world / "dense", tmp_path / "a", *text, "--alpha", 0.3, "--floor", 0.1, "--trials", 3)
+    assert "Without effect with criterion 'entropy-square' and uniform allocation: alpha, floor, trials." in result.err
+    used = ("--criterion", "fisher", "--label-samples", 2, "--allocation", "global", "--floor", 0.1)
+    result = prune(world / "dense", tmp_path / "b", *text, *used)
+    assert result.code == 0, result.err
+    assert "Without effect" not in result.err
+    unread = ("--criterion", "magnitude", "--repair", "none")
+    refused(prune(world / "dense", tmp_path / "c", *text, *unread), "nothing reads the text: criterion 'magnitude' needs none")
+    refused(prune(world / "dense", tmp_path / "c", *text, "--repair", "rigde"), "did you mean 'ridge'?")
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,20 @@ def remark_on_scale(scores: Scores, sharing: Sharing, voice: Voice) -> None:
         voice.say(f"Scores by '{scores.criterion}' are not on one scale in all layers; widths by them mean little.")
 
 
+def remark_on_unused(options: Options | None, criterion: str, sharing: Sharing, voice: Voice) -> None:
+    """Say which settings have no effect, of those that are not what they would be anyway."""
+    unused = []
+    if options:
+        others = [name for name in asdict(options) if name not in (*find_criterion(criterion).options, "seed")]
+        unused += [name for name in others if getattr(options, name) != getattr(Options(), name)]
+    for name, where in (("floor", ("global", "searched")), ("trials", ("searched",))):
+        if sharing.allocation not in where and getattr(sharing, name) != getattr(Sharing(), name):
+            unused.append(name)
+    if unused:
+        names = ", ".join(name.replace("_", "-") for name in unused)
+        voice.say(f"Without effect with criterion '{criterion}' and {sharing.allocation} allocation: {names}.")
+
+
 def duration(seconds: float) -> str:
     """Seconds for a reader."""
     if seconds < 90:

@@ -37,10 +37,6 @@ class BlockChain:
         self.head = Head.of(model)
         self._check_head()
 
-    def attention(self, index: int) -> nn.Module:
-        """The attention of a block."""
-        return self.blocks[index].get_submodule(self.family.attention)
-
     def embed(self, tokens: Int[Tensor, "windows positions"]) -> tuple[Tensor, list[BlockCall]]:
         """The first block's input, and the call of every block, as the model's own forward makes them."""
         calls: list[BlockCall] = []
@@ -189,10 +185,10 @@ class BlockChain:
         return rest
 
     @torch.no_grad()
-    def run(self, index: int, hidden: Tensor, call: BlockCall, tap: nn.Linear | None = None) -> tuple[Tensor, MapPass]:
-        """Output of a block, and one of its linear maps: its MLP's output map, or another."""
+    def run(self, index: int, hidden: Tensor, call: BlockCall) -> tuple[Tensor, MapPass]:
+        """Output of a block, and its MLP's output map."""
         passes: list[MapPass] = []
-        linear = tap or self.mlps[index].output
+        linear = self.mlps[index].output
 
         def tapped(activation: Tensor) -> Tensor:
             passes.append(MapPass(linear, activation, functional.linear(activation, linear.weight, linear.bias)))

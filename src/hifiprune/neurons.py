@@ -16,9 +16,9 @@ from hifiprune.errors import UserError, nearest_name
 
 @dataclass(frozen=True)
 class Family:
-    """Paths of the modules that pruning needs; those of MLP and attention are relative to a block, or to themselves.
+    """Paths of the modules that pruning needs; those of the MLP are relative to a block, those of its maps to itself.
 
-    `additive` says that both add their output to the residual stream as it is, without a norm between.
+    `additive` says that its output is added to the residual stream as it is, without a norm between.
     """
 
     blocks: str = "model.layers"
@@ -26,8 +26,6 @@ class Family:
     mlp: str = "mlp"
     inputs: tuple[str, ...] = ("gate_proj", "up_proj")
     output: str = "down_proj"
-    attention: str = "self_attn"
-    attention_output: str = "o_proj"
     additive: bool = True
 
 

@@ -1,5 +1,6 @@
 """The story of each command, told in order: what is checked, what is computed, what is written."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,12 @@ from transformers import PreTrainedModel
 
 from hifiprune import DEFAULT_CRITERION
 from hifiprune.allocation import Budget, Sharing, allocate
-from hifiprune.announcements import announce_plan, remark_on_options, remark_on_scale
+from hifiprune.announcements import announce_plan, remark_on_options, remark_on_scale, remark_on_unused
 from hifiprune.calibration import Calibration
 from hifiprune.checkpoint import Checkpoint
 from hifiprune.compute import Compute
 from hifiprune.criteria import Options, find_criterion
-from hifiprune.errors import UserError
+from hifiprune.errors import UserError, unknown
 from hifiprune.inspection import shape_of
 from hifiprune.neurons import find_mlps
 from hifiprune.output import check_shard_size, check_space, replacing
@@ -130,22 +131,18 @@ def prune(
         UserError: something asked for cannot be done, found before the weights are loaded where possible.
         RunError: numbers, memory or disk failed.
     """
-    if repair is None and (calibration is None or bias_compensation):
-        repair = "none"  # the default gives way
-        if calibration is None and settle(preset).repair != repair:
-            voice.say("Without --calibration there is no text to repair with: the cut stays a plain one.")
-    system = settle(preset, criterion=criterion, allocation=allocation, repair=repair, round_to=round_to)
+    path = scores if isinstance(scores, str | Path) else None
+    used = Scores.load(scores) if isinstance(scores, str | Path) else scores
+    asked = {"criterion": criterion, "allocation": allocation, "repair": repair, "round_to": round_to}
+    system = _settle(preset, asked, used, calibration, bias_compensation=bias_compensation, voice=voice)
     criterion, repair, round_to = system.criterion, system.repair, system.round_to
     sharing = Sharing(system.allocation, floor, trials)
     course = Course(steps, budget, round_to, sharing, repair=repair != "none")
-    _check_texts(system, calibration, scored=scores is not None, bias_compensation=bias_compensation)
-    if steps > 1 and calibration is None:
-        raise UserError(f"{steps} steps need text to score on anew: give --calibration")
-    path = scores if isinstance(scores, str | Path) else None
-    used = Scores.load(scores) if isinstance(scores, str | Path) else scores
+    _check_steps(course, used, calibration)
+    remark_on_unused(None if used else options, criterion, sharing, voice)
     sources = plain_arguments(model=model, output=output, budget=budget, calibration=calibration, compute=compute)
     settings = plain_arguments(
-        scores=path, criterion=used.criterion if used else criterion, options=options, preset=preset,
+        scores=path, criterion=criterion, options=options, preset=preset,
         sharing=sharing, steps=steps, round_to=round_to, repair=repair,
         bias_compensation=bias_compensation, shard_size=shard_size, overwrite=overwrite,
     )  # fmt: skip
@@ -154,7 +151,7 @@ def prune(
     checkpoint, target, skeleton = prepare(model, output, [calibration], [path], folder=True, overwrite=overwrite)
     shape = shape_of(skeleton)
     if bias_compensation:
-        _check_compensation(checkpoint, used, used.criterion if used else criterion)
+        _check_compensation(checkpoint, used, criterion)
     width = shape.width_at(budget, round_to)
     check_space(target, int(checkpoint.dtype().itemsize * shape.total_parameters * (1 - shape.ratio_at(width))))
     voice.say(announce_plan(budget, shape, width, round_to, sharing.allocation))
@@ -217,23 +214,60 @@ def _check_compensation(checkpoint: Checkpoint, scores: Scores | None, criterion
         raise UserError(f"criterion '{criterion}' has no mean activations for biases; use flap")
 
 
-def _check_texts(preset: Preset, calibration: Calibration | None, *, scored: bool, bias_compensation: bool) -> None:
+def _settle(
+    preset: str,
+    asked: dict[str, Any],
+    scores: Scores | None,
+    calibration: Calibration | None,
+    *,
+    bias_compensation: bool,
+    voice: Voice,
+) -> Preset:
+    """What a preset, and what is asked for in place of its parts, come to with this text and these scores."""
+    if asked["repair"] is None and (calibration is None or bias_compensation):
+        asked = asked | {"repair": "none"}  # the default gives way
+        if calibration is None and settle(preset).repair != "none":
+            voice.say("Without --calibration there is no text to repair with: the cut stays a plain one.")
+    system = settle(preset, **asked)
+    _check_texts(system, calibration, scored=scores is not None, bias_compensation=bias_compensation)
+    if scores is None:
+        return system
+    if scores.criterion != system.criterion and (asked["criterion"] or preset != "default"):
+        raise UserError(
+            f"the scores were made by '{scores.criterion}', and '{system.criterion}' is asked for: leave out --scores, "
+            "or --criterion and --preset"
+        )
+    return replace(system, criterion=scores.criterion)
+
+
+def _check_texts(system: Preset, calibration: Calibration | None, *, scored: bool, bias_compensation: bool) -> None:
     """Whether there is a text for each step that reads one, and a use for the one that is given."""
-    if preset.repair not in REPAIRS:
-        raise UserError(f"repair '{preset.repair}' is not known; known are {', '.join(REPAIRS)}")
-    fits = preset.repair != "none" or preset.allocation == "searched"
+    if system.repair not in REPAIRS:
+        raise unknown("repair", system.repair, REPAIRS)
+    fits = system.repair != "none" or system.allocation == "searched"
     if not scored:
-        _check_data(preset.criterion, calibration)
+        _check_data(system.criterion, calibration)
+        if calibration and not fits and not find_criterion(system.criterion).statistic:
+            raise UserError(
+                f"nothing reads the text: criterion '{system.criterion}' needs none; leave out --calibration"
+            )
     elif calibration and not fits:
         raise UserError("give one of --calibration and --scores, not both; both only to repair or search")
-    if preset.repair != "none" and calibration and calibration.num_samples < 2:
+    if system.repair != "none" and calibration and calibration.num_samples < 2:
         raise UserError("repair needs at least 2 windows, of which it holds one out: --num-samples 2, or --repair none")
-    if preset.repair != "none" and calibration is None:
+    if system.repair != "none" and calibration is None:
         raise UserError("repair needs text to fit to: give --calibration, or --repair none")
     if fits and calibration is None:
         raise UserError("a search for widths needs text to measure on: give --calibration, or another --allocation")
-    if preset.repair != "none" and bias_compensation:
+    if system.repair != "none" and bias_compensation:
         raise UserError("repair refits biases itself: give one of --repair and --bias-compensation, not both")
+
+
+def _check_steps(course: Course, scores: Scores | None, calibration: Calibration | None) -> None:
+    if course.steps > 1 and scores:
+        raise UserError(f"{course.steps} steps score the model anew: leave out --scores")
+    if course.steps > 1 and calibration is None:
+        raise UserError(f"{course.steps} steps need text to score on anew: give --calibration")
 
 
 def _describe_scores(scores: Scores) -> dict[str, Any]:

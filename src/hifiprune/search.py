@@ -67,8 +67,7 @@ def search(
         if trial < len(starts):
             widths = starts[trial]
         else:
-            largest = max(unit, shape.neurons // 8 // unit * unit)
-            step = max(unit, largest >> (4 * trial // sharing.trials) // unit * unit)
+            step = exchange_size(shape.neurons, unit, trial / sharing.trials)
             widths = _exchanged(best, step, int(sharing.floor * width), shape.neurons, chance)
         if tuple(widths) in tried:
             continue
@@ -79,6 +78,11 @@ def search(
         if divergence < least:
             best, least = widths, divergence
     return plan_with(scores, best, budget)
+
+
+def exchange_size(neurons: int, unit: int, share: float) -> int:
+    """How many neurons a trial moves, a multiple of `unit`, after a `share` of all trials: halved at every quarter."""
+    return max(unit, (neurons // 8 >> int(4 * share)) // unit * unit)
 
 
 def search_windows(windows: Int[Tensor, "windows positions"]) -> Int[Tensor, "few positions"]:

@@ -38,8 +38,7 @@ def cut_(model: PreTrainedModel, plan: Plan, means: Sequence[Float[Tensor, "_"]]
             _compensate_(mlp, others(kept, mlp.neurons), mean)
     for mlp, kept in zip(mlps, plan.kept, strict=True):
         keep_(mlp, kept)
-        for linear, name, _ in _parts(mlp):
-            getattr(linear, name).grad = None  # of the shape before
+    forget_gradients_(mlps)
     state_widths(model, plan.widths)
 
 
@@ -137,6 +136,13 @@ def keep_(mlp: Mlp, kept: Int[Tensor, "kept"]) -> None:
         parameter = getattr(linear, name)
         _set_(linear, name, parameter.index_select(dim, kept.to(parameter.device)))
     _state_sizes(mlp, len(kept))
+
+
+def forget_gradients_(mlps: Sequence[Mlp]) -> None:
+    """Leave no gradient of the shape before a cut."""
+    for mlp in mlps:
+        for linear, name, _ in _parts(mlp):
+            getattr(linear, name).grad = None
 
 
 def _put_back_(mlp: Mlp, kept: Int[Tensor, "kept"], rest: Int[Tensor, "rest"], removed: list[Tensor]) -> None:
