@@ -1,6 +1,7 @@
 """What recovery training wins back on SmolLM2-135M-Instruct, half an hour of it on this machine for each variant.
 
-The model is pruned by 20 and 30% with repair, calibrated on C4; then trained on labels (instructions) or distilled from
+The model is pruned by 20 and 30% with the best training-free setting (`fisher`, one threshold for all layers, repaired;
+`quality.py`), calibrated on C4; then trained on labels (instructions) or distilled from
 the dense model (C4), by LoRA or all weights, and the dense model alike as the control. Measured on WikiText-2 test
 (perplexity) and documents of C4 that nothing was trained on (KL divergence). Writes `results/recovery.json` and
 `docs/recovery.svg`. Takes hours; interrupted, it goes on where it stopped.
@@ -26,7 +27,8 @@ from hifiprune.terminal import voice
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
 C4, ANSWERS = DATA / "c4" / "c4_documents.jsonl", DATA / "instruct"
-BASE = hp.Training(seq_len=512, gradient_accumulation=8, evaluate_every=25)
+CALIBRATION = hp.Calibration(str(C4), 41)
+BASE = hp.Training(epochs=100, seq_len=512, gradient_accumulation=8, evaluate_every=25)  # until time is up
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,12 @@ def main() -> None:
 
 def run(variant: Variant, dense: Path, folder: Path, output: Path, minutes: float, speaker: Any) -> dict[str, Any]:
     """Prune, unless that was done, and train; where the result is, and how it went."""
-    pruned = folder / f"pruned-{variant.ratio:g}"
+    pruned, scores, calibration = folder / f"pruned-{variant.ratio:g}", folder / "scores.safetensors", CALIBRATION
+    if not scores.exists():
+        hp.score_checkpoint(str(dense), scores, calibration, criterion="fisher", voice=speaker)
     if not pruned.exists():
-        calibration = hp.Calibration(str(C4), 41)
-        hp.prune(str(dense), pruned, hp.Budget(ratio=variant.ratio), calibration, round_to=1, voice=speaker)
+        given = (str(dense), pruned, hp.Budget(ratio=variant.ratio), calibration)
+        hp.prune(*given, scores=scores, allocation="global", round_to=1, voice=speaker)
     if variant.training is None:
         return {"ratio": variant.ratio, "folder": str(pruned)}
     training = replace(variant.training, max_minutes=minutes)

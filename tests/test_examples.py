@@ -84,10 +84,10 @@ def test_labels_cover_the_answer_alone_token_by_token(tmp_path: Path, shape: str
     row, pieces = ROWS[shape]
     tokens = tokenizer()
     (example,) = read_examples(written(tmp_path, row), tokens, learn_prompts=learn_prompts)
-    assert tokens.decode(example.tokens) == "".join(text for text, _ in pieces)
+    assert tokens.decode([*example.tokens]) == "".join(text for text, _ in pieces)
     learned = [(text, taught or learn_prompts) for text, taught in pieces]
     expected = [taught for text, taught in learned for _ in tokens(text).input_ids]
-    assert example.learned == expected
+    assert [*map(bool, example.learned)] == expected
 
 
 @pytest.mark.parametrize("shape", ["prompt", "instruction", "messages", "text"])
@@ -106,7 +106,7 @@ def test_a_real_tokenizer_splits_at_the_answer(
     assert smollm2_tokenizer.decode(taught) == answers[shape]
     if shape == "messages":
         whole: Any = smollm2_tokenizer.apply_chat_template(row["messages"], tokenize=True)
-        assert example.tokens == whole["input_ids"]
+        assert [*example.tokens] == whole["input_ids"]
 
 
 def test_a_start_token_is_written_where_the_tokenizer_writes_one(tmp_path: Path) -> None:
@@ -114,14 +114,37 @@ def test_a_start_token_is_written_where_the_tokenizer_writes_one(tmp_path: Path)
     plain = tokenizer()
     plain.add_special_tokens({"bos_token": "<start>"})
     (without,) = read_examples(source, plain)
-    assert plain.decode(without.tokens) == "why? so<end>"
+    assert plain.decode([*without.tokens]) == "why? so<end>"
     plain.backend_tokenizer.post_processor = TemplateProcessing(
         single="<start> $A", special_tokens=[("<start>", plain.bos_token_id)]
     )
     (example,) = read_examples(source, plain)
-    assert plain.decode(example.tokens) == "<start>why? so<end>"
+    assert plain.decode([*example.tokens]) == "<start>why? so<end>"
     assert example.tokens.count(plain.bos_token_id) == 1
     assert not example.learned[0]
+
+
+def test_a_template_that_writes_earlier_turns_otherwise_makes_an_example_of_each_answer(tmp_path: Path) -> None:
+    """As Qwen3's, which leaves a block for thoughts in the last answer only."""
+    thinking = tokenizer()
+    thinking.chat_template = (
+        "{% for m in messages %}{{ m.role }}: "
+        "{% if loop.last and m.role == 'assistant' %}(thinks) {% endif %}{{ m.content }};{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    turns = [{"role": role, "content": f"{role[0]}{n}"} for n in (1, 2, 3) for role in ("user", "assistant")]
+    examples = read_examples(written(tmp_path, {"messages": turns}), thinking)
+    texts = [thinking.decode([*example.tokens]) for example in examples]
+    taught = [
+        thinking.decode([token for token, learned in zip(each.tokens, each.learned, strict=True) if learned])
+        for each in examples
+    ]
+    assert texts == [
+        "user: u1;assistant: (thinks) a1;",
+        "user: u1;assistant: a1;user: u2;assistant: (thinks) a2;",
+        "user: u1;assistant: a1;user: u2;assistant: a2;user: u3;assistant: (thinks) a3;",
+    ]
+    assert taught == ["(thinks) a1;", "(thinks) a2;", "(thinks) a3;"]
 
 
 @pytest.mark.parametrize(
@@ -165,9 +188,9 @@ def test_conversations_that_cannot_be_written_are_refused(tmp_path: Path, messag
 def test_the_column_that_is_asked_for_comes_first_and_null_is_nothing(tmp_path: Path) -> None:
     row = {"instruction": None, "output": "2", "text": "all of it"}
     (whole,) = read_examples(written(tmp_path, row), tokenizer(), text_column="text")
-    assert tokenizer().decode(whole.tokens) == "all of it<end>"
+    assert tokenizer().decode([*whole.tokens]) == "all of it<end>"
     (answer,) = read_examples(written(tmp_path, row), tokenizer())
-    assert "None" not in tokenizer().decode(answer.tokens)
+    assert "None" not in tokenizer().decode([*answer.tokens])
 
 
 @settings(deadline=None)

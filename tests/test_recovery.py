@@ -18,10 +18,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hifiprune as hp
 from hifiprune.checkpoint import find_checkpoint
+from hifiprune.examples import Example
+from hifiprune.hashing import hash_model
 from hifiprune.record import RunRecord
-from hifiprune.recovery import recover
+from hifiprune.recovery import _split, recover
 from hifiprune.teacher import Remembered
-from hifiprune.training import ALL_MAPS, TRAININGS, Training, Watch
+from hifiprune.training import ALL_MAPS, TRAININGS, TimedTrainer, Training, Watch
+from hifiprune.voice import SILENT
 from tests.commands import Interruption, leftovers, refused
 from tests.commands import run as run_command
 from tests.conftest import save_checkpoint
@@ -196,10 +199,123 @@ def test_hidden_states_are_matched(pruned: Path, tmp_path: Path) -> None:
 def test_a_disk_without_room_for_the_teacher_is_said_before(
     pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=200_000))
-    with pytest.raises(hp.UserError, match=r"cache-teacher 200 takes 2\.\d MB beside the output, where 0.2 MB"):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=900_000))
+    with pytest.raises(hp.UserError, match=r"cache-teacher 200 takes 2\.\d MB beside the output, where 0.9 MB"):
         run(pruned, tmp_path / "out", replace(QUICK, cache_teacher=200))
     assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100_000))
+    with pytest.raises(hp.RunError, match=r"has 0.00 GB free, the output needs"):
+        run(pruned, tmp_path / "out", replace(QUICK, method="full"))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_three_states_and_the_result_fit_where_the_disk_was_found_large_enough(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    sizes: list[int] = []
+    seen: list[int] = []
+    monkeypatch.setattr("hifiprune.recovery.check_space", lambda target, needed: seen.append(needed))
+
+    def measured(self: Watch, args: Any, state: Any, control: Any, **_: Any) -> None:
+        files = (Path(args.output_dir) / f"checkpoint-{state.global_step}").rglob("*")
+        sizes.append(sum(file.stat().st_size for file in files if file.suffix in (".pt", ".safetensors")))
+
+    monkeypatch.setattr(Watch, "on_save", measured)
+    run(pruned, tmp_path / "out", replace(QUICK, method=method))
+    result = (tmp_path / "out" / "model.safetensors").stat().st_size
+    overhead = 150_000  # names and shapes, which weigh little in a real model
+    assert 3 * max(sizes) + result < seen[0] + overhead
+    assert seen[0] < 1.5 * (3 * max(sizes) + result)
+
+
+def test_a_disk_that_fills_up_while_a_state_is_kept_is_told(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*rest: Any, **how: Any) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr("torch.save", full)
+    with pytest.raises(hp.RunError, match=r"a state of the training could not be kept in"):
+        run(pruned, tmp_path / "out")
+
+
+def test_the_best_state_is_the_one_that_is_written(pruned: Path, tmp_path: Path) -> None:
+    """Not the last: what is written is looked at again by going on from it."""
+    training = replace(QUICK, method="full", learning_rate=8e-3, distill_weight=0.0, max_steps=14)
+    record = run(pruned, tmp_path / "out", training)
+    looks = [loss for _, loss in record.results["held_out_losses"]]
+    assert 0 < record.results["best_step"] < record.results["steps"], "or the test could not fail"
+    assert looks[-1] > 1.01 * min(looks)
+    again = recover(
+        str(tmp_path / "out"), tmp_path / "again", str(pruned / "data.jsonl"), replace(training, max_steps=1)
+    )
+    assert again.results["held_out_perplexity"]["before"] == pytest.approx(math.exp(min(looks)), rel=1e-5)
+
+
+def test_a_time_limit_that_is_not_reached_changes_nothing(pruned: Path, tmp_path: Path) -> None:
+    losses = []
+    for name, limit in (("free", None), ("limited", 600.0)):
+        training = replace(QUICK, max_steps=None, epochs=1.0, max_minutes=limit, learning_rate=1e-3)
+        losses.append(run(pruned, tmp_path / name, training).results["losses"])
+    assert losses[0] == losses[1]
+
+
+def test_the_rate_falls_with_time_where_that_is_spent_sooner_than_the_steps() -> None:
+    trainer, weight = TimedTrainer.__new__(TimedTrainer), torch.zeros(1, requires_grad=True)
+    trainer.watch, trainer.lr_scheduler = Watch(10.0, 1, SILENT), None
+    schedule = trainer.create_scheduler(8, torch.optim.SGD([weight], 1.0))
+    rates = []
+    for share in (0.0, 0.0, 0.9, 0.9):
+        trainer.watch.share = share
+        schedule.optimizer.step()
+        schedule.step()
+        rates += schedule.get_last_lr()
+    steps = [1 / 8, 2 / 8, 0.9, 0.9]
+    assert rates == pytest.approx([(1 + math.cos(math.pi * step)) / 2 for step in steps])
+
+
+def test_what_is_held_out_is_no_part_of_what_is_trained_on() -> None:
+    examples = [Example([10 * number + place % 10 for place in range(35)], [True] * 35) for number in range(20)]
+    rows, held = _split(examples, replace(QUICK, seq_len=8, held_out=0.2), 200)
+    ours, theirs = (
+        {token // 10 for row in part.rows for each in row for token in each.tokens} for part in (rows, held)
+    )
+    assert len(theirs) == 4
+    assert not ours & theirs
+    rows, held = _split(examples[:2], replace(QUICK, seq_len=8, held_out=0.2), 200)
+    assert len(rows) > len(held) > 0, "of few and long ones pieces are held out"
+    with pytest.raises(hp.UserError, match="writes token 199 where the model's vocabulary has 150"):
+        _split(examples, replace(QUICK, seq_len=8), 150)
+
+
+def test_a_padding_token_beyond_the_vocabulary_does_no_harm(pruned: Path, tmp_path: Path) -> None:
+    shutil.copytree(pruned / "pruned", tmp_path / "pruned")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "pruned")
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path / "pruned")
+    assert tokenizer.pad_token_id == 257
+    recover(str(tmp_path / "pruned"), tmp_path / "out", str(pruned / "data.jsonl"), replace(QUICK, max_steps=1))
+
+
+def test_a_dense_model_that_is_another_by_now_does_not_teach(pruned: Path, tmp_path: Path) -> None:
+    shutil.copytree(pruned / "pruned", tmp_path / "pruned")
+    record = json.loads((tmp_path / "pruned" / "run.json").read_text())
+    record["arguments"]["model"] = str(save_checkpoint(tmp_path / "other", initializer_range=0.3))
+    (tmp_path / "pruned" / "run.json").write_text(json.dumps(record))
+    start = (str(tmp_path / "pruned"), tmp_path / "out", str(pruned / "data.jsonl"), replace(QUICK, max_steps=1))
+    with pytest.raises(hp.UserError, match=r"is not the one that .* was pruned from: its weights differ"):
+        recover(*start)
+    found = recover(*start, teacher=str(tmp_path / "other")).results
+    assert found["teacher_hash"] == hash_model(AutoModelForCausalLM.from_pretrained(tmp_path / "other"))
+    assert found["data_hash"]
+
+
+@pytest.mark.parametrize("text", ["[1]", "{}", '{"format": "hifiprune-run-1"}', "no JSON"])
+def test_a_record_that_says_nothing_is_no_record(pruned: Path, tmp_path: Path, text: str) -> None:
+    shutil.copytree(pruned / "pruned", tmp_path / "pruned")
+    (tmp_path / "pruned" / "run.json").write_text(text)
+    with pytest.raises(hp.UserError, match=r"the dense model is not known from .*: give --teacher"):
+        recover(str(tmp_path / "pruned"), tmp_path / "out", str(pruned / "data.jsonl"), QUICK)
 
 
 def test_steps_after_the_last_look_are_looked_at_too(pruned: Path, tmp_path: Path) -> None:
@@ -211,6 +327,7 @@ def test_the_control_is_the_dense_model_trained_on_labels(pruned: Path, tmp_path
     record = run(pruned, tmp_path / "out", control=True)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.intermediate_size == 40
     assert record.arguments["control"]
+    assert record.arguments["training"]["distill_weight"] == 0, "as it was trained"
     assert record.results["held_out_perplexity"]["after"] < record.results["held_out_perplexity"]["before"]
 
 
@@ -249,6 +366,14 @@ def test_what_cannot_be_trained_is_refused(pruned: Path, tmp_path: Path) -> None
     save_checkpoint(tmp_path / "deep", num_hidden_layers=4)
     with pytest.raises(hp.UserError, match="match-hidden needs a teacher of the same depth"):
         run(pruned, tmp_path / "out", replace(QUICK, match_hidden=1.0), teacher=str(tmp_path / "deep"))
+    with pytest.raises(hp.UserError, match=r"target module 'lm_head' is not known"):
+        run(pruned, tmp_path / "out", replace(QUICK, target_modules=("q_proj", "lm_head")))
+    with pytest.raises(hp.UserError, match="optimizer 8-bit needs bitsandbytes: pip install bitsandbytes"):
+        run(pruned, tmp_path / "out", replace(QUICK, optimizer="8-bit"))
+    with pytest.raises(hp.UserError, match="--teacher has nothing to teach"):
+        run(pruned, tmp_path / "out", replace(QUICK, distill_weight=0.0), teacher=str(pruned / "dense"))
+    with pytest.raises(hp.UserError, match="--keep-adapter is for --method lora"):
+        run(pruned, tmp_path / "out", replace(QUICK, method="full"), keep_adapter=True)
     cases: list[tuple[dict[str, Any], str]] = [
         ({"method": "lore"}, "method 'lore' is not known; known are lora, full; did you mean 'lora'"),
         ({"optimizer": "sgd"}, "optimizer 'sgd' is not known"),
@@ -330,12 +455,12 @@ def test_the_papers_settings_are_those_of_their_scripts() -> None:
     assert ranks == [(32, 64), (8, 16)]
 
 
-@pytest.mark.parametrize(("method", "more"), [("lora", []), ("full", ["--cache-teacher", 50])])
+@pytest.mark.parametrize(("method", "more"), [("lora", ["--lora-dropout", 0]), ("full", ["--cache-teacher", 50])])
 def test_two_processes_are_one_with_twice_the_accumulation(
     pruned: Path, tmp_path: Path, method: str, more: list[object]
 ) -> None:
     flags = [
-        "--data", pruned / "data.jsonl", "--method", method, *more, "--lora-dropout", 0, "--distill-weight", 0.5,
+        "--data", pruned / "data.jsonl", "--method", method, *more, "--distill-weight", 0.5,
         "--lr", 1e-3, "--max-steps", 4, "--evaluate-every", 2, "--seq-len", 32, "--held-out", 0.2, "--device", "cpu",
     ]  # fmt: skip
     start = ["recover", pruned / "pruned", *flags]
@@ -355,15 +480,30 @@ def test_two_processes_are_one_with_twice_the_accumulation(
 
 
 def test_the_command_shows_presets_and_refuses_what_it_lacks(pruned: Path, tmp_path: Path) -> None:
-    show = ("recover", pruned / "pruned", "--show-preset")
+    show = ("recover", "--show-preset")
     shown = run_command(*show, "--preset", "hfprune-lora", "--lora-r", 8, "--json")
     assert shown.code == 0, shown.err
     assert shown.json == {**asdict(TRAININGS["hfprune-lora"]), "lora_r": 8, "target_modules": [*ALL_MAPS]}
     assert "learning-rate" in run_command(*show).out
     refused(run_command("recover", pruned / "pruned", "--output", tmp_path / "out"), "give --data")
     flags = ("--output", tmp_path / "out", "--data", pruned / "data.jsonl")
+    refused(run_command("recover", *flags), "name a folder, hub id or .gguf file")
+    full = (*flags, "--method", "full")
+    refused(run_command("recover", pruned / "pruned", *full, "--lora-r", 4), "lora-r is for --method lora")
+    labels = (*flags, "--distill-weight", 0, "--temperature", 2)
+    refused(run_command("recover", pruned / "pruned", *labels), "temperature is that of the divergence")
     refused(run_command("recover", pruned / "pruned", *flags, "--preset", "hfprune"), "did you mean 'hfprune-")
     refused(run_command("recover", pruned / "pruned", *flags), "exceeds the model's 64 positions; use --seq-len 64")
     missing = (*flags[:3], tmp_path / "none.jsonl", "--seq-len", 32)
     refused(run_command("recover", pruned / "pruned", *missing), "none.jsonl does not exist")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_next_step_of_a_second_training_names_the_dense_model(pruned: Path, tmp_path: Path) -> None:
+    flags = ("--data", pruned / "data.jsonl", "--max-steps", 1, "--seq-len", 32, "--gradient-accumulation", 1)
+    first = run_command("recover", pruned / "pruned", "--output", tmp_path / "one", *flags)
+    assert first.code == 0, first.err
+    second = run_command("recover", tmp_path / "one", "--output", tmp_path / "two", *flags)
+    assert second.code == 0, second.err
+    for result in (first, second):
+        assert f"--against {pruned / 'dense'} " in result.out

@@ -201,7 +201,7 @@ def test_settings_without_effect_are_told(world: Path, tmp_path: Path) -> None:
     assert result.code == 0, result.err
     assert "Without effect" not in result.err
     unread = ("--criterion", "magnitude", "--repair", "none")
-    refused(prune(world / "dense", tmp_path / "c", *text, *unread), "nothing reads the text: criterion 'magnitude' needs none")
+    refused(prune(world / "dense", tmp_path / "c", *text, *unread), "nothing reads the text: criterion 'magnitude'")
     refused(prune(world / "dense", tmp_path / "c", *text, "--repair", "rigde"), "did you mean 'ridge'?")
 
 

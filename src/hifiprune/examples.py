@@ -1,6 +1,7 @@
 """Training examples: from rows of text, instructions, answers or conversations to tokens, of which some are learned."""
 
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -24,12 +25,12 @@ class Example:
     """One document, answer or conversation.
 
     Attributes:
-        tokens: token ids.
-        learned: whether each of them is a label; in the papers only the answer's and the end are.
+        tokens: token ids, int32 where they were read, since there may be many.
+        learned: whether each of them is a label, a byte each; in the papers only the answer's and the end are.
     """
 
-    tokens: list[int]
-    learned: list[bool]
+    tokens: Sequence[int]
+    learned: Sequence[bool] | bytes
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,14 @@ def read_examples(
     *,
     learn_prompts: bool = False,
     text_column: str | None = None,
+    max_rows: int | None = None,
     seed: int = 0,
+    track: Callable[[Iterable[Row]], Iterable[Row]] = lambda rows: rows,
 ) -> list[Example]:
     """Every row of a source as an example; the columns say of which shape.
 
-    Shapes, first match: `messages` (a conversation, by the tokenizer's chat template, the assistant's turns learned);
+    Shapes, first match: `messages` (a conversation, by the tokenizer's chat template, the assistant's turns learned; an
+    example for each of them where the template writes earlier turns otherwise once a later one comes);
     `instruction`, perhaps `input`, and an answer (as Stanford Alpaca writes them); `prompt` and an answer; a text, all
     of it learned. Answers and texts end with the end-of-text token.
 
@@ -59,21 +63,22 @@ def read_examples(
         tokenizer: of the model.
         learn_prompts: make labels of everything.
         text_column: column of the text, guessed if not given.
+        max_rows: of a hub data set; all if not given.
         seed: of the order in which a hub data set is read.
+        track: wraps the rows, to show progress.
 
     Raises:
         UserError: there is nothing to learn from, or a row has none of these shapes.
     """
     examples = []
-    for part in read_parts(source, seed):
-        for number, row in enumerate(part.rows, 1):
+    for part in read_parts(source, seed, max_rows):
+        for number, row in enumerate(track(part.rows), 1):
             try:
-                pieces = list(_pieces(row, tokenizer, None if part.plain else text_column))
+                texts = list(_texts(row, tokenizer, None if part.plain else text_column))
             except UserError as error:
                 raise UserError(f"{part.where}, row {number}: {error}") from error
-            example = encode_pieces(pieces, tokenizer, learn_all=learn_prompts)
-            if any(example.learned[1:]):  # nothing predicts the first token
-                examples.append(example)
+            found = (encode_pieces(pieces, tokenizer, learn_all=learn_prompts) for pieces in texts)
+            examples += [example for example in found if any(example.learned[1:])]  # nothing predicts the first token
     if not examples:
         raise UserError(f"{source} holds nothing to learn from: no row has a text or an answer")
     return examples
@@ -89,11 +94,11 @@ def encode_pieces(pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase, *
         while place < len(ends) - 1 and end > ends[place]:
             place += 1
         learned.append(learn_all or pieces[place].learned)
-    return Example(encoded["input_ids"], learned)
+    return Example(array("i", encoded["input_ids"]), bytes(learned))
 
 
-def _pieces(row: Row, tokenizer: PreTrainedTokenizerBase, text_column: str | None) -> Iterator[Piece]:
-    """The text of a row in parts, with all special tokens written out."""
+def _texts(row: Row, tokenizer: PreTrainedTokenizerBase, text_column: str | None) -> Iterator[list[Piece]]:
+    """The text of a row in parts, with all special tokens written out; several texts for some conversations."""
     start, end = _start(tokenizer), str(tokenizer.eos_token or "")
     answer = next((name for name in ANSWERS if name in row), None)
     column = text_column or next((name for name in TEXT_COLUMNS if name in row), None)
@@ -104,15 +109,12 @@ def _pieces(row: Row, tokenizer: PreTrainedTokenizerBase, text_column: str | Non
         context = f"\n\n### Input:\n{given}" if given else ""
         also = ", paired with an input that provides further context" if context else ""
         asked = f"\n\n### Instruction:\n{_text(row, 'instruction')}{context}\n\n### Response:\n"
-        yield Piece(start + ALPACA.format(also=also) + asked, learned=False)
-        yield Piece(_text(row, answer) + end, learned=True)
+        yield [Piece(start + ALPACA.format(also=also) + asked, False), Piece(_text(row, answer) + end, True)]
     elif text_column is None and answer and "prompt" in row:
-        yield Piece(start + _text(row, "prompt"), learned=False)
-        yield Piece(_text(row, answer) + end, learned=True)
+        yield [Piece(start + _text(row, "prompt"), False), Piece(_text(row, answer) + end, True)]
     elif column in row:
         if text := _text(row, column):
-            yield Piece(start, learned=False)
-            yield Piece(text + end, learned=True)
+            yield [Piece(start, False), Piece(text + end, True)]
     else:
         wanted = f"a text called {text_column}" if text_column else "a text, which --text-column can name"
         raise UserError(
@@ -135,12 +137,16 @@ def _start(tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.bos_token) if first and first[0] == tokenizer.bos_token_id else ""
 
 
-def _conversation(messages: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
-    """A conversation by the tokenizer's own template; what the template writes after an assistant's cue is learned."""
+def _conversation(messages: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Piece]]:
+    """A conversation by the tokenizer's own template; what the template writes after an assistant's cue is learned.
+
+    Where the template writes earlier turns otherwise once a later one comes, a new text starts, all over.
+    """
     if tokenizer.chat_template is None:
         raise UserError("it is a conversation, but the tokenizer has no chat template")
     if not isinstance(messages, Sequence) or not all(isinstance(each, dict) and "role" in each for each in messages):
         raise UserError("'messages' must be a list of turns, each with 'role' and 'content'")
+    pieces: list[Piece] = []
     written = ""
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -150,13 +156,15 @@ def _conversation(messages: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator
             whole = _written(messages[: number + 1], tokenizer)
         except (TemplateError, KeyError, TypeError, ValueError, IndexError) as error:
             raise UserError(f"the tokenizer's chat template refuses the conversation: {error}") from error
-        if not cue.startswith(written) or not whole.startswith(cue):
-            raise UserError(
-                "the chat template writes earlier turns anew when a later one comes; give prompt and response"
-            )
-        yield Piece(cue[len(written) :], learned=False)
-        yield Piece(whole[len(cue) :], learned=True)
+        if not whole.startswith(cue):
+            raise UserError("the chat template cues the assistant otherwise than it answers; give prompt and response")
+        if not cue.startswith(written):
+            yield pieces
+            pieces, written = [], ""
+        pieces += [Piece(cue[len(written) :], False), Piece(whole[len(cue) :], True)]
         written = whole
+    if pieces:
+        yield pieces
 
 
 def _written(messages: Any, tokenizer: PreTrainedTokenizerBase, **how: Any) -> str:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from hifiprune.announcements import megabytes
 from hifiprune.evaluation.fidelity import METRICS
+from hifiprune.lineage import dense_of
 from hifiprune.record import RunRecord
 
 
@@ -56,8 +57,7 @@ def recovered(record: RunRecord, output: Path) -> None:
     table.add_row("optimizer steps", "", f"{results['steps']}, best at {results['best_step']}")
     _show(table)
     _costs(record)
-    pruning = results["pruning"]
-    dense = record.arguments["teacher"] or (pruning["arguments"]["model"] if pruning else "DENSE")
+    dense = record.arguments["teacher"] or dense_of(results["pruning"]) or "DENSE"
     next_step("evaluate", output, "--against", dense, "--text", "FILE")
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,7 +16,7 @@ from hifiprune.output import local_path
 TEXT_COLUMNS = ("text", "content", "document", "article", "passage")
 SELF, PYTHON_DOCS = "self", "python-docs"
 HUB_ROWS = 20_000
-"""Rows read from a hub data set at most, after shuffling its stream."""
+"""Rows read from a hub data set for text at most, after shuffling its stream."""
 Row = dict[str, object]
 
 
@@ -34,12 +35,13 @@ class Part:
     plain: bool = False
 
 
-def read_parts(source: str, seed: int = 0) -> Iterator[Part]:
+def read_parts(source: str, seed: int = 0, hub_rows: int | None = HUB_ROWS) -> Iterator[Part]:
     """Every file of a source, or its data set, read as it is iterated over.
 
     Args:
         source: file, folder, `python-docs`, or hub data set `id[:config][:split]`.
         seed: of the order in which a hub data set is read.
+        hub_rows: how many of its rows at most.
 
     Raises:
         UserError: the source does not exist or cannot be read.
@@ -59,7 +61,7 @@ def read_parts(source: str, seed: int = 0) -> Iterator[Part]:
     elif path.is_file():
         yield _read_file(path)
     else:
-        yield Part(source, _hub_rows(source, seed))
+        yield Part(source, _hub_rows(source, seed, hub_rows))
 
 
 def read_documents(source: str, text_column: str | None = None, seed: int = 0) -> list[str]:
@@ -140,14 +142,14 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 }
 
 
-def _hub_rows(source: str, seed: int) -> Iterator[Row]:
+def _hub_rows(source: str, seed: int, most: int | None) -> Iterator[Row]:
     name, *rest = source.split(":")
     if len(rest) > 2:
         raise UserError(f"'{source}' names no file here, and a hub data set is written id[:config][:split]")
     config = rest[0] if len(rest) == 2 else None
     split = rest[-1] if rest else "train"
     try:
-        yield from load_dataset(name, config, split=split, streaming=True).shuffle(seed=seed).take(HUB_ROWS)
+        yield from islice(load_dataset(name, config, split=split, streaming=True).shuffle(seed=seed), most)
     except Exception as error:  # the hub client raises errors of many libraries
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"there is no file {source} here, and the data hub could not give it: {first}") from error

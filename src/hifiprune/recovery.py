@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerState, set_seed
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hifiprune.announcements import duration
 from hifiprune.checkpoint import Checkpoint, find_checkpoint
@@ -24,6 +24,7 @@ from hifiprune.compute import Compute, estimate_seconds
 from hifiprune.errors import RunError, UserError, unknown
 from hifiprune.examples import Example, read_examples
 from hifiprune.guards import memory_explained
+from hifiprune.lineage import check_origin, dense_of, record_of
 from hifiprune.neurons import count_parameters
 from hifiprune.objectives import SoftLabels
 from hifiprune.output import check_shard_size, check_space, replacing
@@ -31,12 +32,15 @@ from hifiprune.packing import Packed, cut_to, pack
 from hifiprune.parallel import check_launcher, processes, rank
 from hifiprune.preparation import load, load_hashed, plain_arguments, prepare
 from hifiprune.record import RunRecord
-from hifiprune.teacher import Teacher, remember
+from hifiprune.teacher import Remembered, Teacher, remember
 from hifiprune.texts import Text
 from hifiprune.training import Training, Watch, gathered, held_out_losses, last_state, perplexity, train
 from hifiprune.training_loss import sliced_loss
 from hifiprune.unfinished import Unfinished
 from hifiprune.voice import SILENT, Voice
+
+HELD_OUT_ROWS = 128
+"""Looked at, at most, however much is held out."""
 
 
 def recover(
@@ -49,6 +53,7 @@ def recover(
     control: bool = False,
     learn_prompts: bool = False,
     text_column: str | None = None,
+    max_rows: int | None = None,
     keep_adapter: bool = False,
     compute: Compute = Compute(),
     shard_size: str = "5GB",
@@ -64,10 +69,11 @@ def recover(
         output: folder to be made.
         data: rows to learn from; see `hifiprune.examples.read_examples`.
         training: how.
-        teacher: the dense model; if not given, the one that the pruned model's `run.json` names.
+        teacher: the dense model; if not given, the one that the pruned model's `run.json` names, by its hash.
         control: train the dense model instead, to tell what the data is worth by itself.
         learn_prompts: make labels of prompts and other people's turns too.
         text_column: column of the text, guessed if not given.
+        max_rows: of a hub data set; all if not given.
         keep_adapter: also write the LoRA adapter, into the folder `adapter`.
         compute: device and arithmetic; its batch size is not used.
         shard_size: largest weight file.
@@ -78,37 +84,37 @@ def recover(
         UserError: something asked for cannot be done, found before the weights are loaded where possible.
         RunError: numbers, memory or disk failed.
     """
-    arguments = plain_arguments(
-        model=model, output=output, data=data, training=training, teacher=teacher, control=control,
-        learn_prompts=learn_prompts, text_column=text_column, keep_adapter=keep_adapter, compute=compute,
-    )  # fmt: skip
-    record = RunRecord("recover", arguments)
-    check_shard_size(shard_size)
     compute, voice = _settled(compute, training), voice if rank() == 0 else SILENT
     if control:  # from itself it has nothing to learn
         training = replace(training, distill_weight=0.0, match_hidden=0.0, cache_teacher=None)
+    _check_purpose(training, teacher, control=control, keep_adapter=keep_adapter)
+    arguments = plain_arguments(
+        model=model, output=output, data=data, training=training, teacher=teacher, control=control,
+        learn_prompts=learn_prompts, text_column=text_column, max_rows=max_rows, keep_adapter=keep_adapter,
+        compute=compute,
+    )  # fmt: skip
+    record = RunRecord("recover", arguments)
+    check_shard_size(shard_size)
     dense = _find_dense(model, teacher, training, control=control)
     texts, read = [Text(data, training.seq_len)], [dense.path] if dense else []
     checkpoint, target, _ = prepare(model, output, texts, read, folder=True, overwrite=overwrite)
     started = dense if dense and control else checkpoint
-    size = started.dtype().itemsize * count_parameters(started.skeleton())
-    check_space(target, 2 * size)  # a state of the training is as large as the result
+    check_space(target, _needed_bytes(started, training))
     with record.stage("reading the data"):
-        tokenizer = checkpoint.tokenizer()
         examples = read_examples(
-            data, tokenizer, learn_prompts=learn_prompts, text_column=text_column, seed=training.seed
+            data,
+            checkpoint.tokenizer(),
+            learn_prompts=learn_prompts,
+            text_column=text_column,
+            max_rows=max_rows,
+            seed=training.seed,
+            track=voice.track("reading the data, rows"),
         )
-        rows, held = _split(examples, training, tokenizer)
+        rows, held = _split(examples, training, started.config().get_text_config().vocab_size)
     unfinished = Unfinished.beside(target, "recover", voice)
-    guided, guide = None, None
-    if dense and training.cache_teacher:
-        with record.stage("asking the dense model"):
-            guided = remember(rows, dense, training.cache_teacher, training.temperature, compute, unfinished)
+    taught, guide, guide_hash = _guide(model, teacher, dense, training, rows, compute, record, unfinished)
     student, model_hash = load_hashed(started, compute, record, _training_dtype(started, training, compute))
-    if dense and training.taught and not guided:
-        with record.stage("loading the dense model"):
-            guide = Teacher(load(dense, compute).requires_grad_(False))
-    facts = [asdict(training), rows.digest(), held.digest(), training.taught and dense and dense.name]
+    facts = [asdict(training), rows.digest(), held.digest(), guide_hash, processes()]
     folder = unfinished.of(student, model_hash).path("states", *facts, suffix="")
     if rank() == 0:
         unfinished.write(folder / "facts.json", lambda path: path.write_text(json.dumps(facts)))
@@ -119,12 +125,14 @@ def recover(
     kernel = SoftLabels(training.distill_weight, training.temperature)
     loss = sliced_loss(student, kernel, guide, match_hidden=training.match_hidden)
     with record.stage("training"), loss, _explained(student, training, folder):
-        trainer = train(trained, training, guided or rows, held, folder, watch, device=compute.resolved_device)
+        trainer = train(trained, training, taught, held, folder, watch, device=compute.resolved_device)
         weights = gathered(trainer)
     if rank() == 0:
         record.results = _describe(trainer.state, watch.trouble) | {
             "model_hash": model_hash,
-            "pruning": _record_of(started),
+            "data_hash": rows.digest(),
+            "teacher_hash": guide_hash,
+            "pruning": record_of(started),
         }
         if weights or not _better(trainer.state):
             trained = _anew(started, training, compute, weights if _better(trainer.state) else None, voice)
@@ -138,13 +146,38 @@ def recover(
     return record
 
 
+def _guide(
+    model: str,
+    teacher: str | None,
+    dense: Checkpoint | None,
+    training: Training,
+    rows: Packed,
+    compute: Compute,
+    record: RunRecord,
+    unfinished: Unfinished,
+) -> tuple[Packed | Remembered, Teacher | None, str | None]:
+    """The rows, with what the dense model says of them where that is kept; else itself; and the hash of its weights."""
+    if dense is None or not training.taught:
+        return rows, None, None
+    loaded, model_hash = load_hashed(dense, compute, record)
+    check_origin(model, teacher, model_hash)
+    guide = Teacher(loaded.requires_grad_(False))
+    if training.cache_teacher is None:
+        return rows, guide, model_hash
+    with record.stage("asking the dense model"):
+        kept = remember(rows, guide, model_hash, training.cache_teacher, training.temperature, compute, unfinished)
+    return kept, None, model_hash
+
+
 @contextmanager
 def _explained(model: PreTrainedModel, training: Training, folder: Path) -> Iterator[None]:
     """Turn a device without memory or a disk without room into one message."""
     try:
         with memory_explained(model, training.batch_size * training.seq_len):
             yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch's file writer
+            raise
         raise RunError(f"a state of the training could not be kept in {folder}: {error}") from error
 
 
@@ -158,33 +191,45 @@ def _settled(compute: Compute, training: Training) -> Compute:
     if compute.resolved_device.startswith("cuda:"):
         number = compute.resolved_device.partition(":")[2]
         raise UserError(f"training takes the first GPU that it sees: set CUDA_VISIBLE_DEVICES={number}, --device cuda")
+    if training.optimizer == "8-bit" and find_spec("bitsandbytes") is None:
+        raise UserError("optimizer 8-bit needs bitsandbytes: pip install bitsandbytes, or --optimizer adamw")
     own = os.environ.get("LOCAL_RANK")
     return replace(compute, device=f"cuda:{own}") if own and compute.resolved_device == "cuda" else compute
 
 
-def _record_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """The run that made a checkpoint, if it was one of ours."""
-    path = checkpoint.folder / "run.json"
-    try:
-        facts: dict[str, Any] = json.loads(path.read_text()) if path.is_file() and not checkpoint.gguf else {}
-    except ValueError:
-        return None
-    return facts if str(facts.get("format", "")).startswith("hifiprune-run") else None
+def _check_purpose(training: Training, teacher: str | None, *, control: bool, keep_adapter: bool) -> None:
+    """Refuse what would have no effect."""
+    if teacher and not (training.taught or control):
+        raise UserError(
+            "--teacher has nothing to teach: give --distill-weight or --match-hidden above 0, or leave it out"
+        )
+    if keep_adapter and training.method == "full":
+        raise UserError("--keep-adapter is for --method lora; full training has no adapter")
 
 
-def _dense_of(model: str) -> str | None:
-    """What a pruned checkpoint was pruned from, in its own record or that of the run before."""
-    facts = _record_of(find_checkpoint(model))
-    while facts and facts.get("command") == "recover":
-        facts = facts.get("results", {}).get("pruning")
-    return facts["arguments"]["model"] if facts and facts.get("command") == "prune" else None
+def _needed_bytes(checkpoint: Checkpoint, training: Training) -> int:
+    """Disk for the result and for three states, of which each has what is trained and two moments in float32."""
+    skeleton = checkpoint.skeleton()
+    total = trained = count_parameters(skeleton)
+    if training.method == "lora":
+        linears = [module for name, module in _linears(skeleton) if name in training.target_modules]
+        trained = sum(training.lora_r * (linear.in_features + linear.out_features) for linear in linears)
+    return checkpoint.dtype().itemsize * total + 3 * 3 * 4 * trained
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """The last part of the name of each linear map in the blocks, and the map."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            yield name.rpartition(".")[2], module
 
 
 def _find_dense(model: str, teacher: str | None, training: Training, *, control: bool) -> Checkpoint | None:
     """The dense model, where there is something for it to do, checked to fit where it teaches."""
     if not control and not training.taught:
         return None
-    name = teacher or _dense_of(model)
+    name = teacher or dense_of(record_of(find_checkpoint(model)))
     wanted = "which --control trains" if control else "to learn its distribution, or --distill-weight 0"
     if name is None:
         raise UserError(f"the dense model is not known from {model}: give --teacher, {wanted}")
@@ -214,25 +259,33 @@ def _training_dtype(checkpoint: Checkpoint, training: Training, compute: Compute
     return torch.float32 if checkpoint.dtype() == torch.float16 else checkpoint.dtype()
 
 
-def _split(
-    examples: Sequence[Example], training: Training, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Packed, Packed]:
-    """Rows to train on, and rows that are held out; an example longer than a row is as many as its pieces."""
-    pieces = [piece for example in examples for piece in cut_to(example, training.seq_len)]
+def _split(examples: Sequence[Example], training: Training, vocabulary: int) -> tuple[Packed, Packed]:
+    """Rows to train on, and rows that are held out: other examples, or other pieces of very few and long ones.
+
+    An example longer than a row is as many as its pieces.
+    """
+    largest = max(max(example.tokens) for example in examples)
+    if largest >= vocabulary:
+        raise UserError(
+            f"the tokenizer writes token {largest} where the model's vocabulary has {vocabulary}; give the tokenizer's "
+            "own model, or data without special tokens that were added later"
+        )
+    pieces = [[*cut_to(example, training.seq_len)] for example in examples]
+    if training.held_out * len(pieces) < 1:
+        pieces = [[piece] for example in pieces for piece in example]
     order = random.Random(training.seed).sample(pieces, len(pieces))
     count = max(1, round(training.held_out * len(order)))
-    filling = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    parts = order[count:], order[:count]
-    rows, held = (pack(part, training.seq_len, filling=filling, seed=training.seed) for part in parts)
+    parts = ([piece for example in part for piece in example] for part in (order[count:], order[:count]))
+    rows, held = (pack(part, training.seq_len, seed=training.seed) for part in parts)
     if not len(rows) or not len(held):
         raise UserError(f"too little data: {len(order)} examples make no row to train on and one to hold out")
-    return rows, held
+    return rows, held.first(HELD_OUT_ROWS)
 
 
 def _with_adapter(model: PreTrainedModel, training: Training) -> nn.Module:
     if training.method == "full":
         return model.requires_grad_(True)
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    names = {name for name, _ in _linears(model)}
     for name in training.target_modules:
         if name not in names:
             raise unknown("target module", name, sorted(names))
@@ -252,10 +305,10 @@ def _with_adapter(model: PreTrainedModel, training: Training) -> nn.Module:
 def _merged(trained: nn.Module, checkpoint: Checkpoint) -> PreTrainedModel:
     """The model itself, in the dtype and with the configuration of the checkpoint."""
     whole: Any = trained.merge_and_unload() if isinstance(trained, PeftModel) else trained
-    if not all(parameter.isfinite().all() for parameter in whole.parameters()):
-        raise RunError("the trained weights are not all finite; use a smaller --lr")
     whole.config.use_cache = checkpoint.config().use_cache  # which is off while a model is trained
     model: PreTrainedModel = whole.type(checkpoint.dtype())
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise RunError(f"the trained weights are not all finite in {checkpoint.dtype()}; use a smaller --lr")
     return model
 
 

@@ -22,16 +22,13 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from hifiprune.announcements import duration, megabytes
-from hifiprune.checkpoint import Checkpoint
 from hifiprune.compute import Compute, estimate_seconds
 from hifiprune.errors import UserError
 from hifiprune.guards import memory_explained
-from hifiprune.hashing import hash_model
 from hifiprune.head import Head
 from hifiprune.output import nearest_folder
 from hifiprune.packing import IGNORED, Packed
 from hifiprune.parallel import processes, rank
-from hifiprune.preparation import load
 from hifiprune.unfinished import Unfinished
 
 ROWS_A_FILE = 64
@@ -178,15 +175,21 @@ class Remembered(Dataset[dict[str, Tensor]]):
 
 
 def remember(
-    rows: Packed, teacher: Checkpoint, kept: int, temperature: float, compute: Compute, unfinished: Unfinished
+    rows: Packed,
+    teacher: Teacher,
+    model_hash: str,
+    kept: int,
+    temperature: float,
+    compute: Compute,
+    unfinished: Unfinished,
 ) -> Remembered:
-    """Keep what a teacher says of all rows, each process its part, and let go of it.
+    """Keep what a teacher says of all rows, each process its part.
 
     Raises:
         UserError: there is no room on the disk.
     """
-    model, voice = load(teacher, compute), unfinished.voice
-    facts = [hash_model(model), str(model.dtype), kept, temperature, rows.digest()]
+    model, voice = teacher.model, unfinished.voice
+    facts = [model_hash, str(model.dtype), kept, temperature, rows.digest()]
     found = Remembered(rows, kept, lambda first: unfinished.path("teacher", *facts, first, suffix=".safetensors"))
     missing, free = found.missing(), shutil.disk_usage(nearest_folder(unfinished.folder)).free
     needed = found.bytes(missing)
@@ -208,7 +211,7 @@ def remember(
     meeting.wait_for_everyone()  # all have seen the same files missing
     with memory_explained(model, rows.length):
         for first in voice.track("asking the dense model")(missing[rank() :: processes()]):
-            unfinished.write(found.place(first), partial(found.write, first, Teacher(model), temperature))
+            unfinished.write(found.place(first), partial(found.write, first, teacher, temperature))
     meeting.wait_for_everyone()
     return found
 

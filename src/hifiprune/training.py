@@ -48,9 +48,10 @@ class Training:
     Attributes:
         method: `lora`, low-rank changes that are merged after (arXiv 2106.09685), or `full`.
         learning_rate: at the start; it falls to zero along a cosine.
-        epochs: passes over the data, unless steps or minutes are given.
+        epochs: passes over the data, unless steps are given.
         max_steps: optimizer steps.
-        max_minutes: wall-clock limit; the learning rate then falls with time, and runs are not repeatable.
+        max_minutes: wall-clock limit; the learning rate falls with time where that is spent sooner than the steps, and
+            runs are not repeatable.
         batch_size: rows a step on each device.
         gradient_accumulation: batches whose gradients make one optimizer step.
         seq_len: tokens a row.
@@ -144,7 +145,15 @@ def training_named(name: str, given: Mapping[str, Any]) -> Training:
     """
     if name not in TRAININGS:
         raise unknown("preset", name, TRAININGS)
-    return replace(TRAININGS[name], **{key: value for key, value in given.items() if value is not None})
+    changes = {key: value for key, value in given.items() if value is not None}
+    training = replace(TRAININGS[name], **changes)
+    for key in changes:
+        word = key.replace("_", "-")
+        if training.method == "full" and key in ("lora_r", "lora_alpha", "lora_dropout", "target_modules"):
+            raise UserError(f"{word} is for --method lora; full training has no adapter")
+        if training.distill_weight == 0 and key == "temperature":
+            raise UserError(f"{word} is that of the divergence, which --distill-weight 0 leaves out")
+    return training
 
 
 class Watch(TrainerCallback):
@@ -241,11 +250,15 @@ class TimedTrainer(Trainer):
     watch: Watch
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """A cosine over the steps, or over the time where that is limited."""
+        """A cosine over the steps, or over the time where that is limited and spent sooner."""
         if self.watch.limit is None or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
+
+        def cosine(step: int) -> float:
+            return (1 + math.cos(math.pi * max(self.watch.share, min(1.0, step / num_training_steps)))) / 2
+
         chosen: Any = optimizer or self.optimizer
-        self.lr_scheduler = LambdaLR(chosen, lambda _: (1 + math.cos(math.pi * self.watch.share)) / 2)
+        self.lr_scheduler = LambdaLR(chosen, cosine)
         return self.lr_scheduler
 
 
@@ -275,7 +288,7 @@ def train(
     resumed = last_state(folder)
     arguments = TrainingArguments(
         output_dir=str(folder),
-        num_train_epochs=10_000 if training.max_minutes and steps < 0 else training.epochs,
+        num_train_epochs=training.epochs,
         max_steps=steps,
         per_device_train_batch_size=training.batch_size,
         per_device_eval_batch_size=training.batch_size,

@@ -4,21 +4,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-from typer import Option
+from typer import Argument, Option
 
 from hifiprune.errors import UserError
-from hifiprune.options import AsJson, Attention, Debug, Device, Dtype, Model, Output, Overwrite, ShardSize, TextColumn
+from hifiprune.options import AsJson, Attention, Debug, Device, Dtype, Output, Overwrite, ShardSize, TextColumn
 from hifiprune.terminal import show, voice
 
 
 def recover(
-    model: Model,
+    model: Annotated[str | None, Argument(metavar="MODEL", help="Local folder, hub id or .gguf file.")] = None,
     output: Output = Path("recovered"),
     data: Annotated[
         str | None,
         Option(
-            help="Rows to learn from, any source that --calibration takes: text, instruction and output, prompt and "
-            "response, or messages."
+            help="Rows to learn from: text, instruction and output, prompt and response, or messages; a .txt, .jsonl "
+            "or .parquet file, a folder of those, or a hub data set id[:config][:split]."
         ),
     ] = None,
     preset: Annotated[
@@ -67,6 +67,7 @@ def recover(
         bool, Option("--learn-prompts", help="Labels on prompts too, not on answers alone.")
     ] = False,
     text_column: TextColumn = None,
+    max_rows: Annotated[int | None, Option(min=1, help="Rows of a hub data set; all if not given.")] = None,
     control: Annotated[bool, Option("--control", help="Train the dense model instead, on the same data.")] = False,
     keep_adapter: Annotated[bool, Option("--keep-adapter", help="Write the LoRA adapter too.")] = False,
     device: Device = "auto",
@@ -110,6 +111,8 @@ def recover(
     if show_preset:
         show(asdict(training), as_json, lambda: printing.settings(asdict(training)))
         return
+    if model is None:
+        raise UserError("recover needs a checkpoint to train: name a folder, hub id or .gguf file")
     if data is None:
         raise UserError("recover needs rows to learn from: give --data")
     record = hp.recover(
@@ -121,6 +124,7 @@ def recover(
         control=control,
         learn_prompts=learn_prompts,
         text_column=text_column,
+        max_rows=max_rows,
         keep_adapter=keep_adapter,
         compute=hp.Compute(device, dtype, attention=attention),
         shard_size=shard_size,

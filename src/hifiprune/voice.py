@@ -32,7 +32,8 @@ class Voice:
             for done, item in enumerate(items):
                 now = time.monotonic()
                 if now - said > SECONDS_BETWEEN_LINES:
-                    self.say(f"{what}: {done} of {total}, about {(now - start) / done * (total - done):.0f} s left")
+                    left = f" of {total}, about {(now - start) / done * (total - done):.0f} s left" if total else ""
+                    self.say(f"{what}: {done}{left}")
                     said = now
                 yield item
 
