@@ -94,12 +94,10 @@ def main() -> None:
 
 def run(variant: Variant, dense: Path, folder: Path, output: Path, minutes: float, speaker: Any) -> dict[str, Any]:
     """Prune, unless that was done, and train; where the result is, and how it went."""
-    pruned, scores, calibration = folder / f"pruned-{variant.ratio:g}", folder / "scores.safetensors", CALIBRATION
-    if not scores.exists():
-        hp.score_checkpoint(str(dense), scores, calibration, criterion="fisher", voice=speaker)
+    pruned, scores = folder / f"pruned-{variant.ratio:g}", folder / "pruned-0.2" / "hifiprune" / "scores.safetensors"
     if not pruned.exists():
-        given = (str(dense), pruned, hp.Budget(ratio=variant.ratio), calibration)
-        hp.prune(*given, scores=scores, allocation="global", round_to=1, voice=speaker)
+        budget, known = hp.Budget(ratio=variant.ratio), scores if scores.exists() else None
+        hp.prune(str(dense), pruned, budget, CALIBRATION, scores=known, allocation="global", round_to=1, voice=speaker)
     if variant.training is None:
         return {"ratio": variant.ratio, "folder": str(pruned)}
     training = replace(variant.training, max_minutes=minutes)
