@@ -28,7 +28,9 @@ ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
 C4, ANSWERS = DATA / "c4" / "c4_documents.jsonl", DATA / "instruct"
 CALIBRATION = hp.Calibration(str(C4), 41)
-BASE = hp.Training(epochs=100, seq_len=512, gradient_accumulation=8, evaluate_every=25)  # until time is up
+BASE = hp.Training(  # until time is up; few steps, so higher rates than the papers'
+    learning_rate=1e-3, epochs=100, seq_len=512, gradient_accumulation=4, evaluate_every=20, held_out=0.02
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Variant:
     more: dict[str, Any] = field(default_factory=dict)
 
 
-LORA, FULL = BASE, replace(BASE, method="full", learning_rate=1e-4)
+LORA, FULL = BASE, replace(BASE, method="full", learning_rate=3e-4)
 LABELS = replace(BASE, distill_weight=0.0)
 VARIANTS = {
     "20%, not trained": Variant(0.2),
