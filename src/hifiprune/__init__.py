@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hifiprune.scoring import score, score_all
     from hifiprune.surgery import cut, cut_
     from hifiprune.texts import Text
+    from hifiprune.timing import bench
     from hifiprune.training import Training
 
 __version__ = "0.1.0"
@@ -52,6 +53,7 @@ __all__ = [
     "UserError",
     "ablate",
     "allocate",
+    "bench",
     "compare",
     "cut",
     "cut_",
@@ -91,6 +93,7 @@ _HOMES = {
     "UserError": "errors",
     "ablate": "ablation",
     "allocate": "allocation",
+    "bench": "timing",
     "compare": "comparison",
     "cut": "surgery",
     "cut_": "surgery",

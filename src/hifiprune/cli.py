@@ -11,6 +11,7 @@ from rich.console import Console
 from typer import Argument, Option
 
 from hifiprune import DEFAULT_CRITERION, __version__
+from hifiprune.bench_command import bench
 from hifiprune.errors import HifipruneError
 from hifiprune.options import (
     SCORING_FLAGS,
@@ -256,7 +257,7 @@ def _root(version: Annotated[bool, Option("--version", help="Show the version.")
         raise typer.Exit
 
 
-for command in (criteria, compare, ablate, recover):
+for command in (criteria, compare, ablate, recover, bench):
     app.command()(command)
 
 

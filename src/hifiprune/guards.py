@@ -1,6 +1,7 @@
 """What every pass over a model checks and protects: its windows, its memory, its modes."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -38,6 +39,17 @@ def check_seed(seed: int) -> None:
     """
     if not 0 <= seed < 2**32:
         raise UserError(f"seed {seed} must lie in 0 to {2**32 - 1}")
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse models that are named twice.
+
+    Raises:
+        UserError: one is.
+    """
+    twice = [name for name, times in Counter(names).items() if times > 1]
+    if twice:
+        raise UserError(f"{', '.join(twice)} would be measured twice; name each model once")
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """The story of `evaluate`: checkpoints measured on a text, beside the dense one, and by zero-shot tasks."""
 
 import random
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -17,6 +16,7 @@ from hifiprune.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.compute import Compute, estimate_seconds
 from hifiprune.errors import UserError
 from hifiprune.evaluation import Answers, Estimate, Exam, Tasks, average, differences, measure
+from hifiprune.guards import check_names
 from hifiprune.hashing import hash_texts, hash_tokens
 from hifiprune.output import check_target, replacing
 from hifiprune.preparation import check_model, load_hashed, plain_arguments
@@ -71,9 +71,7 @@ def evaluate(
             compute=compute,
         ),
     )  # fmt: skip
-    twice = [name for name, times in Counter(names).items() if times > 1]
-    if twice:
-        raise UserError(f"{', '.join(twice)} would be measured twice; name each model once")
+    check_names(names)
     if text is None and tasks is None:
         raise UserError("there is nothing to measure: give --text, --tasks or both")
     source = None if text is None else Text(text, seq_len, max_windows, text_column=text_column)

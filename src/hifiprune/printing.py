@@ -112,6 +112,42 @@ def _accuracy(estimate: dict[str, float | None], gain: dict[str, float] | None) 
     return f"{estimate['value']:.3f}{error}" + ("" if gain is None else f" ({gain['value']:+.3f}{interval})")
 
 
+def benched(record: RunRecord) -> None:
+    """What `bench` timed."""
+    results = record.results
+    names = list(results["models"])
+    table = _table("", *short(names))
+    facts = list(results["models"].values())
+    table.add_row("parameters", *(f"{each['parameters']:,}" for each in facts))
+    table.add_row("weight files", *(megabytes(each["weight_bytes"]) for each in facts))
+    table.add_row("MLP width", *(width_range(each["widths"]) for each in facts))
+    memory = "peak_gpu_memory_bytes" if "peak_gpu_memory_bytes" in facts[0] else "peak_memory_bytes"
+    table.add_row("peak memory", *(megabytes(each[memory]) for each in facts))
+    _show(table)
+    for found in results["workloads"]:
+        work = found["workload"]
+        size, rows = work["batch_size"], found["models"]
+        rates = {"first": size * work["length"], "later": size}
+        title = f"{size} x {work['length']} tokens read, {work['new_tokens']} written"
+        table = _table("", *short(names), title=title + (", compiled" if work["compiled"] else ""))
+        for part, what in (("first", "read, tokens a second"), ("later", "written, tokens a second")):
+            rate = rates[part]
+            table.add_row(what, *(f"{rate / rows[name][part]['seconds']['median']:,.1f}" for name in names))
+            table.add_row("  speed-up", *("" if name == names[0] else _gain(rows[name][part]) for name in names))
+        table.add_row("to the first token", *(f"{rows[name]['first']['seconds']['median']:.3g} s" for name in names))
+        _show(table)
+    rounds = record.arguments["rounds"]
+    said = f"Medians over {rounds} rounds in fresh processes, {results['threads']} threads; in brackets the speed-up"
+    remarks = [f"{said} that operations promise, and the share of the promised saving that was reached."]
+    Console().print("\n".join([*remarks, *results["remarks"]]), markup=False, soft_wrap=True)
+
+
+def _gain(found: dict[str, Any]) -> str:
+    speedup = found["speedup"]
+    promise = f"{found['promised']:.2f}" + ("" if found["share"] is None else f", {found['share']:.0%}")
+    return f"{speedup['median']:.2f}, {speedup['low']:.2f} to {speedup['high']:.2f} ({promise})"
+
+
 def criteria_listed(facts: list[dict[str, str]]) -> None:
     """A line for each criterion."""
     for row in facts:
@@ -250,7 +286,8 @@ def demo_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def width_range(widths: int | list[int]) -> str:
     """The width of every MLP, or of the narrowest to the widest."""
-    return f"{widths:,}" if isinstance(widths, int) else f"{min(widths):,} to {max(widths):,}"
+    ends = [widths] if isinstance(widths, int) else sorted({min(widths), max(widths)})
+    return " to ".join(f"{width:,}" for width in ends)
 
 
 def short(names: Collection[str]) -> list[str]:

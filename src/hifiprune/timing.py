@@ -1,0 +1,200 @@
+"""The story of `bench`: how fast pruned checkpoints are beside the dense one, and how much of the promise that is."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from hifiprune.checkpoint import Checkpoint, find_checkpoint
+from hifiprune.compute import Compute
+from hifiprune.errors import RunError, UserError
+from hifiprune.evaluation.speed import Workload, operations, request
+from hifiprune.guards import check_names
+from hifiprune.neurons import count_parameters, find_mlps
+from hifiprune.output import check_target, replacing
+from hifiprune.preparation import check_model, plain_arguments
+from hifiprune.record import RunRecord
+from hifiprune.voice import SILENT, Voice
+
+ALIGNED = 64
+"""Widths that this divides keep the matrix units of GPUs, and the vector units of CPUs, busy."""
+NOISY = 0.1
+"""Spread of the dense model's timings, relative to their median, above which small gains cannot be told."""
+
+
+def bench(
+    dense: str,
+    pruned: Sequence[str],
+    *,
+    batch_sizes: Sequence[int] = (1,),
+    lengths: Sequence[int] = (512,),
+    new_tokens: int = 64,
+    rounds: int = 3,
+    repeats: int = 3,
+    compiled: bool = False,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    compute: Compute = Compute(),
+    voice: Voice = SILENT,
+) -> RunRecord:
+    """Time reading and writing, the models in turn, each time in a fresh process.
+
+    Args:
+        dense: local folder, hub id or GGUF file of the dense model.
+        pruned: of those to compare with it.
+        batch_sizes: sequences at once.
+        lengths: tokens of each that are read.
+        new_tokens: tokens that are written after.
+        rounds: how often every model has its turn.
+        repeats: of each timing in a turn, of which the median counts.
+        compiled: time `torch.compile` too.
+        output: folder to be made, with the results in `run.json`.
+        overwrite: replace an existing output.
+        compute: device and arithmetic.
+        voice: tells of progress.
+
+    Raises:
+        UserError: something asked for cannot be done.
+        RunError: a model could not be timed.
+    """
+    names = [dense, *pruned]
+    record = RunRecord(
+        "bench",
+        plain_arguments(
+            dense=dense, pruned=list(pruned), batch_sizes=list(batch_sizes), lengths=list(lengths),
+            new_tokens=new_tokens, rounds=rounds, repeats=repeats, compiled=compiled, compute=compute,
+        ),
+    )  # fmt: skip
+    check_names(names)
+    _check_numbers({"batch size": batch_sizes, "length": lengths, "rounds": [rounds], "repeats": [repeats]}, new_tokens)
+    checkpoints = [find_checkpoint(name) for name in names]
+    skeletons = [check_model(checkpoint) for checkpoint in checkpoints]
+    for checkpoint, skeleton in zip(checkpoints, skeletons, strict=True):
+        most = skeleton.config.get_text_config().max_position_embeddings
+        if max(lengths) + new_tokens > most:
+            raise UserError(
+                f"{max(lengths)} tokens and {new_tokens} new ones exceed the {most} positions of {checkpoint.name}; "
+                "use a smaller --lengths"
+            )
+    inputs = [checkpoint.path for checkpoint in checkpoints]
+    target = None if output is None else check_target(output, folder=True, overwrite=overwrite, inputs=inputs)
+    for checkpoint in checkpoints:
+        checkpoint.fetch()
+    workloads = [
+        Workload(size, length, new_tokens, fast)
+        for fast, size, length in product([False, True] if compiled else [False], batch_sizes, lengths)
+    ]
+    voice.say(
+        f"Timing {len(names)} models on {len(workloads)} workloads in {rounds} rounds, each time in a fresh process on "
+        f"{compute.resolved_device}; leave the machine alone meanwhile. The time left is told as it goes."
+    )
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    with record.stage("timing"):
+        for _, checkpoint in voice.track("timing")([*product(range(rounds), checkpoints)]):
+            runs[checkpoint.name].append(_timed(checkpoint.name, request(checkpoint.name, compute, workloads, repeats)))
+    counted = [[operations(skeleton, work) for skeleton in skeletons] for work in workloads]
+    record.results = {
+        "models": {checkpoint.name: _facts(checkpoint, runs[checkpoint.name]) for checkpoint in checkpoints},
+        "workloads": [
+            _compared(
+                work, names, [_timings(runs[name], number) for name in names], [each[number] for each in promised]
+            )
+            for number, work in enumerate(workloads)
+        ],
+        "threads": runs[dense][0]["threads"],
+    }
+    record.results["remarks"] = _remarks(record.results)
+    if target:
+        with replacing(target) as new:
+            new.mkdir()
+            record.save(new / "run.json")
+    return record
+
+
+def _check_numbers(numbers: dict[str, Sequence[int]], new_tokens: int) -> None:
+    for name, values in numbers.items():
+        for value in values:
+            if value < 1:
+                raise UserError(f"{name} {value} must be at least 1")
+    if new_tokens < 2:
+        raise UserError(f"new tokens {new_tokens} must be at least 2")
+
+
+def _timed(name: str, asked: str) -> dict[str, Any]:
+    """What a fresh process finds."""
+    command = [sys.executable, "-m", "hifiprune.evaluation.speed", asked]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise RunError(f"{name} could not be timed: {lines[-1]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _facts(checkpoint: Checkpoint, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sizes, and medians over the rounds."""
+    skeleton = checkpoint.skeleton()
+    medians: dict[str, float] = {
+        name: median(run[name] for run in runs)
+        for name in ("loading", "peak_memory_bytes", "peak_gpu_memory_bytes")
+        if name in runs[0]
+    }
+    widths = sorted({mlp.neurons for mlp in find_mlps(skeleton)})
+    return {
+        "parameters": count_parameters(skeleton),
+        "weight_bytes": checkpoint.weight_bytes,
+        "widths": [widths[0], widths[-1]],
+        "unaligned": [width for width in widths if width % ALIGNED],
+        **medians,
+    }
+
+
+def _timings(runs: list[dict[str, Any]], number: int) -> dict[str, list[float]]:
+    """The median of the repeats of a workload in every round."""
+    return {part: [median(run["timings"][number][part]) for run in runs] for part in ("first", "later")}
+
+
+def _compared(
+    work: Workload, names: list[str], timings: list[dict[str, list[float]]], counted: list[dict[str, float]]
+) -> dict[str, Any]:
+    """Every model on a workload: medians with the lowest and highest round, and the gain on the dense model."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name, own, needed in zip(names, timings, counted, strict=True):
+        rows[name] = {}
+        for part in ("first", "later"):
+            dense, seconds = timings[0][part], own[part]
+            ratios = [theirs / ours for theirs, ours in zip(dense, seconds, strict=True)]  # of one round
+            hoped = counted[0][part] / needed[part]
+            rows[name][part] = {
+                "seconds": _spread(seconds),
+                "operations": needed[part],
+                "speedup": _spread(ratios),
+                "promised": hoped,
+                "share": (1 - 1 / median(ratios)) / (1 - 1 / hoped) if hoped > 1 else None,
+            }
+    noise = max((max(timings[0][part]) - min(timings[0][part])) / median(timings[0][part]) for part in timings[0])
+    return {"workload": vars(work), "noise": noise, "models": rows}
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": median(values), "low": min(values), "high": max(values)}
+
+
+def _remarks(results: dict[str, Any]) -> list[str]:
+    """What a reader should know of these figures."""
+    remarks = [
+        f"{name}: {len(facts['unaligned'])} widths such as {facts['unaligned'][0]:,} are no multiples of {ALIGNED}, "
+        f"which many kernels want; the nearest is {max(1, round(facts['unaligned'][0] / ALIGNED)) * ALIGNED:,}."
+        for name, facts in results["models"].items()
+        if facts["unaligned"]
+    ]
+    noise = max(each["noise"] for each in results["workloads"])
+    if noise > NOISY:
+        remarks.append(
+            f"The dense model's own timings differ by {noise:.0%} between rounds: gains below that cannot be told here."
+        )
+    return remarks

@@ -1,0 +1,121 @@
+"""Timing beside the dense model: what is written, what is counted, and what is told of the figures."""
+
+import json
+import random
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+import hifiprune as hp
+from hifiprune.evaluation.speed import Workload, operations, write
+from tests.commands import refused, run
+from tests.families import VARIANTS, tiny_model, tiny_tokens
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_is_written_is_what_transformers_generates(variant: str, compiled: bool) -> None:
+    model, tokens = tiny_model(variant), tiny_tokens(2, 7)
+    work = Workload(2, 7, 6, compiled)  # with the cache of a compiled run, not compiled
+    written, first, later = write(model, model, tokens, work)
+    generator: Any = model
+    generator.generation_config.eos_token_id = None
+    theirs = generator.generate(tokens, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert torch.equal(written, theirs[:, 7:])
+    assert first > 0
+    assert later > 0
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen3", "gemma2", "mistral"])
+def test_operations_are_those_that_torch_counts(variant: str) -> None:
+    model = tiny_model(variant)
+    work = Workload(2, 24, 2)
+    counted = operations(model, work)
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=tiny_tokens(2, 24), use_cache=False, logits_to_keep=1)
+    config = model.config
+    width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // 4)
+    masked = 2 * 2.0 * config.num_hidden_layers * width * 24 * 24  # eager attention computes what causality masks
+    assert counted["first"] + masked == pytest.approx(counter.get_total_flops(), rel=0.02)
+    dense, small = (operations(each, work)["later"] for each in (model, tiny_model(variant, intermediate_size=30)))
+    assert dense - small == 2 * 2 * 3 * 3 * 10 * config.hidden_size, "2 sequences, 2 operations, 3 blocks of 3 maps"
+
+
+@pytest.fixture
+def pair(make_checkpoint: Callable[..., Path]) -> tuple[Path, Path]:
+    return make_checkpoint("dense", intermediate_size=64), make_checkpoint("small", intermediate_size=40)
+
+
+def test_bench_times_models_in_turn_in_fresh_processes(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    words = ("--lengths", "8,16", "--new-tokens", 3, "--rounds", 1, "--repeats", 2, "--output", tmp_path / "out")
+    result = run("bench", *pair, *words)
+    assert result.code == 0, result.err
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    results = record["results"]
+    assert record["command"] == "bench"
+    assert [each["workload"]["length"] for each in results["workloads"]] == [8, 16]
+    dense, small = (results["models"][str(path)] for path in pair)
+    assert dense["parameters"] == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(pair[0]).parameters())
+    assert small["weight_bytes"] == (pair[1] / "model.safetensors").stat().st_size
+    assert dense["unaligned"] == []
+    assert small["peak_memory_bytes"] > 1e7
+    assert "widths such as 40 are no multiples of 64, which many kernels want; the nearest is 64" in result.out
+    assert "8 tokens read, 3 written" in result.out
+
+
+def test_figures_are_medians_over_rounds_and_gains_those_of_one_round(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chance, order = random.Random(0), []
+    seconds: dict[str, list[list[float]]] = {"dense": [], "small": []}
+
+    def process(command: list[str], **how: Any) -> subprocess.CompletedProcess[str]:
+        name = Path(json.loads(command[-1])["name"]).name
+        order.append(name)
+        speed = 1.0 if name == "dense" else 0.8
+        found = [speed * chance.uniform(0.9, 1.1) for _ in range(3)]
+        seconds[name].append(found)
+        facts = {"loading": 1.0, "threads": 2, "peak_memory_bytes": 10, "timings": [{"first": found, "later": found}]}
+        return subprocess.CompletedProcess(command, 0, "words\n" + json.dumps(facts), "")
+
+    monkeypatch.setattr("subprocess.run", process)
+    record = hp.bench(str(pair[0]), [str(pair[1])], lengths=[8], new_tokens=4, rounds=5)
+    assert order == ["dense", "small"] * 5
+    (found,) = record.results["workloads"]
+    rounds = {name: [median(each) for each in own] for name, own in seconds.items()}
+    gains = [dense / small for dense, small in zip(rounds["dense"], rounds["small"], strict=True)]
+    row = found["models"][str(pair[1])]["first"]
+    assert row["seconds"]["median"] == median(rounds["small"])
+    assert row["speedup"] == {"median": median(gains), "low": min(gains), "high": max(gains)}
+    hoped = 1 / row["promised"]
+    assert row["share"] == pytest.approx((1 - 1 / median(gains)) / (1 - hoped))
+    dense, small = (operations(AutoModelForCausalLM.from_pretrained(path), Workload(1, 8, 4))["first"] for path in pair)
+    assert row["promised"] == dense / small
+    spread = (max(rounds["dense"]) - min(rounds["dense"])) / median(rounds["dense"])
+    assert found["noise"] == pytest.approx(spread)
+    assert any("gains below that cannot be told" in remark for remark in record.results["remarks"]) == (spread > 0.1)
+
+
+def test_what_cannot_be_timed_is_refused(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    refused(run("bench", *pair, "--lengths", 64), "64 tokens and 64 new ones exceed the 64 positions")
+    refused(run("bench", pair[0], pair[0]), "would be measured twice")
+    refused(run("bench", *pair, "--lengths", "many"), "lengths 'many' must be whole numbers")
+    refused(
+        run("bench", *pair, "--batch-sizes", 0, "--lengths", 8, "--new-tokens", 4), "batch size 0 must be at least 1"
+    )
+    refused(run("bench", *pair, "--new-tokens", 1), "new tokens 1 must be at least 2")
+
+    def process(command: list[str], **how: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 1, "", "Traceback\nRuntimeError: no compiler")
+
+    monkeypatch.setattr("subprocess.run", process)
+    message = "could not be timed: RuntimeError: no compiler"
+    refused(run("bench", *pair, "--lengths", 8, "--new-tokens", 4), message, code=1)
