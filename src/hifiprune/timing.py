@@ -100,9 +100,7 @@ def bench(
     record.results = {
         "models": {checkpoint.name: _facts(checkpoint, runs[checkpoint.name]) for checkpoint in checkpoints},
         "workloads": [
-            _compared(
-                work, names, [_timings(runs[name], number) for name in names], [each[number] for each in promised]
-            )
+            _compared(work, names, [_timings(runs[name], number) for name in names], counted[number])
             for number, work in enumerate(workloads)
         ],
         "threads": runs[dense][0]["threads"],
