@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hifiprune.neurons import Mlp, find_mlps
     from hifiprune.pipeline import prune, score_checkpoint
     from hifiprune.plan import Plan
+    from hifiprune.publishing import push
     from hifiprune.record import RunRecord
     from hifiprune.recovery import recover
     from hifiprune.repair import cut_and_repair_
@@ -64,6 +65,7 @@ __all__ = [
     "load_windows",
     "measure",
     "prune",
+    "push",
     "recover",
     "score",
     "score_all",
@@ -104,6 +106,7 @@ _HOMES = {
     "load_windows": "calibration",
     "measure": "evaluation",
     "prune": "pipeline",
+    "push": "publishing",
     "recover": "recovery",
     "score": "scoring",
     "score_all": "scoring",

@@ -143,3 +143,9 @@ def duration(seconds: float) -> str:
 def megabytes(count: int) -> str:
     """Bytes for a reader."""
     return f"{count / 1e6:,.1f} MB"
+
+
+def width_range(widths: int | list[int]) -> str:
+    """The width of every MLP, or of the narrowest to the widest."""
+    ends = [widths] if isinstance(widths, int) else sorted({min(widths), max(widths)})
+    return " to ".join(f"{width:,}" for width in ends)

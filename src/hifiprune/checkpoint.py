@@ -243,7 +243,7 @@ def find_checkpoint(name: str) -> Checkpoint:
         return Checkpoint(name, path.parent, path.name)
     if not path.exists() and not on_hub:
         raise UserError(f"there is no model folder or .gguf file {name}")
-    folder = _download(name, ["config.json", INDEX, *COMPANIONS]) if on_hub else path
+    folder = _download(name, ["config.json", INDEX, "README.md", *COMPANIONS]) if on_hub else path
     if not (folder / "config.json").is_file():
         found = sorted(file.name for file in folder.iterdir())[:5]
         raise UserError(f"{name} holds no config.json (found: {', '.join(found) or 'nothing'}); is it a model folder?")

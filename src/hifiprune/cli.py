@@ -196,6 +196,7 @@ def evaluate(
     output: Annotated[
         Path | None, Option(help="Folder to keep the results in; with it, an interrupted run can go on.")
     ] = None,
+    card: Annotated[bool, Option("--card", help="Put what is found into the models' own cards.")] = False,
     batch_size: BatchSize = 1,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -218,10 +219,28 @@ def evaluate(
         text_column=text_column,
         output=output,
         overwrite=overwrite,
+        card=card,
         compute=hp.Compute(device, dtype, batch_size, None, attention),
         voice=voice(),
     )
     show(record.to_dict(), as_json, lambda: printing.evaluated(record))
+
+
+@app.command()
+def push(
+    folder: Annotated[str, Argument(metavar="DIR", help="A checkpoint's folder.")],
+    repository: Annotated[str, Argument(metavar="OWNER/NAME", help="Its name on the hub.")],
+    private: Annotated[bool, Option("--private", help="Only its owner sees it, where it is new.")] = False,
+    upload: Annotated[bool, Option("--upload", help="Do it; else only show what would be uploaded.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Upload a checkpoint to the hub; without --upload, show what would be."""
+    import hifiprune as hp
+    from hifiprune import printing
+
+    facts = hp.push(folder, repository, private=private, upload=upload, voice=voice())
+    show(facts, as_json, lambda: printing.pushed(facts, folder))
 
 
 @app.command()

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hifiprune.announcements import duration
+from hifiprune.cards import add_results, check_cards
 from hifiprune.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.compute import Compute, estimate_seconds
 from hifiprune.errors import UserError
@@ -37,6 +38,7 @@ def evaluate(
     text_column: str | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
+    card: bool = False,
     compute: Compute = Compute(),
     voice: Voice = SILENT,
 ) -> RunRecord:
@@ -56,6 +58,7 @@ def evaluate(
         text_column: column of the text, guessed if not given.
         output: folder to be made, with the results in `run.json`; with it an interrupted run goes on where it stopped.
         overwrite: replace an existing output.
+        card: put what is found into the model cards of `models`, which must be checkpoints of ours on this disk.
         compute: device and arithmetic.
         voice: tells of progress.
 
@@ -80,6 +83,8 @@ def evaluate(
     everyone = [dense, *checkpoints] if dense else checkpoints
     for checkpoint in everyone:
         check_model(checkpoint, source)
+    if card:
+        check_cards([checkpoint.folder for checkpoint in checkpoints])
     unfinished = None
     if output is not None:
         inputs = [*(checkpoint.path for checkpoint in everyone), text]
@@ -98,6 +103,9 @@ def evaluate(
     for checkpoint in checkpoints:
         bench.take(checkpoint)
     record.results = bench.results()
+    if card:
+        for checkpoint in checkpoints:
+            add_results(checkpoint.folder, checkpoint.name, record.results, text)
     if output is not None and unfinished:
         record.reused_parts = len(unfinished.reused)
         with replacing(target) as new:

@@ -10,6 +10,7 @@ from hifiprune import DEFAULT_CRITERION
 from hifiprune.allocation import Budget, Sharing, allocate
 from hifiprune.announcements import announce_plan, remark_on_options, remark_on_scale, remark_on_unused
 from hifiprune.calibration import Calibration
+from hifiprune.cards import write_card
 from hifiprune.checkpoint import Checkpoint
 from hifiprune.compute import Compute
 from hifiprune.criteria import Options, find_criterion
@@ -201,6 +202,7 @@ def _write(
         after = Checkpoint(str(target), folder).weight_bytes
         record.results["weight_bytes"] = {"before": checkpoint.weight_bytes, "after": after}
         record.save(folder / "run.json")
+        write_card(folder, record.to_dict(), checkpoint, target.name)
 
 
 def _check_data(criterion: str, calibration: Calibration | None) -> None:

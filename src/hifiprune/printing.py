@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hifiprune.announcements import megabytes
+from hifiprune.announcements import megabytes, width_range
 from hifiprune.evaluation.fidelity import METRICS
 from hifiprune.lineage import dense_of
 from hifiprune.record import RunRecord
@@ -148,6 +148,21 @@ def _gain(found: dict[str, Any]) -> str:
     return f"{speedup['median']:.2f}, {speedup['low']:.2f} to {speedup['high']:.2f} ({promise})"
 
 
+def pushed(facts: dict[str, Any], folder: str) -> None:
+    """What `push` uploaded, or would."""
+    table = _table("file", "size")
+    for name, size in facts["files"].items():
+        table.add_row(name, megabytes(size))
+    _show(table)
+    for remark in facts["remarks"]:
+        Console().print(f"Note: {remark}.", markup=False, soft_wrap=True)
+    if facts["uploaded"]:
+        Console().print(f"Uploaded to {facts['repository']}.", markup=False)
+    else:
+        Console().print("Nothing was uploaded: this was a dry run.")
+        next_step("push", folder, facts["repository"], "--upload")
+
+
 def criteria_listed(facts: list[dict[str, str]]) -> None:
     """A line for each criterion."""
     for row in facts:
@@ -282,12 +297,6 @@ def demo_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("all stages", "", f"{seconds:.0f} s"),
         ("peak memory", "", megabytes(max(stage["peak_memory_bytes"] for stage in summary["stages"]))),
     ]
-
-
-def width_range(widths: int | list[int]) -> str:
-    """The width of every MLP, or of the narrowest to the widest."""
-    ends = [widths] if isinstance(widths, int) else sorted({min(widths), max(widths)})
-    return " to ".join(f"{width:,}" for width in ends)
 
 
 def short(names: Collection[str]) -> list[str]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerState, set_seed
 
 from hifiprune.announcements import duration
+from hifiprune.cards import write_card
 from hifiprune.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.compute import Compute, estimate_seconds
 from hifiprune.errors import RunError, UserError, unknown
@@ -142,6 +143,7 @@ def recover(
                     trained.save_pretrained(str(new / "adapter"))
                 started.save(_merged(trained, started), new, shard_size)
             record.save(new / "run.json")
+            write_card(new, record.to_dict(), started, target.name)
         unfinished.remove()
     return record
 
