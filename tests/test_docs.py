@@ -32,7 +32,7 @@ def test_commands_exist_and_parse(words: list[str]) -> None:
     group: Any = typer.main.get_command(app)
     command = group.commands[words[1]]
     context = command.make_context(words[1], words[2:])
-    assert {"model", "models", "dense", "folder"} & {*context.params} or words[1] in ("demo", "criteria")
+    assert {"model", "models", "dense", "folder", "folders"} & {*context.params} or words[1] in ("demo", "criteria")
 
 
 def test_the_readme_shows_all_commands() -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hifiprune.record import RunRecord
     from hifiprune.recovery import recover
     from hifiprune.repair import cut_and_repair_
+    from hifiprune.reporting import report
     from hifiprune.scores import Scores
     from hifiprune.scoring import score, score_all
     from hifiprune.surgery import cut, cut_
@@ -67,6 +68,7 @@ __all__ = [
     "prune",
     "push",
     "recover",
+    "report",
     "score",
     "score_all",
     "score_checkpoint",
@@ -108,6 +110,7 @@ _HOMES = {
     "prune": "pipeline",
     "push": "publishing",
     "recover": "recovery",
+    "report": "reporting",
     "score": "scoring",
     "score_all": "scoring",
     "score_checkpoint": "pipeline",

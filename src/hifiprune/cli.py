@@ -227,6 +227,23 @@ def evaluate(
 
 
 @app.command()
+def report(
+    folders: Annotated[
+        list[Path], Argument(metavar="DIR...", help="Outputs of prune, recover, evaluate --output and bench --output.")
+    ],
+    output: Annotated[Path, Option(help="The page to make.")] = Path("report.html"),
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show what runs did, in one page that needs no network."""
+    import hifiprune as hp
+
+    made = hp.report(folders, output, overwrite=overwrite)
+    show({"report": str(made)}, as_json, lambda: typer.echo(f"Open {made} in a browser."))
+
+
+@app.command()
 def push(
     folder: Annotated[str, Argument(metavar="DIR", help="A checkpoint's folder.")],
     repository: Annotated[str, Argument(metavar="OWNER/NAME", help="Its name on the hub.")],

@@ -1,5 +1,6 @@
 """The story of `evaluate`: checkpoints measured on a text, beside the dense one, and by zero-shot tasks."""
 
+import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -17,14 +18,20 @@ from hifiprune.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.compute import Compute, estimate_seconds
 from hifiprune.errors import UserError
 from hifiprune.evaluation import Answers, Estimate, Exam, Tasks, average, differences, measure
+from hifiprune.evaluation.passages import read_passage
 from hifiprune.guards import check_names
 from hifiprune.hashing import hash_texts, hash_tokens
+from hifiprune.neurons import count_parameters
 from hifiprune.output import check_target, replacing
 from hifiprune.preparation import check_model, load_hashed, plain_arguments
 from hifiprune.record import RunRecord
 from hifiprune.texts import Text
 from hifiprune.unfinished import Unfinished
 from hifiprune.voice import SILENT, Voice
+
+PASSAGES = "passages.json"
+PASSAGES_READ, PASSAGE_TOKENS = 3, 96
+"""How many passages of a text are shown token by token, and how much of each."""
 
 
 def evaluate(
@@ -111,6 +118,7 @@ def evaluate(
         with replacing(target) as new:
             new.mkdir()
             record.save(new / "run.json")
+            (new / PASSAGES).write_text(json.dumps(bench.passages))
         unfinished.remove()
     return record
 
@@ -130,6 +138,8 @@ class Bench:
         dense_hash: of its weights.
         metrics: on the text, by checkpoint.
         answers: to the tasks, by checkpoint.
+        passages: the beginnings of some windows read beside the dense model, by checkpoint.
+        parameters: how many, by checkpoint.
     """
 
     windows: Int[Tensor, "windows positions"] | None
@@ -142,20 +152,29 @@ class Bench:
     dense_hash: str = ""
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     answers: dict[str, dict[str, Answers]] = field(default_factory=dict)
+    passages: dict[str, list[list[dict[str, Any]]]] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
 
     def take_dense(self, checkpoint: Checkpoint) -> None:
         """Load the dense model, to stay, and have it answer the tasks."""
         self.dense, self.dense_hash = load_hashed(checkpoint, self.compute, self.record)
+        self.parameters[checkpoint.name] = count_parameters(self.dense)
         self._ask(checkpoint, self.dense, self._parts(self.dense, self.dense_hash))
 
     def take(self, checkpoint: Checkpoint) -> None:
         """Measure a checkpoint on the text, and by the tasks."""
         model, model_hash = load_hashed(checkpoint, self.compute, self.record)
         parts = self._parts(model, model_hash)
+        self.parameters[checkpoint.name] = count_parameters(model)
         if self.windows is not None:
             facts = ["metrics", hash_tokens(self.windows), self.dense_hash]
             with self.record.stage(f"measuring {checkpoint.name}"):
                 self.metrics[checkpoint.name] = _kept(parts, facts, partial(self._measure, checkpoint, model))
+                if self.dense and self.unfinished:
+                    few = self.windows[:: -(-len(self.windows) // PASSAGES_READ), :PASSAGE_TOKENS]
+                    tokenizer = checkpoint.tokenizer()
+                    read = [read_passage(self.dense, model, tokenizer, tokens) for tokens in few]
+                    self.passages[checkpoint.name] = read
         self._ask(checkpoint, model, parts)
 
     def _measure(self, checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Any]:
@@ -201,7 +220,9 @@ class Bench:
     def results(self) -> dict[str, Any]:
         """All that was found, model by model; differences are to the dense model, or else to the first."""
         reference = next(iter(self.answers.values()), {})
-        rows: dict[str, dict[str, Any]] = {name: {} for name in [*self.answers, *self.metrics]}
+        rows: dict[str, dict[str, Any]] = {
+            name: {"parameters": self.parameters[name]} for name in [*self.answers, *self.metrics]
+        }
         for name, found in self.metrics.items():
             rows[name]["metrics"] = found
         for name, answers in self.answers.items():

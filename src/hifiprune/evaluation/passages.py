@@ -1,0 +1,63 @@
+"""What two models expect at every token of a passage, side by side."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from hifiprune.blocks import BlockChain
+from hifiprune.evaluation.fidelity import compare
+from hifiprune.guards import check_windows, frozen
+
+TOP = 10
+
+
+@torch.no_grad()
+def read_passage(
+    dense: PreTrainedModel,
+    pruned: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Int[Tensor, "positions"],
+) -> list[dict[str, Any]]:
+    """Each token of a passage, and from the second on the KL divergence there and both models' likeliest tokens.
+
+    Args:
+        dense: the dense model.
+        pruned: the other, of the same vocabulary.
+        tokenizer: of both.
+        tokens: the passage.
+
+    Returns:
+        `text` of every token; `kl` in nats, and under `dense` and `pruned` pairs of token and probability.
+    """
+    window = tokens[None]
+    check_windows(pruned, window, 1, least=2)
+    expected = [_expected(model, window) for model in (dense, pruned)]
+    expected[0] = expected[0].to(expected[1])
+    divergence = compare(*expected)["kl"].tolist()
+    likeliest = [_likeliest(each, tokenizer) for each in expected]
+    texts = [str(tokenizer.decode([token])) for token in tokens.tolist()]
+    return [{"text": texts[0]}] + [
+        {"text": text, "kl": kl, "dense": theirs, "pruned": ours}
+        for text, kl, theirs, ours in zip(texts[1:], divergence, *likeliest, strict=True)
+    ]
+
+
+def _expected(model: PreTrainedModel, window: Int[Tensor, "1 positions"]) -> Tensor:
+    """Log-probabilities at every position but the last."""
+    with frozen(model):
+        chain = BlockChain(model)
+        hidden = chain.final_hidden(window.to(model.device, torch.int64))[0, :-1]
+        return chain.head.logits(hidden).log_softmax(-1)
+
+
+def _likeliest(logs: Tensor, tokenizer: PreTrainedTokenizerBase) -> list[list[tuple[str, float]]]:
+    """Pairs of token and probability at every position."""
+    top = logs.exp().topk(min(TOP, logs.shape[1]))
+    return [
+        [(str(tokenizer.decode([token])), round(share, 4)) for token, share in zip(tokens, shares, strict=True)]
+        for tokens, shares in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    ]

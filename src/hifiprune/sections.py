@@ -1,0 +1,251 @@
+"""The parts of a report: tables and plots, each plot in words and as a table too."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from json import dumps
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+import torch
+
+from hifiprune.announcements import megabytes, width_range
+from hifiprune.evaluation.fidelity import METRICS
+from hifiprune.runs import Run
+
+Rows = list[list[str]]
+TEAL = "#0b8a8a"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot, what it shows, and its values."""
+
+    id: str
+    alt: str
+    figure: Any
+    table: Rows
+
+
+@dataclass
+class Section:
+    """A part of the page."""
+
+    title: str
+    texts: list[str] = field(default_factory=list)
+    table: Rows | None = None
+    plots: list[Plot] = field(default_factory=list)
+    passages: list[dict[str, Any]] = field(default_factory=list)
+    records: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def filled(self) -> bool:
+        """Whether there is anything in it."""
+        return bool((self.table and self.table[1:]) or self.plots or self.passages or self.records)
+
+
+def sections_of(runs: Sequence[Run]) -> list[Section]:
+    """All parts of the page that the runs have something for."""
+    makers = (summary, quality, tasks, layers, overlap, tokens, speed, cost, records)
+    return [section for maker in makers if (section := maker(runs)).filled]
+
+
+def summary(runs: Sequence[Run]) -> Section:
+    """What was made, a row a checkpoint."""
+    rows = [["checkpoint", "parameters", "removed", "MLP width", "scored by", "output maps", "trained"]]
+    for run in runs:
+        if pruning := run.made:
+            results, training = pruning["results"], run.facts["arguments"].get("training")
+            sizes, widths = results["parameters"], results["width"]
+            rows.append(
+                [
+                    run.name,
+                    f"{sizes['after']:,} of {sizes['before']:,}",
+                    f"{results['ratio']['reached']:.1%}",
+                    f"{width_range(widths['after'])} of {widths['before']:,}",
+                    results["criterion"],
+                    "refitted" if pruning["arguments"]["repair"] == "ridge" else "as cut",
+                    f"{training['method']}, {run.facts['results']['best_step']} steps" if training else "no",
+                ]
+            )
+    return Section("What was made", table=rows)
+
+
+def quality(runs: Sequence[Run]) -> Section:
+    """Perplexity and divergence against size."""
+    section = Section("Quality against size")
+    for run in (run for run in runs if run.command == "evaluate"):
+        for metric in ("perplexity", "kl"):
+            rows = {name: row for name, row in run.models.items() if metric in row.get("metrics", {})}
+            if not rows:
+                continue
+            sizes = [row["parameters"] / 1e6 for row in rows.values()]
+            found, label = [row["metrics"][metric] for row in rows.values()], METRICS[metric][0]
+            marks = {"mode": "markers+text", "textposition": "top center", "marker": {"size": 11, "color": TEAL}}
+            figure = go.Figure(_estimates(go.Scatter, sizes, found, text=list(rows), **marks))
+            dense = next(iter(rows.values()))["metrics"].get("dense_perplexity")
+            if dense and metric == "perplexity":
+                figure.add_hline(y=dense["value"], line_dash="dot", annotation_text="dense")
+            figure.update_xaxes(title="million parameters").update_yaxes(title=label)
+            table = [["checkpoint", "million parameters", label, "95% interval"]]
+            table += [
+                [name, f"{size:,.1f}", f"{each['value']:.4g}", _interval(each)]
+                for name, size, each in zip(rows, sizes, found, strict=True)
+            ]
+            alt = f"{label} of each checkpoint against its parameters, with 95% intervals, on {run.measured_on}."
+            section.plots.append(_plot(f"{metric}-{run.name}", alt, figure, table))
+    return section
+
+
+def tasks(runs: Sequence[Run]) -> Section:
+    """Accuracy on every task, a bar a model."""
+    section = Section("Zero-shot accuracy", ["No examples in the prompts. Error bars are 95% intervals."])
+    for run in (run for run in runs if run.command == "evaluate"):
+        rows = {name: row for name, row in run.models.items() if "tasks" in row}
+        found = {name: row["tasks"] | {"average": row["average"]} for name, row in rows.items()}
+        if not found:
+            continue
+        names = [*next(iter(found.values()))]
+        bars = [_estimates(go.Bar, names, [*each.values()], name=name) for name, each in found.items()]
+        figure = go.Figure(bars).update_yaxes(title="accuracy")
+        table = [["task", *found]]
+        for task in names:
+            table.append([task, *(f"{each[task]['value']:.3f} ({_interval(each[task])})" for each in found.values())])
+        alt = f"Accuracy of {', '.join(found)} on each task, as bars with 95% intervals."
+        section.plots.append(_plot(f"tasks-{run.name}", alt, figure, table, barmode="group"))
+    return section
+
+
+def layers(runs: Sequence[Run]) -> Section:
+    """Widths, and scores at some ranks, layer by layer."""
+    section, widths, curves = Section("Layer by layer"), go.Figure(), go.Figure()
+    for run in runs:
+        if run.plan and run.scores:
+            numbers = [*range(len(run.plan.widths))]
+            widths.add_trace(go.Bar(x=numbers, y=run.plan.widths, name=run.name))
+            for share in (0.1, 0.5, 0.9):
+                values = [float(torch.quantile(scores.double(), share)) for scores in run.scores.values]
+                name, line = f"{run.name}, above {share:.0%}", {"width": 1 + 2 * share}
+                curves.add_trace(go.Scatter(x=numbers, y=values, name=name, line=line))
+    if not widths.data:
+        return section
+    widths.update_yaxes(title="neurons kept").update_xaxes(title="layer")
+    curves.update_yaxes(title="score", type="log").update_xaxes(title="layer")
+    kept = "Neurons that each layer keeps."
+    ranks = "Scores in each layer: those that lie above 10, 50 and 90% of its neurons."
+    for id_, alt, figure in (("widths", kept, widths), ("scores", ranks, curves)):
+        table = [["layer", *(trace.name for trace in figure.data)]]
+        for number in range(max(len(trace.y) for trace in figure.data)):
+            cells = [f"{trace.y[number]:.5g}" if number < len(trace.y) else "" for trace in figure.data]
+            table.append([str(number), *cells])
+        section.plots.append(_plot(id_, alt, figure, table, barmode="group"))
+    return section
+
+
+def overlap(runs: Sequence[Run]) -> Section:
+    """How much the kept sets share, of runs on dense models of one shape."""
+    section = Section("Which neurons stayed")
+    plans = {run.name: run.plan for run in runs if run.plan}
+    first = next(iter(plans.values()), None)
+    kept = {
+        name: {(layer, neuron) for layer, each in enumerate(plan.kept) for neuron in each.tolist()}
+        for name, plan in plans.items()
+        if first and plan.neurons == first.neurons
+    }
+    if len(kept) < 2:
+        return section
+    names = [*kept]
+    shares = [[len(one & other) / len(one | other) for other in kept.values()] for one in kept.values()]
+    written = [[f"{share:.2f}" for share in row] for row in shares]
+    colours = {"zmin": 0, "zmax": 1, "colorscale": "Teal"}
+    figure = go.Figure(go.Heatmap(z=shares, x=names, y=names, text=written, texttemplate="%{text}", **colours))
+    figure.update_yaxes(automargin=True)
+    table = [["", *names], *([name, *row] for name, row in zip(names, written, strict=True))]
+    alt = "Neurons that two runs both keep, as a share of those that either keeps."
+    section.plots.append(_plot("overlap", alt, figure, table))
+    return section
+
+
+def tokens(runs: Sequence[Run]) -> Section:
+    """Passages, coloured by how far the two models are apart."""
+    said = (
+        "The redder a token, the further apart the two models were in expecting it (KL divergence). Point at one, or "
+        "reach it with the tab key, to see what each of them expected."
+    )
+    passages = [
+        {"id": f"{run.name}-{number}", "title": Path(name).name, "texts": texts}
+        for run in runs
+        for number, (name, texts) in enumerate(run.passages.items())
+    ]
+    return Section("Token by token", [said], passages=passages)
+
+
+def speed(runs: Sequence[Run]) -> Section:
+    """Gains in reading and writing beside what operations promise."""
+    section = Section("Speed")
+    for run in (run for run in runs if run.command == "bench"):
+        figure, table = go.Figure(), [["workload", "checkpoint", "speed-up", "lowest to highest", "promised", "share"]]
+        for part, what in (("first", "reading"), ("later", "writing")):
+            for found in run.facts["results"]["workloads"]:
+                work, (_, *rows) = found["workload"], found["models"].items()
+                where = f"{what}, {work['batch_size']} x {work['length']}" + ", compiled" * work["compiled"]
+                names, timed = [Path(name).name for name, _ in rows], [row[part] for _, row in rows]
+                gains = [each["speedup"] | {"value": each["speedup"]["median"]} for each in timed]
+                figure.add_trace(_estimates(go.Bar, names, gains, name=where))
+                for name, each, gain in zip(names, timed, gains, strict=True):
+                    share = "" if each["share"] is None else f"{each['share']:.0%}"
+                    cells = [f"{gain['value']:.2f}", _interval(gain), f"{each['promised']:.2f}", share]
+                    table.append([where, name, *cells])
+        figure.add_hline(y=1, line_dash="dot").update_yaxes(title="times as fast as dense")
+        alt = "How many times as fast as the dense model each checkpoint reads and writes; error bars span the rounds."
+        section.texts += run.facts["results"]["remarks"]
+        section.plots.append(_plot(f"speed-{run.name}", alt, figure, table, barmode="group"))
+    return section
+
+
+def cost(runs: Sequence[Run]) -> Section:
+    """Seconds of every stage of the runs that made checkpoints."""
+    section, figure = Section("What it cost"), go.Figure()
+    made = [run for run in runs if run.made]
+    if not made:
+        return section
+    stages = [*dict.fromkeys(stage["name"] for run in made for stage in run.facts["stages"])]
+    table = [["run", *stages, "peak memory"]]
+    totals = [dict.fromkeys(stages, 0.0) for _ in made]
+    for run, total in zip(made, totals, strict=True):
+        for stage in run.facts["stages"]:
+            total[stage["name"]] += stage["seconds"]
+        peak = max(stage["peak_memory_bytes"] for stage in run.facts["stages"])
+        table.append([run.name, *(f"{total[name]:.1f} s" for name in stages), megabytes(peak)])
+    names = [run.name for run in made]
+    for stage in stages:
+        figure.add_trace(go.Bar(y=names, x=[total[stage] for total in totals], name=stage, orientation="h"))
+    figure.update_xaxes(title="seconds").update_yaxes(automargin=True)
+    section.plots.append(_plot("cost", "Seconds that each stage of each run took.", figure, table, barmode="stack"))
+    return section
+
+
+def records(runs: Sequence[Run]) -> Section:
+    """All that is known of each run."""
+    return Section("Records", records=[(run.name, dumps(run.facts, indent=2)) for run in runs])
+
+
+def _plot(id_: str, alt: str, figure: Any, table: Rows, **layout: Any) -> Plot:
+    """A figure in the page's style."""
+    legend = {"orientation": "h", "yanchor": "bottom", "y": 1.02}
+    figure.update_layout(margin={"l": 60, "r": 12, "t": 60, "b": 50}, legend=legend, template="none", **layout)
+    figure.update_yaxes(automargin=True)
+    return Plot(id_.replace(" ", "-"), alt, figure, table)
+
+
+def _estimates(kind: Any, x: Sequence[Any], estimates: Sequence[dict[str, Any]], **how: Any) -> Any:
+    """A trace of estimates with their intervals."""
+    values = [each["value"] for each in estimates]
+    above = [(each["high"] if each["high"] is not None else each["value"]) - each["value"] for each in estimates]
+    below = [each["value"] - (each["low"] if each["low"] is not None else each["value"]) for each in estimates]
+    error = {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1}
+    return kind(x=list(x), y=values, error_y=error, **how)
+
+
+def _interval(estimate: dict[str, Any]) -> str:
+    return "" if estimate["low"] is None else f"{estimate['low']:.4g} to {estimate['high']:.4g}"

@@ -1,0 +1,140 @@
+"""The report: what it tells of real runs of a tiny model, and that it is one file."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hifiprune as hp
+from hifiprune.evaluation.passages import read_passage
+from hifiprune.plan import Plan
+from tests.commands import refused, run
+from tests.conftest import byte_tokenizer
+from tests.families import tiny_model, tiny_tokens
+from tests.naive import divergence, logits_of
+
+
+@pytest.fixture(scope="module")
+def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Outputs of all commands that a report shows."""
+    folder, dense = tmp_path_factory.mktemp("runs"), world / "dense"
+    text = ("--calibration", world / "calibration.txt", "--num-samples", 4, "--seq-len", 24)
+    found = {name: folder / name for name in ("plain", "mixed", "measured", "timed")}
+    results = [
+        run("prune", dense, "--output", found["plain"], "--width", 24, "--preset", "hfprune", *text),
+        run("prune", dense, "--output", found["mixed"], "--width", 24, "--allocation", "global", *text),
+        run(
+            *("evaluate", found["plain"], found["mixed"], "--against", dense, "--text", world / "held.txt"),
+            *("--seq-len", 24, "--output", found["measured"]),
+        ),
+        run(
+            *("bench", dense, found["plain"], "--lengths", 8, "--new-tokens", 3, "--rounds", 1, "--repeats", 1),
+            *("--output", found["timed"]),
+        ),
+    ]
+    for result in results:
+        assert result.code == 0, result.err
+    return found
+
+
+class Page(HTMLParser):
+    """What a page holds."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    def data(self) -> dict[str, Any]:
+        """What its script reads."""
+        found: dict[str, Any] = json.loads(max((t for t in self.texts if t.startswith('{"plots"')), key=len))
+        return found
+
+
+def test_a_report_is_one_file_that_tells_of_all_runs(runs: dict[str, Path], tmp_path: Path) -> None:
+    result = run("report", *runs.values(), "--output", tmp_path / "report.html")
+    assert result.code == 0, result.err
+    page = Page((tmp_path / "report.html").read_text())
+    titles = [
+        text for text in page.texts if text in re.findall(r"<h2>(.*?)</h2>", (tmp_path / "report.html").read_text())
+    ]
+    assert titles == [
+        "What was made", "Quality against size", "Layer by layer", "Which neurons stayed", "Token by token", "Speed",
+        "What it cost", "Records",
+    ]  # fmt: skip
+    addresses = [value for tag, attrs in page.tags for name, value in attrs.items() if name in ("src", "href")]
+    assert addresses == ["data:,"], "nothing is fetched"
+    plots = [attrs for tag, attrs in page.tags if attrs.get("role") == "img"]
+    assert {attrs["id"] for attrs in plots} == set(page.data()["plots"])
+    assert all(attrs["aria-label"] for attrs in plots)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    refused(run("report", *runs.values(), "--output", tmp_path / "report.html"), "exists already")
+    refused(run("report", tmp_path, "--output", tmp_path / "other.html"), "has no run.json of hifiprune")
+
+
+def test_plots_show_what_was_found(runs: dict[str, Path], tmp_path: Path) -> None:
+    data = Page(hp.report([*runs.values()], tmp_path / "r.html").read_text()).data()
+    plans = [Plan.load(runs[name] / "hifiprune" / "plan.json") for name in ("plain", "mixed")]
+    assert [trace["y"] for trace in data["plots"]["widths"]["data"]] == [plan.widths for plan in plans]
+    kept = [{(i, n) for i, each in enumerate(plan.kept) for n in each.tolist()} for plan in plans]
+    ((_, share), (_, whole)) = data["plots"]["overlap"]["data"][0]["z"]
+    assert share == pytest.approx(len(kept[0] & kept[1]) / len(kept[0] | kept[1]))
+    assert whole == 1
+    measured = json.loads((runs["measured"] / "run.json").read_text())["results"]["models"]
+    (points,) = data["plots"]["kl-measured"]["data"]
+    assert points["y"] == [row["metrics"]["kl"]["value"] for row in measured.values() if "metrics" in row]
+    assert points["x"] == [row["parameters"] / 1e6 for row in measured.values() if "metrics" in row]
+    seconds = sum(sum(trace["x"]) for trace in data["plots"]["cost"]["data"])
+    stages = [
+        stage for name in ("plain", "mixed") for stage in json.loads((runs[name] / "run.json").read_text())["stages"]
+    ]
+    assert seconds == pytest.approx(sum(stage["seconds"] for stage in stages))
+
+
+def test_text_that_looks_like_a_page_stays_text(runs: dict[str, Path], tmp_path: Path) -> None:
+    odd = tmp_path / "measured"
+    odd.mkdir()
+    (odd / "run.json").write_bytes((runs["measured"] / "run.json").read_bytes())
+    token = {"text": "</script><b>", "kl": 1.0, "dense": [["<i>", 1.0]], "pruned": [["&", 1.0]]}
+    (odd / "passages.json").write_text(json.dumps({"small": [[{"text": "x"}, token]]}))
+    page = Page(hp.report([odd], tmp_path / "r.html").read_text())
+    assert page.data()["passages"]["measured-0"][0][1]["text"] == "</script><b>"
+    assert not any(tag in ("b", "i") for tag, _ in page.tags)
+
+
+def test_passages_say_what_both_models_expect() -> None:
+    dense, pruned = tiny_model("llama"), tiny_model("qwen3")
+    tokens, tokenizer = tiny_tokens(1, 9)[0], byte_tokenizer()
+    first, *rest = read_passage(dense, pruned, tokenizer, tokens)
+    assert first == {"text": tokenizer.decode(tokens[:1])}
+    logits = [logits_of(model, tokens[None])[0, :-1].detach() for model in (dense, pruned)]
+    for place, token in enumerate(rest):
+        assert token["kl"] == pytest.approx(float(divergence(logits[0][place], logits[1][place])), rel=1e-4)
+        for name, own in zip(("dense", "pruned"), logits, strict=True):
+            top = own[place].softmax(-1).topk(10)
+            assert [share for _, share in token[name]] == pytest.approx(top.values.tolist(), abs=1e-4)
+            assert [text for text, _ in token[name]] == [tokenizer.decode([index]) for index in top.indices.tolist()]
+        assert token["text"] == tokenizer.decode([int(tokens[place + 1])])
+
+
+def test_accuracies_have_bars(tmp_path: Path) -> None:
+    facts = {"value": 0.5, "low": 0.4, "high": 0.6, "standard_error": 0.05}
+    row = {"parameters": 10, "tasks": {"piqa/acc_norm": facts}, "average": facts}
+    record = {"command": "evaluate", "arguments": {}, "results": {"models": {"a": row, "b": row}}, "stages": []}
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "run.json").write_text(json.dumps(record))
+    page = Page(hp.report([tmp_path / "e"], tmp_path / "r.html").read_text())
+    bars = page.data()["plots"]["tasks-e"]["data"]
+    assert [bar["name"] for bar in bars] == ["a", "b"]
+    assert bars[0]["x"] == ["piqa/acc_norm", "average"]
+    assert bars[0]["error_y"]["array"] == pytest.approx([0.1, 0.1])
