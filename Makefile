@@ -1,15 +1,19 @@
-# Targets: demo, test, check, bench, wheel-test. All of them make the environment first if it is not there.
+# Targets: demo, test, test-browser, check, bench, wheel-test. All of them make the environment first if it is not there.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench wheel-test
+.PHONY: demo test test-browser check bench wheel-test
 
 demo: $(VENV)/.installed
 	@$(BIN)/hifiprune demo --output demo-out
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+test-browser: $(VENV)/.dev
+	@command -v chromium > /dev/null || (apt-get update && apt-get install --yes --no-install-recommends chromium)
+	HIFIPRUNE_BROWSER=1 $(BIN)/python -m pytest tests/test_report.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check src tests benchmarks

@@ -1,12 +1,16 @@
 """The report: what it tells of real runs of a tiny model, and that it is one file."""
 
 import json
+import os
 import re
+import shutil
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import Browser, sync_playwright
 
 import hifiprune as hp
 from hifiprune.evaluation.passages import read_passage
@@ -138,3 +142,65 @@ def test_accuracies_have_bars(tmp_path: Path) -> None:
     assert [bar["name"] for bar in bars] == ["a", "b"]
     assert bars[0]["x"] == ["piqa/acc_norm", "average"]
     assert bars[0]["error_y"]["array"] == pytest.approx([0.1, 0.1])
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Chromium without a window; `make test-browser` installs it where it can."""
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        assert "HIFIPRUNE_BROWSER" not in os.environ, "Chromium is to be there"
+        pytest.skip("needs Chromium: make test-browser installs it on Debian")
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_works_in_a_browser(
+    browser: Browser, runs: dict[str, Path], tmp_path: Path, width: int, theme: Any
+) -> None:
+    address = hp.report([*runs.values()], tmp_path / "r.html").as_uri()
+    page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=theme)
+    troubles: list[str] = []
+    page.on("console", lambda message: troubles.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.on("request", lambda request: None if request.url in (address, "data:,") else troubles.append(request.url))
+    page.goto(address)
+    plots = page.locator(".plot")
+    for number in range(plots.count()):
+        marks = ".scatterlayer .point, .scatterlayer .js-line, .barlayer .point path, .heatmaplayer image"
+        assert plots.nth(number).locator(marks).count() > 0, plots.nth(number).get_attribute("id")
+    assert plots.count() >= 7
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out"
+    token = page.locator(".passage span[tabindex]").first
+    assert page.locator("#tip").is_hidden()
+    token.hover()
+    tip = page.locator("#tip")
+    assert tip.is_visible()
+    box = tip.bounding_box()
+    assert box
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= width
+    assert len(tip.locator("tr").all()) == 11
+    expected = json.loads((runs["measured"] / "passages.json").read_text())
+    first = next(iter(expected.values()))[0][1]
+    assert f"{first['kl']:.3f} nats" in tip.inner_text()
+    page.keyboard.press("Escape")
+    assert tip.is_hidden()
+    ink = page.evaluate("getComputedStyle(document.querySelector('.plot text')).fill")
+    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert abs(brightness(ink) - brightness(paper)) > 120, "it can be read"
+    folder = Path("build") / "screenshots"
+    folder.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=folder / f"report-{width}-{theme}.png", full_page=True)
+    page.close()
+    assert troubles == []
+
+
+def brightness(colour: str) -> float:
+    """Of `rgb(r, g, b)`."""
+    numbers = [int(number) for number in re.findall(r"\d+", colour)[:3]]
+    return sum(numbers) / 3

@@ -130,7 +130,7 @@ def layers(runs: Sequence[Run]) -> Section:
     if not widths.data:
         return section
     widths.update_yaxes(title="neurons kept").update_xaxes(title="layer")
-    curves.update_yaxes(title="score", type="log").update_xaxes(title="layer")
+    curves.update_yaxes(title="score", type="log", dtick=1).update_xaxes(title="layer")
     kept = "Neurons that each layer keeps."
     ranks = "Scores in each layer: those that lie above 10, 50 and 90% of its neurons."
     for id_, alt, figure in (("widths", kept, widths), ("scores", ranks, curves)):
@@ -232,8 +232,8 @@ def records(runs: Sequence[Run]) -> Section:
 
 def _plot(id_: str, alt: str, figure: Any, table: Rows, **layout: Any) -> Plot:
     """A figure in the page's style."""
-    legend = {"orientation": "h", "yanchor": "bottom", "y": 1.02}
-    figure.update_layout(margin={"l": 60, "r": 12, "t": 60, "b": 50}, legend=legend, template="none", **layout)
+    legend, top = {"orientation": "h", "yanchor": "bottom", "y": 1.02}, 60 if len(figure.data) > 1 else 20
+    figure.update_layout(margin={"l": 60, "r": 12, "t": top, "b": 50}, legend=legend, template="none", **layout)
     figure.update_yaxes(automargin=True)
     return Plot(id_.replace(" ", "-"), alt, figure, table)
 

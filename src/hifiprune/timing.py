@@ -185,7 +185,7 @@ def _spread(values: list[float]) -> dict[str, float]:
 def _remarks(results: dict[str, Any]) -> list[str]:
     """What a reader should know of these figures."""
     remarks = [
-        f"{name}: {len(facts['unaligned'])} widths such as {facts['unaligned'][0]:,} are no multiples of {ALIGNED}, "
+        f"{Path(name).name}: widths such as {facts['unaligned'][0]:,} are no multiples of {ALIGNED}, "
         f"which many kernels want; the nearest is {max(1, round(facts['unaligned'][0] / ALIGNED)) * ALIGNED:,}."
         for name, facts in results["models"].items()
         if facts["unaligned"]
