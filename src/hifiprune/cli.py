@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from typer import Argument, Option
+from typer import Option
 
 from hifiprune import DEFAULT_CRITERION, __version__
-from hifiprune.bench_command import bench
 from hifiprune.errors import HifipruneError
+from hifiprune.evidence import bench, evaluate, push, report
 from hifiprune.options import (
     SCORING_FLAGS,
     SOURCES,
@@ -30,7 +30,6 @@ from hifiprune.options import (
     Floor,
     LabelSamples,
     LightCut,
-    Limit,
     Model,
     NumSamples,
     Output,
@@ -45,12 +44,9 @@ from hifiprune.options import (
     SeqLen,
     ShardSize,
     Steps,
-    TaskNames,
-    TaskPath,
     Temperature,
     TextColumn,
     Trials,
-    asked_tasks,
     drawn_from,
 )
 from hifiprune.study import ablate, compare, criteria
@@ -181,86 +177,6 @@ def score(
 
 
 @app.command()
-def evaluate(
-    models: Annotated[list[str], Argument(metavar="MODEL...", help="Local folders, hub ids or .gguf files.")],
-    text: Annotated[
-        str | None, Option(help="Text to measure on: any source that --calibration takes but 'self'.")
-    ] = None,
-    against: Annotated[str | None, Option(metavar="DENSE", help="The dense model to compare with.")] = None,
-    seq_len: SeqLen = 1024,
-    max_windows: Annotated[int | None, Option(min=1, help="Use only the first windows.")] = None,
-    text_column: TextColumn = None,
-    tasks: TaskNames = None,
-    task_path: TaskPath = None,
-    limit: Limit = None,
-    output: Annotated[
-        Path | None, Option(help="Folder to keep the results in; with it, an interrupted run can go on.")
-    ] = None,
-    card: Annotated[bool, Option("--card", help="Put what is found into the models' own cards.")] = False,
-    batch_size: BatchSize = 1,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    attention: Attention = None,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Measure perplexity, fidelity to the dense model, and zero-shot accuracy, of one model or several."""
-    import hifiprune as hp
-    from hifiprune import printing
-
-    record = hp.evaluate(
-        models,
-        text,
-        against=against,
-        tasks=asked_tasks(tasks, task_path, limit),
-        seq_len=seq_len,
-        max_windows=max_windows,
-        text_column=text_column,
-        output=output,
-        overwrite=overwrite,
-        card=card,
-        compute=hp.Compute(device, dtype, batch_size, None, attention),
-        voice=voice(),
-    )
-    show(record.to_dict(), as_json, lambda: printing.evaluated(record))
-
-
-@app.command()
-def report(
-    folders: Annotated[
-        list[Path], Argument(metavar="DIR...", help="Outputs of prune, recover, evaluate --output and bench --output.")
-    ],
-    output: Annotated[Path, Option(help="The page to make.")] = Path("report.html"),
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Show what runs did, in one page that needs no network."""
-    import hifiprune as hp
-
-    made = hp.report(folders, output, overwrite=overwrite)
-    show({"report": str(made)}, as_json, lambda: typer.echo(f"Open {made} in a browser."))
-
-
-@app.command()
-def push(
-    folder: Annotated[str, Argument(metavar="DIR", help="A checkpoint's folder.")],
-    repository: Annotated[str, Argument(metavar="OWNER/NAME", help="Its name on the hub.")],
-    private: Annotated[bool, Option("--private", help="Only its owner sees it, where it is new.")] = False,
-    upload: Annotated[bool, Option("--upload", help="Do it; else only show what would be uploaded.")] = False,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Upload a checkpoint to the hub; without --upload, show what would be."""
-    import hifiprune as hp
-    from hifiprune import printing
-
-    facts = hp.push(folder, repository, private=private, upload=upload, voice=voice())
-    show(facts, as_json, lambda: printing.pushed(facts, folder))
-
-
-@app.command()
 def inspect(model: Model, as_json: AsJson = False, debug: Debug = False) -> None:
     """Show a model's MLPs and the widths that ratios would give, without loading weights."""
     import hifiprune as hp
@@ -293,7 +209,7 @@ def _root(version: Annotated[bool, Option("--version", help="Show the version.")
         raise typer.Exit
 
 
-for command in (criteria, compare, ablate, recover, bench):
+for command in (evaluate, criteria, compare, ablate, recover, bench, report, push):
     app.command()(command)
 
 
