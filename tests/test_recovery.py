@@ -23,8 +23,9 @@ from hifiprune.hashing import hash_model
 from hifiprune.record import RunRecord
 from hifiprune.recovery import _split, recover
 from hifiprune.teacher import Remembered
-from hifiprune.training import ALL_MAPS, TRAININGS, TimedTrainer, Training, Watch
+from hifiprune.training import ALL_MAPS, TRAININGS, TimedTrainer, Training
 from hifiprune.voice import SILENT
+from hifiprune.watch import Watch
 from tests.commands import Interruption, leftovers, refused
 from tests.commands import run as run_command
 from tests.conftest import save_checkpoint

@@ -2,13 +2,11 @@
 
 import json
 import math
-import os
 import random
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +18,26 @@ from transformers import PreTrainedModel, TrainerState, set_seed
 
 from hifiprune.announcements import duration
 from hifiprune.cards import write_card
-from hifiprune.checkpoint import Checkpoint, find_checkpoint
+from hifiprune.checkpoint import Checkpoint
 from hifiprune.compute import Compute, estimate_seconds
 from hifiprune.errors import RunError, UserError, unknown
 from hifiprune.examples import Example, read_examples
 from hifiprune.guards import memory_explained
-from hifiprune.lineage import check_origin, dense_of, record_of
-from hifiprune.neurons import count_parameters
+from hifiprune.lineage import check_origin, record_of
 from hifiprune.objectives import SoftLabels
 from hifiprune.output import check_shard_size, check_space, replacing
 from hifiprune.packing import Packed, cut_to, pack
-from hifiprune.parallel import check_launcher, processes, rank
+from hifiprune.parallel import processes, rank
 from hifiprune.preparation import load, load_hashed, plain_arguments, prepare
 from hifiprune.record import RunRecord
 from hifiprune.teacher import Remembered, Teacher, remember
 from hifiprune.texts import Text
-from hifiprune.training import Training, Watch, gathered, held_out_losses, last_state, perplexity, train
+from hifiprune.training import Training, gathered, last_state, train
+from hifiprune.training_checks import check_purpose, find_dense, linears_of, needed_bytes, settle_compute
 from hifiprune.training_loss import sliced_loss
 from hifiprune.unfinished import Unfinished
 from hifiprune.voice import SILENT, Voice
+from hifiprune.watch import Watch, held_out_losses, perplexity
 
 HELD_OUT_ROWS = 128
 """Looked at, at most, however much is held out."""
@@ -85,10 +84,10 @@ def recover(
         UserError: something asked for cannot be done, found before the weights are loaded where possible.
         RunError: numbers, memory or disk failed.
     """
-    compute, voice = _settled(compute, training), voice if rank() == 0 else SILENT
+    compute, voice = settle_compute(compute, training), voice if rank() == 0 else SILENT
     if control:  # from itself it has nothing to learn
         training = replace(training, distill_weight=0.0, match_hidden=0.0, cache_teacher=None)
-    _check_purpose(training, teacher, control=control, keep_adapter=keep_adapter)
+    check_purpose(training, teacher, control=control, keep_adapter=keep_adapter)
     arguments = plain_arguments(
         model=model, output=output, data=data, training=training, teacher=teacher, control=control,
         learn_prompts=learn_prompts, text_column=text_column, max_rows=max_rows, keep_adapter=keep_adapter,
@@ -96,11 +95,11 @@ def recover(
     )  # fmt: skip
     record = RunRecord("recover", arguments)
     check_shard_size(shard_size)
-    dense = _find_dense(model, teacher, training, control=control)
+    dense = find_dense(model, teacher, training, control=control)
     texts, read = [Text(data, training.seq_len)], [dense.path] if dense else []
     checkpoint, target, _ = prepare(model, output, texts, read, folder=True, overwrite=overwrite)
     started = dense if dense and control else checkpoint
-    check_space(target, _needed_bytes(started, training))
+    check_space(target, needed_bytes(started, training))
     with record.stage("reading the data"):
         examples = read_examples(
             data,
@@ -183,75 +182,6 @@ def _explained(model: PreTrainedModel, training: Training, folder: Path) -> Iter
         raise RunError(f"a state of the training could not be kept in {folder}: {error}") from error
 
 
-def _settled(compute: Compute, training: Training) -> Compute:
-    """Of several processes that a launcher started each takes a GPU of its own; one alone trains on the first."""
-    check_launcher(low_rank=training.method == "lora")
-    if "flash" in (compute.attention or "") and training.batch_size > 1:
-        raise UserError("flash attention keeps packed examples apart in batches of one row only: --batch-size 1")
-    if compute.dtype == "float16":
-        raise UserError("dtype float16 loses the small gradients of training: use bfloat16 or float32")
-    if compute.resolved_device.startswith("cuda:"):
-        number = compute.resolved_device.partition(":")[2]
-        raise UserError(f"training takes the first GPU that it sees: set CUDA_VISIBLE_DEVICES={number}, --device cuda")
-    if training.optimizer == "8-bit" and find_spec("bitsandbytes") is None:
-        raise UserError("optimizer 8-bit needs bitsandbytes: pip install bitsandbytes, or --optimizer adamw")
-    own = os.environ.get("LOCAL_RANK")
-    return replace(compute, device=f"cuda:{own}") if own and compute.resolved_device == "cuda" else compute
-
-
-def _check_purpose(training: Training, teacher: str | None, *, control: bool, keep_adapter: bool) -> None:
-    """Refuse what would have no effect."""
-    if teacher and not (training.taught or control):
-        raise UserError(
-            "--teacher has nothing to teach: give --distill-weight or --match-hidden above 0, or leave it out"
-        )
-    if keep_adapter and training.method == "full":
-        raise UserError("--keep-adapter is for --method lora; full training has no adapter")
-
-
-def _needed_bytes(checkpoint: Checkpoint, training: Training) -> int:
-    """Disk for the result and for three states, of which each has what is trained and two moments in float32."""
-    skeleton = checkpoint.skeleton()
-    total = trained = count_parameters(skeleton)
-    if training.method == "lora":
-        linears = [module for name, module in _linears(skeleton) if name in training.target_modules]
-        trained = sum(training.lora_r * (linear.in_features + linear.out_features) for linear in linears)
-    return checkpoint.dtype().itemsize * total + 3 * 3 * 4 * trained
-
-
-def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """The last part of the name of each linear map in the blocks, and the map."""
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not head:
-            yield name.rpartition(".")[2], module
-
-
-def _find_dense(model: str, teacher: str | None, training: Training, *, control: bool) -> Checkpoint | None:
-    """The dense model, where there is something for it to do, checked to fit where it teaches."""
-    if not control and not training.taught:
-        return None
-    name = teacher or dense_of(record_of(find_checkpoint(model)))
-    wanted = "which --control trains" if control else "to learn its distribution, or --distill-weight 0"
-    if name is None:
-        raise UserError(f"the dense model is not known from {model}: give --teacher, {wanted}")
-    try:
-        dense = find_checkpoint(name)
-    except UserError as error:
-        raise UserError(f"{error}; give --teacher, {wanted}") from error
-    if training.taught:
-        ours, theirs = (each.config().get_text_config() for each in (find_checkpoint(model), dense))
-        if ours.vocab_size != theirs.vocab_size:
-            sizes = f"{theirs.vocab_size} tokens, the model's {ours.vocab_size}"
-            raise UserError(f"the teacher's vocabulary has {sizes}; give the dense model")
-        if training.cache_teacher and training.cache_teacher >= theirs.vocab_size:
-            raise UserError(f"cache-teacher {training.cache_teacher} must be below the vocabulary, {theirs.vocab_size}")
-        shapes = {(each.hidden_size, each.num_hidden_layers) for each in (ours, theirs)}
-        if training.match_hidden and len(shapes) > 1:
-            raise UserError("match-hidden needs a teacher of the same depth and hidden size; give the dense model")
-    return dense
-
-
 def _training_dtype(checkpoint: Checkpoint, training: Training, compute: Compute) -> Any:
     """Weights that are trained in full are float32, unless the optimizer says otherwise; none are float16."""
     if compute.dtype != "auto" or compute.resolved_device == "cpu":
@@ -287,7 +217,7 @@ def _split(examples: Sequence[Example], training: Training, vocabulary: int) -> 
 def _with_adapter(model: PreTrainedModel, training: Training) -> nn.Module:
     if training.method == "full":
         return model.requires_grad_(True)
-    names = {name for name, _ in _linears(model)}
+    names = {name for name, _ in linears_of(model)}
     for name in training.target_modules:
         if name not in names:
             raise unknown("target module", name, sorted(names))

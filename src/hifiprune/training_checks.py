@@ -1,0 +1,86 @@
+"""What a training run refuses before it begins, and where its dense model is."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hifiprune.checkpoint import Checkpoint, find_checkpoint
+from hifiprune.compute import Compute
+from hifiprune.errors import UserError
+from hifiprune.lineage import dense_of, record_of
+from hifiprune.neurons import count_parameters
+from hifiprune.parallel import check_launcher
+from hifiprune.training import Training
+
+
+def check_purpose(training: Training, teacher: str | None, *, control: bool, keep_adapter: bool) -> None:
+    """Refuse what would have no effect."""
+    if teacher and not (training.taught or control):
+        raise UserError(
+            "--teacher has nothing to teach: give --distill-weight or --match-hidden above 0, or leave it out"
+        )
+    if keep_adapter and training.method == "full":
+        raise UserError("--keep-adapter is for --method lora; full training has no adapter")
+
+
+def settle_compute(compute: Compute, training: Training) -> Compute:
+    """Of several processes that a launcher started each takes a GPU of its own; one alone trains on the first."""
+    check_launcher(low_rank=training.method == "lora")
+    if "flash" in (compute.attention or "") and training.batch_size > 1:
+        raise UserError("flash attention keeps packed examples apart in batches of one row only: --batch-size 1")
+    if compute.dtype == "float16":
+        raise UserError("dtype float16 loses the small gradients of training: use bfloat16 or float32")
+    if compute.resolved_device.startswith("cuda:"):
+        number = compute.resolved_device.partition(":")[2]
+        raise UserError(f"training takes the first GPU that it sees: set CUDA_VISIBLE_DEVICES={number}, --device cuda")
+    if training.optimizer == "8-bit" and find_spec("bitsandbytes") is None:
+        raise UserError("optimizer 8-bit needs bitsandbytes: pip install bitsandbytes, or --optimizer adamw")
+    own = os.environ.get("LOCAL_RANK")
+    return replace(compute, device=f"cuda:{own}") if own and compute.resolved_device == "cuda" else compute
+
+
+def find_dense(model: str, teacher: str | None, training: Training, *, control: bool) -> Checkpoint | None:
+    """The dense model, where there is something for it to do, checked to fit where it teaches."""
+    if not control and not training.taught:
+        return None
+    name = teacher or dense_of(record_of(find_checkpoint(model)))
+    wanted = "which --control trains" if control else "to learn its distribution, or --distill-weight 0"
+    if name is None:
+        raise UserError(f"the dense model is not known from {model}: give --teacher, {wanted}")
+    try:
+        dense = find_checkpoint(name)
+    except UserError as error:
+        raise UserError(f"{error}; give --teacher, {wanted}") from error
+    if training.taught:
+        ours, theirs = (each.config().get_text_config() for each in (find_checkpoint(model), dense))
+        if ours.vocab_size != theirs.vocab_size:
+            sizes = f"{theirs.vocab_size} tokens, the model's {ours.vocab_size}"
+            raise UserError(f"the teacher's vocabulary has {sizes}; give the dense model")
+        if training.cache_teacher and training.cache_teacher >= theirs.vocab_size:
+            raise UserError(f"cache-teacher {training.cache_teacher} must be below the vocabulary, {theirs.vocab_size}")
+        shapes = {(each.hidden_size, each.num_hidden_layers) for each in (ours, theirs)}
+        if training.match_hidden and len(shapes) > 1:
+            raise UserError("match-hidden needs a teacher of the same depth and hidden size; give the dense model")
+    return dense
+
+
+def needed_bytes(checkpoint: Checkpoint, training: Training) -> int:
+    """Disk for the result and for three states, of which each has what is trained and two moments in float32."""
+    skeleton = checkpoint.skeleton()
+    total = trained = count_parameters(skeleton)
+    if training.method == "lora":
+        linears = [module for name, module in linears_of(skeleton) if name in training.target_modules]
+        trained = sum(training.lora_r * (linear.in_features + linear.out_features) for linear in linears)
+    return checkpoint.dtype().itemsize * total + 3 * 3 * 4 * trained
+
+
+def linears_of(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """The last part of the name of each linear map in the blocks, and the map."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            yield name.rpartition(".")[2], module
