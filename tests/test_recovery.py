@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers.integrations import integration_utils
 
 import hifiprune as hp
 from hifiprune.checkpoint import find_checkpoint
@@ -317,6 +318,24 @@ def test_a_record_that_says_nothing_is_no_record(pruned: Path, tmp_path: Path, t
     (tmp_path / "pruned" / "run.json").write_text(text)
     with pytest.raises(hp.UserError, match=r"the dense model is not known from .*: give --teacher"):
         recover(str(tmp_path / "pruned"), tmp_path / "out", str(pruned / "data.jsonl"), QUICK)
+
+
+def test_a_tracker_is_told_of_losses(pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, float]] = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            told.append(logs)
+
+    with pytest.raises(hp.UserError, match="tracker 'swanlab' is not installed: pip install swanlab"):
+        run(pruned, tmp_path / "out", tracker="swanlab")
+    with pytest.raises(hp.UserError, match=r"tracker 'wand' is not known; .* did you mean 'wandb'\?"):
+        run(pruned, tmp_path / "out", tracker="wand")
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "swanlab", Tracker)
+    monkeypatch.setattr("hifiprune.training_checks.get_available_reporting_integrations", lambda: ["swanlab"])
+    record = run(pruned, tmp_path / "out", tracker="swanlab")
+    assert [logs["loss"] for logs in told if "loss" in logs] == [loss for _, loss in record.results["losses"]]
+    assert any("eval_loss" in logs for logs in told)
 
 
 def test_steps_after_the_last_look_are_looked_at_too(pruned: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from hifiprune.record import RunRecord
 from hifiprune.teacher import Remembered, Teacher, remember
 from hifiprune.texts import Text
 from hifiprune.training import Training, gathered, last_state, train
-from hifiprune.training_checks import check_purpose, find_dense, linears_of, needed_bytes, settle_compute
+from hifiprune.training_checks import check_purpose, check_tracker, find_dense, linears_of, needed_bytes, settle_compute
 from hifiprune.training_loss import sliced_loss
 from hifiprune.unfinished import Unfinished
 from hifiprune.voice import SILENT, Voice
@@ -55,6 +55,7 @@ def recover(
     text_column: str | None = None,
     max_rows: int | None = None,
     keep_adapter: bool = False,
+    tracker: str = "none",
     compute: Compute = Compute(),
     shard_size: str = "5GB",
     overwrite: bool = False,
@@ -75,6 +76,7 @@ def recover(
         text_column: column of the text, guessed if not given.
         max_rows: of a hub data set; all if not given.
         keep_adapter: also write the LoRA adapter, into the folder `adapter`.
+        tracker: `tensorboard`, `trackio`, `wandb`, `swanlab` or another of transformers' own, told of losses too.
         compute: device and arithmetic; its batch size is not used.
         shard_size: largest weight file.
         overwrite: replace an existing output.
@@ -98,6 +100,7 @@ def recover(
     dense = find_dense(model, teacher, training, control=control)
     texts, read = [Text(data, training.seq_len)], [dense.path] if dense else []
     checkpoint, target, _ = prepare(model, output, texts, read, folder=True, overwrite=overwrite)
+    check_tracker(tracker, target)
     started = dense if dense and control else checkpoint
     check_space(target, needed_bytes(started, training))
     with record.stage("reading the data"):
@@ -125,7 +128,7 @@ def recover(
     kernel = SoftLabels(training.distill_weight, training.temperature)
     loss = sliced_loss(student, kernel, guide, match_hidden=training.match_hidden)
     with record.stage("training"), loss, _explained(student, training, folder):
-        trainer = train(trained, training, taught, held, folder, watch, device=compute.resolved_device)
+        trainer = train(trained, training, taught, held, folder, watch, device=compute.resolved_device, tracker=tracker)
         weights = gathered(trainer)
     if rank() == 0:
         record.results = _describe(trainer.state, watch.trouble) | {

@@ -175,6 +175,7 @@ def train(
     watch: Watch,
     *,
     device: str,
+    tracker: str = "none",
 ) -> TimedTrainer:
     """Train `model`, which returns its loss, and leave it in its best state by held-out loss; resumes from `folder`.
 
@@ -186,6 +187,7 @@ def train(
         folder: where states are kept.
         watch: tells of progress.
         device: `cpu`, or anything else for what torch finds.
+        tracker: of transformers' own, that is told of losses too.
     """
     steps = training.max_steps if training.max_steps is not None else -1
     mixed = device != "cpu" and next(model.parameters()).dtype == torch.float32
@@ -220,7 +222,7 @@ def train(
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=device != "cpu",
         disable_tqdm=True,
-        report_to="none",
+        report_to=tracker,
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # or one process would make replicas of the model
     trainer = TimedTrainer(

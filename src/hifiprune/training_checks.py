@@ -4,13 +4,15 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from hifiprune.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.compute import Compute
-from hifiprune.errors import UserError
+from hifiprune.errors import UserError, unknown
 from hifiprune.lineage import dense_of, record_of
 from hifiprune.neurons import count_parameters
 from hifiprune.parallel import check_launcher
@@ -41,6 +43,21 @@ def settle_compute(compute: Compute, training: Training) -> Compute:
         raise UserError("optimizer 8-bit needs bitsandbytes: pip install bitsandbytes, or --optimizer adamw")
     own = os.environ.get("LOCAL_RANK")
     return replace(compute, device=f"cuda:{own}") if own and compute.resolved_device == "cuda" else compute
+
+
+def check_tracker(name: str, target: Path) -> None:
+    """Refuse a tracker that is not known or not installed; TensorBoard's files go beside `target`.
+
+    Raises:
+        UserError: it is one of these.
+    """
+    known, here = [*INTEGRATION_TO_CALLBACK], get_available_reporting_integrations()
+    if name not in ("none", *known):
+        raise unknown("tracker", name, ["none", *known])
+    if name not in ("none", *here):
+        raise UserError(f"tracker '{name}' is not installed: pip install {name}")
+    if name == "tensorboard":
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", f"{target}-logs")  # or they would go with the states
 
 
 def find_dense(model: str, teacher: str | None, training: Training, *, control: bool) -> Checkpoint | None:
