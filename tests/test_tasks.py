@@ -3,8 +3,10 @@
 import json
 import logging
 import math
+import os
 import random
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -249,6 +251,32 @@ def test_what_cannot_be_run_is_said(folder: Path, load: Callable[..., Any], monk
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"pip install 'hifiprune\[tasks\]'"):
         Tasks(["hp_piqa"], folder).check()
+
+
+def test_accuracies_equal_those_of_the_harness_own_command(
+    folder: Path, make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    path, names = make_checkpoint(max_position_embeddings=1024), ["hp_winogrande", "hp_piqa", "hp_crows_pairs"]
+    exam = Exam(Tasks(names, folder, limit=30, seed=1))
+    found = exam.ask(AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path))
+    drawn = {name: sorted(random.Random(1).sample(range(size), 30)) for name, (_, size) in exam.items.items()}
+    command = [
+        *(sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={path},dtype=float32"),
+        *("--device", "cpu", "--batch_size", "8", "--tasks", ",".join(names), "--include_path", str(folder)),
+        *("--samples", json.dumps(drawn), "--output_path", str(tmp_path / "theirs")),
+    ]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | offline)
+    assert done.returncode == 0, done.stderr
+    (written,) = (tmp_path / "theirs").rglob("results*.json")
+    theirs = json.loads(written.read_text())["results"]
+    assert list(found) == ["hp_winogrande/acc", "hp_piqa/acc_norm", "hp_crows_pairs/acc"]
+    for name, answers in found.items():
+        task, _, metric = name.partition("/")
+        assert answers.accuracy.value == theirs[task][f"{metric},none"]
+        assert answers.accuracy.high is not None
+        margin = answers.accuracy.high - answers.accuracy.value
+        assert margin / 1.96 == pytest.approx(theirs[task][f"{metric}_stderr,none"], rel=1e-9)
 
 
 def answered(*hits: float) -> Answers:
