@@ -132,10 +132,12 @@ def prune(
         UserError: something asked for cannot be done, found before the weights are loaded where possible.
         RunError: numbers, memory or disk failed.
     """
+    asked = {"criterion": criterion, "allocation": allocation, "repair": repair, "round_to": round_to}
+    system = _settle(preset, asked, calibration, voice, scored=bool(scores), bias_compensation=bias_compensation)
     path = scores if isinstance(scores, str | Path) else None
     used = Scores.load(scores) if isinstance(scores, str | Path) else scores
-    asked = {"criterion": criterion, "allocation": allocation, "repair": repair, "round_to": round_to}
-    system = _settle(preset, asked, used, calibration, bias_compensation=bias_compensation, voice=voice)
+    if used:
+        system = _scored_by(used, system, asked=bool(criterion) or preset != "default")
     criterion, repair, round_to = system.criterion, system.repair, system.round_to
     sharing = Sharing(system.allocation, floor, trials)
     course = Course(steps, budget, round_to, sharing, repair=repair != "none")
@@ -219,22 +221,25 @@ def _check_compensation(checkpoint: Checkpoint, scores: Scores | None, criterion
 def _settle(
     preset: str,
     asked: dict[str, Any],
-    scores: Scores | None,
     calibration: Calibration | None,
-    *,
-    bias_compensation: bool,
     voice: Voice,
+    *,
+    scored: bool,
+    bias_compensation: bool,
 ) -> Preset:
-    """What a preset, and what is asked for in place of its parts, come to with this text and these scores."""
+    """What a preset, and what is asked for in place of its parts, come to with this text."""
     if asked["repair"] is None and (calibration is None or bias_compensation):
         asked = asked | {"repair": "none"}  # the default gives way
         if calibration is None and settle(preset).repair != "none":
             voice.say("Without --calibration there is no text to repair with: the cut stays a plain one.")
     system = settle(preset, **asked)
-    _check_texts(system, calibration, scored=scores is not None, bias_compensation=bias_compensation)
-    if scores is None:
-        return system
-    if scores.criterion != system.criterion and (asked["criterion"] or preset != "default"):
+    _check_texts(system, calibration, scored=scored, bias_compensation=bias_compensation)
+    return system
+
+
+def _scored_by(scores: Scores, system: Preset, *, asked: bool) -> Preset:
+    """The same with scores that were made before, which a criterion that was asked for must have made."""
+    if asked and scores.criterion != system.criterion:
         raise UserError(
             f"the scores were made by '{scores.criterion}', and '{system.criterion}' is asked for: leave out --scores, "
             "or --criterion and --preset"
