@@ -108,5 +108,23 @@ def loaded(folder: Path) -> PreTrainedModel:
     return find_checkpoint(str(folder)).load(torch.float32)
 
 
+def table(facts: dict[str, Any]) -> str:
+    """Results as Markdown: accuracy in percent, and the difference to the dense model with its 95% interval."""
+    names = [*facts["models"]]
+    lines = [f"| | {' | '.join(names)} |", "|" + "---|" * (1 + len(names))]
+    for key in facts["models"][names[0]]:
+        cells = [_cell(facts["models"][name][key]) for name in names]
+        lines.append(f"| {key.removeprefix('hp_')} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    value = f"{100 * row['value']:.1f}"
+    if "to_dense" not in row:
+        return value
+    low, high = (100 * row["to_dense"][end] for end in ("low", "high"))
+    return f"{value} ({low:+.1f} to {high:+.1f})"
+
+
 if __name__ == "__main__":
     main()
