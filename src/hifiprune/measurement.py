@@ -32,6 +32,8 @@ from hifiprune.voice import SILENT, Voice
 PASSAGES = "passages.json"
 PASSAGES_READ, PASSAGE_TOKENS = 3, 96
 """How many passages of a text are shown token by token, and how much of each."""
+PROMPTS = 8
+"""Asked at once where one window is measured: they are short."""
 
 
 def evaluate(
@@ -90,6 +92,12 @@ def evaluate(
     everyone = [dense, *checkpoints] if dense else checkpoints
     for checkpoint in everyone:
         check_model(checkpoint, source)
+    sizes = {checkpoint.config().get_text_config().vocab_size for checkpoint in everyone}
+    if source and len(sizes) > 1:
+        found = " and ".join(map(str, sorted(sizes)))
+        raise UserError(
+            f"the vocabularies differ ({found} tokens): perplexities would not compare; measure one at a time"
+        )
     if card:
         check_cards([checkpoint.folder for checkpoint in checkpoints])
     unfinished = None
@@ -134,7 +142,7 @@ class Bench:
         record: of the run.
         unfinished: keeps what is finished, if anything does.
         voice: tells of progress.
-        dense: the dense model, which the others are compared with.
+        dense: the dense model, where others are compared with it token by token.
         dense_hash: of its weights.
         metrics: on the text, by checkpoint.
         answers: to the tasks, by checkpoint.
@@ -160,6 +168,8 @@ class Bench:
         self.dense, self.dense_hash = load_hashed(checkpoint, self.compute, self.record)
         self.parameters[checkpoint.name] = count_parameters(self.dense)
         self._ask(checkpoint, self.dense, self._parts(self.dense, self.dense_hash))
+        if self.windows is None:  # nobody is compared with it token by token
+            self.dense = None
 
     def take(self, checkpoint: Checkpoint) -> None:
         """Measure a checkpoint on the text, and by the tasks."""
@@ -194,7 +204,7 @@ class Bench:
 
     def _answers(self, name: str, checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Any]:
         track = self.voice.track(f"asking {checkpoint.name}: {name}")
-        size = self.compute.batch_size
+        size = PROMPTS * self.compute.batch_size
         found = self.exams[name].ask(model, checkpoint.tokenizer(), batch_size=size, track=track)
         return {task: asdict(answers) for task, answers in found.items()}
 
