@@ -200,9 +200,10 @@ def test_settings_without_effect_are_told(world: Path, tmp_path: Path) -> None:
     result = prune(world / "dense", tmp_path / "b", *text, *used)
     assert result.code == 0, result.err
     assert "Without effect" not in result.err
-    unread = ("--criterion", "magnitude", "--repair", "none")
-    refused(prune(world / "dense", tmp_path / "c", *text, *unread), "nothing reads the text: criterion 'magnitude'")
-    refused(prune(world / "dense", tmp_path / "c", *text, "--repair", "rigde"), "did you mean 'ridge'?")
+    result = prune(world / "dense", tmp_path / "c", *text, "--criterion", "magnitude", "--repair", "none")
+    assert "the text is not read" in result.err
+    assert json.loads((tmp_path / "c" / "run.json").read_text())["arguments"]["calibration"] is None
+    refused(prune(world / "dense", tmp_path / "d", *text, "--repair", "rigde"), "did you mean 'ridge'?")
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,9 @@ def prune(
     """
     asked = {"criterion": criterion, "allocation": allocation, "repair": repair, "round_to": round_to}
     system = _settle(preset, asked, calibration, voice, scored=bool(scores), bias_compensation=bias_compensation)
+    if calibration and not scores and not _reads_text(system):
+        voice.say(f"Criterion '{system.criterion}' needs no text and nothing is repaired: the text is not read.")
+        calibration = None
     path = scores if isinstance(scores, str | Path) else None
     used = Scores.load(scores) if isinstance(scores, str | Path) else scores
     if used:
@@ -254,10 +257,6 @@ def _check_texts(system: Preset, calibration: Calibration | None, *, scored: boo
     fits = system.repair != "none" or system.allocation == "searched"
     if not scored:
         _check_data(system.criterion, calibration)
-        if calibration and not fits and not find_criterion(system.criterion).statistic:
-            raise UserError(
-                f"nothing reads the text: criterion '{system.criterion}' needs none; leave out --calibration"
-            )
     elif calibration and not fits:
         raise UserError("give one of --calibration and --scores, not both; both only to repair or search")
     if system.repair != "none" and calibration and calibration.num_samples < 2:
@@ -268,6 +267,11 @@ def _check_texts(system: Preset, calibration: Calibration | None, *, scored: boo
         raise UserError("a search for widths needs text to measure on: give --calibration, or another --allocation")
     if system.repair != "none" and bias_compensation:
         raise UserError("repair refits biases itself: give one of --repair and --bias-compensation, not both")
+
+
+def _reads_text(system: Preset) -> bool:
+    needs_data = find_criterion(system.criterion).statistic is not None
+    return needs_data or system.repair != "none" or system.allocation == "searched"
 
 
 def _check_steps(course: Course, scores: Scores | None, calibration: Calibration | None) -> None:
