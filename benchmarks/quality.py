@@ -4,7 +4,7 @@ HFPrune's exact method against other scores, widths that differ, repair in its f
 calibrated on C4, measured on WikiText-2 test (perplexity) and other documents of C4 (KL divergence), over draws of
 calibration windows.
 Writes `results/quality.json`. Takes hours on 2 cores; interrupted, it goes on where it stopped. What the parts cost is
-measured by `repair.py` and `scoring.py`.
+measured by `repair.py` and `scoring.py`, zero-shot accuracy by `zero_shot.py`.
 """
 
 import argparse
@@ -34,10 +34,6 @@ from hifiprune.steps import Course, score_in_steps
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DATA = ROOT.parent / "shared" / "data"
-EVALS = ROOT.parent / "shared" / "evals" / "tasks"
-NAMES = ("arc_easy", "arc_challenge", "piqa", "boolq", "openbookqa", "winogrande", "social_iqa")
-TASKS = [f"hp_{name}" for name in NAMES]
-"""Of the ten in the pack, without the three that take longest or measure no accuracy."""
 RATIOS, SEEDS = (0.2, 0.3, 0.4), 3
 
 
@@ -186,17 +182,6 @@ class Draw:
         cell: dict[str, float] = json.loads(path.read_text())
         return cell
 
-    def accuracies(self, name: str, ratio: float, limit: int) -> dict[str, float]:
-        """Zero-shot accuracy by task, of a variant or of the dense model."""
-        path = self.path(f"tasks-{limit}-{file_name(name)}-{ratio:g}.json")
-        if not path.is_file():
-            model = self.bench.dense() if name == "dense" else self.build(name, ratio)[0]
-            tokenizer = find_checkpoint(str(self.bench.model)).tokenizer()
-            found = hp.zero_shot(model, tokenizer, hp.Tasks(TASKS, EVALS, limit))
-            write(path, {task: estimate.value for task, estimate in found.items()})
-        accuracies: dict[str, float] = json.loads(path.read_text())
-        return accuracies
-
 
 def file_name(variant: str) -> str:
     """A variant's name without what file names should not have."""
@@ -216,7 +201,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("--zero-shot", type=int, help="items of each zero-shot task, at the lowest ratio, in one draw")
     parser.add_argument("--wikitext", type=int, default=24, help="windows of 1,024 tokens to measure on")
     asked = parser.parse_args()
     model = fetch_smollm2(ROOT / ".cache" / "smollm2")
@@ -245,10 +229,6 @@ def main() -> None:
             row[f"{metric}_to_hfprune"] = row[metric] / paper[metric]
     dense = float(measure_windows(bench.dense(), wikitext)["perplexity"].mean())
     facts: dict[str, Any] = {"arguments": vars(asked), "dense_perplexity": math.exp(dense), "results": rows}
-    if asked.zero_shot:
-        names = ["dense", *(name for name in asked.variants if not VARIANTS[name].alone)]
-        first = Draw(bench, 0, bench.calibration(0, asked.windows))
-        facts["zero_shot"] = {name: first.accuracies(name, min(asked.ratios), asked.zero_shot) for name in names}
     (RESULTS / "quality.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
