@@ -75,7 +75,9 @@ def main() -> None:
                 Console().print(f"{key} {name}: {answers[name][key].accuracy}", highlight=False)
     rows = {}
     for name, own in answers.items():
-        rows[name] = {key: asdict(each.accuracy) for key, each in own.items()} | {"average": asdict(average(own))}
+        mean = average(own)
+        assert mean is not None, "all of these have accuracies of items"
+        rows[name] = {key: asdict(each.accuracy) for key, each in own.items()} | {"average": asdict(mean)}
         if name != "dense" and "dense" in answers:
             gains = differences(own, answers["dense"])
             rows[name] = {key: row | {"to_dense": asdict(gains[key])} for key, row in rows[name].items()}

@@ -308,7 +308,10 @@ def test_the_average_is_that_of_tasks_and_not_of_items() -> None:
         "b/acc": Answers(Estimate(0.9, 0.9, 0.9), (1.0,) * 9 + (0.0,)),
         "group/acc": Answers(Estimate(0.1)),
     }
+    assert average({"group/acc": Answers(Estimate(0.1)), "wikitext/word_perplexity": Answers(Estimate(9.0))}) is None
+    assert differences({"group/acc": Answers(Estimate(0.1))}, answers) == {}
     found = average(answers)
+    assert found is not None
     assert found.value == pytest.approx(0.7)
     assert same(found, Estimate(0.7, 0.6, 0.8))
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
@@ -143,6 +144,20 @@ def duration(seconds: float) -> str:
 def megabytes(count: int) -> str:
     """Bytes for a reader."""
     return f"{count / 1e6:,.1f} MB"
+
+
+def accuracies(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of a model that was asked tasks, what was found for each, and on average where that means anything."""
+    found: dict[str, dict[str, Any]] = row["tasks"]
+    return found | ({"average": row["average"]} if "average" in row else {})
+
+
+def with_interval(estimate: dict[str, Any], form: str = ".3g") -> str:
+    """An estimate for a reader, its interval in brackets."""
+    if estimate["value"] is None:
+        return "none"
+    bounds = "" if estimate["low"] is None else f" ({estimate['low']:{form}} to {estimate['high']:{form}})"
+    return f"{estimate['value']:{form}}{bounds}"
 
 
 def width_range(widths: int | list[int]) -> str:

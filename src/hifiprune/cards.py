@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from hifiprune.announcements import width_range
+from hifiprune.announcements import accuracies, width_range, with_interval
 from hifiprune.checkpoint import Checkpoint
 from hifiprune.errors import UserError
 from hifiprune.evaluation.fidelity import METRICS
@@ -176,17 +176,12 @@ def _table(row: dict[str, Any], results: dict[str, Any], source: str) -> Iterato
         yield f"On {results['windows']} windows of {results['positions']} tokens of {source}, with 95% intervals:\n"
         yield "| metric | value | |\n|---|---|---|"
         for metric, estimate in row["metrics"].items():
-            yield f"| {METRICS[metric][0]} | {_value(estimate, '.4g')} | {METRICS[metric][1]} |"
+            yield f"| {METRICS[metric][0]} | {with_interval(estimate, '.4g')} | {METRICS[metric][1]} |"
         yield ""
     if "tasks" in row:
         yield "Zero-shot, no examples in the prompt; with standard errors, and the difference to the dense model:\n"
         yield "| task | accuracy | difference |\n|---|---|---|"
-        for key, estimate in [*row["tasks"].items(), ("average", row["average"])]:
+        for key, estimate in accuracies(row).items():
             gain = row.get("differences", {}).get(key)
             error = "" if estimate["standard_error"] is None else f" ± {estimate['standard_error']:.3f}"
-            yield f"| {key} | {estimate['value']:.3f}{error} | {_value(gain, '+.3f') if gain else ''} |"
-
-
-def _value(estimate: dict[str, float | None], form: str) -> str:
-    bounds = "" if estimate["low"] is None else f" ({estimate['low']:{form}} to {estimate['high']:{form}})"
-    return f"{estimate['value']:{form}}{bounds}"
+            yield f"| {key} | {estimate['value']:.3f}{error} | {with_interval(gain, '+.3f') if gain else ''} |"

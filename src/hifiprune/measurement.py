@@ -238,7 +238,8 @@ class Bench:
         for name, answers in self.answers.items():
             row = rows[name]
             row["tasks"] = {task: _with_error(each.accuracy) for task, each in answers.items()}
-            row["average"] = _with_error(average(answers))
+            if mean := average(answers):
+                row["average"] = _with_error(mean)
             if answers is not reference:
                 row["differences"] = {task: asdict(each) for task, each in differences(answers, reference).items()}
         results: dict[str, Any] = {"models": rows}

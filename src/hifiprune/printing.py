@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hifiprune.announcements import megabytes, width_range
+from hifiprune.announcements import accuracies, megabytes, width_range, with_interval
 from hifiprune.evaluation.fidelity import METRICS
 from hifiprune.lineage import dense_of
 from hifiprune.record import RunRecord
@@ -77,7 +77,7 @@ def evaluated(record: RunRecord) -> None:
         table = _table("metric", *(short(measured) if len(measured) > 1 else ["value"]), "meaning")
         for metric in next(iter(measured.values())):
             label, meaning = METRICS[metric]
-            table.add_row(label, *(_interval(metrics[metric], ".4g") for metrics in measured.values()), meaning)
+            table.add_row(label, *(with_interval(metrics[metric], ".4g") for metrics in measured.values()), meaning)
         _show(table)
         size = f"{results['windows']} windows of {results['positions']} tokens"
         Console().print(f"{size}; in brackets 95% intervals by bootstrap over windows")
@@ -87,7 +87,7 @@ def evaluated(record: RunRecord) -> None:
 
 def _answered(models: dict[str, dict[str, Any]], items: dict[str, list[int]]) -> None:
     """A row for each task, a column for each model."""
-    rows = {name: row["tasks"] | {"average": row["average"]} for name, row in models.items()}
+    rows = {name: accuracies(row) for name, row in models.items()}
     table = _table("task", "metric", "items", *short(rows))
     for key in next(iter(rows.values())):
         task, _, metric = key.partition("/")
@@ -234,7 +234,7 @@ def ablated(record: RunRecord, model: str, scores: list[Path]) -> None:
     table = _table("criterion", *headings)
     for name, found in correlations.items():
         parts = [found[kind][where] for kind in kinds for where in ("within_layers", "all_layers")]
-        table.add_row(name, *(_interval(part) for part in parts))
+        table.add_row(name, *(with_interval(part) for part in parts))
     _show(table)
     Console().print("Spearman's rank correlation of scores with the measured KL divergence, with 95% intervals")
     _costs(record)
@@ -280,7 +280,7 @@ def demo_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     """The rows of the demo's table: what, dense, pruned."""
     results = summary["results"]
     parameters, width, size = results["parameters"], results["width"], results["weight_bytes"]
-    metrics = {name: _interval(estimate) for name, estimate in results["metrics"].items()}
+    metrics = {name: with_interval(estimate) for name, estimate in results["metrics"].items()}
     seconds = sum(stage["seconds"] for stage in summary["stages"])
     scoring, repair = (
         next(stage for stage in summary["stages"] if stage["name"] == name)
@@ -309,13 +309,6 @@ def next_step(*words: object) -> None:
     """Tell which of our commands to run next, ready to be pasted into a shell."""
     command = shlex.join(["hifiprune", *map(str, words)])
     Console().print(f"Next: {command}", highlight=False, soft_wrap=True, markup=False)
-
-
-def _interval(estimate: dict[str, float | None], form: str = ".3g") -> str:
-    if estimate["value"] is None:
-        return "none"
-    bounds = "" if estimate["low"] is None else f" ({estimate['low']:{form}} to {estimate['high']:{form}})"
-    return f"{estimate['value']:{form}}{bounds}"
 
 
 def _cost(stage: dict[str, Any]) -> tuple[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 import torch
 
-from hifiprune.announcements import megabytes, width_range
+from hifiprune.announcements import accuracies, megabytes, width_range
 from hifiprune.evaluation.fidelity import METRICS
 from hifiprune.runs import Run
 
@@ -102,7 +102,7 @@ def tasks(runs: Sequence[Run]) -> Section:
     section = Section("Zero-shot accuracy", ["No examples in the prompts. Error bars are 95% intervals."])
     for run in (run for run in runs if run.command == "evaluate"):
         rows = {name: row for name, row in run.models.items() if "tasks" in row}
-        found = {name: row["tasks"] | {"average": row["average"]} for name, row in rows.items()}
+        found = {name: accuracies(row) for name, row in rows.items()}
         if not found:
             continue
         names = [*next(iter(found.values()))]

@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ class Exam:
         tasks: dict[str, Any] = self._loaded["tasks"]
         return tasks
 
-    @property
+    @cached_property
     def prompts(self) -> list[str]:
         """What models will be asked, each with its answer."""
         return ["".join(map(str, each.args)) for task in self._tasks.values() for each in task.instances]
@@ -171,13 +172,17 @@ def zero_shot(
     return {name: each.accuracy for name, each in answers.items()}
 
 
-def average(answers: dict[str, Answers]) -> Estimate:
-    """The plain mean over tasks, with 1.96 of its standard error to each side; groups are left out."""
+def average(answers: dict[str, Answers]) -> Estimate | None:
+    """The plain mean over tasks, with 1.96 of its standard error to each side; None if no metric is a mean of items."""
     each = [found.accuracy for found in answers.values() if found.items]
+    if not each:
+        return None
     value = sum(estimate.value for estimate in each) / len(each)
     if any(estimate.high is None for estimate in each):
         return Estimate(value)
-    margin = math.sqrt(sum((estimate.high - estimate.value) ** 2 for estimate in each if estimate.high)) / len(each)
+    margin = math.sqrt(
+        sum((estimate.high - estimate.value) ** 2 for estimate in each if estimate.high is not None)
+    ) / len(each)
     return Estimate(value, value - margin, value + margin)
 
 
@@ -189,9 +194,8 @@ def differences(answers: dict[str, Answers], reference: dict[str, Answers]) -> d
     """
     pairs = {name: (found.items, reference[name].items) for name, found in answers.items() if found.items}
     gains = {name: torch.tensor(ours) - torch.tensor(theirs) for name, (ours, theirs) in pairs.items()}
-    return {name: bootstrap_average([gain]) for name, gain in gains.items()} | {
-        "average": bootstrap_average(list(gains.values()))
-    }
+    found = {name: bootstrap_average([gain]) for name, gain in gains.items()}
+    return found | ({"average": bootstrap_average(list(gains.values()))} if gains else {})
 
 
 def _drawn(count: int, tasks: Tasks) -> list[int]:
