@@ -1,9 +1,9 @@
-# Targets: demo, test, test-browser, check, bench, wheel-test. All of them make the environment first if it is not there.
+# Targets: demo, test, test-browser, chromium, check, bench, wheel-test. Those that need the environment make it first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-browser check bench wheel-test
+.PHONY: demo test test-browser chromium check bench wheel-test
 
 demo: $(VENV)/.installed
 	@$(BIN)/hifiprune demo --output demo-out
@@ -11,9 +11,11 @@ demo: $(VENV)/.installed
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
-test-browser: $(VENV)/.dev
-	@command -v chromium > /dev/null || (apt-get update && apt-get install --yes --no-install-recommends chromium)
+test-browser: $(VENV)/.dev chromium
 	HIFIPRUNE_BROWSER=1 $(BIN)/python -m pytest tests/test_report.py
+
+chromium:
+	@command -v chromium > /dev/null || (apt-get update && apt-get install --yes --no-install-recommends chromium)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check src tests benchmarks

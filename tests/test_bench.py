@@ -14,11 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 import hifiprune as hp
-from hifiprune.evaluation.speed import Workload, operations, write
-from tests.commands import refused, run
+from hifiprune.evaluation.speed import Workload, _timed_or_told, operations, write
+from tests.commands import Interruption, refused, run
 from tests.families import VARIANTS, tiny_model, tiny_tokens
 
 SPEED = "hifiprune.evaluation.speed"
+ABOUT = {"loading": 1.0, "threads": 2, "device": "cpu", "dtype": "float32", "peak_memory_bytes": 10}
 real = subprocess.run
 
 
@@ -88,7 +89,7 @@ def test_figures_are_medians_over_rounds_and_gains_those_of_one_round(
         speed = 1.0 if name == "dense" else 0.8
         found = [speed * chance.uniform(0.9, 1.1) for _ in range(3)]
         seconds[name].append(found)
-        facts = {"loading": 1.0, "threads": 2, "peak_memory_bytes": 10, "timings": [{"first": found, "later": found}]}
+        facts = {"timings": [{"first": found, "later": found}], **ABOUT}
         return subprocess.CompletedProcess(command, 0, "words\n" + json.dumps(facts), "")
 
     monkeypatch.setattr("subprocess.run", process)
@@ -104,9 +105,102 @@ def test_figures_are_medians_over_rounds_and_gains_those_of_one_round(
     assert row["share"] == pytest.approx((1 - 1 / median(gains)) / (1 - hoped))
     dense, small = (operations(AutoModelForCausalLM.from_pretrained(path), Workload(1, 8, 4))["first"] for path in pair)
     assert row["promised"] == dense / small
-    spread = (max(rounds["dense"]) - min(rounds["dense"])) / median(rounds["dense"])
+    spread = max((max(each) - min(each)) / median(each) for each in rounds.values())
     assert found["noise"] == pytest.approx(spread)
-    assert any("gains below that cannot be told" in remark for remark in record.results["remarks"]) == (spread > 0.1)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rounds", "remark"),
+    [
+        ([(1.0, 0.8), (1.01, 1.5), (1.02, 0.9)], 3, "timings of one model differ by up to 78%"),
+        ([(1.0, 0.8), (1.01, 1.5), (1.02, 0.9)], 3, "small is faster in some rounds and slower in others"),
+        ([(1.0, 0.8)], 1, "1 rounds do not tell how noisy the machine is"),
+        ([(1.0, 0.8), (1.01, 0.81), (1.02, 0.8)], 3, ""),
+    ],
+)
+def test_a_machine_too_noisy_to_tell_is_told(
+    pair: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: list[tuple[float, float]],
+    rounds: int,
+    remark: str,
+) -> None:
+    left = iter([each for both in seconds for each in both])
+
+    def process(command: list[str], **how: Any) -> subprocess.CompletedProcess[str]:
+        if SPEED not in command:
+            return real(command, **how)
+        found = [next(left)]
+        facts = {"timings": [{"first": found, "later": found}], **ABOUT}
+        return subprocess.CompletedProcess(command, 0, json.dumps(facts), "")
+
+    monkeypatch.setattr("subprocess.run", process)
+    record = hp.bench(str(pair[0]), [str(pair[1])], lengths=[8], new_tokens=4, rounds=rounds)
+    remarks = [each for each in record.results["remarks"] if "multiples" not in each]
+    assert any(remark in each for each in remarks) if remark else remarks == []
+
+
+def test_an_interrupted_bench_goes_on(pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[str] = []
+
+    def process(command: list[str], **how: Any) -> subprocess.CompletedProcess[str]:
+        if SPEED not in command:
+            return real(command, **how)
+        turns.append(Path(json.loads(command[-1])["name"]).name)
+        if len(turns) == 4:
+            raise Interruption
+        facts = {"timings": [{"first": [1.0], "later": [float(len(turns))]}], **ABOUT}
+        return subprocess.CompletedProcess(command, 0, json.dumps(facts), "")
+
+    monkeypatch.setattr("subprocess.run", process)
+    words = ("bench", *pair, "--lengths", 8, "--new-tokens", 4, "--rounds", 3, "--output", tmp_path / "out", "--json")
+    with pytest.raises(Interruption):
+        run(*words)
+    result = run(*words)
+    assert result.code == 0, result.err
+    assert turns == ["dense", "small", "dense", "small", "small", "dense", "small"]
+    found = result.json["results"]["workloads"][0]["models"][str(pair[0])]["later"]["seconds"]
+    assert found == {"median": 3.0, "low": 1.0, "high": 6.0}
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out"]
+
+
+def test_where_compiling_does_not_work_the_rest_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(model: Any) -> Any:
+        def forward(**how: Any) -> Any:
+            raise RuntimeError("no C++ compiler\nSet THIS and THAT for more")
+
+        return forward
+
+    monkeypatch.setattr("torch.compile", broken)
+    model = tiny_model("llama")
+    found = [_timed_or_told(model, Workload(1, 8, 3, compiled), 1) for compiled in (False, True)]
+    assert set(found[0]) == {"first", "later"}
+    assert found[1] == {"trouble": "RuntimeError: no C++ compiler"}
+
+
+def test_a_workload_that_could_not_be_compiled_is_left_out(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def process(command: list[str], **how: Any) -> subprocess.CompletedProcess[str]:
+        if SPEED not in command:
+            return real(command, **how)
+        facts = {"timings": [{"first": [1.0], "later": [1.0]}, {"trouble": "no compiler"}], **ABOUT}
+        return subprocess.CompletedProcess(command, 0, json.dumps(facts), "")
+
+    monkeypatch.setattr("subprocess.run", process)
+    result = run("bench", *pair, "--lengths", 8, "--new-tokens", 4, "--compile")
+    assert result.code == 0, result.err
+    assert "torch.compile does not work here" in result.out
+    assert ", compiled" not in result.out
+    assert "float32 on cpu, 2 threads" in result.out.replace("\n", " ")
+
+
+def test_what_is_compiled_is_timed() -> None:
+    compiler, model = torch.compile, tiny_model("llama")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.compile", lambda each: compiler(each, backend="eager"))
+        found = _timed_or_told(model, Workload(2, 8, 3, compiled=True), 1)
+    assert {name: len(seconds) for name, seconds in found.items()} == {"first": 1, "later": 1}
 
 
 def test_what_cannot_be_timed_is_refused(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,6 +211,8 @@ def test_what_cannot_be_timed_is_refused(pair: tuple[Path, Path], monkeypatch: p
         run("bench", *pair, "--batch-sizes", 0, "--lengths", 8, "--new-tokens", 4), "batch size 0 must be at least 1"
     )
     refused(run("bench", *pair, "--new-tokens", 1), "new tokens 1 must be at least 2")
+    wrong = ("--lengths", 8, "--new-tokens", 4, "--rounds", 1, "--attention", "flash_atention_2")
+    refused(run("bench", *pair, *wrong), "could not be timed: the weights of")
 
     def process(command: list[str], **how: Any) -> subprocess.CompletedProcess[str]:
         if SPEED not in command:

@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import LocalTokenNotFoundError
 
-from hifiprune.cards import UNMEASURED
+from hifiprune.cards import UNMEASURED, add_results, check_cards
+from hifiprune.checkpoint import Checkpoint
+from hifiprune.errors import UserError
 from tests.commands import refused, run
 
 BASE = """---
@@ -65,14 +67,55 @@ def test_what_is_measured_goes_into_the_card_and_the_hubs_index(pruned: Path, wo
     (row,) = result.json["results"]["models"].values()
     card = ModelCard.load(pruned / "README.md")
     found = {each.metric_type: each.metric_value for each in card.data.eval_results}
-    assert found == {name: pytest.approx(estimate["value"]) for name, estimate in row["metrics"].items()}
-    assert {each.dataset_name for each in card.data.eval_results} == {"held.txt"}
+    own = {name: estimate["value"] for name, estimate in row["metrics"].items() if name != "dense_perplexity"}
+    assert found == {name: pytest.approx(value) for name, value in own.items()}
+    assert {each.dataset_name for each in card.data.eval_results} == {"held.txt, 5 windows of 24 tokens"}
     assert card.data.model_name == "small"
     assert UNMEASURED not in card.text
     assert "On 5 windows of 24 tokens of held.txt" in card.text
     assert "On 3 windows" not in card.text
     assert card.text.count("KL divergence, nats") == 1
     refused(run("evaluate", dense, "--text", text, "--seq-len", 24, "--card"), "that hifiprune made; leave out --card")
+
+
+def test_what_was_measured_before_in_another_way_stays(pruned: Path) -> None:
+    estimate = {"value": 0.5, "low": 0.4, "high": 0.6, "standard_error": 0.05}
+    on_text = {"models": {"small": {"metrics": {"kl": estimate}}}, "windows": 5, "positions": 24}
+    tasks = {"tasks": {"piqa/acc_norm": estimate}, "average": estimate}
+    asked = {"reference": "x/dense", "items": {"piqa": [20, 1838]}}
+    by_tasks = {"models": {"small": tasks | {"differences": {"piqa/acc_norm": estimate}}}, **asked}
+    add_results(pruned, "small", on_text, "a/held.txt")
+    add_results(pruned, "small", by_tasks, None)
+    add_results(pruned, "small", by_tasks, None)
+    card = ModelCard.load(pruned / "README.md")
+    names = [each.dataset_name for each in card.data.eval_results]
+    assert names == ["held.txt, 5 windows of 24 tokens", "piqa, zero-shot, 20 of 1,838 items"]
+    assert card.text.count("On 5 windows of 24 tokens of held.txt") == 1
+    assert card.text.count("| piqa/acc_norm | 20 of 1,838 | 0.500 ± 0.050 | +0.500 (+0.400 to +0.600) |") == 1
+    assert "the difference to `dense`" in card.text
+    assert "How to use it" in card.text
+    assert card.text.index("On 5 windows") < card.text.index("piqa") < card.text.index("## Limits")
+
+
+def test_a_card_tells_which_text_served_what(pruned: Path, world: Path, tmp_path: Path) -> None:
+    scores = pruned / "hifiprune" / "scores.safetensors"
+    words = ("prune", pruned.parent / "dense", "--width", 24, "--scores", scores)
+    assert run(*words, "--output", tmp_path / "cut").code == 0
+    text = ("--calibration", world / "calibration.txt", "--num-samples", 3, "--seq-len", 20)
+    assert run(*words, "--output", tmp_path / "mended", *text).code == 0
+    scored = "scored by `entropy-square` on 4 windows of 24 tokens"
+    for name, maps in (
+        ("cut", "output maps left as they were"),
+        ("mended", "in closed form on 3 windows of 20 tokens"),
+    ):
+        card = ModelCard.load(tmp_path / name / "README.md")
+        assert scored in card.text
+        assert maps in card.text
+
+
+def test_cards_of_the_hub_are_not_changed(pruned: Path) -> None:
+    with pytest.raises(UserError, match="a/b is on the hub: --card changes the cards of folders on this disk"):
+        check_cards([Checkpoint("a/b", pruned, on_hub=True)])
 
 
 def test_a_trained_checkpoint_tells_of_both_runs(pruned: Path, tmp_path: Path) -> None:
@@ -114,11 +157,15 @@ def test_push_shows_what_would_go_and_uploads_when_told(pruned: Path, monkeypatc
     assert done[1][1]["folder_path"] == pruned
     assert done[1][1]["repo_id"] == "someone/small"
 
-    def unknown(self: HfApi, name: str, **how: Any) -> None:
-        raise LocalTokenNotFoundError("no token")
-
-    monkeypatch.setattr(HfApi, "create_repo", unknown)
+    monkeypatch.undo()
+    monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "0")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.utils._headers.get_token", lambda: None)
     refused(run("push", pruned, "someone/small", "--upload"), "there is no login for the hub: run hf auth login")
+    monkeypatch.setattr("huggingface_hub.utils._headers.get_token", lambda: "hf_none")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(HfApi, "__init__", partialmethod(HfApi.__init__, endpoint="http://127.0.0.1:9"))
+    refused(run("push", pruned, "someone/small", "--upload"), "the hub could not be reached", code=1)
     refused(run("push", pruned, "some one/small"), "is no name of a repository")
     (pruned / "model.safetensors").unlink()
     refused(run("push", pruned, "someone/small"), "lacks model.safetensors; push a whole checkpoint")

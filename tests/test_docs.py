@@ -11,7 +11,7 @@ import pytest
 import typer
 
 import hifiprune
-from benchmarks import quality, zero_shot
+from benchmarks import quality, recovery, zero_shot
 from benchmarks.criteria import readme_table
 from hifiprune.cli import app
 from hifiprune.printing import demo_rows
@@ -94,6 +94,11 @@ def test_the_readmes_table_beyond_the_papers_is_the_recorded_one() -> None:
 def test_the_readmes_zero_shot_accuracies_are_the_recorded_ones() -> None:
     facts = json.loads((ROOT / "benchmarks" / "results" / "zero_shot.json").read_text())
     assert zero_shot.table(facts) in (ROOT / "README.md").read_text()
+
+
+def test_the_readmes_table_of_recovery_is_the_recorded_one() -> None:
+    facts = json.loads((ROOT / "benchmarks" / "results" / "recovery.json").read_text())
+    assert recovery.table(facts) in (ROOT / "README.md").read_text()
 
 
 def test_the_readmes_cost_of_repair_is_the_recorded_one() -> None:

@@ -40,7 +40,7 @@ KERNELS: tuple[Kernel, ...] = (
 )
 
 
-def make_head(vocabulary: int, width: int, dtype: torch.dtype = torch.float64, **options: float) -> Head:
+def make_head(vocabulary: int, width: int, dtype: torch.dtype = torch.float64, **options: Any) -> Head:
     torch.manual_seed(3)
     return Head(
         nn.Linear(width, vocabulary, bias=bool(options.pop("bias", 0)), dtype=dtype).requires_grad_(False), **options
@@ -104,7 +104,7 @@ def test_sliced_objectives_equal_the_naive_formulas(
     scale: float,
     bias: bool,
 ) -> None:
-    head = make_head(vocabulary, 7, cap=cap, scale=scale, bias=bias)  # type: ignore[arg-type]
+    head = make_head(vocabulary, 7, cap=cap, scale=scale, bias=bias)
     hidden, teacher = 5 * torch.randn(2, windows, positions, 7, dtype=torch.float64)
     tokens = make_tokens(hidden, vocabulary)
     with patch.object(head_module, "CACHE_BYTES", 4 * vocabulary * cache_rows):
@@ -252,7 +252,7 @@ def test_an_unknown_head_is_refused_instead_of_ignored() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cap", [None, 3.0])
 def test_distilling_a_model_into_itself_has_a_gradient_of_exactly_zero(dtype: torch.dtype, cap: float | None) -> None:
-    head = make_head(61, 7, dtype, cap=cap)  # type: ignore[arg-type]
+    head = make_head(61, 7, dtype, cap=cap)
     hidden = 5 * torch.randn(3, 11, 7).to(dtype)
     same, warm, mixed = mean_over_positions(
         [Distillation(1.0, 1.0), Distillation(1.0, 0.5), Distillation(0.5, 1.0)],

@@ -112,6 +112,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
 ) -> None:
     training = replace(QUICK, method=method, distill_weight=0.5, learning_rate=1e-3)
     run(pruned, tmp_path / "whole", training)
+    with pytest.raises(hp.UserError, match=r"there is no state of such a run beside .*parts to resume; leave out"):
+        run(pruned, tmp_path / "parts", training, resume=True)
     for stop in (3, 5):  # after the states of steps 2 and 4
 
         def interrupted(self: Watch, args: Any, state: Any, control: Any, stop: int = stop, **_: Any) -> None:
@@ -124,7 +126,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
                 run(pruned, tmp_path / "parts", training)
         assert not leftovers(tmp_path)
         assert not (tmp_path / "parts").exists()
-    record = run(pruned, tmp_path / "parts", training)
+    record = run(pruned, tmp_path / "parts", training, resume=True)
     assert [step for step, _ in record.results["losses"]] == [1, 2, 3, 4, 5, 6]
     whole, parts = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
     assert all(torch.equal(weight, parts[name]) for name, weight in whole.items())

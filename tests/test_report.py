@@ -1,6 +1,7 @@
 """The report: what it tells of real runs of a tiny model, and that it is one file."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -11,9 +12,13 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, sync_playwright
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteFallback, Fuse, Replace, Sequence, Strip
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 import hifiprune as hp
-from hifiprune.evaluation.passages import read_passage
+from hifiprune.evaluation.passages import in_place, read_passage
 from hifiprune.plan import Plan
 from tests.commands import refused, run
 from tests.conftest import byte_tokenizer
@@ -26,7 +31,7 @@ def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     """Outputs of all commands that a report shows."""
     folder, dense = tmp_path_factory.mktemp("runs"), world / "dense"
     text = ("--calibration", world / "calibration.txt", "--num-samples", 4, "--seq-len", 24)
-    found = {name: folder / name for name in ("plain", "mixed", "measured", "timed")}
+    found = {name: folder / name for name in ("plain", "mixed", "measured", "timed", "trained", "compared")}
     results = [
         run("prune", dense, "--output", found["plain"], "--width", 24, "--preset", "hfprune", *text),
         run("prune", dense, "--output", found["mixed"], "--width", 24, "--allocation", "global", *text),
@@ -37,6 +42,14 @@ def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
         run(
             *("bench", dense, found["plain"], "--lengths", 8, "--new-tokens", 3, "--rounds", 1, "--repeats", 1),
             *("--output", found["timed"]),
+        ),
+        run(
+            *("recover", found["plain"], "--output", found["trained"], "--data", world / "calibration.txt"),
+            *("--seq-len", 24, "--max-steps", 2, "--gradient-accumulation", 1, "--evaluate-every", 1),
+        ),
+        run(
+            *("compare", dense, "--output", found["compared"], "--criteria", "hfprune,random", "--ratios", "0.1,0.2"),
+            *(*text, "--seeds", 2, "--text", world / "held.txt", "--round-to", 1),
         ),
     ]
     for result in results:
@@ -73,8 +86,8 @@ def test_a_report_is_one_file_that_tells_of_all_runs(runs: dict[str, Path], tmp_
         text for text in page.texts if text in re.findall(r"<h2>(.*?)</h2>", (tmp_path / "report.html").read_text())
     ]
     assert titles == [
-        "What was made", "Quality against size", "Layer by layer", "Which neurons stayed", "Token by token", "Speed",
-        "What it cost", "Records",
+        "What was made", "Quality against size", "Recovery training", "Criteria compared", "Layer by layer",
+        "Which neurons stayed", "Token by token", "Speed", "What it cost", "Records",
     ]  # fmt: skip
     addresses = [value for tag, attrs in page.tags for name, value in attrs.items() if name in ("src", "href")]
     assert addresses == ["data:,"], "nothing is fetched"
@@ -95,24 +108,51 @@ def test_plots_show_what_was_found(runs: dict[str, Path], tmp_path: Path) -> Non
     assert share == pytest.approx(len(kept[0] & kept[1]) / len(kept[0] | kept[1]))
     assert whole == 1
     measured = json.loads((runs["measured"] / "run.json").read_text())["results"]["models"]
-    (points,) = data["plots"]["kl-measured"]["data"]
-    assert points["y"] == [row["metrics"]["kl"]["value"] for row in measured.values() if "metrics" in row]
-    assert points["x"] == [row["parameters"] / 1e6 for row in measured.values() if "metrics" in row]
+    (points,) = data["plots"]["kl-1"]["data"]
+    assert points["y"] == [row["metrics"]["kl"]["value"] for row in measured.values()]
+    assert points["x"] == [row["parameters"] / 1e6 for row in measured.values()]
+    (points,) = data["plots"]["perplexity-0"]["data"]
+    assert points["text"] == ["dense", "plain", "mixed"]
+    assert points["y"][0] == next(iter(measured.values()))["metrics"]["dense_perplexity"]["value"]
+    assert points["y"][1:] == [row["metrics"]["perplexity"]["value"] for row in measured.values()]
+    (looks,) = data["plots"]["training"]["data"]
+    losses = json.loads((runs["trained"] / "run.json").read_text())["results"]["held_out_losses"]
+    assert looks["x"] == [step for step, _ in losses] == [0, 1, 2]
+    assert looks["y"] == pytest.approx([math.exp(loss) for _, loss in losses])
+    summary = json.loads((runs["compared"] / "compare.json").read_text())["results"]["summary"]
+    lines = data["plots"]["kl-compared-0"]["data"]
+    assert [line["name"] for line in lines] == ["hfprune", "random"]
+    for line in lines:
+        rows = [row for row in summary if (row["criterion"], row["metric"]) == (line["name"], "kl")]
+        assert line["x"] == [row["ratio"] for row in rows] == [0.1, 0.2]
+        assert line["y"] == [row["mean"] for row in rows]
+        assert line["error_y"]["array"] == [row["spread"] for row in rows]
     seconds = sum(sum(trace["x"]) for trace in data["plots"]["cost"]["data"])
     stages = [
-        stage for name in ("plain", "mixed") for stage in json.loads((runs[name] / "run.json").read_text())["stages"]
+        stage
+        for name in ("plain", "mixed", "trained")
+        for stage in json.loads((runs[name] / "run.json").read_text())["stages"]
     ]
     assert seconds == pytest.approx(sum(stage["seconds"] for stage in stages))
+
+
+def test_runs_of_one_name_are_told_apart(runs: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        shutil.copytree(runs["trained"], tmp_path / name / "trained")
+    folders = [tmp_path / name / "trained" for name in ("one", "two", "one")]
+    data = Page(hp.report(folders, tmp_path / "r.html").read_text()).data()
+    assert [trace["name"] for trace in data["plots"]["training"]["data"]] == ["one/trained", "two/trained"]
 
 
 def test_text_that_looks_like_a_page_stays_text(runs: dict[str, Path], tmp_path: Path) -> None:
     odd = tmp_path / "measured"
     odd.mkdir()
     (odd / "run.json").write_bytes((runs["measured"] / "run.json").read_bytes())
-    token = {"text": "</script><b>", "kl": 1.0, "dense": [["<i>", 1.0]], "pruned": [["&", 1.0]]}
+    token = {"text": "<!--<script></script><b>", "kl": 1.0, "dense": [["<i>", 1.0]], "pruned": [["&", 1.0]]}
     (odd / "passages.json").write_text(json.dumps({"small": [[{"text": "x"}, token]]}))
     page = Page(hp.report([odd], tmp_path / "r.html").read_text())
-    assert page.data()["passages"]["measured-0"][0][1]["text"] == "</script><b>"
+    assert "<!--" not in (tmp_path / "r.html").read_text().split('id="data">')[1].split("</script>")[0]
+    assert page.data()["passages"]["measured-0"][0][1]["text"] == "<!--<script></script><b>"
     assert not any(tag in ("b", "i") for tag, _ in page.tags)
 
 
@@ -131,15 +171,44 @@ def test_passages_say_what_both_models_expect() -> None:
         assert token["text"] == tokenizer.decode([int(tokens[place + 1])])
 
 
+def test_tokens_keep_their_spaces_and_characters() -> None:
+    letters = {"\u2581a": 0, "\u2581quick": 1, "ly": 2, "<0xC3>": 3, "<0xA9>": 4}
+    fast = Tokenizer(BPE(letters, [], byte_fallback=True))
+    parts = [Replace("\u2581", " "), ByteFallback(), Fuse(), Strip(" ", 1, 0)]  # as that of Llama 2
+    fast.decoder = Sequence(parts)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast)
+    ids = [0, 1, 2, 3, 4, 1]
+    assert [in_place(tokenizer, ids[:place], token) for place, token in enumerate(ids)] == [
+        "a", " quick", "ly", "\N{REPLACEMENT CHARACTER}", "\N{LATIN SMALL LETTER E WITH ACUTE}", " quick",
+    ]  # fmt: skip
+
+
+def test_evaluations_on_one_text_share_a_plot(runs: dict[str, Path], tmp_path: Path) -> None:
+    record = json.loads((runs["measured"] / "run.json").read_text())
+    rows = record["results"]["models"]
+    for number, row in enumerate(rows.values()):
+        record["results"]["models"] = {f"{number}/same": row}
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "run.json").write_text(json.dumps(record))
+    data = Page(hp.report([tmp_path / "0", tmp_path / "1"], tmp_path / "r.html").read_text()).data()
+    quality = {name: plot for name, plot in data["plots"].items() if name.startswith(("kl", "perplexity"))}
+    assert list(quality) == ["perplexity-0", "kl-1"]
+    assert quality["kl-1"]["data"][0]["text"] == ["0/same", "1/same"]
+
+
 def test_accuracies_have_bars(tmp_path: Path) -> None:
     facts = {"value": 0.5, "low": 0.4, "high": 0.6, "standard_error": 0.05}
     row = {"parameters": 10, "tasks": {"piqa/acc_norm": facts}, "average": facts}
-    record = {"command": "evaluate", "arguments": {}, "results": {"models": {"a": row, "b": row}}, "stages": []}
+    results = {"models": {"x/a": row, "y/a": row}, "items": {"piqa": [20, 1838]}}
+    record = {"command": "evaluate", "arguments": {}, "results": results, "stages": []}
     (tmp_path / "e").mkdir()
     (tmp_path / "e" / "run.json").write_text(json.dumps(record))
     page = Page(hp.report([tmp_path / "e"], tmp_path / "r.html").read_text())
     bars = page.data()["plots"]["tasks-e"]["data"]
-    assert [bar["name"] for bar in bars] == ["a", "b"]
+    assert [bar["name"] for bar in bars] == ["x/a", "y/a"]
+    assert "20 of 1,838" in page.texts
+    assert any("at most 20 items were asked" in text for text in page.texts)
     assert bars[0]["x"] == ["piqa/acc_norm", "average"]
     assert bars[0]["error_y"]["array"] == pytest.approx([0.1, 0.1])
 
@@ -173,7 +242,7 @@ def test_the_page_works_in_a_browser(
     for number in range(plots.count()):
         marks = ".scatterlayer .point, .scatterlayer .js-line, .barlayer .point path, .heatmaplayer image"
         assert plots.nth(number).locator(marks).count() > 0, plots.nth(number).get_attribute("id")
-    assert plots.count() >= 7
+    assert plots.count() >= 10
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out"
     token = page.locator(".passage span[tabindex]").first
     assert page.locator("#tip").is_hidden()

@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -227,6 +228,7 @@ def test_an_unknown_task_suggests_the_nearest_also_of_the_harness_own(folder: Pa
     assert "unknown task 'winogrand'; did you mean 'winogrande'?" in str(caught.value)
     assert "'hp_winogrande'" not in str(caught.value)
     Tasks(["piqa", "hp_piqa"], folder).check()
+    Tasks(["papers", "hellaswag"]).check()
 
 
 @pytest.mark.usefixtures("no_defaults")
@@ -256,10 +258,11 @@ def test_what_cannot_be_run_is_said(folder: Path, load: Callable[..., Any], monk
 def test_accuracies_equal_those_of_the_harness_own_command(
     folder: Path, make_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    path, names = make_checkpoint(max_position_embeddings=1024), ["hp_winogrande", "hp_piqa", "hp_crows_pairs"]
-    exam = Exam(Tasks(names, folder, limit=30, seed=1))
+    path, names = make_checkpoint(max_position_embeddings=1024), sorted(file.stem for file in folder.glob("hp_*.yaml"))
+    names = [name for name in names if name not in ("hp_pair", "hp_zero_shot")]
+    exam = Exam(Tasks(names, folder, limit=12, seed=1))
     found = exam.ask(AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path))
-    drawn = {name: sorted(random.Random(1).sample(range(size), 30)) for name, (_, size) in exam.items.items()}
+    drawn = {name: sorted(random.Random(1).sample(range(size), 12)) for name, (_, size) in exam.items.items()}
     command = [
         *(sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={path},dtype=float32"),
         *("--device", "cpu", "--batch_size", "8", "--tasks", ",".join(names), "--include_path", str(folder)),
@@ -270,7 +273,10 @@ def test_accuracies_equal_those_of_the_harness_own_command(
     assert done.returncode == 0, done.stderr
     (written,) = (tmp_path / "theirs").rglob("results*.json")
     theirs = json.loads(written.read_text())["results"]
-    assert list(found) == ["hp_winogrande/acc", "hp_piqa/acc_norm", "hp_crows_pairs/acc"]
+    assert {name.partition("/")[0] for name in found} == set(drawn)
+    assert len(found) == 10
+    lengths = [name for name in found if name.endswith("acc_norm")]
+    assert lengths == [f"hp_{task}/acc_norm" for task in ("arc_challenge", "arc_easy", "openbookqa", "piqa")]
     for name, answers in found.items():
         task, _, metric = name.partition("/")
         assert answers.accuracy.value == theirs[task][f"{metric},none"]
@@ -330,14 +336,40 @@ def test_an_exam_is_read_once_and_taken_by_one_model_after_another(
         seen.append(number)
         return number
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_text", None)  # nothing is read again
-        first = exam.ask(model, tokenizer, track=lambda prompts: map(noted, prompts))
-        second, again = exam.ask(other, tokenizer), exam.ask(model, tokenizer)
+    built: Counter[str] = Counter()
+    for task in exam._tasks.values():
+        monkeypatch.setattr(task, "construct_requests", lambda *_, **__: built.update(["again"]))
+    monkeypatch.setattr(harness, "find_tasks", None)
+    first = exam.ask(model, tokenizer, track=lambda prompts: map(noted, prompts))
+    second, again = exam.ask(other, tokenizer), exam.ask(model, tokenizer)
+    assert not built, "prompts are built once"
+    monkeypatch.undo()
     assert again == first != second
     assert seen == list(range(len(exam.prompts))), "progress goes to the end"
     assert first == Exam(tasks).ask(model, tokenizer)
     assert Exam(replace(tasks, seed=4)).prompts != exam.prompts
+
+
+@pytest.mark.usefixtures("no_defaults")
+def test_an_exam_is_known_by_its_name_its_prompts_and_the_right_answers(folder: Path) -> None:
+    task = (folder / "hp_piqa.yaml").read_text()
+    (folder / "twin.yaml").write_text(task.replace("task: hp_piqa", "task: twin"))
+    known = [Exam(Tasks([name], folder, limit=5)).identity for name in ("hp_piqa", "hp_piqa", "twin")]
+    assert known[0] == known[1] != known[2]
+    (folder / "hp_piqa.yaml").write_text(task.replace("doc_to_target: label", "doc_to_target: '{{1 - label}}'"))
+    other = Exam(Tasks(["hp_piqa"], folder, limit=5))
+    assert other.prompts == Exam(Tasks(["twin"], folder, limit=5)).prompts
+    assert other.identity != known[0]
+
+
+@pytest.mark.usefixtures("no_defaults")
+def test_mistakes_in_a_file_of_tasks_are_the_users(folder: Path) -> None:
+    task = (folder / "hp_piqa.yaml").read_text()
+    for right, wrong in (("{{goal}}", "{{gaol}}"), ("validation_split: ", "validation_split: not_")):
+        assert right in task
+        (folder / "hp_piqa.yaml").write_text(task.replace(right, wrong))
+        with pytest.raises(UserError, match="a file of hp_piqa asks for what is not there"):
+            Exam(Tasks(["hp_piqa"], folder, limit=5))
 
 
 @pytest.mark.usefixtures("no_defaults")
@@ -390,7 +422,7 @@ def test_evaluate_measures_several_models_and_goes_on_after_an_interruption(
     assert "differences" not in base
     assert row["metrics"]["kl"]["value"] > 0
     assert record["results"]["items"] == {"hp_winogrande": [25, 1267], "hp_piqa": [25, 1838]}
-    for part in ("25 of 1267", "acc_norm", "±", "random choice", "difference to dense"):
+    for part in ("25 of 1,267", "acc_norm", "±", "random choice", "difference to dense"):
         assert part in " ".join(result.out.split())
 
 

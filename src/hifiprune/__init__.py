@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from hifiprune.comparison import compare
     from hifiprune.compute import Compute
     from hifiprune.criteria import CRITERIA, Criterion, Options
+    from hifiprune.cutting import cut_checkpoint
     from hifiprune.errors import HifipruneError, RunError, UserError
     from hifiprune.evaluation import Estimate, Reference, Tasks, measure, zero_shot
     from hifiprune.inspection import inspect
@@ -60,6 +61,7 @@ __all__ = [
     "cut",
     "cut_",
     "cut_and_repair_",
+    "cut_checkpoint",
     "evaluate",
     "find_mlps",
     "inspect",
@@ -101,6 +103,7 @@ _HOMES = {
     "compare": "comparison",
     "cut": "surgery",
     "cut_": "surgery",
+    "cut_checkpoint": "cutting",
     "cut_and_repair_": "repair",
     "evaluate": "measurement",
     "find_mlps": "neurons",

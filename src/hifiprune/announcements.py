@@ -1,7 +1,8 @@
 """What is said before work begins: what it will cost, and what may surprise."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from jaxtyping import Int
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from hifiprune.allocation import Budget, Shape, Sharing
 from hifiprune.compute import Compute, estimate_seconds
 from hifiprune.criteria import CRITERIA, Options, find_criterion
+from hifiprune.parallel import processes
 from hifiprune.passes import choose_recompute, moment_bytes, working_bytes
 from hifiprune.scores import Scores
 from hifiprune.scoring import Request, count_passes
@@ -44,7 +46,7 @@ def announce_scoring(
     memory = working_bytes(model, tokens, recompute=recompute, objectives=backwards, maps=maps)
     seconds = estimate_seconds(
         model.config,
-        windows.numel(),
+        windows.numel() // processes(),
         windows.shape[1],
         compute.resolved_device,
         model.dtype,
@@ -52,6 +54,7 @@ def announce_scoring(
         backwards=backwards,
     )
     criteria = ", ".join(dict.fromkeys(f"'{name}'" for name, _ in requests))
+    shared = f", shared out among {processes()} processes" if processes() > 1 else ""
     kept = 0
     if any(find_criterion(name).two_stages for name, _ in requests):
         kept = windows.numel() * model.config.get_text_config().hidden_size * model.dtype.itemsize
@@ -59,9 +62,9 @@ def announce_scoring(
     if any(find_criterion(name).collects_moments for name, _ in requests):
         more += f", and {moment_bytes(model) / 1e9:.1f} GB for second moments"
     return (
-        f"Scoring {name} by {criteria} on {len(windows)} windows of {windows.shape[1]} tokens, {model.dtype} on "
-        f"{compute.resolved_device}: {forwards} forward and {backwards} backward passes, about {duration(seconds)} and "
-        f"{memory / 1e9:.1f} GB above the weights{' (recomputing)' if recompute else ''}{more}, if the machine is "
+        f"Scoring {name} by {criteria} on {len(windows)} windows of {windows.shape[1]} tokens{shared}, {model.dtype} "
+        f"on {compute.resolved_device}: {forwards} forward and {backwards} backward passes, about {duration(seconds)} "
+        f"and {memory / 1e9:.1f} GB above the weights{' (recomputing)' if recompute else ''}{more}, if the machine is "
         "idle."
     )
 
@@ -158,6 +161,24 @@ def with_interval(estimate: dict[str, Any], form: str = ".3g") -> str:
         return "none"
     bounds = "" if estimate["low"] is None else f" ({estimate['low']:{form}} to {estimate['high']:{form}})"
     return f"{estimate['value']:{form}}{bounds}"
+
+
+def with_error(estimate: dict[str, Any]) -> str:
+    """An accuracy for a reader, with its standard error."""
+    error = estimate["standard_error"]
+    return f"{estimate['value']:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+def asked_of(items: dict[str, list[int]], task: str) -> str:
+    """How many items of a task were asked, and of how many if not all; nothing is known of a group's."""
+    asked, there = items.get(task, ("", ""))
+    return f"{asked:,} of {there:,}" if asked != there else str(asked)
+
+
+def short(names: Collection[str]) -> list[str]:
+    """The last part of each path, where that tells them apart."""
+    ends = [Path(name).name for name in names]
+    return ends if len(set(ends)) == len(ends) else list(names)
 
 
 def width_range(widths: int | list[int]) -> str:

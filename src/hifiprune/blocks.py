@@ -5,6 +5,7 @@ rotary embeddings, per-layer variants) are recorded from the model's own forward
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,11 +19,39 @@ from hifiprune.errors import RunError, UserError
 from hifiprune.head import Head
 from hifiprune.neurons import family_of, find_blocks, find_mlps
 from hifiprune.objectives import Kernel, mean_over_positions
+from hifiprune.streaming import few_rows, first_rows, shelf_of, walk
 from hifiprune.taps import BlockCall, KnownProduct, MapPass, Seen, Trace, Visit, grown, overridden, without
 
 
+@dataclass
+class Batch:
+    """Windows on their way forward through the blocks, and back.
+
+    Attributes:
+        tokens: token ids.
+        first_window: number of the first of them.
+        teacher: the teacher's final hidden state, for kernels that need one.
+        hidden: state before the next block.
+        calls: of all blocks.
+        stored: what is kept of the blocks so far: the graph; or the input, and the MLP's output if that is known.
+        values: each objective of each window, in float32 or better.
+        gradients: of each objective, before the block that comes next on the way back.
+        final: the final hidden state after the last norm.
+    """
+
+    tokens: Int[Tensor, "windows positions"]
+    first_window: int = 0
+    teacher: Float[Tensor, "windows positions hidden"] | None = None
+    hidden: Tensor = field(init=False)
+    calls: list[BlockCall] = field(init=False)
+    stored: list[Trace | tuple[Tensor, Tensor | None]] = field(default_factory=list)
+    values: list[Float[Tensor, "windows"]] = field(default_factory=list)
+    gradients: list[Tensor] = field(default_factory=list)
+    final: Float[Tensor, "windows positions hidden"] = field(init=False)
+
+
 class BlockChain:
-    """Runs `model` block by block; the weights stay where they are and never require grad.
+    """Runs `model` block by block; the weights stay where they are, be it on the disk, and never require grad.
 
     Raises:
         UserError: the architecture is not supported, or its logits cannot be rebuilt from the final hidden state.
@@ -31,6 +60,7 @@ class BlockChain:
     def __init__(self, model: PreTrainedModel):
         self.family = family_of(model.config.model_type, [type(model).__name__])
         self.model = model
+        self.shelf = shelf_of(model)
         self.mlps = find_mlps(model)
         self.blocks = list(find_blocks(model))
         self.norm = model.get_submodule(self.family.norm)
@@ -47,8 +77,9 @@ class BlockChain:
             calls.append(BlockCall(args, kwargs))
             return hidden
 
-        with overridden([(block, record) for block in self.blocks]), torch.no_grad():
-            self.model.base_model(input_ids=tokens, use_cache=False)
+        hooked = overridden([(block, record) for block in self.blocks])
+        with hooked, torch.no_grad(), few_rows(self.model, tokens) as numbers:
+            self.model.base_model(input_ids=numbers, use_cache=False)
         return inputs[0], calls
 
     def final_hidden(self, tokens: Int[Tensor, "windows positions"]) -> Float[Tensor, "windows positions hidden"]:
@@ -58,6 +89,17 @@ class BlockChain:
             RunError: a block's output is not finite; the error names the block.
         """
         return self.run_from(0, *self.embed(tokens))
+
+    def final_states(
+        self, batches: Sequence[Int[Tensor, "windows positions"]]
+    ) -> list[Float[Tensor, "windows positions hidden"]]:
+        """The same of several batches, which go through a block in turn."""
+        moving = [Batch(tokens) for tokens in batches]
+        self.sweep_all(moving, [], lambda seen: None)
+        return [
+            batch.final if batch.final.isfinite().all() else self.final_hidden(batch.tokens)  # which names the block
+            for batch in moving
+        ]
 
     @torch.no_grad()
     def run_from(
@@ -81,7 +123,7 @@ class BlockChain:
             check_each: look for NaN and infinity after every block instead of at the end.
         """
         start = hidden
-        for index in range(first, len(self.blocks)):
+        for index in walk(self.model, range(first, len(self.blocks))):
             if inputs is not None:
                 inputs[index] = hidden
             gone = removed if index == first else None
@@ -127,46 +169,78 @@ class BlockChain:
         Returns:
             each objective of each window, in float32 or better, and the final hidden state after the last norm.
         """
-        hidden, calls = self.embed(tokens)
+        batch = Batch(tokens, first_window, teacher)
+        self.sweep_all([batch], kernels, visit, recompute=recompute, maps=maps)
+        return batch.values, batch.final
+
+    def sweep_all(
+        self,
+        batches: Sequence["Batch"],
+        kernels: Sequence[Kernel],
+        visit: Visit,
+        *,
+        recompute: bool = False,
+        maps: Sequence[int] = (),
+    ) -> None:
+        """The same for several batches, which go through a block one after another before the next block's turn.
+
+        So weights on the disk are read once for all of them; they leave nothing of a block but its input. Where weights
+        are in memory, one batch at a time takes the least.
+        """
         last = len(self.blocks) - 1
-        stored: list[Trace | tuple[Tensor, Tensor]] = []
-        for index, call in enumerate(calls):
-            if kernels and not (recompute and index < last):
-                trace = self._trace(index, hidden, call, maps=bool(maps))
-                stored.append(trace)
-                activation, hidden = trace.maps[-1].input.detach(), trace.output
-            else:
-                output, down = self.run(index, hidden, call)
-                if kernels:
-                    stored.append((hidden, down.output))
-                activation, hidden = down.input, output
-            visit(Seen(index, None, activation))
-        hidden = hidden.detach().requires_grad_()
+        for batch in batches:
+            batch.hidden, batch.calls = self.embed(batch.tokens)
+        for index in walk(self.model, range(len(self.blocks))):
+            whole = bool(kernels) and not self.shelf and not (recompute and index < last)
+            for batch in batches:
+                activation = self._forwards(index, batch, whole=whole, keep=bool(kernels), maps=bool(maps))
+                visit(Seen(index, None, activation, windows=batch.first_window))
+        for batch in batches:
+            self._turn(batch, kernels)
+        for index in walk(self.model, range(last, -1, -1) if kernels else ()):
+            for batch in batches:
+                self._backwards(index, batch, visit, maps)
+
+    def _forwards(self, index: int, batch: "Batch", *, whole: bool, keep: bool, maps: bool) -> Tensor:
+        """Run a block, keeping its graph as a whole, or its input, or nothing; its MLP's activation."""
+        call = batch.calls[index]
+        if whole:
+            trace = self._trace(index, batch.hidden, call, maps=maps)
+            batch.stored.append(trace)
+            batch.hidden = trace.output
+            return trace.maps[-1].input.detach()
+        output, down = self.run(index, batch.hidden, call)
+        if keep:
+            batch.stored.append((batch.hidden, None if self.shelf else down.output))
+        batch.hidden = output
+        return down.input
+
+    def _turn(self, batch: "Batch", kernels: Sequence[Kernel]) -> None:
+        """Objectives at the end of the blocks, and their gradients there."""
+        hidden = batch.hidden.detach().requires_grad_()
         with torch.enable_grad():
             normed = self.norm(hidden)
-        final = normed.detach()
-        means = mean_over_positions(kernels, final, self.head, tokens, teacher=teacher, first_window=first_window)
-        # float16 holds nothing below 6e-8, so there the small gradients travel scaled by a power of two
-        scale = 2**12 if normed.dtype == torch.float16 else 1
-        gradients = [
-            torch.autograd.grad(normed, hidden, (gradient * scale).to(normed.dtype), retain_graph=True)[0]
+        batch.final = normed.detach()
+        means = mean_over_positions(
+            kernels, batch.final, self.head, batch.tokens, teacher=batch.teacher, first_window=batch.first_window
+        )
+        batch.values = [values for values, _ in means]
+        batch.gradients = [
+            torch.autograd.grad(normed, hidden, (gradient * scale_in(normed)).to(normed.dtype), retain_graph=True)[0]
             for _, gradient in means
         ]
-        while stored:
-            index = len(stored) - 1
-            entry = stored.pop()
-            if not isinstance(entry, Trace):
-                entry = self._trace(index, entry[0], calls[index], entry[1], maps=bool(maps))
-            for number in range(len(kernels)):
-                seen = Seen(index, number, entry.maps[-1].input.detach())
-                more = number < len(kernels) - 1
-                gradients[number] = self._back(
-                    entry, gradients[number], seen, maps=number in maps, scale=scale, more=more
-                )
-                visit(seen)
-        return [values for values, _ in means], final
 
-    def _back(self, trace: Trace, gradient: Tensor, seen: Seen, *, maps: bool, scale: int, more: bool) -> Tensor:
+    def _backwards(self, index: int, batch: "Batch", visit: Visit, maps: Sequence[int]) -> None:
+        """Carry the gradient of every objective through a block, whose graph is freed."""
+        entry, count = batch.stored.pop(), len(batch.gradients)
+        if not isinstance(entry, Trace):
+            entry = self._trace(index, entry[0], batch.calls[index], entry[1], maps=bool(maps))
+        for number, gradient in enumerate(batch.gradients):
+            seen = Seen(index, number, entry.maps[-1].input.detach(), windows=batch.first_window)
+            batch.gradients[number] = self._back(entry, gradient, seen, maps=number in maps, more=number < count - 1)
+            visit(seen)
+
+    def _back(self, trace: Trace, gradient: Tensor, seen: Seen, *, maps: bool, more: bool) -> Tensor:
         """Fill `seen` with one objective's gradients in a block; return the gradient at the block's input.
 
         The graph stays if there are `more` objectives.
@@ -176,7 +250,7 @@ class BlockChain:
         wanted = [trace.maps[-1].input, *outputs, *inputs]
         found = [*torch.autograd.grad(trace.output, wanted, gradient, retain_graph=more)]
         rest = found.pop() if inputs else gradient
-        if scale != 1:
+        if (scale := scale_in(gradient)) != 1:
             found = [each.float() / scale for each in found]
         seen.gradient = found[0]
         seen.maps = [
@@ -225,9 +299,12 @@ class BlockChain:
     def _check_head(self) -> None:
         """Prove on a few tokens that the logits follow from the final hidden state as `Head` says."""
         tokens = torch.arange(8, device=self.model.device).unsqueeze(0) % self.head.vocabulary
-        ours = self.head.logits(self.final_hidden(tokens)[0])
-        with torch.no_grad():
-            theirs = self.model(input_ids=tokens, use_cache=False).logits[0].float()
+        skipped = [(block, lambda hidden, *args, **kwargs: hidden) for block in self.blocks] if self.shelf else []
+        hidden = self.norm(self.embed(tokens)[0])[0] if self.shelf else self.final_hidden(tokens)[0]
+        ours = self.head.logits(hidden)
+        with torch.no_grad(), overridden(skipped), few_rows(self.model, tokens) as numbers, first_rows(self.model):
+            theirs = self.model(input_ids=numbers, use_cache=False).logits[0].float()
+        ours = ours[:, : theirs.shape[1]]
         if not theirs.isfinite().all():
             raise RunError(f"the logits of {type(self.model).__name__} are NaN or infinite; check the checkpoint")
         error = (ours - theirs).abs().max().item()
@@ -237,3 +314,8 @@ class BlockChain:
                 f"the logits of {type(self.model).__name__} cannot be rebuilt from its final hidden state: error "
                 f"{error:.3g} where logits reach {size:.3g}; its head has a step that hifiprune does not know"
             )
+
+
+def scale_in(tensor: Tensor) -> int:
+    """By what gradients are multiplied on their way: float16 holds nothing below 6e-8, so there they are larger."""
+    return 2**12 if tensor.dtype == torch.float16 else 1

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from hifiprune.announcements import accuracies, width_range, with_interval
+from hifiprune.announcements import accuracies, asked_of, width_range, with_error, with_interval
 from hifiprune.checkpoint import Checkpoint
 from hifiprune.errors import UserError
 from hifiprune.evaluation.fidelity import METRICS
@@ -18,12 +18,13 @@ CARD, TAG = "README.md", "hifiprune"
 CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 """What a card takes over from that of its base."""
 START, END = "<!-- measured by hifiprune -->", "<!-- end of what was measured -->"
+PART = re.compile("<!-- (text|tasks) -->\n(.*?)\n(?=<!-- )", re.DOTALL)
+"""What was measured on a text, or by tasks, between those."""
 UNMEASURED = "Nothing has been measured yet: `hifiprune evaluate DIR --against DENSE --text FILE --card` does."
 LIMITS = (
-    "What was removed changed the model's predictions least, as estimated on the calibration text. On other texts, "
-    "tasks and languages the loss may be larger. An estimate from the entropy of predictions, or from any other score, "
-    "guarantees nothing about the predictions themselves: what is known of them is what was measured, above. All "
-    "limits of the base model remain, and so does its licence."
+    "On texts, tasks and languages that were not measured the loss may be larger. An estimate from the entropy of "
+    "predictions, or from any other score, guarantees nothing about the predictions themselves: what is known of them "
+    "is what was measured, above. All limits of the base model remain, and so does its licence."
 )
 
 
@@ -59,20 +60,24 @@ def ours(card: ModelCard) -> bool:
     return TAG in (card.data.get("tags") or [])
 
 
-def check_cards(folders: Sequence[Path]) -> None:
-    """Refuse folders whose card is not ours to change.
+def check_cards(checkpoints: Sequence[Checkpoint]) -> None:
+    """Refuse checkpoints whose card is not ours to change.
 
     Raises:
-        UserError: one has no card, or that of somebody else's model.
+        UserError: one is on the hub, has no card, or that of somebody else's model.
     """
-    for folder in folders:
-        card = read_card(folder)
+    for checkpoint in checkpoints:
+        if checkpoint.on_hub:
+            raise UserError(f"{checkpoint.name} is on the hub: --card changes the cards of folders on this disk")
+        card = read_card(checkpoint.folder)
         if card is None or not ours(card):
-            raise UserError(f"{folder} has no {CARD} of a checkpoint that hifiprune made; leave out --card")
+            raise UserError(f"{checkpoint.name} has no {CARD} of a checkpoint that hifiprune made; leave out --card")
 
 
 def add_results(folder: Path, name: str, results: dict[str, Any], text: str | None) -> None:
     """Put what `evaluate` found for a model into its card, as text and as the hub's `model-index`.
+
+    What was measured before on a text stays if only tasks were asked now, and the other way round.
 
     Args:
         folder: of the checkpoint.
@@ -85,8 +90,11 @@ def add_results(folder: Path, name: str, results: dict[str, Any], text: str | No
     row, source = results["models"][name], Path(text).name if text else ""
     data: Any = card.data
     data.model_name = data.get("model_name") or folder.name
-    data.eval_results = [*_listed(row, source)]
-    lines = [START, *_table(row, results, source), END]
+    fresh = {"text": "metrics" in row, "tasks": "tasks" in row}
+    kept = [each for each in data.eval_results or [] if not fresh["text" if each.dataset_type == "text" else "tasks"]]
+    data.eval_results = [*kept, *_listed(row, results, source)]
+    parts = dict(PART.findall(card.text)) | dict(_tables(row, results, source))
+    lines = [START, *(f"<!-- {kind} -->\n{part}" for kind, part in sorted(parts.items(), reverse=True)), END]
     measured = "\n".join(lines)
     found = re.compile(f"{re.escape(START)}.*{re.escape(END)}", re.DOTALL)
     body = found.sub(lambda _: measured, card.text) if found.search(card.text) else f"{card.text}\n\n{measured}\n"
@@ -105,13 +113,15 @@ def _story(record: dict[str, Any], base: str) -> Iterator[str]:
             f"{parameters['before']:,} parameters became {parameters['after']:,}, MLPs of width {widths['before']:,} "
             f"ones of {width_range(widths['after'])}."
         )
-        calibration = arguments["calibration"]
+        text, scoring = arguments["calibration"], results["scoring"]
+        read = "by weights alone"
+        if "windows" in scoring:
+            read = f"on {scoring['windows']} windows of {scoring['positions']} tokens"
         made = [
-            f"- neurons scored by `{results['criterion']}`, widths {arguments['sharing']['allocation']}",
-            f"- calibrated on {calibration['num_samples']} windows of {calibration['seq_len']} tokens"
-            if calibration
-            else "- without any text",
-            f"- output maps {'refitted in closed form' if arguments['repair'] == 'ridge' else 'left as they were'}",
+            f"- neurons scored by `{results['criterion']}` {read}, widths {arguments['sharing']['allocation']}",
+            f"- output maps refitted in closed form on {text['num_samples']} windows of {text['seq_len']} tokens"
+            if arguments["repair"] == "ridge"
+            else "- output maps left as they were",
         ]
         if record["command"] == "recover":
             made.append(f"- then trained: {_trained(record)}")
@@ -148,40 +158,44 @@ def _use(folder: Path) -> str:
     )
 
 
-def _listed(row: dict[str, Any], source: str) -> Iterator[EvalResult]:
+def _listed(row: dict[str, Any], results: dict[str, Any], source: str) -> Iterator[EvalResult]:
     """Results as the hub's index lists them."""
     for metric, estimate in row.get("metrics", {}).items():
-        yield EvalResult(
-            task_type="text-generation",
-            dataset_type="text",
-            dataset_name=source,
-            metric_type=metric,
-            metric_name=METRICS[metric][0],
-            metric_value=estimate["value"],
-        )
+        if metric != "dense_perplexity":  # another model's
+            yield EvalResult(
+                task_type="text-generation",
+                dataset_type="text",
+                dataset_name=f"{source}, {results['windows']} windows of {results['positions']} tokens",
+                metric_type=metric,
+                metric_name=METRICS[metric][0],
+                metric_value=estimate["value"],
+            )
     for key, estimate in row.get("tasks", {}).items():
         task, _, metric = key.partition("/")
+        size = asked_of(results["items"], task)
         yield EvalResult(
             task_type="text-generation",
             dataset_type=task,
-            dataset_name=f"{task}, zero-shot",
+            dataset_name=f"{task}, zero-shot" + (f", {size} items" if size else ""),
             metric_type=metric,
             metric_value=estimate["value"],
         )
 
 
-def _table(row: dict[str, Any], results: dict[str, Any], source: str) -> Iterator[str]:
-    """Results for a reader."""
+def _tables(row: dict[str, Any], results: dict[str, Any], source: str) -> Iterator[tuple[str, str]]:
+    """Results for a reader, by kind."""
     if "metrics" in row:
-        yield f"On {results['windows']} windows of {results['positions']} tokens of {source}, with 95% intervals:\n"
-        yield "| metric | value | |\n|---|---|---|"
+        lines = [f"On {results['windows']} windows of {results['positions']} tokens of {source}, with 95% intervals:\n"]
+        lines += ["| metric | value | |\n|---|---|---|"]
         for metric, estimate in row["metrics"].items():
-            yield f"| {METRICS[metric][0]} | {with_interval(estimate, '.4g')} | {METRICS[metric][1]} |"
-        yield ""
+            lines.append(f"| {METRICS[metric][0]} | {with_interval(estimate, '.4g')} | {METRICS[metric][1]} |")
+        yield "text", "\n".join([*lines, ""])
     if "tasks" in row:
-        yield "Zero-shot, no examples in the prompt; with standard errors, and the difference to the dense model:\n"
-        yield "| task | accuracy | difference |\n|---|---|---|"
+        reference = Path(results["reference"]).name
+        lines = [f"Zero-shot, no examples in the prompt; with standard errors, and the difference to `{reference}`:\n"]
+        lines += ["| task | items | accuracy | difference |\n|---|---|---|---|"]
         for key, estimate in accuracies(row).items():
-            gain = row.get("differences", {}).get(key)
-            error = "" if estimate["standard_error"] is None else f" ± {estimate['standard_error']:.3f}"
-            yield f"| {key} | {estimate['value']:.3f}{error} | {with_interval(gain, '+.3f') if gain else ''} |"
+            gain, size = row.get("differences", {}).get(key), asked_of(results["items"], key.partition("/")[0])
+            difference = with_interval(gain, "+.3f") if gain else ""
+            lines.append(f"| {key} | {size} | {with_error(estimate)} | {difference} |")
+        yield "tasks", "\n".join([*lines, ""])

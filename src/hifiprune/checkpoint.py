@@ -157,11 +157,11 @@ class Checkpoint:
         """The model on the meta device: all shapes, no weights."""
         config = self.config()
         with _explained(self.name, "the configuration"), torch.device("meta"):
-            model: PreTrainedModel = self._class._from_config(config)
+            model: PreTrainedModel = self.model_class._from_config(config)
         return model
 
     @property
-    def _class(self) -> type[PreTrainedModel]:
+    def model_class(self) -> type[PreTrainedModel]:
         """Its stock class, or ours where its MLPs differ in width; never one from code of the checkpoint."""
         stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(self._config)]
         return pruned_class(stock, mixed=hasattr(self._config, "mlp_widths"))
@@ -193,7 +193,7 @@ class Checkpoint:
         if self.gguf:
             arguments = {"gguf_file": self.gguf, "quantization_config": GgufConfig(dequantize=True)}
         with _explained(self.name, "the weights"):
-            loaded: Any = self._class.from_pretrained(
+            loaded: Any = self.model_class.from_pretrained(
                 self.folder,
                 dtype=dtype or self.dtype(),
                 attn_implementation=attention,
@@ -212,12 +212,15 @@ class Checkpoint:
             placed: PreTrainedModel = model.to(device).eval()
         return placed
 
-    def save(self, model: PreTrainedModel, folder: Path, shard_size: str = "5GB") -> None:
-        """Write `model`, made from this checkpoint, into a new `folder`, with this one's tokenizer and licence."""
+    def save(self, model: PreTrainedModel, folder: Path, shard_size: str = "5GB", **how: Any) -> None:
+        """Write `model`, made from this checkpoint, into a new `folder`, with this one's tokenizer and licence.
+
+        `how` goes to its `save_pretrained`.
+        """
         if (self.folder / "generation_config.json").is_file():
             # Copied below as it is: transformers refuses to save settings that many models ship with.
             model.generation_config = GenerationConfig()
-        model.save_pretrained(folder, max_shard_size=shard_size)
+        model.save_pretrained(folder, max_shard_size=shard_size, **how)
         if self.gguf:
             self.tokenizer().save_pretrained(folder)
             return

@@ -44,11 +44,14 @@ from hifiprune.options import (
     SeqLen,
     ShardSize,
     Steps,
+    Stream,
     Temperature,
     TextColumn,
     Trials,
+    UntilStable,
     drawn_from,
 )
+from hifiprune.parallel import check_command
 from hifiprune.study import ablate, compare, criteria
 from hifiprune.terminal import show, voice
 from hifiprune.training_command import recover
@@ -88,6 +91,7 @@ def prune(
     floor: Floor = 0.75,
     trials: Trials = 64,
     steps: Steps = 1,
+    until_stable: UntilStable = None,
     repair: Repair = None,
     bias_compensation: BiasCompensation = False,
     round_to: PresetRoundTo = None,
@@ -95,6 +99,7 @@ def prune(
     device: Device = "auto",
     dtype: Dtype = "auto",
     recompute: Recompute = None,
+    stream: Stream = None,
     attention: Attention = None,
     shard_size: ShardSize = "5GB",
     overwrite: Overwrite = False,
@@ -124,10 +129,11 @@ def prune(
         floor=floor,
         trials=trials,
         steps=steps,
+        until_stable=until_stable,
         repair=repair,
         bias_compensation=bias_compensation,
         round_to=round_to,
-        compute=hp.Compute(device, dtype, batch_size, recompute, attention),
+        compute=hp.Compute(device, dtype, batch_size, recompute, attention, stream),
         shard_size=shard_size,
         overwrite=overwrite,
         voice=speaker,
@@ -150,10 +156,13 @@ def score(
     temperature: Temperature = None,
     light_cut: LightCut = 0.025,
     label_samples: LabelSamples = 1,
+    until_stable: UntilStable = None,
+    ratio: Annotated[float | None, Option(help="Fraction of all parameters, for --until-stable.")] = None,
     batch_size: BatchSize = 1,
     device: Device = "auto",
     dtype: Dtype = "auto",
     recompute: Recompute = None,
+    stream: Stream = None,
     attention: Attention = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -169,7 +178,9 @@ def score(
         drawn_from(calibration, num_samples, seq_len, seed, sampler, text_column) if calibration else None,
         criterion=criterion,
         options=hp.Options(alpha, temperature, light_cut, label_samples, seed),
-        compute=hp.Compute(device, dtype, batch_size, recompute, attention),
+        until_stable=until_stable,
+        ratio=ratio,
+        compute=hp.Compute(device, dtype, batch_size, recompute, attention, stream),
         overwrite=overwrite,
         voice=voice(),
     )
@@ -226,6 +237,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
+        check_command(sys.argv)
         app()
     except HifipruneError as error:
         _fail(error, str(error), error.exit_code)

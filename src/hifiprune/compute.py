@@ -1,5 +1,6 @@
 """Where and in which arithmetic a run computes, and what it will roughly cost."""
 
+import os
 import time
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ class Compute:
         batch_size: windows per step.
         recompute: trade time for memory; None decides by free memory.
         attention: transformers' name of an attention implementation, such as `flash_attention_2`; None is the default.
+        stream: leave the weights on the disk and read each block's when it runs; None decides by free memory.
     """
 
     device: str = "auto"
@@ -28,6 +30,7 @@ class Compute:
     batch_size: int = 1
     recompute: bool | None = None
     attention: str | None = None
+    stream: bool | None = None
 
     def __post_init__(self) -> None:
         if self.dtype != "auto" and self.dtype not in DTYPES:
@@ -45,10 +48,16 @@ class Compute:
         if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
             raise UserError(f"device '{self.device}' does not exist; there are {torch.cuda.device_count()} GPUs")
 
+        own = int(os.environ.get("LOCAL_RANK", "0"))
+        if self.resolved_device.startswith("cuda") and own >= torch.cuda.device_count():
+            raise UserError(f"process {own + 1} of this machine finds {torch.cuda.device_count()} GPUs: start fewer")
+
     @property
     def resolved_device(self) -> str:
-        """The device, with `auto` decided."""
-        return ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        """The device, with `auto` decided; of several processes on a machine each takes a GPU of its own."""
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        own = os.environ.get("LOCAL_RANK")
+        return f"cuda:{own}" if device == "cuda" and own else device
 
     def dtype_for(self, checkpoint: Checkpoint) -> torch.dtype:
         """The dtype to compute in, with `auto` decided."""

@@ -16,6 +16,7 @@ from hifiprune.options import (
     Limit,
     Overwrite,
     SeqLen,
+    Stream,
     TaskNames,
     TaskPath,
     TextColumn,
@@ -45,6 +46,7 @@ def evaluate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     attention: Attention = None,
+    stream: Stream = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -64,7 +66,7 @@ def evaluate(
         output=output,
         overwrite=overwrite,
         card=card,
-        compute=hp.Compute(device, dtype, batch_size, None, attention),
+        compute=hp.Compute(device, dtype, batch_size, None, attention, stream),
         voice=voice(),
     )
     show(record.to_dict(), as_json, lambda: printing.evaluated(record))
@@ -110,7 +112,8 @@ def bench(
 
 def report(
     folders: Annotated[
-        list[Path], Argument(metavar="DIR...", help="Outputs of prune, recover, evaluate --output and bench --output.")
+        list[Path],
+        Argument(metavar="DIR...", help="Outputs of prune, recover, compare, evaluate --output and bench --output."),
     ],
     output: Annotated[Path, Option(help="The page to make.")] = Path("report.html"),
     overwrite: Overwrite = False,

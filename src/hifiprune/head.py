@@ -9,9 +9,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hifiprune.errors import UserError
+from hifiprune.shards import Stored
+from hifiprune.streaming import stored_head
 
 SLICE_BYTES = 24 * 2**20  # one [slice, vocabulary] float32 matrix
 SLICE_ROWS = 128  # at least, for a fast matrix product
+PART = 16_384  # of the vocabulary, for one matrix product
 CACHE_BYTES = 3 * 2**20  # rows that a CPU's cache holds while the elementwise steps pass over them
 
 
@@ -19,12 +22,16 @@ CACHE_BYTES = 3 * 2**20  # rows that a CPU's cache holds while the elementwise s
 class Head:
     """From the normalised final hidden state to the logits, as the model computes them but in float32 or better.
 
+    The weight of a streamed model is `stored` in a file, and read a part at a time.
+
     `logits = cap * tanh(scale * (hidden @ weight.T + bias) / cap)`, without the outer part where `cap` is None.
     """
 
     linear: nn.Linear
     scale: float = 1.0
     cap: float | None = None
+    stored: Stored | None = None
+    device: torch.device = torch.device("cpu")
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Head":
@@ -37,7 +44,8 @@ class Head:
             )
         scale = getattr(config, "logit_scale", None) or 1.0
         divisor = getattr(config, "logits_scaling", None) or 1.0
-        return cls(linear, scale / divisor, getattr(config, "final_logit_softcapping", None))
+        cap = getattr(config, "final_logit_softcapping", None)
+        return cls(linear, scale / divisor, cap, stored_head(model), model.device)
 
     @property
     def vocabulary(self) -> int:
@@ -52,14 +60,14 @@ class Head:
     @property
     def cache_rows(self) -> int:
         """Rows per elementwise pass: on a CPU as many as stay in its cache, elsewhere a whole slice."""
-        on_cpu = self.linear.weight.device.type == "cpu"
+        on_cpu = self.device.type == "cpu"
         return max(1, CACHE_BYTES // (4 * self.vocabulary)) if on_cpu else self.slice_rows
 
     def logits(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocabulary"]:
         """Logits of a few positions, in float32 or better."""
         hidden = precise(hidden)
         logits = hidden.new_empty(len(hidden), self.vocabulary)
-        for columns, weight in self._weight(hidden.dtype):
+        for columns, weight in self._weight(hidden):
             torch.mm(hidden, weight.T, out=logits[:, columns])
         if self.linear.bias is not None:
             logits += self.linear.bias
@@ -72,16 +80,17 @@ class Head:
     def pull_back(self, gradient: Float[Tensor, "rows vocabulary"]) -> Float[Tensor, "rows hidden"]:
         """Gradient at the hidden rows from the gradient at the logits before soft-capping."""
         hidden = gradient.new_zeros(len(gradient), self.linear.in_features)
-        for columns, weight in self._weight(gradient.dtype):
+        for columns, weight in self._weight(gradient):
             hidden.addmm_(gradient[:, columns], weight, alpha=self.scale)
         return hidden
 
-    def _weight(self, dtype: torch.dtype) -> Iterator[tuple[slice, Float[Tensor, "columns hidden"]]]:
-        """The weight in `dtype`: whole where it is stored so, else converted a part of the vocabulary at a time."""
-        weight = self.linear.weight.detach()
-        step = self.vocabulary if weight.dtype == dtype else 16_384
-        for start in range(0, self.vocabulary, step):
-            yield slice(start, start + step), weight[start : start + step].to(dtype)
+    def _weight(self, like: Tensor) -> Iterator[tuple[slice, Float[Tensor, "columns hidden"]]]:
+        """The weight where `like` is and in its dtype, a part of the vocabulary at a time."""
+        parts = self.linear.weight.detach().split(PART) if self.stored is None else self.stored.chunks(PART)
+        start = 0
+        for part in parts:
+            yield slice(start, start + len(part)), part.to(like)
+            start += len(part)
 
 
 def precise(tensor: Tensor) -> Tensor:

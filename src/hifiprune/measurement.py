@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,13 +20,13 @@ from hifiprune.errors import UserError
 from hifiprune.evaluation import Answers, Estimate, Exam, Tasks, average, differences, measure
 from hifiprune.evaluation.passages import read_passage
 from hifiprune.guards import check_names
-from hifiprune.hashing import hash_texts, hash_tokens
+from hifiprune.hashing import hash_tokens
 from hifiprune.neurons import count_parameters
 from hifiprune.output import check_target, replacing
 from hifiprune.preparation import check_model, load_hashed, plain_arguments
 from hifiprune.record import RunRecord
 from hifiprune.texts import Text
-from hifiprune.unfinished import Unfinished
+from hifiprune.unfinished import Unfinished, kept
 from hifiprune.voice import SILENT, Voice
 
 PASSAGES = "passages.json"
@@ -84,8 +84,7 @@ def evaluate(
         ),
     )  # fmt: skip
     check_names(names)
-    if text is None and tasks is None:
-        raise UserError("there is nothing to measure: give --text, --tasks or both")
+    _check_asked(text, tasks, compute)
     source = None if text is None else Text(text, seq_len, max_windows, text_column=text_column)
     dense = find_checkpoint(against) if against else None
     checkpoints = [find_checkpoint(name) for name in names]
@@ -99,7 +98,7 @@ def evaluate(
             f"the vocabularies differ ({found} tokens): perplexities would not compare; measure one at a time"
         )
     if card:
-        check_cards([checkpoint.folder for checkpoint in checkpoints])
+        check_cards(checkpoints)
     unfinished = None
     if output is not None:
         inputs = [*(checkpoint.path for checkpoint in everyone), text]
@@ -131,6 +130,13 @@ def evaluate(
     return record
 
 
+def _check_asked(text: str | None, tasks: Tasks | None, compute: Compute) -> None:
+    if text is None and tasks is None:
+        raise UserError("there is nothing to measure: give --text, --tasks or both")
+    if tasks and compute.stream:
+        raise UserError("zero-shot tasks are asked with weights in memory only: leave out --stream, or --tasks")
+
+
 @dataclass
 class Bench:
     """Checkpoints measured one after another.
@@ -143,6 +149,7 @@ class Bench:
         unfinished: keeps what is finished, if anything does.
         voice: tells of progress.
         dense: the dense model, where others are compared with it token by token.
+        dense_name: what the user called it.
         dense_hash: of its weights.
         metrics: on the text, by checkpoint.
         answers: to the tasks, by checkpoint.
@@ -157,29 +164,35 @@ class Bench:
     unfinished: Unfinished | None
     voice: Voice
     dense: PreTrainedModel | None = None
+    dense_name: str = ""
     dense_hash: str = ""
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     answers: dict[str, dict[str, Answers]] = field(default_factory=dict)
     passages: dict[str, list[list[dict[str, Any]]]] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def _streaming(self) -> Voice | None:
+        """Tasks are asked with weights in memory."""
+        return None if self.exams else self.voice
+
     def take_dense(self, checkpoint: Checkpoint) -> None:
         """Load the dense model, to stay, and have it answer the tasks."""
-        self.dense, self.dense_hash = load_hashed(checkpoint, self.compute, self.record)
-        self.parameters[checkpoint.name] = count_parameters(self.dense)
+        self.dense, self.dense_hash = load_hashed(checkpoint, self.compute, self.record, voice=self._streaming)
+        self.dense_name, self.parameters[checkpoint.name] = checkpoint.name, count_parameters(self.dense)
         self._ask(checkpoint, self.dense, self._parts(self.dense, self.dense_hash))
         if self.windows is None:  # nobody is compared with it token by token
             self.dense = None
 
     def take(self, checkpoint: Checkpoint) -> None:
         """Measure a checkpoint on the text, and by the tasks."""
-        model, model_hash = load_hashed(checkpoint, self.compute, self.record)
+        model, model_hash = load_hashed(checkpoint, self.compute, self.record, voice=self._streaming)
         parts = self._parts(model, model_hash)
         self.parameters[checkpoint.name] = count_parameters(model)
         if self.windows is not None:
             facts = ["metrics", hash_tokens(self.windows), self.dense_hash]
             with self.record.stage(f"measuring {checkpoint.name}"):
-                self.metrics[checkpoint.name] = _kept(parts, facts, partial(self._measure, checkpoint, model))
+                self.metrics[checkpoint.name] = kept(parts, facts, partial(self._measure, checkpoint, model))
                 if self.dense and self.unfinished:
                     few = self.windows[:: -(-len(self.windows) // PASSAGES_READ), :PASSAGE_TOKENS]
                     tokenizer = checkpoint.tokenizer()
@@ -196,9 +209,9 @@ class Bench:
     def _ask(self, checkpoint: Checkpoint, model: PreTrainedModel, parts: Unfinished | None) -> None:
         """Have a model answer every task."""
         for name, exam in self.exams.items():
-            facts = ["answers", hash_texts(exam.prompts)]
+            facts = ["answers", exam.identity]
             with self.record.stage(f"asking {checkpoint.name}: {name}"):
-                plain = _kept(parts, facts, partial(self._answers, name, checkpoint, model))
+                plain = kept(parts, facts, partial(self._answers, name, checkpoint, model))
             own = self.answers.setdefault(checkpoint.name, {})
             own |= {task: Answers(Estimate(**each["accuracy"]), tuple(each["items"])) for task, each in plain.items()}
 
@@ -243,23 +256,14 @@ class Bench:
             if answers is not reference:
                 row["differences"] = {task: asdict(each) for task, each in differences(answers, reference).items()}
         results: dict[str, Any] = {"models": rows}
+        if self.dense_name:
+            results["dense"] = {"name": self.dense_name, "parameters": self.parameters[self.dense_name]}
         if self.windows is not None:
             results |= {"windows": len(self.windows), "positions": self.windows.shape[1]}
         if self.exams:
+            results["reference"] = next(iter(self.answers))
             results["items"] = {task: list(size) for exam in self.exams.values() for task, size in exam.items.items()}
         return results
-
-
-def _kept(parts: Unfinished | None, facts: list[Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What was made of these facts before, else what is made now, kept."""
-    if parts is None:
-        return make()
-    path = parts.path("parts", *facts)
-    found: dict[str, Any] | None = parts.read_json(path)
-    if found is None:
-        found = make()
-        parts.write_json(path, found)
-    return found
 
 
 def _with_error(estimate: Estimate) -> dict[str, float | None]:

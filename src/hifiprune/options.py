@@ -73,6 +73,14 @@ PresetRoundTo = Annotated[int | None, ROUNDING]
 BatchSize = Annotated[int, Option(help="Windows per step; results do not depend on it.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, Option(help="Arithmetic: float32, bfloat16, float16; auto: float32 on CPU, the model's on GPU.")]
+UntilStable = Annotated[
+    float | None,
+    Option(help="Stop scoring once the kept neurons would agree so well with those by all windows, such as 0.99."),
+]
+Stream = Annotated[
+    bool | None,
+    Option("--stream/--in-memory", help="Read each block's weights from the disk when it runs, or not."),
+]
 Recompute = Annotated[
     bool | None, Option("--recompute/--keep-graphs", help="Trade time for memory; decided by free memory if not given.")
 ]

@@ -1,8 +1,16 @@
 """The processes of a run, by what launchers such as `accelerate launch` and `torchrun` tell each of them."""
 
 import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from hifiprune.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+SHARED = ("score", "prune", "recover")
+"""Commands that share their work out."""
 
 
 def rank() -> int:
@@ -13,6 +21,44 @@ def rank() -> int:
 def processes() -> int:
     """How many there are."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_command(words: Sequence[str]) -> None:
+    """Refuse to do the same work several times.
+
+    Raises:
+        UserError: the command does not share its work out.
+    """
+    if processes() > 1 and not set(words[1:2]) & set(SHARED):
+        raise UserError(
+            f"{' '.join(words[:2])} runs in one process, and {processes()} were started; {', '.join(SHARED)} share "
+            "their work out"
+        )
+
+
+def meet(device: "torch.device", first: Callable[[], None] | None = None) -> None:
+    """Wait until all processes are here, and the first of them has done something.
+
+    Args:
+        device: where what they exchange lies.
+        first: what it does.
+    """
+    from accelerate import PartialState
+
+    meeting = PartialState(cpu=device.type == "cpu")
+    if first and rank() == 0:
+        first()
+    meeting.wait_for_everyone()
+
+
+def check_share(batches: int) -> None:
+    """Refuse to share out so little that a process would have nothing to do.
+
+    Raises:
+        UserError: there are fewer batches than processes.
+    """
+    if batches < processes():
+        raise UserError(f"{batches} batches of windows cannot be shared out among {processes()} processes: start fewer")
 
 
 def check_launcher(*, low_rank: bool) -> None:

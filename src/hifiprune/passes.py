@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
 
 import psutil
 import torch
@@ -9,16 +11,20 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune.blocks import BlockChain
+from hifiprune.blocks import Batch, BlockChain
 from hifiprune.errors import RunError
 from hifiprune.guards import memory_explained
+from hifiprune.hashing import hash_tokens
 from hifiprune.head import SLICE_BYTES, SLICE_ROWS
 from hifiprune.neurons import find_mlps
 from hifiprune.objectives import Kernel
+from hifiprune.parallel import meet, processes, rank
+from hifiprune.resuming import Keeper
 from hifiprune.statistics import Statistic
+from hifiprune.streaming import shelf_of
 from hifiprune.taps import Seen
 
-Track = Callable[[Iterable[Tensor]], Iterable[Tensor]]
+Track = Callable[[Iterable[Any]], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -29,10 +35,13 @@ class Job:
     kernels: tuple[Kernel, ...]
     maps: bool
 
+    def __str__(self) -> str:
+        return f"{self.statistic.__name__} of {', '.join(map(repr, self.kernels))}"
+
 
 @dataclass
 class Pass:
-    """One run over all windows, for any number of jobs.
+    """One run over all windows, for any number of jobs, shared out among the processes that there are.
 
     Attributes:
         chain: the model.
@@ -40,9 +49,13 @@ class Pass:
         batch_size: windows per step.
         recompute: see `BlockChain.sweep`.
         track: shows progress.
+        group: batches that go through a block in turn, more than one where weights are read from the disk.
+        keeper: keeps the sums of the batches that are done, if an interrupted run is to go on from there.
         totals: of each job and layer, `[statistics, neurons]` in float64.
-        objectives: mean of each kernel over the windows, in nats.
-        hidden: final hidden state of each batch, kept where asked for.
+        sums: of each kernel over the windows.
+        hidden: final hidden state of each batch of this process, kept where asked for.
+        halves: share of the totals that comes from every other batch, kept where asked for.
+        done: batches that are done.
     """
 
     chain: BlockChain
@@ -50,53 +63,139 @@ class Pass:
     batch_size: int
     recompute: bool
     track: Track
+    group: int = 1
+    keeper: Keeper | None = None
     totals: dict[Job, dict[int, Tensor]] = field(default_factory=dict)
-    objectives: dict[Kernel, float] = field(default_factory=dict)
+    sums: dict[Kernel, float] = field(default_factory=dict)
     hidden: list[Tensor] = field(default_factory=list)
+    halves: dict[Job, dict[int, Tensor]] = field(default_factory=dict)
+    done: int = 0
 
-    def run(self, jobs: Iterable[Job], teacher: Sequence[Tensor] = (), *, keep_hidden: bool = False) -> "Pass":
-        """Sweep over the windows and collect what the jobs ask for."""
+    @property
+    def objectives(self) -> dict[Kernel, float]:
+        """Mean of each kernel over the windows, in nats."""
+        return {kernel: total / len(self.windows) for kernel, total in self.sums.items()}
+
+    def run(
+        self,
+        jobs: Iterable[Job],
+        teacher: Sequence[Tensor] = (),
+        *,
+        keep_hidden: bool = False,
+        looks: Sequence[int] = (),
+        settled: Callable[["Pass"], bool] | None = None,
+    ) -> "Pass":
+        """Sweep over the windows and collect what the jobs ask for.
+
+        Args:
+            jobs: what to collect.
+            teacher: the teacher's final hidden state for each batch, for kernels that need one.
+            keep_hidden: keep those of this model.
+            looks: after how many batches it is asked whether that is enough.
+            settled: is asked then, and halves of the totals are kept for it.
+        """
         wanted = list(dict.fromkeys(jobs))
         kernels = list(dict.fromkeys(kernel for job in wanted for kernel in job.kernels))
         maps = [number for number, kernel in enumerate(kernels) if any(j.maps and kernel in j.kernels for j in wanted)]
-        self.totals = {job: {} for job in wanted}
-        sums = dict.fromkeys(kernels, 0.0)
+        self.totals, self.sums = {job: {} for job in wanted}, dict.fromkeys(kernels, 0.0)
+        self.halves = {job: {} for job in wanted} if settled else {}
 
         def visit(seen: Seen) -> None:
             for job in wanted:
                 if (kernels[seen.kernel] in job.kernels) if seen.kernel is not None else not job.kernels:
                     self._add(job, seen)
 
-        for number, batch in enumerate(self.track(self.windows.split(self.batch_size))):
-            tokens = batch.to(self.chain.model.device, torch.int64)
-            with memory_explained(self.chain.model, tokens.numel()):
-                values, hidden = self.chain.sweep(
-                    tokens,
-                    kernels,
-                    visit,
-                    recompute=self.recompute,
-                    maps=maps,
-                    teacher=teacher[number] if teacher else None,
-                    first_window=number * self.batch_size,
-                )
-            self._require_finite(tokens)
-            if keep_hidden:
-                self.hidden.append(hidden.cpu())
-            for kernel, value in zip(kernels, values, strict=True):
-                sums[kernel] += value.double().sum().item()
-        self.objectives = {kernel: total / len(self.windows) for kernel, total in sums.items()}
+        starts = range(0, len(self.windows), self.batch_size)
+        own = [*zip(starts, self.windows.split(self.batch_size), strict=True)][rank() :: processes()]
+        keeper = self._keeper(wanted)
+        if processes() > 1:
+            meet(self.chain.model.device, keeper.unfinished.make if keeper else None)
+        done = self._resume(keeper.read() if keeper else None)
+        if keep_hidden:
+            for some in self._groups(0, done):
+                self.hidden += [each.cpu() for each in self.chain.final_states([self._placed(own[n][1]) for n in some])]
+        for places in self.track(self._groups(done, len(own), looks)):
+            guides = [teacher[place] if teacher else None for place in places]
+            batches = [
+                Batch(self._placed(own[place][1]), own[place][0], guide)
+                for place, guide in zip(places, guides, strict=True)
+            ]
+            with memory_explained(self.chain.model, self.windows[: self.batch_size].numel()):
+                self.chain.sweep_all(batches, kernels, visit, recompute=self.recompute, maps=maps)
+            self._require_finite([batch.tokens for batch in batches])
+            for batch in batches:
+                if keep_hidden:
+                    self.hidden.append(batch.final.cpu())
+                for kernel, value in zip(kernels, batch.values, strict=True):
+                    self.sums[kernel] += value.double().sum().item()
+            self.done = places.stop
+            if settled and places.stop in looks and settled(self):
+                self.windows = self.windows[: places.stop * self.batch_size]
+                break
+            if keeper:  # after the look, which a resumed run does not take again
+                keeper.write(self._state(places.stop))
+        self._add_up()
         return self
+
+    def _groups(self, first: int, last: int, stops: Sequence[int] = ()) -> list[range]:
+        """Numbers of the batches that go through a block in turn; a group ends at a stop at the latest."""
+        edges = [*range(first, last, self.group), *(stop for stop in stops if first < stop < last)]
+        return [range(one, other) for one, other in pairwise(sorted({*edges, last}))]
+
+    def _placed(self, batch: Tensor) -> Int[Tensor, "windows positions"]:
+        return batch.to(self.chain.model.device, torch.int64)
+
+    def _keeper(self, jobs: Sequence[Job]) -> Keeper | None:
+        """For states of just this pass and this process's part of it."""
+        part = rank(), processes(), self.batch_size, self.recompute, bool(self.halves)
+        return self.keeper.of(hash_tokens(self.windows), [*map(str, jobs)], *part) if self.keeper else None
+
+    def _state(self, done: int) -> dict[str, Tensor]:
+        """Sums over the first `done` batches."""
+        sums = {"done": torch.tensor(done), "sums": torch.tensor([*self.sums.values()], dtype=torch.float64)}
+        totals = {
+            f"{place}.{layer}": total.cpu()
+            for place, found in enumerate([*self.totals.values(), *self.halves.values()])
+            for layer, total in found.items()
+        }
+        return sums | totals
+
+    def _resume(self, state: dict[str, Tensor] | None) -> int:
+        """Take over a state; how many batches it covers."""
+        if state is None:
+            return 0
+        done, sums = int(state.pop("done")), state.pop("sums").tolist()
+        self.sums = dict(zip(self.sums, sums, strict=True))
+        tables = [*self.totals.values(), *self.halves.values()]
+        for name, total in state.items():
+            place, layer = map(int, name.split("."))
+            tables[place][layer] = total.to(self.chain.model.device)
+        return done
+
+    def _add_up(self) -> None:
+        """Sums over all processes; each of them has them after."""
+        if processes() == 1:
+            return
+        sums = torch.tensor([*self.sums.values()], dtype=torch.float64, device=self.chain.model.device)
+        totals = [found[layer] for found in self.totals.values() for layer in sorted(found)]  # whatever was resumed
+        for tensor in (sums, *totals):
+            torch.distributed.all_reduce(tensor)
+        self.sums = dict(zip(self.sums, sums.tolist(), strict=True))
 
     def _add(self, job: Job, seen: Seen) -> None:
         """Sum in float64 where the model is, so that nothing waits for a GPU."""
-        found, totals = job.statistic(seen).double(), self.totals[job]
-        totals[seen.layer] = totals[seen.layer] + found if seen.layer in totals else found
+        found, tables = job.statistic(seen).double(), [self.totals[job]]
+        if self.halves and seen.windows // self.batch_size % 2:
+            tables.append(self.halves[job])
+        for totals in tables:
+            totals[seen.layer] = totals[seen.layer] + found if seen.layer in totals else found
 
-    def _require_finite(self, tokens: Int[Tensor, "windows positions"]) -> None:
+    def _require_finite(self, batches: Sequence[Int[Tensor, "windows positions"]]) -> None:
         layers = [layer for totals in self.totals.values() for layer in totals]
         sums = torch.stack([total.sum() for totals in self.totals.values() for total in totals.values()])
         if not sums.isfinite().all():
-            self.chain.final_hidden(tokens)  # names the block if the forward pass is to blame
+            for tokens in batches:
+                self.chain.final_hidden(tokens)  # names the block if the forward pass is to blame
             worst = max(layer for layer, finite in zip(layers, sums.isfinite().tolist(), strict=True) if not finite)
             raise RunError(
                 f"the gradients at {self.chain.mlps[worst].name} are NaN or infinite in {self.chain.model.dtype}; "
@@ -124,6 +223,18 @@ def working_bytes(
     slices = 4 * max(SLICE_BYTES, 4 * SLICE_ROWS * config.vocab_size)
     products = 3 * 4 * config.intermediate_size * config.hidden_size if maps else 0
     return int((kept + more) * model.dtype.itemsize + slices + products)
+
+
+def choose_group(model: PreTrainedModel, tokens: int) -> int:
+    """How many batches of `tokens` positions go through a block in turn: one, or what a quarter of free memory holds.
+
+    Of a streamed model's batch the inputs of all blocks are kept, while its weights are read twice for the whole group.
+    """
+    if shelf_of(model) is None:
+        return 1
+    config = model.config.get_text_config()
+    kept = config.num_hidden_layers * tokens * config.hidden_size * model.dtype.itemsize
+    return max(1, free_bytes(model.device) // 4 // int(kept))
 
 
 def moment_bytes(model: PreTrainedModel) -> int:

@@ -4,11 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from hifiprune import DEFAULT_CRITERION
-from hifiprune.allocation import Budget, Sharing, allocate
-from hifiprune.announcements import announce_plan, remark_on_options, remark_on_scale, remark_on_unused
+from hifiprune.allocation import Budget, Sharing
+from hifiprune.announcements import announce_plan, remark_on_options, remark_on_unused
 from hifiprune.calibration import Calibration
 from hifiprune.cards import write_card
 from hifiprune.checkpoint import Checkpoint
@@ -18,14 +16,18 @@ from hifiprune.errors import UserError, unknown
 from hifiprune.inspection import shape_of
 from hifiprune.neurons import find_mlps
 from hifiprune.output import check_shard_size, check_space, replacing
+from hifiprune.parallel import rank
 from hifiprune.plan import Plan
 from hifiprune.preparation import plain_arguments, prepare
 from hifiprune.presets import Preset, settle
+from hifiprune.reading import SELF
 from hifiprune.record import RunRecord
 from hifiprune.scores import Scores
+from hifiprune.stability import Stability
 from hifiprune.stages import Stages
 from hifiprune.steps import Course
-from hifiprune.surgery import cut_, require_bias
+from hifiprune.surgery import require_bias
+from hifiprune.unfinished import Unfinished
 from hifiprune.voice import SILENT, Voice
 
 REPAIRS = ("none", "ridge")
@@ -38,6 +40,8 @@ def score_checkpoint(
     *,
     criterion: str = DEFAULT_CRITERION,
     options: Options | None = None,
+    until_stable: float | None = None,
+    ratio: float | None = None,
     compute: Compute = Compute(),
     overwrite: bool = False,
     voice: Voice = SILENT,
@@ -50,6 +54,9 @@ def score_checkpoint(
         calibration: what to score on; not needed for criteria that look at weights alone.
         criterion: how to score; see `CRITERIA`.
         options: what the criterion leaves open.
+        until_stable: stop once the set kept at `ratio` would agree so well with that of all windows; see
+            `hifiprune.stability`.
+        ratio: for which the scores will be used.
         compute: device and arithmetic.
         overwrite: replace an existing output.
         voice: tells of progress.
@@ -58,21 +65,33 @@ def score_checkpoint(
         UserError: something asked for cannot be done, found before the weights are loaded where possible.
         RunError: numbers, memory or disk failed.
     """
+    if (until_stable is None) != (ratio is None):
+        raise UserError("until-stable and ratio go together: stable is what is kept at a ratio")
+    stability = None
+    if until_stable is not None:
+        stability = Stability(until_stable, Budget(ratio=ratio), round_to=1, voice=voice)
+        stability.check([criterion])
     request = (criterion, options or Options(seed=calibration.seed if calibration else 0))
     record = RunRecord(
         "score",
         plain_arguments(
             model=model, output=output, calibration=calibration, criterion=criterion, options=request[1],
-            compute=compute,
+            until_stable=until_stable, ratio=ratio, compute=compute,
         ),
     )  # fmt: skip
     _check_data(criterion, calibration)
-    checkpoint, target, _ = prepare(model, output, [calibration], folder=False, overwrite=overwrite)
-    stages = Stages(checkpoint, calibration, compute, record, voice)
+    checkpoint, target, skeleton = prepare(model, output, [calibration], folder=False, overwrite=overwrite)
+    if ratio is not None:
+        shape_of(skeleton).width_at(Budget(ratio=ratio), 1)
+    unfinished = Unfinished.beside(target, "score", voice)
+    stages = Stages(checkpoint, calibration, compute, record, voice, unfinished, _resident(calibration))
     stages.read()
-    scores = stages.score(request)
+    scores = stages.score(request, stability=stability)
+    if rank() > 0:
+        return record
     scores.save(target)
     record.results = _describe_scores(scores)
+    stages.finish()
     return record
 
 
@@ -90,6 +109,7 @@ def prune(
     floor: float = Sharing.floor,
     trials: int = Sharing.trials,
     steps: int = 1,
+    until_stable: float | None = None,
     repair: str | None = None,
     bias_compensation: bool = False,
     round_to: int | None = None,
@@ -118,6 +138,8 @@ def prune(
         floor: fraction of the uniform width that every MLP keeps where widths differ.
         trials: plans that the search tries.
         steps: how often to score; the model is cut, and repaired where that is asked for, by as much between.
+        until_stable: stop scoring once the kept set would agree so well with that of all windows; see
+            `hifiprune.stability`.
         repair: `ridge` refits each MLP's output map to what the dense model computes, in closed form; or `none`, the
             default where there is no calibration, or biases are compensated.
         bias_compensation: put the mean output of the removed neurons into the bias of each output map, as FLAP does;
@@ -145,11 +167,12 @@ def prune(
     sharing = Sharing(system.allocation, floor, trials)
     course = Course(steps, budget, round_to, sharing, repair=repair != "none")
     _check_steps(course, used, calibration)
+    stability = _until_stable(until_stable, course, criterion, scored=used is not None, voice=voice)
     remark_on_unused(None if used else options, criterion, sharing, voice)
     sources = plain_arguments(model=model, output=output, budget=budget, calibration=calibration, compute=compute)
     settings = plain_arguments(
         scores=path, criterion=criterion, options=options, preset=preset,
-        sharing=sharing, steps=steps, round_to=round_to, repair=repair,
+        sharing=sharing, steps=steps, until_stable=until_stable, round_to=round_to, repair=repair,
         bias_compensation=bias_compensation, shard_size=shard_size, overwrite=overwrite,
     )  # fmt: skip
     record = RunRecord("prune", sources | settings)
@@ -165,49 +188,47 @@ def prune(
     if used:
         remark_on_options(used, ratio, voice)
 
-    stages = Stages(checkpoint, calibration, compute, record, voice)
+    unfinished, resident = Unfinished.beside(target, "prune", voice), _resident(calibration, course, bias_compensation)
+    stages = Stages(checkpoint, calibration, compute, record, voice, unfinished, resident)
     stages.read()
     if used is None:
         settled = options or Options(seed=calibration.seed if calibration else 0)
-        used = stages.score((criterion, settled.for_ratio(ratio)), course)
-    if sharing.allocation == "searched":
-        plan = stages.search(used, budget, round_to, sharing)
-    else:
-        remark_on_scale(used, sharing, voice)
-        plan = allocate(used, budget, round_to=round_to, sharing=sharing)
+        used = stages.score((criterion, settled.for_ratio(ratio)), course, stability)
+    if rank() > 0:
+        return record  # the first process does the rest
+    plan = stages.plan(used, budget, round_to, sharing)
     record.results = _describe_plan(plan, str(budget)) | _describe_scores(used)
-    if repair == "none":
-        loaded = stages.load(checkpoint.dtype(), used)
-        with record.stage("cutting"):
-            cut_(loaded, plan, used.means if bias_compensation else None)
-    else:
-        loaded = stages.load(scores=used)
-        record.results["repair"] = stages.repair_(loaded, plan)
-        loaded = stages.as_stored(loaded, plan)
-    _write(target, checkpoint, loaded, shard_size, used, plan, record)
+    changed = stages.change(used, plan, repair=repair != "none", compensate=bias_compensation)
+    with replacing(target) as folder:
+        with record.stage("writing"):
+            stages.save(changed, plan, folder, shard_size)
+        _write_decisions(folder, target, checkpoint, used, plan, record)
+    stages.finish()
     return record
 
 
-def _write(
-    target: Path,
-    checkpoint: Checkpoint,
-    model: PreTrainedModel,
-    shard_size: str,
-    scores: Scores,
-    plan: Plan,
-    record: RunRecord,
+def _resident(calibration: Calibration | None, course: Course | None = None, compensate: bool = False) -> str:
+    """What of this is done with weights in memory only."""
+    if calibration and any(part.source == SELF for part in calibration.parts):
+        return "text is sampled from the model"
+    if course and course.sharing.allocation == "searched":
+        return "widths are searched"
+    if course and course.steps > 1:
+        return "models are scored in steps"
+    return "biases are compensated" if compensate else ""
+
+
+def _write_decisions(
+    folder: Path, target: Path, checkpoint: Checkpoint, scores: Scores, plan: Plan, record: RunRecord
 ) -> None:
-    """The checkpoint with what it was decided from."""
-    with replacing(target) as folder:
-        with record.stage("writing"):
-            checkpoint.save(model, folder, shard_size)
-            (folder / "hifiprune").mkdir()
-            scores.save(folder / "hifiprune" / "scores.safetensors")
-            plan.save(folder / "hifiprune" / "plan.json")
-        after = Checkpoint(str(target), folder).weight_bytes
-        record.results["weight_bytes"] = {"before": checkpoint.weight_bytes, "after": after}
-        record.save(folder / "run.json")
-        write_card(folder, record.to_dict(), checkpoint, target.name)
+    """What the checkpoint in a folder was decided from, and its card."""
+    (folder / "hifiprune").mkdir()
+    scores.save(folder / "hifiprune" / "scores.safetensors")
+    plan.save(folder / "hifiprune" / "plan.json")
+    after = Checkpoint(str(target), folder).weight_bytes
+    record.results["weight_bytes"] = {"before": checkpoint.weight_bytes, "after": after}
+    record.save(folder / "run.json")
+    write_card(folder, record.to_dict(), checkpoint, target.name)
 
 
 def _check_data(criterion: str, calibration: Calibration | None) -> None:
@@ -279,6 +300,22 @@ def _check_steps(course: Course, scores: Scores | None, calibration: Calibration
         raise UserError(f"{course.steps} steps score the model anew: leave out --scores")
     if course.steps > 1 and calibration is None:
         raise UserError(f"{course.steps} steps need text to score on anew: give --calibration")
+
+
+def _until_stable(
+    wanted: float | None, course: Course, criterion: str, *, scored: bool, voice: Voice
+) -> Stability | None:
+    """What ends scoring early, where that is asked for; widths that will be searched are judged by one threshold."""
+    if wanted is None:
+        return None
+    if scored or course.steps > 1:
+        raise UserError("until-stable is for one scoring of the model: leave it out, or --scores and --steps")
+    sharing = (
+        replace(course.sharing, allocation="global") if course.sharing.allocation == "searched" else course.sharing
+    )
+    stability = Stability(wanted, course.budget, course.round_to, sharing, voice)
+    stability.check([criterion])
+    return stability
 
 
 def _describe_scores(scores: Scores) -> dict[str, Any]:

@@ -11,11 +11,19 @@ from transformers import PreTrainedModel
 from hifiprune.calibration import Calibration, check_source
 from hifiprune.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.compute import Compute
+from hifiprune.cutting import hash_stored, stored_plainly
+from hifiprune.errors import UserError
 from hifiprune.hashing import hash_model
-from hifiprune.neurons import find_mlps
+from hifiprune.neurons import count_parameters, find_mlps
 from hifiprune.output import check_target
+from hifiprune.passes import free_bytes
 from hifiprune.record import RunRecord
+from hifiprune.streaming import stream
 from hifiprune.texts import Text
+from hifiprune.voice import Voice
+
+FITS = 0.8
+"""Share of the free memory that weights may take before they are streamed."""
 
 
 def prepare(
@@ -73,17 +81,53 @@ def load(checkpoint: Checkpoint, compute: Compute) -> PreTrainedModel:
 
 
 def load_hashed(
-    checkpoint: Checkpoint, compute: Compute, record: RunRecord, dtype: torch.dtype | None = None
+    checkpoint: Checkpoint,
+    compute: Compute,
+    record: RunRecord,
+    dtype: torch.dtype | None = None,
+    *,
+    voice: Voice | None = None,
 ) -> tuple[PreTrainedModel, str]:
-    """The model in a dtype or the arithmetic asked for, and the hash of its weights as stored, which refuses NaN."""
+    """The model in a dtype or the arithmetic asked for, and the hash of its weights as stored, which refuses NaN.
+
+    With a voice, which is told why, the model may be a streamed one.
+    """
+    dtype, device = dtype or compute.dtype_for(checkpoint), compute.resolved_device
     with record.stage("loading the weights"):
-        model = checkpoint.load(device=compute.resolved_device, attention=compute.attention)
+        checkpoint.fetch()
+        plainly = stored_plainly(checkpoint)
+        if voice and _streams(checkpoint, compute, dtype, voice, plainly=plainly):
+            return stream(checkpoint, dtype, device, compute.attention), hash_stored(checkpoint)
+        if plainly:
+            return checkpoint.load(dtype, device, compute.attention), hash_stored(checkpoint)
+        model = checkpoint.load(device=device, attention=compute.attention)
         model_hash = hash_model(model)
-        dtype = dtype or compute.dtype_for(checkpoint)
         if dtype != model.dtype:
             del model
-            model = checkpoint.load(dtype, compute.resolved_device, compute.attention)
+            model = checkpoint.load(dtype, device, compute.attention)
     return model, model_hash
+
+
+def _streams(checkpoint: Checkpoint, compute: Compute, dtype: torch.dtype, voice: Voice, *, plainly: bool) -> bool:
+    """Whether weights stay on the disk: as was asked for, or where they would not fit into the memory that is free."""
+    if compute.stream is not None:
+        if compute.stream and not plainly:
+            raise UserError(
+                f"{checkpoint.name} does not store its tensors as the model has them, as GGUF files do not: they "
+                "cannot be read block by block; leave out --stream"
+            )
+        return compute.stream
+    needed, free = (
+        count_parameters(checkpoint.skeleton()) * dtype.itemsize,
+        free_bytes(torch.device(compute.resolved_device)),
+    )
+    if not plainly or needed < FITS * free:
+        return False
+    voice.say(
+        f"The weights take {needed / 1e9:.1f} GB in {dtype}, and {free / 1e9:.1f} GB are free on "
+        f"{compute.resolved_device}: each block's are read from the disk when it runs (--stream)."
+    )
+    return True
 
 
 def plain_arguments(**values: Any) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 import math
 import shlex
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from hifiprune.announcements import accuracies, megabytes, width_range, with_interval
+from hifiprune.announcements import accuracies, asked_of, megabytes, short, width_range, with_error, with_interval
 from hifiprune.evaluation.fidelity import METRICS
 from hifiprune.lineage import dense_of
 from hifiprune.record import RunRecord
@@ -91,11 +90,9 @@ def _answered(models: dict[str, dict[str, Any]], items: dict[str, list[int]]) ->
     table = _table("task", "metric", "items", *short(rows))
     for key in next(iter(rows.values())):
         task, _, metric = key.partition("/")
-        asked, there = items.get(task, ("", ""))
-        size = f"{asked} of {there}" if asked != there else str(asked)
         gains = [models[name].get("differences", {}).get(key) for name in rows]
         cells = [_accuracy(row[key], gain) for row, gain in zip(rows.values(), gains, strict=True)]
-        table.add_row(task, metric, size, *cells)
+        table.add_row(task, metric, asked_of(items, task), *cells)
     _show(table)
     remarks = ["No examples in the prompts; accuracy with its standard error."]
     if any(asked != there for asked, there in items.values()):
@@ -107,9 +104,8 @@ def _answered(models: dict[str, dict[str, Any]], items: dict[str, list[int]]) ->
 
 
 def _accuracy(estimate: dict[str, float | None], gain: dict[str, float] | None) -> str:
-    error = "" if estimate["standard_error"] is None else f" ± {estimate['standard_error']:.3f}"
     interval = "" if gain is None or gain["low"] is None else f", {gain['low']:+.3f} to {gain['high']:+.3f}"
-    return f"{estimate['value']:.3f}{error}" + ("" if gain is None else f" ({gain['value']:+.3f}{interval})")
+    return with_error(estimate) + ("" if gain is None else f" ({gain['value']:+.3f}{interval})")
 
 
 def benched(record: RunRecord) -> None:
@@ -132,13 +128,16 @@ def benched(record: RunRecord) -> None:
         table = _table("", *short(names), title=title + (", compiled" if work["compiled"] else ""))
         for part, what in (("first", "read, tokens a second"), ("later", "written, tokens a second")):
             rate = rates[part]
+            needs = (rows[name][part]["operations"] / rate for name in names)
+            table.add_row(f"{what.split(',')[0]}, operations a token", *(f"{each / 1e9:.3g} G" for each in needs))
             table.add_row(what, *(f"{rate / rows[name][part]['seconds']['median']:,.1f}" for name in names))
             table.add_row("  speed-up", *("" if name == names[0] else _gain(rows[name][part]) for name in names))
         table.add_row("to the first token", *(f"{rows[name]['first']['seconds']['median']:.3g} s" for name in names))
         _show(table)
     rounds = record.arguments["rounds"]
-    said = f"Medians over {rounds} rounds in fresh processes, {results['threads']} threads; in brackets the speed-up"
-    remarks = [f"{said} that operations promise, and the share of the promised saving that was reached."]
+    said = f"Medians over {rounds} rounds in fresh processes, {results['dtype']} on {results['device']}, "
+    said += f"{results['threads']} threads; in brackets the speed-up that operations promise, and the share of the "
+    remarks = [f"{said}promised saving that was reached."]
     Console().print("\n".join([*remarks, *results["remarks"]]), markup=False, soft_wrap=True)
 
 
@@ -297,12 +296,6 @@ def demo_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("all stages", "", f"{seconds:.0f} s"),
         ("peak memory", "", megabytes(max(stage["peak_memory_bytes"] for stage in summary["stages"]))),
     ]
-
-
-def short(names: Collection[str]) -> list[str]:
-    """The last part of each path, where that tells them apart."""
-    ends = [Path(name).name for name in names]
-    return ends if len(set(ends)) == len(ends) else list(names)
 
 
 def next_step(*words: object) -> None:

@@ -53,13 +53,13 @@ def push(
     if upload:
         voice.say(f"Uploading {len(files)} files, {sum(files.values()) / 1e6:,.1f} MB, to {repository}.")
         try:
-            api = HfApi()
+            api = HfApi(token=True)  # or a missing login would be called a refusal
             api.create_repo(repository, private=private, exist_ok=True)
             api.upload_folder(folder_path=root, repo_id=repository, commit_message="Pruned by hifiprune")
         except LocalTokenNotFoundError as error:
             raise UserError("there is no login for the hub: run hf auth login, or set HF_TOKEN") from error
         except HfHubHTTPError as error:
             raise RunError(f"the hub refused {repository}: {error.server_message or error}") from error
-        except OSError as error:
-            raise RunError(f"the hub could not be reached: {error}") from error
+        except Exception as error:  # whatever the hub's library raises of the network
+            raise RunError(f"the hub could not be reached: {type(error).__name__}: {error}") from error
     return {"repository": repository, "files": files, "remarks": remarks, "uploaded": upload}

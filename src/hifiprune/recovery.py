@@ -33,7 +33,7 @@ from hifiprune.record import RunRecord
 from hifiprune.teacher import Remembered, Teacher, remember
 from hifiprune.texts import Text
 from hifiprune.training import Training, gathered, last_state, train
-from hifiprune.training_checks import check_purpose, check_tracker, find_dense, linears_of, needed_bytes, settle_compute
+from hifiprune.training_checks import check_compute, check_purpose, check_tracker, find_dense, linears_of, needed_bytes
 from hifiprune.training_loss import sliced_loss
 from hifiprune.unfinished import Unfinished
 from hifiprune.voice import SILENT, Voice
@@ -55,6 +55,7 @@ def recover(
     text_column: str | None = None,
     max_rows: int | None = None,
     keep_adapter: bool = False,
+    resume: bool = False,
     tracker: str = "none",
     compute: Compute = Compute(),
     shard_size: str = "5GB",
@@ -76,6 +77,7 @@ def recover(
         text_column: column of the text, guessed if not given.
         max_rows: of a hub data set; all if not given.
         keep_adapter: also write the LoRA adapter, into the folder `adapter`.
+        resume: only go on with an interrupted run, and never start a new one.
         tracker: `tensorboard`, `trackio`, `wandb`, `swanlab` or another of transformers' own, told of losses too.
         compute: device and arithmetic; its batch size is not used.
         shard_size: largest weight file.
@@ -86,7 +88,8 @@ def recover(
         UserError: something asked for cannot be done, found before the weights are loaded where possible.
         RunError: numbers, memory or disk failed.
     """
-    compute, voice = settle_compute(compute, training), voice if rank() == 0 else SILENT
+    check_compute(compute, training)
+    voice = voice if rank() == 0 else SILENT
     if control:  # from itself it has nothing to learn
         training = replace(training, distill_weight=0.0, match_hidden=0.0, cache_teacher=None)
     check_purpose(training, teacher, control=control, keep_adapter=keep_adapter)
@@ -119,6 +122,8 @@ def recover(
     student, model_hash = load_hashed(started, compute, record, _training_dtype(started, training, compute))
     facts = [asdict(training), rows.digest(), held.digest(), guide_hash, processes()]
     folder = unfinished.of(student, model_hash).path("states", *facts, suffix="")
+    if resume and last_state(folder) is None:
+        raise UserError(f"there is no state of such a run beside {target} to resume; leave out --resume to start it")
     if rank() == 0:
         unfinished.write(folder / "facts.json", lambda path: path.write_text(json.dumps(facts)))
     voice.say(_announce(student, training, rows, held, compute))

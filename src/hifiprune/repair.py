@@ -27,7 +27,8 @@ from hifiprune.guards import check_windows, frozen, memory_explained
 from hifiprune.neurons import find_mlps
 from hifiprune.plan import Plan
 from hifiprune.ridge import HeldOut, Refit
-from hifiprune.surgery import forget_gradients_, keep_, matching_mlps, others, put_back, state_widths
+from hifiprune.streaming import walk
+from hifiprune.surgery import cuts_of, forget_gradients_, keep_, matching_mlps, others, put_back, state_widths
 from hifiprune.taps import BlockCall
 
 HELD_OUT = 8
@@ -76,9 +77,12 @@ def cut_and_repair_(
         streams = _start(chain, windows, batch_size, dense)
         form = _sequential_ if sequential and chain.family.additive else _parallel_
         refits = []
-        for layer in track(range(len(mlps))):
+        cuts, layers = cuts_of(model, plan), range(len(mlps))
+        for layer, _ in zip(walk(model, layers), track(layers), strict=True):
             with memory_explained(model, windows[:batch_size].numel()):
                 refits.append(form(chain, layer, plan.kept[layer].to(model.device), streams, weighted))
+                if chain.shelf:
+                    chain.shelf.keep(mlps[layer], cuts)
     forget_gradients_(mlps)
     state_widths(model, plan.widths)
     return refits

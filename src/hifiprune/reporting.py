@@ -12,11 +12,11 @@ from hifiprune import __version__
 from hifiprune.errors import UserError
 from hifiprune.lineage import pruning_of
 from hifiprune.output import check_target, local_path, replacing
-from hifiprune.runs import Run
+from hifiprune.runs import Run, read_runs
 
 
 def report(folders: Sequence[str | Path], output: str | Path, *, overwrite: bool = False) -> Path:
-    """Write one page about runs: outputs of `prune`, `recover`, `evaluate` and `bench`.
+    """Write one page about runs: outputs of `prune`, `recover`, `evaluate`, `bench` and `compare`.
 
     Args:
         folders: of the runs.
@@ -35,12 +35,12 @@ def report(folders: Sequence[str | Path], output: str | Path, *, overwrite: bool
 
     from hifiprune.sections import sections_of
 
-    runs = [Run.read(local_path(folder)) for folder in folders]
+    runs = read_runs([local_path(folder) for folder in folders])
     target = check_target(output, folder=False, overwrite=overwrite, inputs=[*folders])
     sections = sections_of(runs)
     plots = {plot.id: json.loads(plot.figure.to_json()) for section in sections for plot in section.plots}
     passages = {passage["id"]: passage["texts"] for section in sections for passage in section.passages}
-    data = json.dumps({"plots": plots, "passages": passages}).replace("</", "<\\/")
+    data = json.dumps({"plots": plots, "passages": passages}).replace("<", "\\u003c")
     template = Environment(autoescape=True).from_string((files("hifiprune") / "report.html.jinja").read_text())
     page = template.render(
         title=_title(runs),

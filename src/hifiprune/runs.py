@@ -1,15 +1,31 @@
 """Outputs of commands, read again."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hifiprune.announcements import short
 from hifiprune.errors import UserError
 from hifiprune.lineage import pruning_of
 from hifiprune.measurement import PASSAGES
 from hifiprune.plan import Plan
 from hifiprune.scores import Scores
+
+RECORDS = ("run.json", "compare.json")
+
+
+def read_runs(folders: Sequence[Path]) -> list["Run"]:
+    """Runs, each named by as much of the end of its path as tells it from the others.
+
+    Raises:
+        UserError: a folder is not one of ours.
+    """
+    paths, length = [*dict.fromkeys(folder.resolve() for folder in folders)], 1
+    while len({path.parts[-length:] for path in paths}) < len(paths):
+        length += 1
+    return [Run.read(path, "/".join(path.parts[-length:])) for path in paths]
 
 
 @dataclass
@@ -17,34 +33,33 @@ class Run:
     """The folder of a run.
 
     Attributes:
-        name: the folder's.
-        path: where it is.
-        facts: its `run.json`.
+        name: by which it is known.
+        facts: its record.
         plan: which neurons it kept, if it pruned.
         scores: that decided it.
         passages: read token by token, by model.
     """
 
     name: str
-    path: Path
     facts: dict[str, Any]
     plan: Plan | None = None
     scores: Scores | None = None
     passages: dict[str, list[list[dict[str, Any]]]] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, folder: Path) -> "Run":
+    def read(cls, folder: Path, name: str) -> "Run":
         """Read what is there.
 
         Raises:
             UserError: the folder is not one of ours.
         """
+        record = next((path for each in RECORDS if (path := folder / each).is_file()), folder / RECORDS[0])
         try:
-            facts = json.loads((folder / "run.json").read_text())
+            facts = json.loads(record.read_text())
             command = facts["command"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder} has no run.json of hifiprune; give outputs of its commands") from error
-        found = cls(folder.name, folder, facts)
+            raise UserError(f"{folder} has no {record.name} of hifiprune; give outputs of its commands") from error
+        found = cls(name, facts)
         if command == "prune":
             found.plan = Plan.load(folder / "hifiprune" / "plan.json")
             found.scores = Scores.load(folder / "hifiprune" / "scores.safetensors")
@@ -59,8 +74,9 @@ class Run:
 
     @property
     def models(self) -> dict[str, dict[str, Any]]:
-        """Of an evaluation, what was found by the last part of each model's name."""
-        return {Path(name).name: row for name, row in self.facts["results"]["models"].items()}
+        """What was found of each model, by the last part of its name where that tells it from the others."""
+        found = self.facts["results"]["models"]
+        return dict(zip(short(found), found.values(), strict=True))
 
     @property
     def made(self) -> dict[str, Any] | None:

@@ -1,7 +1,8 @@
 """From calibration windows to `Scores`, by one criterion or by many that share their passes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -18,10 +19,14 @@ from hifiprune.guards import check_windows, frozen
 from hifiprune.hashing import hash_model, hash_tokens
 from hifiprune.neurons import Mlp, count_parameters, find_mlps
 from hifiprune.objectives import CrossEntropy
-from hifiprune.passes import Job, Pass, Track, choose_recompute, free_bytes, moment_bytes
+from hifiprune.parallel import check_share
+from hifiprune.passes import Job, Pass, Track, choose_group, choose_recompute, free_bytes, moment_bytes
 from hifiprune.plan import Plan, highest
+from hifiprune.resuming import Keeper
 from hifiprune.scores import Scores
-from hifiprune.statistics import Sample, mean_activation, weight_absolute
+from hifiprune.stability import Stability, looks
+from hifiprune.statistics import WEIGHING, Sample, mean_activation, weight_absolute
+from hifiprune.streaming import walk
 from hifiprune.surgery import cut
 
 Request = tuple[str, Options]
@@ -66,8 +71,13 @@ def score_all(
     track: Track = lambda batches: batches,
     settings: dict[str, Any] | None = None,
     model_hash: str | None = None,
+    keeper: Keeper | None = None,
+    stability: Stability | None = None,
 ) -> list[Scores]:
     """Score by several criteria at once: one forward pass, and one backward pass for each objective among them.
+
+    Of several processes that `torchrun` or `accelerate launch` started, each reads its share of the windows, and all
+    have the scores after.
 
     Self-distillation adds a second pass, over the model after its light cut; the dense model's final hidden states are
     kept from the first, so the teacher costs `windows * positions * hidden_size` numbers and no second model.
@@ -82,12 +92,16 @@ def score_all(
         track: wraps the batches of each pass, to show progress.
         settings: more facts to keep in the scores.
         model_hash: of the weights as stored, if known; else these are hashed.
+        keeper: keeps sums on disk as they grow, so that an interrupted call goes on from there, to the same scores.
+        stability: ends scoring by a single criterion of one stage before all windows are read; in one process.
 
     Returns:
         scores in the order of the requests.
     """
     asked = [Asked(find_criterion(name), options.for_ratio(min(PRESETS))) for name, options in requests]
     needing = [each.criterion.name for each in asked if each.criterion.statistic]
+    if stability:
+        stability.check([each.criterion.name for each in asked])
     if windows is None and needing:
         raise UserError(f"criterion '{needing[0]}' needs calibration data")
     facts: dict[str, Any] = {
@@ -98,6 +112,7 @@ def score_all(
     }
     if windows is not None and needing:
         check_windows(model, windows, batch_size)
+        check_share(-(-len(windows) // batch_size))
         if recompute is None:
             recompute = choose_recompute(model, batch_size * windows.shape[1])
         if any(each.criterion.collects_moments for each in asked):
@@ -105,18 +120,16 @@ def score_all(
         facts |= {"windows": len(windows), "positions": windows.shape[1]}
         facts |= {"batch_size": batch_size, "recompute": recompute}
     with frozen(model):
-        outcomes = _run(model, windows, asked, batch_size=batch_size, recompute=bool(recompute), track=track)
+        group = choose_group(model, batch_size * windows.shape[1]) if windows is not None else 1
+        how = {"batch_size": batch_size, "recompute": bool(recompute), "track": track, "group": group}
+        outcomes = _run(model, windows, asked, keeper, stability, **how)
         model_hash = model_hash or hash_model(model)
-        mlps = find_mlps(model)
+    if stability and windows is not None and outcomes[0].windows < len(windows):
+        windows = windows[: outcomes[0].windows]
+        facts |= {"windows": len(windows), "stability": stability.curve[-1]}
     return [
-        Scores(
-            values=outcome.values,
-            means=outcome.means,
-            names=[mlp.name for mlp in mlps],
-            parameters_per_neuron=[mlp.parameters_per_neuron for mlp in mlps],
-            total_parameters=count_parameters(model),
-            criterion=each.criterion.name,
-            objective=outcome.objective,
+        replace(
+            _as_scores(outcome, model, each),
             model_hash=model_hash,
             data_hash=hash_tokens(windows) if windows is not None and each.criterion.statistic else "",
             settings=facts | (settings or {}) | {"options": each.criterion.used(each.options)},
@@ -178,15 +191,21 @@ def count_passes(requests: Sequence[Request]) -> tuple[int, int]:
 
 @dataclass
 class Outcome:
-    """What scoring by one criterion gave: float32 scores and mean activations a layer, and the mean objective."""
+    """What scoring by a criterion gave: float32 scores and mean activations a layer, mean objective, windows read."""
 
     values: list[Float[Tensor, "_"]]
     means: list[Float[Tensor, "_"]] | None
     objective: float | None
+    windows: int = 0
 
 
 def _run(
-    model: PreTrainedModel, windows: Int[Tensor, "windows positions"] | None, asked: list[Asked], **how: Any
+    model: PreTrainedModel,
+    windows: Int[Tensor, "windows positions"] | None,
+    asked: list[Asked],
+    keeper: Keeper | None,
+    stability: Stability | None,
+    **how: Any,
 ) -> list[Outcome]:
     """The pass over the dense model, then one over each lightly cut model that is asked for."""
     mlps = find_mlps(model)
@@ -196,36 +215,76 @@ def _run(
             raise UserError(f"light-cut {fraction:g} leaves no neuron in a layer; use a smaller one")
     first = None
     if windows is not None and schedule.first:
-        first = Pass(BlockChain(model), windows, **how).run(schedule.first, keep_hidden=bool(schedule.later))
-    found = {each: _finish(each, first, mlps, windows) for each in asked if not each.criterion.two_stages}
+        first = Pass(BlockChain(model), windows, keeper=keeper, **how)
+        if stability:
+            settled = partial(_settled, asked[0], model, stability, len(windows))
+            first.run(schedule.first, looks=looks(len(windows), first.batch_size), settled=settled)
+            windows = first.windows
+        else:
+            first.run(schedule.first, keep_hidden=bool(schedule.later))
+    found = {each: _finish(each, first, model, windows) for each in asked if not each.criterion.two_stages}
     for fraction, group in schedule.later.items():
         assert first
         assert windows is not None
         light = _light_plan(first.totals[LIGHT], mlps, fraction)
         with cut(model, light):
             jobs = [each.job for each in group if each.job]
-            second = Pass(BlockChain(model), windows, **how).run(jobs, first.hidden)
+            late = keeper.of("light cut", fraction) if keeper else None
+            second = Pass(BlockChain(model), windows, keeper=late, **how).run(jobs, first.hidden)
             for each in group:
-                kept = _finish(each, second, find_mlps(model), windows)
+                kept = _finish(each, second, model, windows)
                 found[each] = Outcome(_spread(kept.values, light, first.totals[LIGHT]), None, kept.objective)
     return [found[each] for each in asked]
 
 
 def _finish(
-    each: Asked, run: Pass | None, mlps: list[Mlp], windows: Int[Tensor, "windows positions"] | None
+    each: Asked, run: Pass | None, model: PreTrainedModel, windows: Int[Tensor, "windows positions"] | None
 ) -> Outcome:
-    """Scores from what a pass collected."""
-    job = each.job
+    """Scores from what a pass collected, and from the weights."""
+    job, mlps = each.job, find_mlps(model)
     sizes = (len(windows), windows.shape[1]) if windows is not None else (0, 0)
     layers = range(len(mlps))
     samples = [Sample(*sizes, len(job.kernels) if job else 0, each.options.seed, layer) for layer in layers]
     nothing = torch.empty(0)
     totals = [run.totals[job][layer] if run and job else nothing for layer in layers]
     parts = list(zip(totals, mlps, samples, strict=True))
-    values = [each.criterion.finish(*part).float().cpu() for part in parts]
+    order = walk(model, layers) if each.criterion.finish in WEIGHING else iter(layers)
+    values = [each.criterion.finish(*parts[layer]).float().cpu() for layer in order]
     means = [mean_activation(*part).float().cpu() for part in parts] if each.criterion.collects_means else None
     objective = run.objectives[job.kernels[0]] if run and job and job.kernels else None
-    return Outcome(values, means, objective)
+    return Outcome(values, means, objective, sizes[0])
+
+
+def _settled(each: Asked, model: PreTrainedModel, stability: Stability, of: int, run: Pass) -> bool:
+    """Whether the kept set would hardly change with more windows."""
+    size = run.batch_size
+
+    def halves() -> tuple[Scores, Scores]:
+        odd = run.halves
+        even = {
+            job: {layer: total - odd[job][layer] for layer, total in found.items()} for job, found in run.totals.items()
+        }
+        half = run.windows[: run.done * size : 2]
+        one, other = (_finish(each, replace(run, totals=totals), model, half) for totals in (even, odd))
+        return _as_scores(one, model, each), _as_scores(other, model, each)
+
+    return stability.settled(run.done * size, of, halves)
+
+
+def _as_scores(outcome: Outcome, model: PreTrainedModel, each: Asked) -> Scores:
+    """The scores, before it is said of which weights and texts they are."""
+    mlps = find_mlps(model)
+    return Scores(
+        values=outcome.values,
+        means=outcome.means,
+        names=[mlp.name for mlp in mlps],
+        parameters_per_neuron=[mlp.parameters_per_neuron for mlp in mlps],
+        total_parameters=count_parameters(model),
+        criterion=each.criterion.name,
+        objective=outcome.objective,
+        model_hash="",
+        data_hash="",
+    )
 
 
 def _light_plan(totals: dict[int, Tensor], mlps: list[Mlp], fraction: float) -> Plan:

@@ -1,6 +1,6 @@
 """The parts of a report: tables and plots, each plot in words and as a table too."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from json import dumps
 from pathlib import Path
@@ -9,12 +9,14 @@ from typing import Any
 import plotly.graph_objects as go
 import torch
 
-from hifiprune.announcements import accuracies, megabytes, width_range
+from hifiprune.announcements import accuracies, asked_of, megabytes, short, width_range
 from hifiprune.evaluation.fidelity import METRICS
 from hifiprune.runs import Run
+from hifiprune.watch import perplexity
 
 Rows = list[list[str]]
-TEAL = "#0b8a8a"
+QUALITY = ("perplexity", "kl")
+TEAL, GREY = "#0b8a8a", "#888888"
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Section:
 
 def sections_of(runs: Sequence[Run]) -> list[Section]:
     """All parts of the page that the runs have something for."""
-    makers = (summary, quality, tasks, layers, overlap, tokens, speed, cost, records)
+    makers = (summary, quality, tasks, training, criteria, layers, overlap, tokens, speed, cost, records)
     return [section for maker in makers if (section := maker(runs)).filled]
 
 
@@ -72,29 +74,48 @@ def summary(runs: Sequence[Run]) -> Section:
 
 
 def quality(runs: Sequence[Run]) -> Section:
-    """Perplexity and divergence against size."""
+    """Perplexity and divergence against size, of all that were measured on the same text."""
     section = Section("Quality against size")
-    for run in (run for run in runs if run.command == "evaluate"):
-        for metric in ("perplexity", "kl"):
-            rows = {name: row for name, row in run.models.items() if metric in row.get("metrics", {})}
-            if not rows:
-                continue
-            sizes = [row["parameters"] / 1e6 for row in rows.values()]
-            found, label = [row["metrics"][metric] for row in rows.values()], METRICS[metric][0]
-            marks = {"mode": "markers+text", "textposition": "top center", "marker": {"size": 11, "color": TEAL}}
-            figure = go.Figure(_estimates(go.Scatter, sizes, found, text=list(rows), **marks))
-            dense = next(iter(rows.values()))["metrics"].get("dense_perplexity")
-            if dense and metric == "perplexity":
-                figure.add_hline(y=dense["value"], line_dash="dot", annotation_text="dense")
-            figure.update_xaxes(title="million parameters").update_yaxes(title=label)
-            table = [["checkpoint", "million parameters", label, "95% interval"]]
-            table += [
-                [name, f"{size:,.1f}", f"{each['value']:.4g}", _interval(each)]
-                for name, size, each in zip(rows, sizes, found, strict=True)
-            ]
-            alt = f"{label} of each checkpoint against its parameters, with 95% intervals, on {run.measured_on}."
-            section.plots.append(_plot(f"{metric}-{run.name}", alt, figure, table))
+    texts: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.command == "evaluate" and "windows" in run.facts["results"]:
+            texts.setdefault(run.measured_on, []).append(run)
+    for measured_on, group in texts.items():
+        rows = {name: row for run in group for name, row in _measured(run)}
+        labels = dict(zip(rows, short(rows), strict=True))
+        for metric in QUALITY:
+            found = {
+                labels[name]: (row["parameters"] / 1e6, row["metrics"][metric])
+                for name, row in rows.items()
+                if metric in row["metrics"]
+            }
+            if found:
+                section.plots.append(_against_size(metric, found, measured_on, f"{metric}-{len(section.plots)}"))
     return section
+
+
+def _measured(run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Parameters and metrics of every model by its name; the dense one's perplexity was found beside the others."""
+    results = run.facts["results"]
+    rows = {name: row for name, row in results["models"].items() if "metrics" in row}
+    dense = results.get("dense")
+    if dense:
+        beside = next(iter(rows.values()))["metrics"]["dense_perplexity"]
+        yield dense["name"], {"parameters": dense["parameters"], "metrics": {"perplexity": beside}}
+    yield from rows.items()
+
+
+def _against_size(metric: str, points: dict[str, tuple[float, dict[str, Any]]], measured_on: str, id_: str) -> Plot:
+    """A mark for each model."""
+    (sizes, found), label = zip(*points.values(), strict=True), METRICS[metric][0]
+    marks = {"mode": "markers+text", "textposition": "top center", "marker": {"size": 11, "color": TEAL}}
+    figure = go.Figure(_estimates(go.Scatter, sizes, found, text=list(points), **marks))
+    figure.update_xaxes(title="million parameters").update_yaxes(title=label)
+    table = [["checkpoint", "million parameters", label, "95% interval"]]
+    for name, (size, each) in points.items():
+        table.append([name, f"{size:,.1f}", f"{each['value']:.4g}", _interval(each)])
+    alt = f"{label}: each checkpoint against its parameters, with 95% intervals, on {measured_on}."
+    return _plot(id_, alt, figure, table)
 
 
 def tasks(runs: Sequence[Run]) -> Section:
@@ -105,15 +126,67 @@ def tasks(runs: Sequence[Run]) -> Section:
         found = {name: accuracies(row) for name, row in rows.items()}
         if not found:
             continue
-        names = [*next(iter(found.values()))]
+        names, items = [*next(iter(found.values()))], run.facts["results"].get("items", {})
         bars = [_estimates(go.Bar, names, [*each.values()], name=name) for name, each in found.items()]
         figure = go.Figure(bars).update_yaxes(title="accuracy")
-        table = [["task", *found]]
+        table = [["task", "items", *found]]
         for task in names:
-            table.append([task, *(f"{each[task]['value']:.3f} ({_interval(each[task])})" for each in found.values())])
+            size = asked_of(items, task.partition("/")[0])
+            cells = [f"{each[task]['value']:.3f} ({_interval(each[task])})" for each in found.values()]
+            table.append([task, size, *cells])
         alt = f"Accuracy of {', '.join(found)} on each task, as bars with 95% intervals."
+        if any(asked != there for asked, there in items.values()):
+            most = max(asked for asked, _ in items.values())
+            alt += f" Of each task at most {most:,} items were asked, a random choice, the same of every model."
         section.plots.append(_plot(f"tasks-{run.name}", alt, figure, table, barmode="group"))
     return section
+
+
+def training(runs: Sequence[Run]) -> Section:
+    """What recovery training did to text that it did not see, step by step."""
+    section, figure = Section("Recovery training"), go.Figure()
+    looks = {run.name: run.facts["results"]["held_out_losses"] for run in runs if run.command == "recover"}
+    table = [["run", "optimizer step", "held-out perplexity"]]
+    for name, found in looks.items():
+        steps, values = [step for step, _ in found], [perplexity(loss) for _, loss in found]
+        figure.add_trace(go.Scatter(x=steps, y=values, name=name, mode="lines+markers"))
+        table += [[name, str(step), f"{value:.4g}"] for step, value in zip(steps, values, strict=True)]
+    if looks:
+        figure.update_xaxes(title="optimizer step").update_yaxes(title="held-out perplexity")
+        alt = "Perplexity of the rows that were held out of the training data, as training went on; lower is better."
+        section.plots.append(_plot("training", alt, figure, table, showlegend=True))
+    return section
+
+
+def criteria(runs: Sequence[Run]) -> Section:
+    """Quality against ratio, as `compare` found it."""
+    section = Section("Criteria compared", ["Error bars are standard deviations over draws of the calibration text."])
+    for run in (run for run in runs if run.command == "compare"):
+        for text in range(len(run.facts["results"]["texts"])):
+            known = {row["metric"] for row in run.facts["results"]["summary"] if row["text"] == text}
+            section.plots += [_criteria(run, text, metric) for metric in QUALITY if metric in known]
+    return section
+
+
+def _criteria(run: Run, text: int, metric: str) -> Plot:
+    """A line a criterion."""
+    results, label = run.facts["results"], METRICS[metric][0]
+    rows = [row for row in results["summary"] if (row["text"], row["metric"]) == (text, metric)]
+    figure, table = go.Figure(), [["criterion", "parameters removed", label, "over draws"]]
+    for name in dict.fromkeys(row["criterion"] for row in rows):
+        own = [row for row in rows if row["criterion"] == name]
+        ratios, means, spreads = ([row[key] for row in own] for key in ("ratio", "mean", "spread"))
+        error = {"array": [spread or 0.0 for spread in spreads], "thickness": 1}
+        figure.add_trace(go.Scatter(x=ratios, y=means, name=name, error_y=error))
+        for ratio, mean, spread in zip(ratios, means, spreads, strict=True):
+            table.append([name, f"{ratio:.0%}", f"{mean:.4g}", "" if spread is None else f"± {spread:.2g}"])
+    alt = f"{label}: on {Path(results['texts'][text]['source']).name}, a line a criterion; lower is better."
+    if metric == "perplexity":
+        figure.add_hline(y=results["dense"][text][metric]["value"], line_dash="dot", line_color=GREY)
+        alt += " The dotted line is the dense model."
+    figure.update_xaxes(title="parameters removed", tickformat=".0%", tickvals=sorted({row["ratio"] for row in rows}))
+    figure.update_yaxes(title=label, type="log")
+    return _plot(f"{metric}-{run.name}-{text}", alt, figure, table, showlegend=True)
 
 
 def layers(runs: Sequence[Run]) -> Section:
@@ -173,9 +246,9 @@ def tokens(runs: Sequence[Run]) -> Section:
         "reach it with the tab key, to see what each of them expected."
     )
     passages = [
-        {"id": f"{run.name}-{number}", "title": Path(name).name, "texts": texts}
+        {"id": f"{run.name}-{number}", "title": name, "texts": texts}
         for run in runs
-        for number, (name, texts) in enumerate(run.passages.items())
+        for number, (name, texts) in enumerate(zip(short(run.passages), run.passages.values(), strict=True))
     ]
     return Section("Token by token", [said], passages=passages)
 
@@ -189,14 +262,14 @@ def speed(runs: Sequence[Run]) -> Section:
             for found in run.facts["results"]["workloads"]:
                 work, (_, *rows) = found["workload"], found["models"].items()
                 where = f"{what}, {work['batch_size']} x {work['length']}" + ", compiled" * work["compiled"]
-                names, timed = [Path(name).name for name, _ in rows], [row[part] for _, row in rows]
+                names, timed = [*run.models][1:], [row[part] for _, row in rows]
                 gains = [each["speedup"] | {"value": each["speedup"]["median"]} for each in timed]
                 figure.add_trace(_estimates(go.Bar, names, gains, name=where))
                 for name, each, gain in zip(names, timed, gains, strict=True):
                     share = "" if each["share"] is None else f"{each['share']:.0%}"
                     cells = [f"{gain['value']:.2f}", _interval(gain), f"{each['promised']:.2f}", share]
                     table.append([where, name, *cells])
-        figure.add_hline(y=1, line_dash="dot").update_yaxes(title="times as fast as dense")
+        figure.add_hline(y=1, line_dash="dot", line_color=GREY).update_yaxes(title="times as fast as dense")
         alt = "How many times as fast as the dense model each checkpoint reads and writes; error bars span the rounds."
         section.texts += run.facts["results"]["remarks"]
         section.plots.append(_plot(f"speed-{run.name}", alt, figure, table, barmode="group"))
@@ -215,7 +288,7 @@ def cost(runs: Sequence[Run]) -> Section:
     for run, total in zip(made, totals, strict=True):
         for stage in run.facts["stages"]:
             total[stage["name"]] += stage["seconds"]
-        peak = max(stage["peak_memory_bytes"] for stage in run.facts["stages"])
+        peak = max(stage.get("peak_gpu_memory_bytes", stage["peak_memory_bytes"]) for stage in run.facts["stages"])
         table.append([run.name, *(f"{total[name]:.1f} s" for name in stages), megabytes(peak)])
     names = [run.name for run in made]
     for stage in stages:
@@ -235,7 +308,7 @@ def _plot(id_: str, alt: str, figure: Any, table: Rows, **layout: Any) -> Plot:
     legend, top = {"orientation": "h", "yanchor": "bottom", "y": 1.02}, 60 if len(figure.data) > 1 else 20
     figure.update_layout(margin={"l": 60, "r": 12, "t": top, "b": 50}, legend=legend, template="none", **layout)
     figure.update_yaxes(automargin=True)
-    return Plot(id_.replace(" ", "-"), alt, figure, table)
+    return Plot(id_.replace(" ", "-"), alt[0].upper() + alt[1:], figure, table)
 
 
 def _estimates(kind: Any, x: Sequence[Any], estimates: Sequence[dict[str, Any]], **how: Any) -> Any:

@@ -2,6 +2,8 @@
 
 import gc
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,22 +11,27 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune.allocation import Budget, Sharing
-from hifiprune.announcements import announce_course, announce_repair, announce_scoring, announce_search
+from hifiprune.allocation import Budget, Sharing, allocate
+from hifiprune.announcements import announce_course, announce_repair, announce_scoring, announce_search, remark_on_scale
 from hifiprune.calibration import Calibration, load_windows, sample_windows
 from hifiprune.checkpoint import Checkpoint
 from hifiprune.compute import Compute
+from hifiprune.cutting import hash_stored, output_maps, stored_plainly, write_cut
+from hifiprune.errors import UserError
 from hifiprune.neurons import find_mlps
 from hifiprune.plan import Plan
 from hifiprune.preparation import load_hashed
 from hifiprune.reading import SELF
 from hifiprune.record import RunRecord
 from hifiprune.repair import cut_and_repair_
+from hifiprune.resuming import Keeper
 from hifiprune.scores import Scores
 from hifiprune.scoring import Request, score
 from hifiprune.search import search, search_windows
+from hifiprune.stability import Stability
 from hifiprune.steps import Course, score_in_steps
 from hifiprune.surgery import cut_
+from hifiprune.unfinished import Unfinished
 from hifiprune.voice import Voice
 
 
@@ -38,6 +45,8 @@ class Stages:
         compute: device and arithmetic.
         record: keeps what each step cost.
         voice: tells of progress.
+        unfinished: keeps what an interrupted run would have to do again.
+        resident: what is done with weights in memory only, if anything is.
         model: loaded when a step first needs it.
         model_hash: of the dense weights as stored.
         text: windows of the calibration text, once they are read or sampled.
@@ -48,15 +57,25 @@ class Stages:
     compute: Compute
     record: RunRecord
     voice: Voice
+    unfinished: Unfinished
+    resident: str = ""
     model: PreTrainedModel | None = None
     model_hash: str = ""
     text: Int[Tensor, "windows positions"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.resident and self.compute.stream:
+            raise UserError(f"{self.resident} with weights in memory only: leave out --stream")
 
     def read(self) -> None:
         """Windows of a text, unless there is none or the model has yet to write it."""
         if self.calibration and self.calibration.source != SELF:
             with self.record.stage("reading the calibration data"):
                 self.text = load_windows(self.calibration, self.checkpoint.tokenizer())
+
+    def finish(self) -> None:
+        """The output is there: what was kept for an interrupted run can go."""
+        self.unfinished.remove()
 
     def load(self, dtype: torch.dtype | None = None, scores: Scores | None = None) -> PreTrainedModel:
         """The dense model, in the dtype for computing if no other is asked for; `scores` must be its own.
@@ -68,7 +87,9 @@ class Stages:
         if self.model is None or self.model.dtype != dtype:
             self.model = None
             gc.collect()
-            self.model, self.model_hash = load_hashed(self.checkpoint, self.compute, self.record, dtype)
+            self.model, self.model_hash = load_hashed(
+                self.checkpoint, self.compute, self.record, dtype, voice=None if self.resident else self.voice
+            )
         if scores:
             scores.require_model(self.model_hash)
         return self.model
@@ -82,25 +103,69 @@ class Stages:
                 self.text = sample_windows(model, self.calibration, track)
         return self.text
 
-    def score(self, request: Request, course: Course | None = None) -> Scores:
-        """Every neuron of the dense model; in several steps on a course."""
+    def score(self, request: Request, course: Course | None = None, stability: Stability | None = None) -> Scores:
+        """Every neuron of the dense model; in several steps on a course; until they are stable."""
         self.checkpoint.fetch()
         model, windows = self.load(), None
         if self.calibration:
             windows = self.windows(model)
             self.voice.say(announce_scoring(self.checkpoint.name, model, windows, [request], self.compute))
+            self.voice.say("Interrupted, the same command goes on where it stopped.")
         how: dict[str, Any] = {
             "batch_size": self.compute.batch_size,
             "recompute": self.compute.recompute,
             "settings": {"calibration": asdict(self.calibration)} if self.calibration else None,
             "model_hash": self.model_hash,
+            "keeper": Keeper(self.unfinished.of(model, self.model_hash)),
         }
         with self.record.stage("scoring"):
             if course is None or course.steps == 1:
-                return score(model, windows, *request, track=self.voice.track("scoring"), **how)
-            assert windows is not None
-            self.voice.say(announce_course(model, windows, course, self.compute))
-            return score_in_steps(model, windows, request, course, track=self.voice.track, **how)
+                track = self.voice.track("scoring")
+                scores = score(model, windows, *request, track=track, stability=stability, **how)
+            else:
+                assert windows is not None
+                self.voice.say(announce_course(model, windows, course, self.compute))
+                scores = score_in_steps(model, windows, request, course, track=self.voice.track, **how)
+        self.record.reused_parts = len(self.unfinished.reused)
+        return scores
+
+    def check(self, scores: Scores) -> None:
+        """Refuse scores of another model; the weights are read for that, not loaded.
+
+        Raises:
+            UserError: they are, or a weight is NaN or infinite.
+        """
+        if not self.model_hash:
+            with self.record.stage("checking the weights"):
+                self.model_hash = hash_stored(self.checkpoint)
+        scores.require_model(self.model_hash)
+
+    @cached_property
+    def stored_plainly(self) -> bool:
+        """Whether the checkpoint can be cut on the disk."""
+        self.checkpoint.fetch()
+        return stored_plainly(self.checkpoint)
+
+    def change(self, scores: Scores, plan: Plan, *, repair: bool, compensate: bool) -> PreTrainedModel | None:
+        """The cut model, where more is done to it than can be done on the disk."""
+        if repair:
+            model = self.load(scores=scores)
+            self.record.results["repair"] = self.repair_(model, plan)
+            return model
+        if compensate or not self.stored_plainly:
+            model = self.load(self.checkpoint.dtype(), scores)
+            cut_(model, plan, scores.means if compensate else None)
+            return model
+        self.check(scores)
+        return None
+
+    def save(self, model: PreTrainedModel | None, plan: Plan, folder: Path, shard_size: str) -> None:
+        """What the plan leaves of the checkpoint, with the output maps of the cut `model` if it was changed more."""
+        if self.stored_plainly:
+            write_cut(self.checkpoint, plan, folder, shard_size, output_maps(model) if model else None)
+        else:
+            assert model
+            self.checkpoint.save(self.as_stored(model, plan), folder, shard_size)
 
     def as_stored(self, repaired: PreTrainedModel, plan: Plan) -> PreTrainedModel:
         """The repaired model in the checkpoint's dtype, with all but its output maps exactly as they are stored."""
@@ -113,6 +178,13 @@ class Stages:
         for mlp, values in zip(find_mlps(model), maps, strict=True):
             mlp.output.load_state_dict(values)
         return model
+
+    def plan(self, scores: Scores, budget: Budget, round_to: int, sharing: Sharing) -> Plan:
+        """Who stays."""
+        if sharing.allocation == "searched":
+            return self.search(scores, budget, round_to, sharing)
+        remark_on_scale(scores, sharing, self.voice)
+        return allocate(scores, budget, round_to=round_to, sharing=sharing)
 
     def search(self, scores: Scores, budget: Budget, round_to: int, sharing: Sharing) -> Plan:
         """Widths by trial, on a few of the windows."""

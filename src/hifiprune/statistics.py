@@ -170,3 +170,7 @@ def _norm(weight: Tensor, order: int, dim: int) -> Float[Tensor, "neurons"]:
     dtype = torch.promote_types(weight.dtype, torch.float32)
     norm: Tensor = torch.linalg.vector_norm(weight.detach(), order, dim=dim, dtype=dtype)
     return norm
+
+
+WEIGHING = (wanda, flap, surgeon, magnitude, peak_to_peak)
+"""Those that look at weights too."""

@@ -15,6 +15,7 @@ from hifiprune.allocation import Budget, Shape, Sharing, allocate
 from hifiprune.errors import UserError
 from hifiprune.plan import Plan
 from hifiprune.repair import cut_and_repaired
+from hifiprune.resuming import Keeper
 from hifiprune.scores import Scores
 from hifiprune.scoring import Request, score
 from hifiprune.surgery import cut, others
@@ -55,6 +56,7 @@ def score_in_steps(
     batch_size: int = 1,
     track: Callable[[str], Callable[[Iterable[Any]], Iterable[Any]]] = lambda what: lambda items: items,
     settings: dict[str, Any] | None = None,
+    keeper: Keeper | None = None,
     **how: Any,
 ) -> Scores:
     """Score, cut a part, repair, and score again; the model is whole again after.
@@ -70,6 +72,7 @@ def score_in_steps(
         batch_size: windows per step.
         track: makes a wrapper for the batches or layers of what it is told, to show progress.
         settings: more facts to keep in the scores.
+        keeper: see `hifiprune.scoring.score_all`.
         how: see `hifiprune.scoring.score_all`.
 
     Raises:
@@ -78,7 +81,7 @@ def score_in_steps(
     """
     facts = {"steps": course.steps, "budget": str(course.budget), "sharing": asdict(course.sharing)}
     how |= {"batch_size": batch_size, "settings": (settings or {}) | facts}
-    scores = score(model, windows, *request, track=track(f"scoring, step 1 of {course.steps}"), **how)
+    scores = score(model, windows, *request, track=track(f"scoring, step 1 of {course.steps}"), keeper=keeper, **how)
     shape = Shape.of(scores)
     removed = shape.neurons - shape.width_at(course.budget, course.round_to)
     sharing = course.sharing
@@ -93,7 +96,8 @@ def score_in_steps(
             smaller = cut_and_repaired(model, plan, windows, batch_size=batch_size, track=repairing)
         with smaller:
             again = track(f"scoring, step {step + 1} of {course.steps}")
-            late = score(model, windows, *request, track=again, **how)
+            known = keeper.of(facts, course.round_to, course.repair, step) if keeper else None
+            late = score(model, windows, *request, track=again, keeper=known, **how)
         scores = replace(scores, values=_nested(scores.values, late.values, plan))
     return scores
 

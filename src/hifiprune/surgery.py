@@ -13,6 +13,7 @@ from hifiprune.head import precise
 from hifiprune.modeling_pruned import pruned_class
 from hifiprune.neurons import Mlp, find_mlps
 from hifiprune.plan import Plan
+from hifiprune.streaming import shelf_of
 
 
 @torch.no_grad()
@@ -57,6 +58,8 @@ def cut(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
             for mlp, kept in zip(find_mlps(model), plan.kept, strict=True):
                 keep_(mlp, kept)
         state_widths(model, plan.widths)
+        if shelf := shelf_of(model):
+            shelf.cuts.update(cuts_of(model, plan))
         yield
 
 
@@ -73,6 +76,8 @@ def put_back(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
             for mlp, kept, rest, parts in zip(mlps, plan.kept, rests, removed, strict=True):
                 _put_back_(mlp, kept, rest, parts)
         state_widths(model, plan.neurons)
+        if shelf := shelf_of(model):
+            shelf.cuts.clear()
 
 
 def require_bias(mlps: Sequence[Mlp]) -> None:
@@ -102,7 +107,7 @@ def others(kept: Int[Tensor, "kept"], neurons: int) -> Int[Tensor, "rest"]:
 
 
 def _taken(mlp: Mlp, rest: Int[Tensor, "rest"]) -> list[Tensor]:
-    parameters = ((getattr(linear, name).detach(), dim) for linear, name, dim in _parts(mlp))
+    parameters = ((getattr(linear, name).detach(), dim) for linear, name, dim in parts_of(mlp))
     return [parameter.index_select(dim, rest.to(parameter.device)) for parameter, dim in parameters]
 
 
@@ -123,16 +128,26 @@ def matching_mlps(model: PreTrainedModel, plan: Plan) -> list[Mlp]:
     return mlps
 
 
-def _parts(mlp: Mlp) -> Iterator[tuple[nn.Linear, str, int]]:
+def parts_of(mlp: Mlp) -> Iterator[tuple[nn.Linear, str, int]]:
     """Where the neurons of an MLP are: a map, its parameter's name, and the dimension that counts neurons."""
     for linear in mlp.inputs:
         yield from ((linear, name, 0) for name, _ in linear.named_parameters())
     yield mlp.output, "weight", 1
 
 
+def cuts_of(model: PreTrainedModel, plan: Plan) -> dict[str, tuple[Int[Tensor, "_"], int]]:
+    """Of every tensor that a cut changes, by its name: the neurons kept, and which dimension counts them."""
+    names = {module: name for name, module in model.named_modules()}
+    return {
+        f"{names[linear]}.{part}": (kept, dim)
+        for mlp, kept in zip(find_mlps(model), plan.kept, strict=True)
+        for linear, part, dim in parts_of(mlp)
+    }
+
+
 def keep_(mlp: Mlp, kept: Int[Tensor, "kept"]) -> None:
     """Remove all other neurons from one MLP."""
-    for linear, name, dim in _parts(mlp):
+    for linear, name, dim in parts_of(mlp):
         parameter = getattr(linear, name)
         _set_(linear, name, parameter.index_select(dim, kept.to(parameter.device)))
     _state_sizes(mlp, len(kept))
@@ -141,12 +156,12 @@ def keep_(mlp: Mlp, kept: Int[Tensor, "kept"]) -> None:
 def forget_gradients_(mlps: Sequence[Mlp]) -> None:
     """Leave no gradient of the shape before a cut."""
     for mlp in mlps:
-        for linear, name, _ in _parts(mlp):
+        for linear, name, _ in parts_of(mlp):
             getattr(linear, name).grad = None
 
 
 def _put_back_(mlp: Mlp, kept: Int[Tensor, "kept"], rest: Int[Tensor, "rest"], removed: list[Tensor]) -> None:
-    for (linear, name, dim), gone in zip(_parts(mlp), removed, strict=True):
+    for (linear, name, dim), gone in zip(parts_of(mlp), removed, strict=True):
         present = getattr(linear, name)
         size = list(present.shape)
         size[dim] = len(kept) + len(rest)

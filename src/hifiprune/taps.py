@@ -38,6 +38,7 @@ class Seen:
         activation: `h`, `[windows, positions, neurons]`, to be left as it is.
         gradient: `dC/dh` in the same shape, gone once `taylor` is asked for; None on the way forward.
         maps: input and output gradient of each linear map, where asked for; the output map comes last.
+        windows: number of the first of the windows.
     """
 
     layer: int
@@ -45,6 +46,7 @@ class Seen:
     activation: Tensor
     gradient: Tensor | None = None
     maps: list[MapPass] = field(default_factory=list)
+    windows: int = 0
 
     @cached_property
     def taylor(self) -> Tensor:

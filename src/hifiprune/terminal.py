@@ -7,20 +7,23 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from hifiprune.voice import Voice
+from hifiprune.parallel import rank
+from hifiprune.voice import SILENT, Voice
 
 
 def voice() -> Voice:
-    """Speak on standard error, and keep transformers from speaking too."""
+    """Speak on standard error, if this is the first process, and keep transformers from speaking too."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    return Voice(Console(stderr=True))
+    return Voice(Console(stderr=True)) if rank() == 0 else SILENT
 
 
 def show(facts: Any, as_json: bool, table: Callable[[], None]) -> None:
-    """Print facts as one JSON object, or as a table."""
+    """Print facts as one JSON object, or as a table, if this is the first process."""
+    if rank() > 0:
+        return
     if as_json:
         typer.echo(json.dumps(facts, default=str))
     else:

@@ -4,11 +4,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from hifiprune.announcements import short
 from hifiprune.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.compute import Compute
 from hifiprune.errors import RunError, UserError
@@ -18,12 +21,15 @@ from hifiprune.neurons import count_parameters, find_mlps
 from hifiprune.output import check_target, replacing
 from hifiprune.preparation import check_model, plain_arguments
 from hifiprune.record import RunRecord
+from hifiprune.unfinished import Unfinished, kept
 from hifiprune.voice import SILENT, Voice
 
 ALIGNED = 64
 """Widths that this divides keep the matrix units of GPUs, and the vector units of CPUs, busy."""
 NOISY = 0.1
-"""Spread of the dense model's timings, relative to their median, above which small gains cannot be told."""
+"""Spread of a model's timings, relative to their median, above which small gains cannot be told."""
+ENOUGH = 3
+"""Rounds that show a spread."""
 
 
 def bench(
@@ -93,24 +99,48 @@ def bench(
         f"{compute.resolved_device}; leave the machine alone meanwhile. The time left is told as it goes."
     )
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    unfinished = Unfinished.beside(target, "bench", voice) if target else None
     with record.stage("timing"):
-        for _, checkpoint in voice.track("timing")([*product(range(rounds), checkpoints)]):
-            runs[checkpoint.name].append(_timed(checkpoint.name, request(checkpoint.name, compute, workloads, repeats)))
+        for number, checkpoint in voice.track("timing")([*product(range(rounds), checkpoints)]):
+            asked = request(checkpoint.name, compute, workloads, repeats)
+            facts = ["turns", number, asked, _stamps(checkpoint), version("hifiprune")]
+            turn = kept(unfinished, facts, partial(_timed, checkpoint.name, asked))
+            runs[checkpoint.name].append(turn)
     counted = [[operations(skeleton, work) for skeleton in skeletons] for work in workloads]
+    troubles = [_trouble(runs, number) for number in range(len(workloads))]
     record.results = {
         "models": {checkpoint.name: _facts(checkpoint, runs[checkpoint.name]) for checkpoint in checkpoints},
         "workloads": [
             _compared(work, names, [_timings(runs[name], number) for name in names], counted[number])
             for number, work in enumerate(workloads)
+            if not troubles[number]
         ],
-        "threads": runs[dense][0]["threads"],
+        **{fact: runs[dense][0][fact] for fact in ("threads", "device", "dtype")},
     }
-    record.results["remarks"] = _remarks(record.results)
-    if target:
+    record.results["remarks"] = [*dict.fromkeys(filter(None, troubles)), *_remarks(record.results, rounds)]
+    if target and unfinished:
+        record.reused_parts = len(unfinished.reused)
         with replacing(target) as new:
             new.mkdir()
             record.save(new / "run.json")
+        unfinished.remove()
     return record
+
+
+def _stamps(checkpoint: Checkpoint) -> list[list[int]]:
+    """Size and time of each weight file: which files they are, without reading them."""
+    return [[found.st_size, found.st_mtime_ns] for found in map(Path.stat, checkpoint.weight_files)]
+
+
+def _trouble(runs: dict[str, list[dict[str, Any]]], number: int) -> str:
+    """Why a workload could not be timed, if it could not."""
+    found = (f"{name}: {each}" for name, own in runs.items() for run in own if (each := _told(run, number)))
+    first = next(found, "")
+    return f"torch.compile does not work here: {first}" if first else ""
+
+
+def _told(run: dict[str, Any], number: int) -> str:
+    return str(run["timings"][number].get("trouble", ""))
 
 
 def _check_numbers(numbers: dict[str, Sequence[int]], new_tokens: int) -> None:
@@ -128,7 +158,9 @@ def _timed(name: str, asked: str) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise RunError(f"{name} could not be timed: {lines[-1]}")
+        raise (UserError if done.returncode == UserError.exit_code else RunError)(
+            f"{name} could not be timed: {lines[-1]}"
+        )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -174,7 +206,7 @@ def _compared(
                 "promised": hoped,
                 "share": (1 - 1 / median(ratios)) / (1 - 1 / hoped) if hoped > 1 else None,
             }
-    noise = max((max(timings[0][part]) - min(timings[0][part])) / median(timings[0][part]) for part in timings[0])
+    noise = max((max(each[part]) - min(each[part])) / median(each[part]) for each in timings for part in each)
     return {"workload": vars(work), "noise": noise, "models": rows}
 
 
@@ -182,17 +214,28 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {"median": median(values), "low": min(values), "high": max(values)}
 
 
-def _remarks(results: dict[str, Any]) -> list[str]:
+def _remarks(results: dict[str, Any], rounds: int) -> list[str]:
     """What a reader should know of these figures."""
+    known = dict(zip(results["models"], short(results["models"]), strict=True))
     remarks = [
-        f"{Path(name).name}: widths such as {facts['unaligned'][0]:,} are no multiples of {ALIGNED}, "
+        f"{known[name]}: widths such as {facts['unaligned'][0]:,} are no multiples of {ALIGNED}, "
         f"which many kernels want; the nearest is {max(1, round(facts['unaligned'][0] / ALIGNED)) * ALIGNED:,}."
         for name, facts in results["models"].items()
         if facts["unaligned"]
     ]
-    noise = max(each["noise"] for each in results["workloads"])
+    noise = max((each["noise"] for each in results["workloads"]), default=0.0)
     if noise > NOISY:
         remarks.append(
-            f"The dense model's own timings differ by {noise:.0%} between rounds: gains below that cannot be told here."
+            f"The timings of one model differ by up to {noise:.0%} between rounds: smaller gains cannot be told here."
         )
+    if rounds < ENOUGH:
+        remarks.append(f"{rounds} rounds do not tell how noisy the machine is: give --rounds {ENOUGH} or more.")
+    gains = {
+        known[name]: each["speedup"]
+        for found in results["workloads"]
+        for name, row in found["models"].items()
+        for each in row.values()
+        if each["speedup"]["low"] < 1 < each["speedup"]["high"]
+    }
+    remarks += [f"{name} is faster in some rounds and slower in others: it cannot be told which." for name in gains]
     return remarks

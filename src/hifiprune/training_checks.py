@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,20 +28,22 @@ def check_purpose(training: Training, teacher: str | None, *, control: bool, kee
         raise UserError("--keep-adapter is for --method lora; full training has no adapter")
 
 
-def settle_compute(compute: Compute, training: Training) -> Compute:
-    """Of several processes that a launcher started each takes a GPU of its own; one alone trains on the first."""
+def check_compute(compute: Compute, training: Training) -> None:
+    """Refuse arithmetic and devices that cannot train.
+
+    Raises:
+        UserError: these are such.
+    """
     check_launcher(low_rank=training.method == "lora")
     if "flash" in (compute.attention or "") and training.batch_size > 1:
         raise UserError("flash attention keeps packed examples apart in batches of one row only: --batch-size 1")
     if compute.dtype == "float16":
         raise UserError("dtype float16 loses the small gradients of training: use bfloat16 or float32")
-    if compute.resolved_device.startswith("cuda:"):
-        number = compute.resolved_device.partition(":")[2]
+    if compute.device.startswith("cuda:"):
+        number = compute.device.partition(":")[2]
         raise UserError(f"training takes the first GPU that it sees: set CUDA_VISIBLE_DEVICES={number}, --device cuda")
     if training.optimizer == "8-bit" and find_spec("bitsandbytes") is None:
         raise UserError("optimizer 8-bit needs bitsandbytes: pip install bitsandbytes, or --optimizer adamw")
-    own = os.environ.get("LOCAL_RANK")
-    return replace(compute, device=f"cuda:{own}") if own and compute.resolved_device == "cuda" else compute
 
 
 def check_tracker(name: str, target: Path) -> None:

@@ -70,6 +70,10 @@ def recover(
     max_rows: Annotated[int | None, Option(min=1, help="Rows of a hub data set; all if not given.")] = None,
     control: Annotated[bool, Option("--control", help="Train the dense model instead, on the same data.")] = False,
     keep_adapter: Annotated[bool, Option("--keep-adapter", help="Write the LoRA adapter too.")] = False,
+    resume: Annotated[
+        bool,
+        Option("--resume", help="Only go on with an interrupted run; never start a new one."),
+    ] = False,
     tracker: Annotated[
         str,
         Option("--report-to", help="A tracker to tell of losses: tensorboard, trackio, wandb, swanlab ...; or none."),
@@ -130,11 +134,11 @@ def recover(
         text_column=text_column,
         max_rows=max_rows,
         keep_adapter=keep_adapter,
+        resume=resume,
         tracker=tracker,
         compute=hp.Compute(device, dtype, attention=attention),
         shard_size=shard_size,
         overwrite=overwrite,
         voice=voice(),
     )
-    if record.results:  # in the process that wrote it
-        show(record.to_dict(), as_json, lambda: printing.recovered(record, output))
+    show(record.to_dict(), as_json, lambda: printing.recovered(record, output))

@@ -94,7 +94,21 @@ class Unfinished:
 
     def remove(self) -> None:
         """All is done; the mark goes last, so that what an interruption leaves is still known as ours."""
+        if not self.folder.exists():
+            return
         for part in self.folder.iterdir():
             if part.name != MARK:
                 shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def kept(parts: Unfinished | None, facts: list[Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What was made of these facts before, else what is made now, kept if anything is; the first fact is its kind."""
+    if parts is None:
+        return make()
+    path = parts.path(*facts)
+    found: dict[str, Any] | None = parts.read_json(path)
+    if found is None:
+        found = make()
+        parts.write_json(path, found)
+    return found

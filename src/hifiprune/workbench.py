@@ -21,6 +21,7 @@ from hifiprune.criteria import find_criterion
 from hifiprune.evaluation import Exam, Reference, Tasks, measure_windows
 from hifiprune.hashing import hash_tokens
 from hifiprune.plan import Plan
+from hifiprune.resuming import Keeper
 from hifiprune.scores import Scores
 from hifiprune.scoring import Request, score_all
 from hifiprune.surgery import cut
@@ -84,6 +85,7 @@ class Workbench:
                 track=self.voice.track(f"scoring, seed {calibration.seed}"),
                 settings={"calibration": asdict(calibration)},
                 model_hash=self.model_hash,
+                keeper=Keeper(self.unfinished),
             )
             for path, scores in zip(missing, made, strict=True):
                 self.unfinished.write(path, scores.save)

@@ -19,6 +19,7 @@ from hifiprune.errors import UserError
 from hifiprune.evaluation.intervals import Estimate, bootstrap_mean
 from hifiprune.guards import check_windows, frozen, memory_explained
 from hifiprune.head import Head
+from hifiprune.passes import choose_group
 
 Track = Callable[[Iterable[Tensor]], Iterable[Tensor]]
 LogProbs = Float[Tensor, "rows vocabulary"]
@@ -65,9 +66,11 @@ class Reference:
         with frozen(model):
             chain = BlockChain(model)
             hidden = torch.empty(*windows.shape, chain.head.linear.in_features, dtype=model.dtype)
-            for batch, target in zip(track(windows.split(batch_size)), hidden.split(batch_size), strict=True):
-                with memory_explained(model, batch.numel()):
-                    target.copy_(chain.final_hidden(batch.to(model.device, torch.int64)))
+            group = batch_size * choose_group(model, batch_size * windows.shape[1])
+            for some, target in zip(track(windows.split(group)), hidden.split(group), strict=True):
+                batches = some.to(model.device, torch.int64).split(batch_size)
+                with memory_explained(model, batches[0].numel()):
+                    target.copy_(torch.cat(chain.final_states(batches)))
             return cls(chain.head, hidden)
 
 
@@ -130,15 +133,17 @@ def measure_windows(
         sizes = [head.vocabulary for head in heads]
         if len(set(sizes)) != 1:
             raise UserError(f"the vocabularies differ ({sizes[0]} and {sizes[1]}); compare a model with its own origin")
-        for number, batch in enumerate(track(windows.split(batch_size))):
-            tokens = batch.to(model.device, torch.int64)
-            with memory_explained(model, tokens.numel()):
-                hidden = [chain.final_hidden(tokens.to(chain.model.device)) for chain in chains]
+        group = batch_size * max(choose_group(each, batch_size * windows.shape[1]) for each in models)
+        for number, some in enumerate(track(windows.split(group))):
+            batches = some.to(torch.int64).split(batch_size)
+            with memory_explained(model, batches[0].numel()):
+                states = [chain.final_states([each.to(chain.model.device) for each in batches]) for chain in chains]
                 if isinstance(against, Reference):
-                    hidden.append(against.hidden[number * batch_size :][: len(batch)].to(model.device))
-                metrics = _per_position(heads, [states[:, :-1] for states in hidden], tokens[:, 1:])
-            for name, values in metrics.items():
-                collected.setdefault(name, []).append(values.double().mean(1).cpu())
+                    states.append(against.hidden[number * group :][: len(some)].to(model.device).split(batch_size))
+                for batch, *hidden in zip(batches, *states, strict=True):
+                    metrics = _per_position(heads, [each[:, :-1] for each in hidden], batch[:, 1:].to(model.device))
+                    for name, values in metrics.items():
+                        collected.setdefault(name, []).append(values.double().mean(1).cpu())
     return {name: torch.cat(collected[name]) for name in METRICS if name in collected}
 
 

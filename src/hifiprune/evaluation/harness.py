@@ -141,3 +141,15 @@ def explained(tasks: Sequence[str], batch_size: int = 1) -> Iterator[None]:
         raise RunError(f"the data of {names} cannot be had: {error}") from error
     except (ImportError, ValueError) as error:
         raise UserError(f"the harness cannot run {names}: {error}") from error
+
+
+@contextmanager
+def files_explained(tasks: Sequence[str]) -> Iterator[None]:
+    """Turn mistakes in files of tasks, such as the name of a field that is not there, into one message."""
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except (KeyError, AttributeError, TypeError, IndexError, TemplateError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"a file of {', '.join(tasks)} asks for what is not there: {what}") from error

@@ -13,6 +13,9 @@ from hifiprune.evaluation.fidelity import compare
 from hifiprune.guards import check_windows, frozen
 
 TOP = 10
+CONTEXT = 4
+"""Tokens that may share a character, or a space, with the next."""
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 @torch.no_grad()
@@ -38,8 +41,9 @@ def read_passage(
     expected = [_expected(model, window) for model in (dense, pruned)]
     expected[0] = expected[0].to(expected[1])
     divergence = compare(*expected)["kl"].tolist()
-    likeliest = [_likeliest(each, tokenizer) for each in expected]
-    texts = [str(tokenizer.decode([token])) for token in tokens.tolist()]
+    likeliest = [_likeliest(each, tokenizer, tokens.tolist()) for each in expected]
+    ids = tokens.tolist()
+    texts = [in_place(tokenizer, ids[:place], token) for place, token in enumerate(ids)]
     return [{"text": texts[0]}] + [
         {"text": text, "kl": kl, "dense": theirs, "pruned": ours}
         for text, kl, theirs, ours in zip(texts[1:], divergence, *likeliest, strict=True)
@@ -54,10 +58,19 @@ def _expected(model: PreTrainedModel, window: Int[Tensor, "1 positions"]) -> Ten
         return chain.head.logits(hidden).log_softmax(-1)
 
 
-def _likeliest(logs: Tensor, tokenizer: PreTrainedTokenizerBase) -> list[list[tuple[str, float]]]:
-    """Pairs of token and probability at every position."""
+def _likeliest(logs: Tensor, tokenizer: PreTrainedTokenizerBase, passage: list[int]) -> list[list[tuple[str, float]]]:
+    """Pairs of token and probability for the place after every one of the passage but the last."""
     top = logs.exp().topk(min(TOP, logs.shape[1]))
     return [
-        [(str(tokenizer.decode([token])), round(share, 4)) for token, share in zip(tokens, shares, strict=True)]
-        for tokens, shares in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        [
+            (in_place(tokenizer, passage[: place + 1], token), round(share, 4))
+            for token, share in zip(tokens, shares, strict=True)
+        ]
+        for place, (tokens, shares) in enumerate(zip(top.indices.tolist(), top.values.tolist(), strict=True))
     ]
+
+
+def in_place(tokenizer: PreTrainedTokenizerBase, before: list[int], token: int) -> str:
+    """What a token adds to the text of those before it: some tokenizers drop the space of a first token."""
+    start = str(tokenizer.decode(before[-CONTEXT:])).rstrip(INCOMPLETE)
+    return str(tokenizer.decode([*before[-CONTEXT:], token]))[len(start) :]

@@ -102,8 +102,19 @@ def time_checkpoint(name: str, compute: Compute, workloads: list[Workload], repe
     model = load(find_checkpoint(name), compute)
     loading = time.perf_counter() - start
     reset_peak_memory()
-    timings = [time_workload(model, work, repeats) for work in workloads]
-    return {"loading": loading, "timings": timings, "threads": torch.get_num_threads(), **peak_memory()}
+    timings = [_timed_or_told(model, work, repeats) for work in workloads]
+    where = {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
+    return {"loading": loading, "timings": timings, "threads": torch.get_num_threads(), **where, **peak_memory()}
+
+
+def _timed_or_told(model: PreTrainedModel, work: Workload, repeats: int) -> dict[str, Any]:
+    """Timings; of a compiled model what went wrong, if compiling does not work here."""
+    try:
+        return dict(time_workload(model, work, repeats))
+    except Exception as error:
+        if not work.compiled or isinstance(error, torch.OutOfMemoryError):
+            raise
+        return {"trouble": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
 
 
 def request(name: str, compute: Compute, workloads: list[Workload], repeats: int) -> str:
@@ -119,7 +130,8 @@ def main() -> None:
     try:
         found = time_checkpoint(asked["name"], Compute(**asked["compute"]), workloads, asked["repeats"])
     except HifipruneError as error:
-        sys.exit(str(error))
+        sys.stderr.write(f"{error}\n")
+        sys.exit(error.exit_code)
     sys.stdout.write(json.dumps(found) + "\n")
 
 

@@ -13,8 +13,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hifiprune.errors import UserError
-from hifiprune.evaluation.harness import as_it_is, built_once, explained, find_tasks, quiet, seeded
+from hifiprune.evaluation.harness import as_it_is, built_once, explained, files_explained, find_tasks, quiet, seeded
 from hifiprune.evaluation.intervals import Estimate, bootstrap_average
+from hifiprune.hashing import hash_texts
 
 PAPERS = (
     "arc_easy", "arc_challenge", "boolq", "crows_pairs_english", "openbookqa", "piqa", "race", "social_iqa",
@@ -90,7 +91,7 @@ class Exam:
         """
         manager = find_tasks(tasks.names, tasks.include_path)
         self.tasks = tasks
-        with quiet(), seeded(), explained(tasks.names):
+        with quiet(), seeded(), explained(tasks.names), files_explained(tasks.names):
             self._loaded = manager.load(list(tasks.names))
             self._drawn = {name: _drawn(len(task.eval_docs), tasks) for name, task in self._tasks.items()}
             for name, task in self._tasks.items():
@@ -106,6 +107,13 @@ class Exam:
     def prompts(self) -> list[str]:
         """What models will be asked, each with its answer."""
         return ["".join(map(str, each.args)) for task in self._tasks.values() for each in task.instances]
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash of what is asked: tasks, prompts, and the answers that count."""
+        asked = [(name, task.eval_docs[number]) for name, task in self._tasks.items() for number in self._drawn[name]]
+        answers = [f"{name}: {self._tasks[name].doc_to_target(item)}" for name, item in asked]
+        return hash_texts([*self._tasks, *self.prompts, *answers])
 
     @property
     def items(self) -> dict[str, tuple[int, int]]:

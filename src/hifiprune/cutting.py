@@ -1,0 +1,150 @@
+"""Cutting a checkpoint on the disk, shard by shard, without loading the model."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import split_state_dict_into_shards_factory
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hifiprune.checkpoint import INDEX, Checkpoint, find_checkpoint
+from hifiprune.errors import UserError
+from hifiprune.neurons import find_mlps
+from hifiprune.output import check_shard_size, check_space, check_target, replacing
+from hifiprune.plan import Plan
+from hifiprune.shards import DTYPES, Piece, Stored, stored_tensors, write_shard
+from hifiprune.streaming import shelf_of
+from hifiprune.surgery import cut_, cuts_of, matching_mlps
+
+PATTERN = "model{suffix}.safetensors"
+
+
+def cut_checkpoint(
+    model: str, output: str | Path, plan: Plan, *, shard_size: str = "5GB", overwrite: bool = False
+) -> None:
+    """Prune a checkpoint as `hifiprune.cut_` prunes a model, in its own dtype, a chunk of a tensor in memory at a time.
+
+    Args:
+        model: local folder or hub id.
+        output: folder to be made, an ordinary checkpoint.
+        plan: which neurons to keep.
+        shard_size: largest weight file.
+        overwrite: replace an existing output.
+
+    Raises:
+        UserError: the plan is for a model of another shape, or the checkpoint stores its MLPs in another way.
+        RunError: the disk is full.
+    """
+    check_shard_size(shard_size)
+    checkpoint = find_checkpoint(model)
+    target = check_target(output, folder=True, overwrite=overwrite, inputs=[checkpoint.path])
+    checkpoint.fetch()
+    if not stored_plainly(checkpoint):
+        raise UserError(f"{model} does not store its tensors as the model has them: load it, and use cut_")
+    with replacing(target) as folder:
+        write_cut(checkpoint, plan, folder, shard_size)
+
+
+def stored_plainly(checkpoint: Checkpoint) -> bool:
+    """Whether the files hold each of the model's parameters by its own name and in its own shape, tied ones once."""
+    if checkpoint.gguf:
+        return False
+    skeleton, stored = checkpoint.skeleton(), stored_tensors(checkpoint.weight_files)
+    wanted = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
+    known = {name: stored[name] for name in skeleton.state_dict() if name in stored}
+    return wanted == {name: each.shape for name, each in known.items() if each.kind in DTYPES}
+
+
+def write_cut(
+    checkpoint: Checkpoint, plan: Plan, folder: Path, shard_size: str = "5GB", changed: dict[str, Tensor] | None = None
+) -> None:
+    """Write what `plan` leaves of a checkpoint into a folder.
+
+    Args:
+        checkpoint: all of whose files are on this disk, `stored_plainly`.
+        plan: which neurons to keep.
+        folder: to be made.
+        shard_size: largest weight file.
+        changed: tensors that take the place of those of the same names, after the cut.
+    """
+    skeleton: Any = checkpoint.skeleton()
+    matching_mlps(skeleton, plan)
+    pieces = _pieces(checkpoint, skeleton, plan, changed or {})
+    check_space(folder, sum(piece.bytes for piece in pieces.values()))
+    cut_(skeleton.to(checkpoint.dtype()), plan)  # of the meta device: sizes alone
+    checkpoint.save(skeleton, folder, state_dict={})
+    split = split_state_dict_into_shards_factory(
+        pieces, get_storage_size=lambda piece: piece.bytes, filename_pattern=PATTERN, max_shard_size=shard_size
+    )
+    for file, names in split.filename_to_tensors.items():
+        write_shard(folder / file, {name: pieces[name] for name in names})
+    if split.is_sharded:
+        places = {name: file for file, names in split.filename_to_tensors.items() for name in names}
+        index = {"metadata": split.metadata, "weight_map": dict(sorted(places.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _pieces(
+    checkpoint: Checkpoint, skeleton: PreTrainedModel, plan: Plan, changed: dict[str, Tensor]
+) -> dict[str, Piece]:
+    """Every tensor of the output, from those of the dense model in the order of their bytes."""
+    cuts, known = cuts_of(skeleton, plan), skeleton.state_dict().keys()
+    pieces = {}
+    for name, stored in stored_tensors(checkpoint.weight_files).items():
+        if name in changed:
+            values = changed[name].to("cpu", stored.dtype)
+            pieces[name] = Piece(stored.kind, tuple(values.shape), partial(iter, [values]))
+        elif name in cuts:
+            kept, dim = cuts[name]
+            shape = (*stored.shape[:dim], len(kept), *stored.shape[dim + 1 :])
+            pieces[name] = Piece(stored.kind, shape, partial(_kept_rows, stored, kept, dim))
+        elif name in known:
+            pieces[name] = Piece(stored.kind, stored.shape, stored.chunks)
+    return pieces
+
+
+def _kept_rows(stored: Stored, kept: Int[Tensor, "kept"], dim: int) -> Iterator[Tensor]:
+    """The rows of a tensor, of which only the kept neurons are left."""
+    first = 0
+    for rows in stored.chunks():
+        if dim == 0:
+            here = kept[(kept >= first) & (kept < first + len(rows))] - first
+            first += len(rows)
+            yield rows.index_select(0, here)
+        else:
+            yield rows.index_select(1, kept)
+
+
+def output_maps(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The tensors of the output map of every MLP, by name; of a streamed model those that were changed."""
+    if shelf := shelf_of(model):
+        return shelf.changed
+    maps = [mlp.output for mlp in find_mlps(model)]
+    return {
+        f"{name}.{part}": values
+        for name, module in model.named_modules()
+        if any(module is each for each in maps)
+        for part, values in module.state_dict().items()
+    }
+
+
+def hash_stored(checkpoint: Checkpoint) -> str:
+    """What `hash_model` gives for the model, from its files; they must be `stored_plainly`.
+
+    Raises:
+        UserError: a weight is NaN or infinite.
+    """
+    stored, digest = stored_tensors(checkpoint.weight_files), hashlib.sha256()
+    for name, parameter in checkpoint.skeleton().named_parameters():
+        digest.update(f"{name} {list(parameter.shape)}\n".encode())
+        for rows in stored[name].chunks():
+            values = rows.float()
+            if not values.isfinite().all():
+                raise UserError(f"the weights {name} contain NaN or infinite values; the checkpoint is damaged")
+            digest.update(values.numpy().tobytes())
+    return digest.hexdigest()

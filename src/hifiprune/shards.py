@@ -1,0 +1,146 @@
+"""Safetensors files read and written a piece at a time, in plain reads and writes: what is read takes no memory after.
+
+A mapped file counts as memory of the process as far as it was touched, so weights larger than the memory are read here.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from io import FileIO
+from math import prod
+from pathlib import Path
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from hifiprune.errors import RunError
+
+CHUNK_BYTES = 2**24
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file.
+
+    Attributes:
+        path: of the file.
+        kind: dtype, by the format's name.
+        shape: its own.
+        start: of its bytes in the file.
+    """
+
+    path: Path
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its dtype."""
+        return DTYPES[self.kind]
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    def chunks(self, step: int | None = None) -> Iterator[Shaped[Tensor, "rows *rest"]]:
+        """Its rows, some at a time; each chunk is overwritten by the next. Of a scalar, one row."""
+        rows, *rest = self.shape or (1,)
+        step = step or max(1, CHUNK_BYTES // max(1, prod(rest) * self.dtype.itemsize))
+        buffer = torch.empty((min(step, rows), *rest), dtype=self.dtype)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            for first in range(0, rows, step):
+                part = buffer[: min(step, rows - first)]
+                _fill(file, part)
+                yield part
+
+    def whole(self) -> Tensor:
+        """All of it."""
+        values = torch.empty(self.shape, dtype=self.dtype)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            _fill(file, values)
+        return values
+
+    def rows(self, numbers: Sequence[int]) -> Shaped[Tensor, "rows *rest"]:
+        """Some rows."""
+        values = torch.empty((len(numbers), *self.shape[1:]), dtype=self.dtype)
+        size = self.bytes // self.shape[0]
+        with self.path.open("rb", buffering=0) as file:
+            for row, number in zip(values, numbers, strict=True):
+                file.seek(self.start + number * size)
+                _fill(file, row)
+        return values
+
+
+def stored_tensors(files: Iterable[Path]) -> dict[str, Stored]:
+    """All tensors of safetensors files, by name, in the order of their bytes."""
+    found = {}
+    for path in files:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        for name, facts in sorted(header.items(), key=lambda entry: entry[1]["data_offsets"][0]):
+            start = 8 + length + facts["data_offsets"][0]
+            found[name] = Stored(path, facts["dtype"], tuple(facts["shape"]), start)
+    return found
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor to be written: its shape, and its rows as they are made."""
+
+    kind: str
+    shape: tuple[int, ...]
+    rows: Callable[[], Iterator[Tensor]]
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return prod(self.shape) * DTYPES[self.kind].itemsize
+
+
+def write_shard(path: Path, pieces: dict[str, Piece]) -> None:
+    """Write a safetensors file, of which never more than a chunk of one tensor is in memory."""
+    order = sorted(pieces, key=lambda name: (-DTYPES[pieces[name].kind].itemsize, name))  # so that all are aligned
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        start, end = end, end + pieces[name].bytes
+        header[name] = {"dtype": pieces[name].kind, "shape": pieces[name].shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb", buffering=0) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            for rows in pieces[name].rows():
+                _pour(file, rows)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _fill(file: FileIO, tensor: Tensor) -> None:
+    """Read as many bytes as a tensor has."""
+    left = _bytes_of(tensor)
+    while left:
+        count = file.readinto(left)
+        if count == 0:
+            raise RunError(f"{file.name} ends too early: it was changed since the run began; copy the checkpoint again")
+        left = left[count:]
+
+
+def _pour(file: FileIO, tensor: Tensor) -> None:
+    """Write all bytes of a tensor."""
+    left = _bytes_of(tensor.contiguous())
+    while left:
+        left = left[file.write(left) :]

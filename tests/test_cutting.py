@@ -1,0 +1,177 @@
+"""Cutting checkpoints on the disk gives what cutting models in memory gives, tensor by tensor."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import hifiprune as hp
+from hifiprune.checkpoint import INDEX, find_checkpoint
+from hifiprune.cutting import hash_stored, stored_plainly
+from hifiprune.hashing import hash_model
+from hifiprune.plan import Plan
+from hifiprune.shards import Piece, stored_tensors, write_shard
+from tests.commands import Interruption, refused, run
+from tests.families import VARIANTS
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, by the safetensors library."""
+    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+
+
+def a_plan(model: Any, *, mixed: bool) -> Plan:
+    """Some neurons of every layer."""
+    chance = torch.Generator().manual_seed(0)
+    mlps = hp.find_mlps(model)
+    widths = [24 - 4 * mixed * layer for layer in range(len(mlps))]
+    kept = [
+        torch.randperm(mlp.neurons, generator=chance)[:w].sort().values for mlp, w in zip(mlps, widths, strict=True)
+    ]
+    return Plan(kept, [mlp.neurons for mlp in mlps], [mlp.name for mlp in mlps], None, 0.0, 0, 0)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of some hundred bytes are read in parts."""
+    monkeypatch.setattr("hifiprune.shards.CHUNK_BYTES", 300)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cut_checkpoint_writes_what_a_cut_model_saves(
+    variant: str, mixed: bool, make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    dense = make_checkpoint(family=variant, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    plan = a_plan(model, mixed=mixed)
+    hp.cut_(model, plan)
+    find_checkpoint(str(dense)).save(model, tmp_path / "memory")
+    for size in ("5GB", "10KB"):
+        hp.cut_checkpoint(str(dense), tmp_path / size, plan, shard_size=size)
+        ours, theirs = tensors_of(tmp_path / size), tensors_of(tmp_path / "memory")
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert (tmp_path / size / "config.json").read_text() == (tmp_path / "memory" / "config.json").read_text()
+        files = {path.name for path in (tmp_path / "memory").iterdir()} - {"model.safetensors"}
+        assert files <= {path.name for path in (tmp_path / size).iterdir()}
+    shards = list((tmp_path / "10KB").glob("*.safetensors"))
+    assert len(shards) > 1
+    index = json.loads((tmp_path / "10KB" / INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in ours.values())
+    assert set(index["weight_map"].values()) == {path.name for path in shards}
+    for path in shards:
+        with safe_open(path, "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+            assert all(index["weight_map"][name] == path.name for name in file.keys())  # noqa: SIM118
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_checkpoint_has_the_hash_of_its_model(
+    variant: str, make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_checkpoint(family=variant, dtype=torch.float16)
+    monkeypatch.setattr("hifiprune.shards.CHUNK_BYTES", 300)
+    assert stored_plainly(find_checkpoint(str(path)))
+    assert hash_stored(find_checkpoint(str(path))) == hash_model(AutoModelForCausalLM.from_pretrained(path))
+
+
+def test_pieces_are_read_back_by_the_library(tmp_path: Path) -> None:
+    chance = torch.Generator().manual_seed(0)
+    dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
+    values = {
+        f"{dtype}-{shape}": torch.randint(0, 2, shape, generator=chance).to(dtype)
+        for dtype in dtypes
+        for shape in ((3, 5), (7,), (), (2, 3, 4))
+    }
+    save_file(values, tmp_path / "theirs.safetensors")
+    stored = stored_tensors([tmp_path / "theirs.safetensors"])
+    assert stored.keys() == values.keys()
+    pieces = {name: Piece(each.kind, each.shape, each.chunks) for name, each in stored.items()}
+    write_shard(tmp_path / "ours.safetensors", pieces)
+    ours = load_file(tmp_path / "ours.safetensors")
+    assert all(torch.equal(ours[name], value) for name, value in values.items())
+
+
+def test_plain_cuts_load_no_weights(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = ("--calibration", world / "calibration.txt", "--num-samples", 4, "--seq-len", 24)
+    words = ("prune", world / "dense", "--width", 24)
+    assert run("score", world / "dense", "--output", tmp_path / "scores", *text).code == 0
+    assert run(*words, "--output", tmp_path / "one", *text, "--repair", "none").code == 0
+    monkeypatch.setattr("hifiprune.checkpoint.Checkpoint.load", None)
+    result = run(*words, "--output", tmp_path / "two", "--scores", tmp_path / "scores", "--json")
+    assert result.code == 0, result.err
+    ours, theirs = tensors_of(tmp_path / "two"), tensors_of(tmp_path / "one")
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    assert [stage["name"] for stage in result.json["stages"]] == ["checking the weights", "writing"]
+
+
+def test_checkpoints_stored_in_another_way_are_loaded(world: Path, tmp_path: Path) -> None:
+    text = ("--calibration", world / "calibration.txt", "--num-samples", 4, "--seq-len", 24)
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in (world / "dense").iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    values = load_file(other / "model.safetensors")
+    bare = {name.removeprefix("model."): value for name, value in values.items()}
+    assert bare.keys() != values.keys()
+    save_file(bare, other / "model.safetensors", {"format": "pt"})  # as a base model is saved
+    assert not stored_plainly(find_checkpoint(str(other)))
+    for name in ("dense", "other"):
+        path = world / "dense" if name == "dense" else other
+        result = run("prune", path, "--width", 24, "--output", tmp_path / f"{name}-cut", *text, "--repair", "none")
+        assert result.code == 0, result.err
+    ours, theirs = tensors_of(tmp_path / "other-cut"), tensors_of(tmp_path / "dense-cut")
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    plan = Plan.load(tmp_path / "dense-cut" / "hifiprune" / "plan.json")
+    with pytest.raises(hp.UserError, match="does not store its tensors as the model has them"):
+        hp.cut_checkpoint(str(other), tmp_path / "out", plan)
+
+
+def test_an_interrupted_cut_leaves_nothing_behind(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = a_plan(AutoModelForCausalLM.from_pretrained(world / "dense"), mixed=False)
+    chunks, count = hp.shards.Stored.chunks, [0]
+
+    def stopping(stored: Any) -> Iterator[Tensor]:
+        count[0] += 1
+        if count[0] == 9:
+            raise Interruption
+        return chunks(stored)
+
+    monkeypatch.setattr("hifiprune.shards.Stored.chunks", stopping)
+    with pytest.raises(Interruption):
+        hp.cut_checkpoint(str(world / "dense"), tmp_path / "out", plan)
+    assert not any(tmp_path.iterdir())
+    hp.cut_checkpoint(str(world / "dense"), tmp_path / "out", plan)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_what_cannot_be_cut_is_refused(
+    make_checkpoint: Callable[..., Path], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = make_checkpoint(num_hidden_layers=2)
+    plan = a_plan(AutoModelForCausalLM.from_pretrained(world / "dense"), mixed=False)
+    with pytest.raises(hp.UserError, match=re.escape("the plan is for 3 MLPs of [40] neurons, the model has 2")):
+        hp.cut_checkpoint(str(dense), tmp_path / "out", plan)
+    with pytest.raises(hp.UserError, match="exists already"):
+        hp.cut_checkpoint(str(dense), world, plan)
+    weights = dense / "model.safetensors"
+    values = load_file(weights)
+    values["model.norm.weight"][3] = torch.nan
+    save_file(values, weights, {"format": "pt"})
+    with pytest.raises(hp.UserError, match=r"the weights model.norm.weight contain NaN"):
+        hash_stored(find_checkpoint(str(dense)))
+    weights.write_bytes(weights.read_bytes()[:-40])
+    with pytest.raises(hp.UserError, match="is truncated or damaged"):
+        hp.cut_checkpoint(str(dense), tmp_path / "out", plan)
+    assert not (tmp_path / "out").exists()
+    refused(run("prune", dense, "--output", tmp_path / "out", "--width", 24, "--criterion", "magnitude"), "truncated")

@@ -1,0 +1,243 @@
+"""Scoring that is interrupted, and scoring that is shared out among processes: the outcome is that of one quiet run."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+import hifiprune as hp
+from hifiprune.blocks import BlockChain
+from hifiprune.passes import Track
+from hifiprune.plan import Plan
+from hifiprune.resuming import Keeper
+from hifiprune.scores import Scores
+from hifiprune.scoring import Request, score_all
+from hifiprune.unfinished import Unfinished
+from hifiprune.voice import SILENT, Voice
+from tests.commands import Interruption, refused, run
+from tests.families import tiny_model, tiny_tokens
+
+TEXT = ("--num-samples", 8, "--seq-len", 24)
+
+
+@pytest.fixture
+def every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """States are kept after every batch."""
+    monkeypatch.setattr("hifiprune.resuming.SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr("hifiprune.resuming.COST", float("inf"))
+
+
+def stopping_after(batches: int, counts: list[int] | None = None) -> Track:
+    """Progress that is interrupted once so many batches are done; counts those of every pass."""
+    left = [batches]
+
+    def track(items: Iterable[Any]) -> Iterator[Any]:
+        items = list(items)
+        if counts is not None:
+            counts.append(len(items))
+        for item in items:
+            if left[0] == 0:
+                raise Interruption
+            left[0] -= 1
+            yield item
+
+    return track
+
+
+def keeper_in(folder: Path, model: Any = None, voice: Voice = SILENT) -> Keeper:
+    """For states in a folder."""
+    unfinished = Unfinished(folder / "unfinished", voice)
+    return Keeper(unfinished.of(model or tiny_model("llama"), "hash"))
+
+
+def equal(ours: Scores, theirs: Scores) -> bool:
+    """Whether they are the same to the last bit."""
+    assert ours.objective == theirs.objective
+    return all(torch.equal(one, other) for one, other in zip(ours.values, theirs.values, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("names", "stop", "rest"),
+    [
+        (["hfprune", "fisher", "flap", "obs", "minitron"], 3, [3]),
+        (["self-distillation"], 2, [4, 6]),  # in its first pass
+        (["self-distillation", "cross-entropy"], 10, [0, 2]),  # in its second
+    ],
+)
+def test_what_an_interrupted_pass_has_done_is_not_done_again(
+    tmp_path: Path, every_batch: None, names: list[str], stop: int, rest: list[int]
+) -> None:
+    model, windows = tiny_model("llama"), tiny_tokens(6, 9)
+    requests: list[Request] = [(name, hp.Options()) for name in names]
+    whole = score_all(model, windows, requests)
+    with pytest.raises(Interruption):
+        score_all(model, windows, requests, keeper=keeper_in(tmp_path), track=stopping_after(stop))
+    counts: list[int] = []
+    resumed = score_all(model, windows, requests, keeper=keeper_in(tmp_path), track=stopping_after(99, counts))
+    assert counts == rest
+    assert all(equal(ours, theirs) for ours, theirs in zip(resumed, whole, strict=True))
+
+
+def test_states_of_other_windows_models_and_batches_are_left_alone(tmp_path: Path, every_batch: None) -> None:
+    model, windows, request = tiny_model("llama"), tiny_tokens(6, 9), [("hfprune", hp.Options())]
+    score_all(model, windows, request, keeper=keeper_in(tmp_path))
+    others: list[tuple[Any, dict[str, Any]]] = [
+        (windows.flip(0), {}),
+        (windows, {"batch_size": 2}),
+        (windows, {"recompute": True}),
+        (windows, {"keeper": keeper_in(tmp_path).of("step", 2)}),
+        (windows, {"keeper": Keeper(Unfinished(tmp_path / "unfinished", SILENT).of(model, "another hash"))}),
+    ]
+    for tokens, how in others:
+        counts: list[int] = []
+        found = {"keeper": keeper_in(tmp_path), "batch_size": 1, **how}
+        score_all(model, tokens, request, track=stopping_after(99, counts), **found)
+        assert counts == [6 // found["batch_size"]]
+
+
+def test_a_damaged_state_is_made_again(tmp_path: Path, every_batch: None, capsys: pytest.CaptureFixture[str]) -> None:
+    model, windows, request = tiny_model("llama"), tiny_tokens(4, 9), [("hfprune", hp.Options())]
+    whole = score_all(model, windows, request, keeper=keeper_in(tmp_path))
+    (state,) = (tmp_path / "unfinished" / "states").iterdir()
+    state.write_bytes(state.read_bytes()[:-9])
+    (again,) = score_all(model, windows, request, keeper=keeper_in(tmp_path, voice=Voice(Console())))
+    assert equal(again, whole[0])
+    assert "is damaged and is made again" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_scoring_goes_on_where_no_state_can_be_kept(
+    tmp_path: Path, every_batch: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise hp.RunError("the disk is full")
+
+    monkeypatch.setattr(Unfinished, "write", full)
+    model, windows, request = tiny_model("llama"), tiny_tokens(4, 9), [("hfprune", hp.Options())]
+    (kept,) = score_all(model, windows, request, keeper=keeper_in(tmp_path))
+    assert equal(kept, score_all(model, windows, request)[0])
+
+
+def test_short_runs_leave_no_states(tmp_path: Path) -> None:
+    score_all(tiny_model("llama"), tiny_tokens(4, 9), [("hfprune", hp.Options())], keeper=keeper_in(tmp_path))
+    assert not any(tmp_path.iterdir())
+
+
+KILLED = """
+import os, signal, sys
+import hifiprune.resuming as resuming
+from hifiprune.cli import main
+
+resuming.SECONDS_BETWEEN, resuming.COST, writes = 0.0, float("inf"), []
+save = resuming.save_file
+
+def save_or_die(state, path):
+    writes.append(path)
+    if len(writes) == {number}:
+        open(path, "wb").write(b"half a state")
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(state, path)
+
+resuming.save_file = save_or_die
+sys.argv = ["hifiprune", *sys.argv[1:]]
+main()
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_scores(world: Path, tmp_path: Path) -> None:
+    flags = ["score", world / "dense", "--calibration", world / "calibration.txt", *TEXT]
+    quiet = run(*flags, "--output", tmp_path / "quiet.safetensors")
+    assert quiet.code == 0, quiet.err
+    words = [*flags, "--output", tmp_path / "killed.safetensors"]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED.format(number=5), *map(str, words)], check=False, capture_output=True, timeout=120
+    )
+    assert killed.returncode == -signal.SIGKILL
+    unfinished = tmp_path / "killed.safetensors.score-unfinished"
+    assert unfinished.is_dir()
+    again = run(*words, "--json")
+    assert again.code == 0, again.err
+    assert again.json["reused_parts"] == 1
+    assert (tmp_path / "killed.safetensors").read_bytes() == (tmp_path / "quiet.safetensors").read_bytes()
+    assert not unfinished.exists()
+
+
+def test_pruning_in_steps_goes_on_in_the_step_that_was_interrupted(
+    world: Path, tmp_path: Path, every_batch: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def words(name: str) -> list[object]:
+        text = ("--calibration", world / "calibration.txt", *TEXT)
+        return ["prune", world / "dense", "--output", tmp_path / name, "--width", 24, "--steps", 3, *text]
+
+    assert run(*words("quiet")).code == 0
+    swept, sweep = [0], BlockChain.sweep_all
+
+    def stop(*arguments: Any, **named: Any) -> Any:
+        swept[0] += 1
+        if swept[0] == 12:  # in the second step
+            raise Interruption
+        return sweep(*arguments, **named)
+
+    monkeypatch.setattr("hifiprune.blocks.BlockChain.sweep_all", stop)
+    with pytest.raises(Interruption):
+        run(*words("stopped"))
+    swept[0] = 100
+    assert run(*words("stopped")).code == 0
+    assert swept[0] - 100 == 3 * 8 - 11
+    for more in (["--repair", "none"], ["--round-to", 4]):  # other steps on the same way
+        swept[0] = 0
+        with pytest.raises(Interruption):
+            run(*words("other"))
+        swept[0] = 100
+        assert run(*words("other"), *more, "--overwrite").code == 0
+        assert swept[0] - 100 > 3 * 8 - 11
+        shutil.rmtree(tmp_path / "other")
+    plans = [(tmp_path / name / "hifiprune" / "plan.json").read_bytes() for name in ("quiet", "stopped")]
+    assert plans[0] == plans[1]
+    assert {path.name for path in tmp_path.iterdir()} == {"quiet", "stopped"}
+
+
+def launched(processes: int, *words: object) -> subprocess.CompletedProcess[str]:
+    """The command in several processes."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes, "--standalone", "-m"]
+    return subprocess.run(
+        [*map(str, launch), "hifiprune", *map(str, words)],
+        capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("criterion", ["hfprune", "self-distillation"])
+def test_any_number_of_processes_gives_the_same_plan(world: Path, tmp_path: Path, criterion: str) -> None:
+    text = ("--calibration", world / "calibration.txt", *TEXT, "--criterion", criterion, "--device", "cpu")
+    words = ["prune", world / "dense", "--width", 24, "--allocation", "global", *text]
+    alone = run(*words, "--output", tmp_path / "1")
+    assert alone.code == 0, alone.err
+    for processes in (2, 4):
+        shared = launched(processes, *words, "--output", tmp_path / str(processes))
+        assert shared.returncode == 0, shared.stderr
+        assert f"shared out among {processes} processes" in shared.stderr
+        assert shared.stderr.count("Scoring ") == 1, "one process speaks"
+        folders = [tmp_path / name / "hifiprune" for name in (str(processes), "1")]
+        plans = [Plan.load(folder / "plan.json") for folder in folders]
+        assert all(torch.equal(one, other) for one, other in zip(plans[0].kept, plans[1].kept, strict=True))
+        ours, theirs = (Scores.load(folder / "scores.safetensors") for folder in folders)
+        assert ours.objective == pytest.approx(theirs.objective, rel=1e-12)
+        for one, other in zip(ours.values, theirs.values, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "4"}
+
+
+def test_what_cannot_be_shared_out_is_refused(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    refused(run("inspect", world / "dense"), "inspect runs in one process, and 4 were started; score, prune, recover")
+    words = ("score", world / "dense", "--calibration", world / "calibration.txt", "--num-samples", 3, "--seq-len", 24)
+    message = "3 batches of windows cannot be shared out among 4 processes: start fewer"
+    refused(run(*words, "--output", tmp_path / "scores"), message)
+    assert not any(tmp_path.iterdir())
