@@ -1,6 +1,5 @@
 """Where and in which arithmetic a run computes, and what it will roughly cost."""
 
-import os
 import time
 from dataclasses import dataclass
 
@@ -9,6 +8,7 @@ from transformers import PretrainedConfig
 
 from hifiprune.checkpoint import DTYPES, Checkpoint
 from hifiprune.errors import UserError, nearest_name
+from hifiprune.parallel import local_rank
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,7 @@ class Compute:
             raise UserError(f"device '{self.device}': torch {torch.__version__} sees no CUDA GPU; use --device cpu")
         if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
             raise UserError(f"device '{self.device}' does not exist; there are {torch.cuda.device_count()} GPUs")
-
-        own = int(os.environ.get("LOCAL_RANK", "0"))
+        own = local_rank() or 0
         if self.resolved_device.startswith("cuda") and own >= torch.cuda.device_count():
             raise UserError(f"process {own + 1} of this machine finds {torch.cuda.device_count()} GPUs: start fewer")
 
@@ -56,8 +55,8 @@ class Compute:
     def resolved_device(self) -> str:
         """The device, with `auto` decided; of several processes on a machine each takes a GPU of its own."""
         device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
-        own = os.environ.get("LOCAL_RANK")
-        return f"cuda:{own}" if device == "cuda" and own else device
+        own = local_rank()
+        return f"cuda:{own}" if device == "cuda" and own is not None else device
 
     def dtype_for(self, checkpoint: Checkpoint) -> torch.dtype:
         """The dtype to compute in, with `auto` decided."""

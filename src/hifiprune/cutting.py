@@ -1,6 +1,5 @@
 """Cutting a checkpoint on the disk, shard by shard, without loading the model."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from functools import partial
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 
 from hifiprune.checkpoint import INDEX, Checkpoint, find_checkpoint
 from hifiprune.errors import UserError
+from hifiprune.hashing import hash_chunks
 from hifiprune.neurons import find_mlps
 from hifiprune.output import check_shard_size, check_space, check_target, replacing
 from hifiprune.plan import Plan
@@ -139,12 +139,7 @@ def hash_stored(checkpoint: Checkpoint) -> str:
     Raises:
         UserError: a weight is NaN or infinite.
     """
-    stored, digest = stored_tensors(checkpoint.weight_files), hashlib.sha256()
-    for name, parameter in checkpoint.skeleton().named_parameters():
-        digest.update(f"{name} {list(parameter.shape)}\n".encode())
-        for rows in stored[name].chunks():
-            values = rows.float()
-            if not values.isfinite().all():
-                raise UserError(f"the weights {name} contain NaN or infinite values; the checkpoint is damaged")
-            digest.update(values.numpy().tobytes())
-    return digest.hexdigest()
+    stored = stored_tensors(checkpoint.weight_files)
+    return hash_chunks(
+        (name, stored[name].shape, stored[name].chunks()) for name, _ in checkpoint.skeleton().named_parameters()
+    )

@@ -1,7 +1,7 @@
 """Content hashes: which weights, tokens and texts a result belongs to."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Int
@@ -21,10 +21,22 @@ def hash_model(model: PreTrainedModel) -> str:
     Raises:
         UserError: a weight is NaN or infinite.
     """
+    return hash_chunks(
+        (name, parameter.shape, parameter.detach().reshape(-1).split(CHUNK))
+        for name, parameter in model.named_parameters()
+    )
+
+
+def hash_chunks(weights: Iterable[tuple[str, Sequence[int], Iterable[Tensor]]]) -> str:
+    """The same from names, shapes and values in pieces, in order.
+
+    Raises:
+        UserError: a weight is NaN or infinite.
+    """
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {list(parameter.shape)}\n".encode())
-        for chunk in parameter.detach().reshape(-1).split(CHUNK):
+    for name, shape, chunks in weights:
+        digest.update(f"{name} {list(shape)}\n".encode())
+        for chunk in chunks:
             values = chunk.float().cpu()
             if not values.isfinite().all():
                 raise UserError(f"the weights {name} contain NaN or infinite values; the checkpoint is damaged")

@@ -23,6 +23,12 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_rank() -> int | None:
+    """The number of this process among those of its machine, if it was started as one of several."""
+    found = os.environ.get("LOCAL_RANK")
+    return None if found is None else int(found)
+
+
 def check_command(words: Sequence[str]) -> None:
     """Refuse to do the same work several times.
 
@@ -31,8 +37,8 @@ def check_command(words: Sequence[str]) -> None:
     """
     if processes() > 1 and not set(words[1:2]) & set(SHARED):
         raise UserError(
-            f"{' '.join(words[:2])} runs in one process, and {processes()} were started; {', '.join(SHARED)} share "
-            "their work out"
+            f"{' '.join(['hifiprune', *words[1:2]])} runs in one process, and {processes()} were started; "
+            f"{', '.join(SHARED)} share their work out"
         )
 
 

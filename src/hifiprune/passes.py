@@ -115,10 +115,9 @@ class Pass:
             for some in self._groups(0, done):
                 self.hidden += [each.cpu() for each in self.chain.final_states([self._placed(own[n][1]) for n in some])]
         for places in self.track(self._groups(done, len(own), looks)):
-            guides = [teacher[place] if teacher else None for place in places]
             batches = [
-                Batch(self._placed(own[place][1]), own[place][0], guide)
-                for place, guide in zip(places, guides, strict=True)
+                Batch(self._placed(tokens), first, teacher[place] if teacher else None)
+                for place, (first, tokens) in zip(places, own[places.start : places.stop], strict=True)
             ]
             with memory_explained(self.chain.model, self.windows[: self.batch_size].numel()):
                 self.chain.sweep_all(batches, kernels, visit, recompute=self.recompute, maps=maps)

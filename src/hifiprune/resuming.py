@@ -56,7 +56,7 @@ class Keeper:
             try:
                 self.unfinished.write(self._path, lambda path: save_file(state, path))
             except RunError as error:
-                self.unfinished.voice.say(f"Scoring goes on, but could not be resumed from here: {error}.")
+                self.unfinished.voice.say(f"Scoring goes on, but could not be resumed from here: {error}")
             self.last = time.monotonic()
             self.took = self.last - start
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
-from accelerate import PartialState
 from jaxtyping import Bool, Float, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -28,7 +27,7 @@ from hifiprune.guards import memory_explained
 from hifiprune.head import Head
 from hifiprune.output import nearest_folder
 from hifiprune.packing import IGNORED, Packed
-from hifiprune.parallel import processes, rank
+from hifiprune.parallel import meet, processes, rank
 from hifiprune.unfinished import Unfinished
 
 ROWS_A_FILE = 64
@@ -188,7 +187,7 @@ def remember(
     Raises:
         UserError: there is no room on the disk.
     """
-    model, voice = teacher.model, unfinished.voice
+    model, voice, device = teacher.model, unfinished.voice, torch.device(compute.resolved_device)
     facts = [model_hash, str(model.dtype), kept, temperature, rows.digest()]
     found = Remembered(rows, kept, lambda first: unfinished.path("teacher", *facts, first, suffix=".safetensors"))
     missing, free = found.missing(), shutil.disk_usage(nearest_folder(unfinished.folder)).free
@@ -205,14 +204,11 @@ def remember(
             f"Asking the dense model about {len(rows)} rows, about {duration(seconds)}; its {kept} likeliest tokens "
             f"take {megabytes(needed)} on the disk until all is done."
         )
-    meeting = PartialState(cpu=compute.resolved_device == "cpu")
-    if rank() == 0:
-        unfinished.make()
-    meeting.wait_for_everyone()  # all have seen the same files missing
+    meet(device, unfinished.make)  # all have seen the same files missing
     with memory_explained(model, rows.length):
         for first in voice.track("asking the dense model")(missing[rank() :: processes()]):
             unfinished.write(found.place(first), partial(found.write, first, teacher, temperature))
-    meeting.wait_for_everyone()
+    meet(device)
     return found
 
 
