@@ -15,6 +15,7 @@ from hifiprune.blocks import BlockChain
 from hifiprune.checkpoint import find_checkpoint
 from hifiprune.cutting import output_maps
 from hifiprune.scoring import Request, score_all
+from hifiprune.scratch import Scratch
 from hifiprune.stability import Stability
 from hifiprune.streaming import Shelf, stream
 from tests.commands import refused, run
@@ -24,14 +25,15 @@ Pair = tuple[Any, Any]
 
 
 @pytest.fixture
-def both(make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pair]:
-    """A model in memory, and the same on the disk, whose head is read in many parts."""
+def both(make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pair]:
+    """A model in memory, and the same on the disk, whose head is read in many parts; in float32 activations are too."""
     monkeypatch.setattr("hifiprune.head.PART", 50)
 
     def made(variant: str, dtype: torch.dtype = torch.float32, **options: Any) -> Pair:
         path = make_checkpoint(family=variant, dtype=torch.bfloat16, **options)
         resident = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
-        return resident, stream(find_checkpoint(str(path)), dtype)
+        scratch = Scratch(tmp_path) if dtype == torch.float32 else None
+        return resident, stream(find_checkpoint(str(path)), dtype, scratch=scratch)
 
     return made
 
@@ -45,7 +47,7 @@ def test_streamed_scores_equal_resident_ones(
     windows, requests = tiny_tokens(5, 9), [(name, hp.Options()) for name in ("hfprune", "fisher", "flap", "magnitude")]
     asked: list[Request] = list(requests)
     theirs = score_all(resident, windows, asked, recompute=True)
-    monkeypatch.setattr("hifiprune.scoring.choose_group", lambda *_: 2)  # of five
+    monkeypatch.setattr("hifiprune.scoring.choose_group", lambda *_, **__: 2)  # of five
     ours = score_all(streamed, windows, asked, model_hash="known")
     for one, other in zip(ours, theirs, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one.values, other.values, strict=True)), one.criterion
@@ -85,15 +87,28 @@ def test_streamed_repair_equals_resident_repair(variant: str, both: Callable[...
     maps = output_maps(resident)
     assert output_maps(streamed).keys() == maps.keys()
     for name, values in output_maps(streamed).items():
-        assert torch.equal(values, maps[name].to(torch.bfloat16))
+        assert torch.equal(values(), maps[name]().to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("more", [[], ["--repair", "none"], ["--criterion", "fisher", "--allocation", "global"]])
 def test_commands_stream_to_the_same_files(world: Path, tmp_path: Path, more: list[str]) -> None:
     text = ("--calibration", world / "calibration.txt", "--num-samples", 6, "--seq-len", 24)
     for how in ("--stream", "--in-memory"):
+        spilled = ("--scratch", tmp_path) if how == "--stream" and more else ()
         pruned = tmp_path / how
-        words = ("prune", world / "dense", "--output", pruned, "--width", 24, *text, "--recompute", *more, how)
+        words = (
+            "prune",
+            world / "dense",
+            "--output",
+            pruned,
+            "--width",
+            24,
+            *text,
+            "--recompute",
+            *more,
+            how,
+            *spilled,
+        )
         result = run(*words)
         assert result.code == 0, result.err
         measured = ("--against", world / "dense", "--text", world / "held.txt", "--seq-len", 24, how)

@@ -19,6 +19,7 @@ from hifiprune.errors import RunError, UserError
 from hifiprune.head import Head
 from hifiprune.neurons import family_of, find_blocks, find_mlps
 from hifiprune.objectives import Kernel, mean_over_positions
+from hifiprune.scratch import Kept, set_aside
 from hifiprune.streaming import few_rows, first_rows, shelf_of, walk
 from hifiprune.taps import BlockCall, KnownProduct, MapPass, Seen, Trace, Visit, grown, overridden, without
 
@@ -44,7 +45,7 @@ class Batch:
     teacher: Float[Tensor, "windows positions hidden"] | None = None
     hidden: Tensor = field(init=False)
     calls: list[BlockCall] = field(init=False)
-    stored: list[Trace | tuple[Tensor, Tensor | None]] = field(default_factory=list)
+    stored: list[Trace | tuple[Kept, Tensor | None]] = field(default_factory=list)
     values: list[Float[Tensor, "windows"]] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)
     final: Float[Tensor, "windows positions hidden"] = field(init=False)
@@ -61,6 +62,7 @@ class BlockChain:
         self.family = family_of(model.config.model_type, [type(model).__name__])
         self.model = model
         self.shelf = shelf_of(model)
+        self.scratch = self.shelf.scratch if self.shelf else None
         self.mlps = find_mlps(model)
         self.blocks = list(find_blocks(model))
         self.norm = model.get_submodule(self.family.norm)
@@ -211,7 +213,7 @@ class BlockChain:
             return trace.maps[-1].input.detach()
         output, down = self.run(index, batch.hidden, call)
         if keep:
-            batch.stored.append((batch.hidden, None if self.shelf else down.output))
+            batch.stored.append((set_aside(self.scratch, batch.hidden), None if self.shelf else down.output))
         batch.hidden = output
         return down.input
 
@@ -234,7 +236,7 @@ class BlockChain:
         """Carry the gradient of every objective through a block, whose graph is freed."""
         entry, count = batch.stored.pop(), len(batch.gradients)
         if not isinstance(entry, Trace):
-            entry = self._trace(index, entry[0], batch.calls[index], entry[1], maps=bool(maps))
+            entry = self._trace(index, entry[0](), batch.calls[index], entry[1], maps=bool(maps))
         for number, gradient in enumerate(batch.gradients):
             seen = Seen(index, number, entry.maps[-1].input.detach(), windows=batch.first_window)
             batch.gradients[number] = self._back(entry, gradient, seen, maps=number in maps, more=number < count - 1)

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
@@ -23,6 +24,7 @@ class Compute:
         recompute: trade time for memory; None decides by free memory.
         attention: transformers' name of an attention implementation, such as `flash_attention_2`; None is the default.
         stream: leave the weights on the disk and read each block's when it runs; None decides by free memory.
+        scratch: folder in which a streamed model's activations are set aside, if not in memory.
     """
 
     device: str = "auto"
@@ -31,6 +33,7 @@ class Compute:
     recompute: bool | None = None
     attention: str | None = None
     stream: bool | None = None
+    scratch: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype != "auto" and self.dtype not in DTYPES:
@@ -40,6 +43,8 @@ class Compute:
             )
         if self.batch_size < 1:
             raise UserError(f"batch size {self.batch_size} must be at least 1")
+        if self.scratch and not Path(self.scratch).is_dir():
+            raise UserError(f"scratch folder {self.scratch} does not exist; make it, or choose another --scratch")
         kind, _, number = self.device.partition(":")
         if self.device != "auto" and (kind not in ("cpu", "cuda") or (number and not number.isdigit())):
             raise UserError(f"device '{self.device}' is not known; use auto, cpu, cuda or cuda:0")

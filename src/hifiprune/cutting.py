@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from jaxtyping import Int
 from torch import Tensor
@@ -17,6 +18,7 @@ from hifiprune.hashing import hash_chunks
 from hifiprune.neurons import find_mlps
 from hifiprune.output import check_shard_size, check_space, check_target, replacing
 from hifiprune.plan import Plan
+from hifiprune.scratch import Kept, set_aside
 from hifiprune.shards import DTYPES, Piece, Stored, stored_tensors, write_shard
 from hifiprune.streaming import shelf_of
 from hifiprune.surgery import cut_, cuts_of, matching_mlps
@@ -61,7 +63,7 @@ def stored_plainly(checkpoint: Checkpoint) -> bool:
 
 
 def write_cut(
-    checkpoint: Checkpoint, plan: Plan, folder: Path, shard_size: str = "5GB", changed: dict[str, Tensor] | None = None
+    checkpoint: Checkpoint, plan: Plan, folder: Path, shard_size: str = "5GB", changed: dict[str, Kept] | None = None
 ) -> None:
     """Write what `plan` leaves of a checkpoint into a folder.
 
@@ -90,22 +92,26 @@ def write_cut(
 
 
 def _pieces(
-    checkpoint: Checkpoint, skeleton: PreTrainedModel, plan: Plan, changed: dict[str, Tensor]
+    checkpoint: Checkpoint, skeleton: PreTrainedModel, plan: Plan, changed: dict[str, Kept]
 ) -> dict[str, Piece]:
     """Every tensor of the output, from those of the dense model in the order of their bytes."""
     cuts, known = cuts_of(skeleton, plan), skeleton.state_dict().keys()
     pieces = {}
     for name, stored in stored_tensors(checkpoint.weight_files).items():
-        if name in changed:
-            values = changed[name].to("cpu", stored.dtype)
-            pieces[name] = Piece(stored.kind, tuple(values.shape), partial(iter, [values]))
-        elif name in cuts:
+        shape, rows = stored.shape, stored.chunks
+        if name in cuts:
             kept, dim = cuts[name]
-            shape = (*stored.shape[:dim], len(kept), *stored.shape[dim + 1 :])
-            pieces[name] = Piece(stored.kind, shape, partial(_kept_rows, stored, kept, dim))
-        elif name in known:
-            pieces[name] = Piece(stored.kind, stored.shape, stored.chunks)
+            shape, rows = (*shape[:dim], len(kept), *shape[dim + 1 :]), partial(_kept_rows, stored, kept, dim)
+        if name in changed:
+            rows = partial(_changed, changed[name], stored.dtype)
+        if name in known:
+            pieces[name] = Piece(stored.kind, shape, rows)
     return pieces
+
+
+def _changed(values: Kept, dtype: torch.dtype) -> Iterator[Tensor]:
+    """A tensor that takes the place of a stored one."""
+    yield values().to("cpu", dtype)
 
 
 def _kept_rows(stored: Stored, kept: Int[Tensor, "kept"], dim: int) -> Iterator[Tensor]:
@@ -120,13 +126,13 @@ def _kept_rows(stored: Stored, kept: Int[Tensor, "kept"], dim: int) -> Iterator[
             yield rows.index_select(1, kept)
 
 
-def output_maps(model: PreTrainedModel) -> dict[str, Tensor]:
+def output_maps(model: PreTrainedModel) -> dict[str, Kept]:
     """The tensors of the output map of every MLP, by name; of a streamed model those that were changed."""
     if shelf := shelf_of(model):
         return shelf.changed
     maps = [mlp.output for mlp in find_mlps(model)]
     return {
-        f"{name}.{part}": values
+        f"{name}.{part}": set_aside(None, values)
         for name, module in model.named_modules()
         if any(module is each for each in maps)
         for part, values in module.state_dict().items()

@@ -224,16 +224,20 @@ def working_bytes(
     return int((kept + more) * model.dtype.itemsize + slices + products)
 
 
-def choose_group(model: PreTrainedModel, tokens: int) -> int:
+def choose_group(model: PreTrainedModel, tokens: int, objectives: int = 1) -> int:
     """How many batches of `tokens` positions go through a block in turn: one, or what a quarter of free memory holds.
 
-    Of a streamed model's batch the inputs of all blocks are kept, while its weights are read twice for the whole group.
+    Of a streamed model's batch the inputs of all blocks are kept, while its weights are read twice for the whole group;
+    with scratch they are on the disk, of which they take half of what is free.
     """
-    if shelf_of(model) is None:
+    shelf, config = shelf_of(model), model.config.get_text_config()
+    if shelf is None:
         return 1
-    config = model.config.get_text_config()
-    kept = config.num_hidden_layers * tokens * config.hidden_size * model.dtype.itemsize
-    return max(1, free_bytes(model.device) // 4 // int(kept))
+    state = int(tokens * config.hidden_size * model.dtype.itemsize)
+    inputs, moving = int(config.num_hidden_layers) * state, (2 + objectives) * state
+    if shelf.scratch is None:
+        return max(1, free_bytes(model.device) // 4 // (inputs + moving))
+    return max(1, min(free_bytes(model.device) // 4 // moving, shelf.scratch.free_bytes // 2 // inputs))
 
 
 def moment_bytes(model: PreTrainedModel) -> int:

@@ -18,6 +18,7 @@ from hifiprune.neurons import count_parameters, find_mlps
 from hifiprune.output import check_target
 from hifiprune.passes import free_bytes
 from hifiprune.record import RunRecord
+from hifiprune.scratch import Scratch
 from hifiprune.streaming import stream
 from hifiprune.texts import Text
 from hifiprune.voice import Voice
@@ -97,7 +98,10 @@ def load_hashed(
         checkpoint.fetch()
         plainly = stored_plainly(checkpoint)
         if voice and _streams(checkpoint, compute, dtype, voice, plainly=plainly):
-            return stream(checkpoint, dtype, device, compute.attention), hash_stored(checkpoint)
+            scratch = Scratch(compute.scratch) if compute.scratch else None
+            return stream(checkpoint, dtype, device, compute.attention, scratch), hash_stored(checkpoint)
+        if voice and compute.scratch:
+            voice.say("The weights are in memory: --scratch is not used.")
         if plainly:
             return checkpoint.load(dtype, device, compute.attention), hash_stored(checkpoint)
         model = checkpoint.load(device=device, attention=compute.attention)

@@ -27,6 +27,7 @@ from hifiprune.guards import check_windows, frozen, memory_explained
 from hifiprune.neurons import find_mlps
 from hifiprune.plan import Plan
 from hifiprune.ridge import HeldOut, Refit
+from hifiprune.scratch import Kept, set_aside
 from hifiprune.streaming import walk
 from hifiprune.surgery import cuts_of, forget_gradients_, keep_, matching_mlps, others, put_back, state_widths
 from hifiprune.taps import BlockCall
@@ -126,7 +127,7 @@ def residual_stream(
 
 @dataclass
 class Stream:
-    """A batch of windows on its way through the blocks, kept on the CPU.
+    """A batch of windows on its way through the blocks, kept on the CPU or the disk.
 
     Attributes:
         calls: what the blocks are called with.
@@ -138,8 +139,8 @@ class Stream:
 
     calls: list[BlockCall]
     held: Bool[Tensor, "windows"]
-    dense: Tensor
-    cut: Tensor
+    dense: Kept
+    cut: Kept
     known: Float[Tensor, "blocks windows positions hidden"] | None
 
 
@@ -148,13 +149,16 @@ def _start(
 ) -> list[Stream]:
     """All batches before the first block; what blocks are called with depends on a batch's shape alone."""
     streams: list[Stream] = []
+    shape = None
     for batch, numbers in zip(windows.split(batch_size), torch.arange(len(windows)).split(batch_size), strict=True):
         hidden, calls = chain.embed(batch.to(chain.model.device, torch.int64))
-        if streams and streams[0].dense.shape == hidden.shape:
+        if hidden.shape == shape:
             calls = streams[0].calls
+        shape = shape or hidden.shape
         held = numbers % HELD_OUT == min(HELD_OUT, len(windows)) - 1
         known = dense[:, numbers] if dense is not None else None
-        streams.append(Stream(calls, held, hidden.cpu(), hidden.cpu(), known))
+        start = set_aside(chain.scratch, hidden.cpu())
+        streams.append(Stream(calls, held, start, start, known))
     return streams
 
 
@@ -164,20 +168,21 @@ def _sequential_(
     """Close what the cut and repaired model's stream lacks after this block."""
     device, moments, activations = chain.model.device, HeldOut(weighted), []
     for stream in streams:
-        stream.dense = _dense_output(chain, layer, stream)
+        stream.dense = set_aside(chain.scratch, _dense_output(chain, layer, stream))
     keep_(chain.mlps[layer], kept)
     linear = chain.mlps[layer].output
     for stream in streams:
-        output, tap = chain.run(layer, stream.cut.to(device), stream.calls[layer])
-        stream.cut, dense = output.cpu(), stream.dense.to(device)
+        output, tap = chain.run(layer, stream.cut().to(device), stream.calls[layer])
+        stream.cut, dense = set_aside(chain.scratch, output.cpu()), stream.dense().to(device)
         moments.add(with_one(tap.input, linear), dense - output, dense, stream.held)
-        activations.append(tap.input.cpu())
+        activations.append(set_aside(chain.scratch, tap.input.cpu()))
     change, refit = moments.refit(chain.mlps[layer].name)
     if change is not None:
         change = change.to(linear.weight)
         _add_(linear, change)
         for stream, activation in zip(streams, activations, strict=True):
-            stream.cut += functional.linear(with_one(activation.to(device), linear), change).cpu()
+            found = functional.linear(with_one(activation().to(device), linear), change).cpu()
+            stream.cut = set_aside(chain.scratch, stream.cut() + found)
     return refit
 
 
@@ -189,8 +194,8 @@ def _parallel_(
     rest = others(kept, linear.in_features)
     removed = linear.weight[:, rest]
     for stream in streams:
-        dense, tap = chain.run(layer, stream.dense.to(chain.model.device), stream.calls[layer])
-        stream.dense, activation = dense.cpu(), tap.input
+        dense, tap = chain.run(layer, stream.dense().to(chain.model.device), stream.calls[layer])
+        stream.dense, activation = set_aside(chain.scratch, dense.cpu()), tap.input
         residual = functional.linear(activation[..., rest], removed)
         moments.add(with_one(activation[..., kept], linear), residual, dense, stream.held)
     keep_(chain.mlps[layer], kept)
@@ -216,4 +221,4 @@ def _dense_output(chain: BlockChain, layer: int, stream: Stream) -> Tensor:
     """The dense model's stream after the block."""
     if stream.known is not None:
         return stream.known[layer]
-    return chain.run(layer, stream.dense.to(chain.model.device), stream.calls[layer])[0].cpu()
+    return chain.run(layer, stream.dense().to(chain.model.device), stream.calls[layer])[0].cpu()

@@ -120,7 +120,8 @@ def score_all(
         facts |= {"windows": len(windows), "positions": windows.shape[1]}
         facts |= {"batch_size": batch_size, "recompute": recompute}
     with frozen(model):
-        group = choose_group(model, batch_size * windows.shape[1]) if windows is not None else 1
+        tokens = batch_size * windows.shape[1] if windows is not None else 1
+        group = choose_group(model, tokens, objectives=max(1, count_passes(requests)[1]))
         how = {"batch_size": batch_size, "recompute": bool(recompute), "track": track, "group": group}
         outcomes = _run(model, windows, asked, keeper, stability, **how)
         model_hash = model_hash or hash_model(model)

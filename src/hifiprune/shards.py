@@ -125,13 +125,14 @@ def write_shard(path: Path, pieces: dict[str, Piece]) -> None:
                 _pour(file, rows)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Those that a tensor lies in, which must be one piece of memory."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _fill(file: FileIO, tensor: Tensor) -> None:
     """Read as many bytes as a tensor has."""
-    left = _bytes_of(tensor)
+    left = bytes_of(tensor)
     while left:
         count = file.readinto(left)
         if count == 0:
@@ -141,6 +142,6 @@ def _fill(file: FileIO, tensor: Tensor) -> None:
 
 def _pour(file: FileIO, tensor: Tensor) -> None:
     """Write all bytes of a tensor."""
-    left = _bytes_of(tensor.contiguous())
+    left = bytes_of(tensor.contiguous())
     while left:
         left = left[file.write(left) :]

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from hifiprune.checkpoint import Checkpoint
 from hifiprune.neurons import Mlp, family_of, find_blocks
+from hifiprune.scratch import Kept, Scratch, set_aside
 from hifiprune.shards import Stored, stored_tensors
 
 Weights = dict[str, Tensor]
@@ -36,6 +37,7 @@ class Shelf:
         blocks: path of the decoder blocks.
         device: where blocks run.
         dtype: that they run in.
+        scratch: where tensors are set aside that memory need not hold, if not there.
         cuts: which part is left, in which dimension, of tensors of a model that was cut.
         changed: tensors that took the place of those of the same names, after the cut.
     """
@@ -46,8 +48,9 @@ class Shelf:
     blocks: str
     device: torch.device
     dtype: torch.dtype
+    scratch: Scratch | None = None
     cuts: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
-    changed: dict[str, Tensor] = field(default_factory=dict)
+    changed: dict[str, Kept] = field(default_factory=dict)
 
     def walk(self, blocks: Sequence[nn.Module], order: Sequence[int]) -> Iterator[int]:
         """The numbers of the blocks in an order, each while its weights are in their place."""
@@ -69,7 +72,7 @@ class Shelf:
 
     def _one(self, name: str) -> Tensor:
         if name in self.changed:
-            return self.changed[name]
+            return self.changed[name]()
         values = self.stored[name].whole()
         kept, dim = self.cuts.get(name, (None, 0))
         return values if kept is None else values.index_select(dim, kept)
@@ -82,7 +85,8 @@ class Shelf:
             elif name.startswith(f"{mlp.name}."):
                 for part, values in mlp.output.state_dict().items():
                     changed = name.replace("weight", part)
-                    self.changed[changed] = values.to("cpu", self.stored[changed].dtype, copy=True)
+                    own = values.to("cpu", self.stored[changed].dtype, copy=True)
+                    self.changed[changed] = set_aside(self.scratch, own)
 
     @contextmanager
     def _placed(self, block: nn.Module, weights: Weights) -> Iterator[None]:
@@ -117,7 +121,11 @@ def walk(model: PreTrainedModel, order: Sequence[int]) -> Iterator[int]:
 
 
 def stream(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: str = "cpu", attention: str | None = None
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    attention: str | None = None,
+    scratch: Scratch | None = None,
 ) -> PreTrainedModel:
     """A checkpoint as a model whose blocks, embedding and head are read when they are needed.
 
@@ -126,6 +134,7 @@ def stream(
         dtype: to compute in.
         device: where.
         attention: transformers' name of an implementation.
+        scratch: where what runs make of it is set aside, if not in memory.
     """
     config = checkpoint.config()
     config.dtype = dtype
@@ -136,7 +145,7 @@ def stream(
     model.tie_weights()
     tables, blocks = [model.get_input_embeddings(), model.get_output_embeddings()], find_blocks(model)
     embedding, head = (stored[_name_of(model, table.weight, stored)] for table in tables)
-    shelf = Shelf(stored, embedding, head, family.blocks, torch.device(device), dtype)
+    shelf = Shelf(stored, embedding, head, family.blocks, torch.device(device), dtype, scratch)
     far = {id(parameter) for module in (blocks, *tables) for parameter in module.parameters()}
     for name, parameter in list(model.named_parameters()):
         if id(parameter) not in far:

@@ -1,0 +1,160 @@
+"""How fast SmolLM2-135M-Instruct is after cuts of 20 and 30%, beside what its operations promise, and where time stays.
+
+Speed does not depend on which neurons go, so they are those of smallest weights. `hifiprune bench` times the models in
+turn, in fresh processes; then the time of reading and of writing is taken apart, the models in turn again. Writes
+`results/speed.json`. Takes a quarter of an hour on 2 cores, which must have nothing else to do; interrupted, it goes on
+where it stopped.
+"""
+
+import json
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+import hifiprune as hp
+from hifiprune.checkpoint import find_checkpoint
+from hifiprune.demonstration import fetch_smollm2
+from hifiprune.evaluation.speed import Workload, write
+from hifiprune.neurons import find_blocks, find_mlps
+from hifiprune.terminal import voice
+
+ROOT = Path(__file__).parent.parent
+PRUNED: dict[str, dict[str, Any]] = {
+    "20%": {"budget": hp.Budget(ratio=0.2)},
+    "20%, `--round-to 1`": {"budget": hp.Budget(ratio=0.2), "round_to": 1},
+    "30%": {"budget": hp.Budget(ratio=0.3)},
+}
+WORK, ROUNDS = Workload(batch_size=1, length=512, new_tokens=32), 7
+
+
+def main() -> None:
+    """Run or go on."""
+    folder = ROOT / ".cache" / "speed"
+    models = {"dense": fetch_smollm2(ROOT / ".cache" / "smollm2")} | {
+        name: folder / name.translate({ord(each): "-" for each in " %,`"}) for name in PRUNED
+    }
+    for name, how in PRUNED.items():
+        if not models[name].exists():
+            hp.prune(str(models["dense"]), models[name], criterion="magnitude", repair="none", **how)
+    dense, *pruned = map(str, models.values())
+    timed = folder / "timed"
+    if not timed.exists():
+        hp.bench(
+            dense, pruned, batch_sizes=(1, 8), lengths=(128, 512), new_tokens=WORK.new_tokens, repeats=2,
+            output=timed, voice=voice(),
+        )  # fmt: skip
+    record = json.loads((timed / "run.json").read_text())
+    names = {str(path): name for name, path in models.items()}
+    found = record["results"]
+    facts = {
+        "environment": record["environment"],
+        "threads": found["threads"],
+        "models": {names[path]: each for path, each in found["models"].items()},
+        "workloads": [
+            {**each, "models": {names[path]: row for path, row in each["models"].items()}}
+            for each in found["workloads"]
+        ],
+        "noise": max(each["noise"] for each in found["workloads"]),
+        "parts": parts({name: find_checkpoint(str(path)).load(torch.float32) for name, path in models.items()}),
+    }
+    (ROOT / "benchmarks" / "results" / "speed.json").write_text(json.dumps(facts, indent=1) + "\n")
+    shutil.rmtree(folder)
+
+
+def parts(models: dict[str, PreTrainedModel]) -> dict[str, dict[str, dict[str, float]]]:
+    """Seconds of reading and, for each token, of writing, by model and part; medians over rounds after a first one."""
+    seen: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    for number in range(ROUNDS + 1):
+        for name, model in models.items():
+            tokens = torch.randint(
+                model.config.vocab_size, (1, WORK.length), generator=torch.Generator().manual_seed(0)
+            )
+            with spent(model) as seconds:
+                first, later = write(model, model, tokens, WORK)[1:]
+            for phase, whole, count in (("reading", first, 1), ("writing", later, WORK.new_tokens - 1)):
+                own = {
+                    part: sum(each[:1] if phase == "reading" else each[1:]) / count for part, each in seconds.items()
+                }
+                for part, value in (own | {"rest": whole - sum(own.values())}).items():
+                    if number:
+                        seen[name, phase, part].append(value)
+    return {
+        name: {
+            phase: {part: median(each) for (one, when, part), each in seen.items() if (one, when) == (name, phase)}
+            for phase in ("reading", "writing")
+        }
+        for name in models
+    }
+
+
+@contextmanager
+def spent(model: PreTrainedModel) -> Iterator[dict[str, list[float]]]:
+    """Seconds in the MLPs, in attention and in the head, one after the other for each call of the model within."""
+    seconds: dict[str, list[float]] = {"mlp": [], "attention": [], "head": []}
+    modules: dict[str, list[nn.Module]] = {
+        "mlp": [model.get_submodule(mlp.name) for mlp in find_mlps(model)],
+        "attention": [block.get_submodule("self_attn") for block in find_blocks(model)],
+        "head": [model.get_output_embeddings()],
+    }
+    starts: list[float] = []
+
+    def begin(*_: Any) -> None:
+        for each in seconds.values():
+            each.append(0.0)
+
+    handles = [model.register_forward_pre_hook(begin)]
+    for part, some in modules.items():
+
+        def stop(*_: Any, part: str = part) -> None:
+            seconds[part][-1] += time.perf_counter() - starts.pop()
+
+        for module in some:
+            handles.append(module.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter())))
+            handles.append(module.register_forward_hook(stop))
+    try:
+        yield seconds
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def table(facts: dict[str, Any]) -> str:
+    """Speed-ups as Markdown: what was measured, of what was promised, and the share of the saving that was reached."""
+    pruned = [name for name in facts["models"] if name != "dense"]
+    lines = [f"| | dense | {' | '.join(pruned)} |", "|" + "---|" * (2 + len(pruned))]
+    for part, verb in (("first", "reading"), ("later", "writing")):
+        for found in facts["workloads"]:
+            work, rows = found["workload"], found["models"]
+            size, length = work["batch_size"], work["length"]
+            what = f"{verb} {size} x {length}" if part == "first" else f"{verb} {size} at a time, after {length}"
+            speed = size * (length if part == "first" else 1) / rows["dense"][part]["seconds"]["median"]
+            cells = [
+                f"x{row['speedup']['median']:.2f} of x{row['promised']:.2f} ({row['share']:.0%})"
+                for row in (rows[name][part] for name in pruned)
+            ]
+            lines.append(f"| {what} | {speed:,.0f} tokens/s | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def reasons(facts: dict[str, Any]) -> str:
+    """Where the time goes, as Markdown: milliseconds of each part of reading 512 tokens, and of writing one after."""
+    names = list(facts["parts"])
+    lines = [f"| | {' | '.join(names)} |", "|" + "---|" * (1 + len(names))]
+    for phase in ("reading", "writing"):
+        for part in facts["parts"]["dense"][phase]:
+            cells = [f"{1000 * facts['parts'][name][phase][part]:.1f}" for name in names]
+            lines.append(f"| {phase}: {part} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Tensors set aside on the disk, in a file without a name: it is gone whatever ends the process."""
+
+import os
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hifiprune.errors import RunError, UserError
+from hifiprune.shards import bytes_of
+
+Kept = Callable[[], Tensor]
+"""Gives a tensor that was set aside, as often as it is asked."""
+
+
+class Scratch:
+    """A file in a folder, whose room is used again once what lay there is forgotten.
+
+    Attributes:
+        folder: on the disk that takes it.
+
+    Raises:
+        UserError: no file can be made there.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        try:
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"scratch folder {folder} cannot be used: {error.strerror}") from error
+        self._end = 0
+        self._unused: dict[int, list[int]] = defaultdict(list)
+
+    @property
+    def free_bytes(self) -> int:
+        """Of the disk."""
+        return shutil.disk_usage(self.folder).free
+
+    def keep(self, tensor: Tensor) -> Kept:
+        """Set a tensor aside; what is given back has its dtype and lies on its device.
+
+        Raises:
+            RunError: the disk is full.
+        """
+        return _Aside(self, tensor)
+
+    def write(self, tensor: Tensor) -> int:
+        """Where the bytes of a tensor are from now on."""
+        left = bytes_of(tensor.to("cpu").contiguous())
+        size = len(left)
+        start = self._unused[size].pop() if self._unused[size] else self._end
+        self._end = max(self._end, start + size)
+        place = start
+        try:
+            while left:
+                count = os.pwrite(self._file.fileno(), left, place)
+                left, place = left[count:], place + count
+        except OSError as error:
+            raise RunError(
+                f"what is set aside in {self.folder} could not be written after {self._end / 1e9:.2f} GB: "
+                f"{error.strerror}; free some space there or choose another --scratch"
+            ) from error
+        return start
+
+    def read(self, start: int, tensor: Tensor) -> None:
+        """Fill a tensor with bytes from there on.
+
+        Raises:
+            RunError: the disk does not give them back.
+        """
+        left = bytes_of(tensor)
+        try:
+            while left:
+                count = os.preadv(self._file.fileno(), [left], start)
+                if count == 0:
+                    raise OSError(0, "the file ends too early")
+                left, start = left[count:], start + count
+        except OSError as error:
+            raise RunError(f"what was set aside in {self.folder} cannot be read: {error.strerror}") from error
+
+    def forget(self, start: int, size: int) -> None:
+        """Its room may be used again."""
+        self._unused[size].append(start)
+
+
+class _Aside:
+    """A tensor in the file, for as long as somebody has this."""
+
+    def __init__(self, scratch: Scratch, tensor: Tensor):
+        self._scratch, self._shape, self._dtype, self._device = scratch, tensor.shape, tensor.dtype, tensor.device
+        self._size = tensor.numel() * tensor.element_size()
+        self._start = scratch.write(tensor)
+
+    def __call__(self) -> Tensor:
+        values = torch.empty(self._shape, dtype=self._dtype)
+        self._scratch.read(self._start, values)
+        return values.to(self._device)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_start"):  # not if writing failed
+            self._scratch.forget(self._start, self._size)
+
+
+def set_aside(scratch: Scratch | None, tensor: Tensor) -> Kept:
+    """Keep a tensor on the disk if there is a place for it there, else as it is."""
+    return scratch.keep(tensor) if scratch else lambda: tensor
