@@ -144,7 +144,7 @@ def test_hub_data_sets_are_streamed_by_id_config_and_split(monkeypatch: pytest.M
         asked.append((name, config, split, streaming))
         return Dataset.from_dict({"text": DOCUMENTS}).to_iterable_dataset()
 
-    monkeypatch.setattr("hifiprune.reading.load_dataset", load)
+    monkeypatch.setattr("datasets.load_dataset", load)
     for source in ("org/data", "org/data:validation", "org/data:en:test"):
         assert sorted(read_documents(source)) == sorted(DOCUMENTS)
     assert asked == [
@@ -160,7 +160,7 @@ def test_an_unreachable_hub_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch)
     def fail(*_: object, **__: object) -> None:
         raise ConnectionError("no route\nlong story")
 
-    monkeypatch.setattr("hifiprune.reading.load_dataset", fail)
+    monkeypatch.setattr("datasets.load_dataset", fail)
     with pytest.raises(
         UserError, match=r"there is no file org/data here, and the data hub could not give it: no route$"
     ):

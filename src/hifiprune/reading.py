@@ -6,10 +6,6 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet
-from datasets import load_dataset
-
 from hifiprune.errors import UserError
 from hifiprune.output import local_path
 
@@ -128,6 +124,9 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow as pa  # some hundred megabytes with what it brings, which few runs need
+    import pyarrow.parquet
+
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
             yield from batch.to_pylist()
@@ -143,6 +142,8 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 
 
 def _hub_rows(source: str, seed: int, most: int | None) -> Iterator[Row]:
+    from datasets import load_dataset  # likewise
+
     name, *rest = source.split(":")
     if len(rest) > 2:
         raise UserError(f"'{source}' names no file here, and a hub data set is written id[:config][:split]")

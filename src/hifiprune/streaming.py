@@ -5,9 +5,10 @@ place. `BlockChain` asks its `Shelf` for the rest. Files are read, not mapped, s
 one that runs, and the next in the dtype of the file, which is read meanwhile.
 """
 
+import ctypes
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from hifiprune.scratch import Kept, Scratch, set_aside
 from hifiprune.shards import Stored, stored_tensors
 
 Weights = dict[str, Tensor]
+M_MMAP_THRESHOLD = -3
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,12 @@ def place(module: nn.Module, name: str, values: Tensor | None) -> None:
         set_module_tensor_to_device(module, name, values.device, value=values, clear_cache=False)
 
 
+def _return_what_is_freed() -> None:
+    """Have the C library give large tensors' memory back at once; glibc keeps and splinters it, which adds up."""
+    with suppress(OSError, AttributeError):  # another library, which has no such setting
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+
+
 def shelf_of(model: PreTrainedModel) -> Shelf | None:
     """Where the weights of a streamed model are; None if they are in memory."""
     found: Shelf | None = model.__dict__.get("weight_shelf")
@@ -136,6 +144,7 @@ def stream(
         attention: transformers' name of an implementation.
         scratch: where what runs make of it is set aside, if not in memory.
     """
+    _return_what_is_freed()
     config = checkpoint.config()
     config.dtype = dtype
     with init_empty_weights(include_buffers=False):

@@ -1,0 +1,193 @@
+"""Time and memory beyond what fits: streamed against resident weights, cutting on the disk, and growth with every size.
+
+Random checkpoints in the shapes of Llama-3.2-1B and Llama-2-7B are made on the disk (17 GB for the time being) and go
+through the commands, each in a process of its own whose peak resident memory the system tells. Writes
+`results/scale.json` and `docs/scale.svg`; `--parts` measures some parts anew. Takes about an hour on 2 cores.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import hifiprune as hp
+from hifiprune.checkpoint import find_checkpoint
+from hifiprune.demonstration import fetch_smollm2
+from hifiprune.output import replacing
+from hifiprune.record import describe_environment
+from hifiprune.shards import Piece, write_shard
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / ".cache" / "scale"
+SHAPES: dict[str, dict[str, Any]] = {
+    "1B": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True,
+    },
+    "7B": {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "vocab_size": 32000, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+POOL = torch.randn(2**24, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+
+
+def make(shape: dict[str, Any], folder: Path) -> Path:
+    """A random bfloat16 checkpoint with a tokenizer of bytes, written a piece at a time."""
+    if folder.exists():
+        return folder
+    config = LlamaConfig(dtype="bfloat16", bos_token_id=None, eos_token_id=None, **shape)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    pieces = {
+        name: Piece("BF16", tuple(parameter.shape), partial(_values, tuple(parameter.shape)))
+        for name, parameter in model.named_parameters()
+    }
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({byte: number for number, byte in enumerate(alphabet)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    with replacing(folder) as new:
+        new.mkdir()
+        config.save_pretrained(new)
+        PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(new)
+        write_shard(new / "model.safetensors", pieces)
+    return folder
+
+
+def _values(shape: tuple[int, ...]) -> Iterator[Tensor]:
+    """Rows of a matrix from the pool, a random part of it each; ones for a norm."""
+    if len(shape) == 1:
+        yield torch.ones(shape, dtype=torch.bfloat16)
+        return
+    rows, width = max(1, 2**22 // shape[1]), shape[1]
+    chance = random.Random(str(shape))
+    for first in range(0, shape[0], rows):
+        count = min(rows, shape[0] - first) * width
+        start = chance.randrange(len(POOL) - count)
+        yield POOL[start : start + count].view(-1, width)
+
+
+def text(folder: Path) -> Path:
+    """Random letters, enough for every window here."""
+    path = folder / "text.txt"
+    if not path.exists():
+        path.write_text("".join(random.Random(0).choices("etaoin shrdlu", k=100_000)))
+    return path
+
+
+def run(*words: object) -> dict[str, Any]:
+    """Seconds, peak resident bytes and the record of a command in a process of its own."""
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "hifiprune", *map(str, words), "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    out = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"failed: {' '.join(command)}")
+    return {"seconds": time.perf_counter() - start, "peak": usage.ru_maxrss * 1024, "record": json.loads(out)}
+
+
+def large(name: str) -> dict[str, Any]:
+    """A checkpoint of billions of parameters: scored streamed, and cut on the disk beside a plain copy."""
+    model, windows, positions = make(SHAPES[name], FOLDER / name), 4, 512
+    scored = run(
+        "score", model, "--output", FOLDER / "scores", "--overwrite", "--calibration", text(FOLDER), "--stream",
+        "--num-samples", windows, "--seq-len", positions, "--scratch", FOLDER,
+    )  # fmt: skip
+    bytes_there = find_checkpoint(str(model)).weight_bytes
+    plan = hp.allocate(hp.Scores.load(FOLDER / "scores"), hp.Budget(ratio=0.2))
+    plan.save(FOLDER / "plan.json")
+    rounds = [{"copy": _copied(model), "cut": _cut(model)} for _ in range(3)]
+    pruned = run("prune", model, "--output", FOLDER / "pruned", "--scores", FOLDER / "scores", "--ratio", 0.2)
+    shutil.rmtree(FOLDER / "pruned")
+    parameters = bytes_there // 2
+    return {
+        "parameters": parameters,
+        "weight_bytes": bytes_there,
+        "windows": windows,
+        "positions": positions,
+        "scoring": _brief(scored),
+        "resident_bytes": 4 * parameters,
+        "cutting": rounds,
+        "pruning": _brief(pruned),
+    }
+
+
+def _brief(found: dict[str, Any]) -> dict[str, Any]:
+    stages = {each["name"]: each["seconds"] for each in found["record"]["stages"]}
+    return {"seconds": found["seconds"], "peak_bytes": found["peak"], "stages": stages}
+
+
+def _copied(model: Path) -> float:
+    """Seconds of a plain copy, until it is on the disk."""
+    start = time.perf_counter()
+    shutil.copyfile(model / "model.safetensors", FOLDER / "copy")
+    os.sync()
+    seconds = time.perf_counter() - start
+    (FOLDER / "copy").unlink()
+    return seconds
+
+
+def _cut(model: Path) -> dict[str, float]:
+    """Seconds of `cut_checkpoint`, until it is on the disk, and peak resident bytes."""
+    code = "import sys, hifiprune as hp; hp.cut_checkpoint(*sys.argv[1:3], hp.Plan.load(sys.argv[3]))"
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-c", code, model, FOLDER / "cut", FOLDER / "plan.json"])
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"cutting failed: {status}")
+    os.sync()
+    seconds = time.perf_counter() - start
+    shutil.rmtree(FOLDER / "cut")
+    return {"seconds": seconds, "peak_bytes": usage.ru_maxrss * 1024}
+
+
+def streamed() -> dict[str, Any]:
+    """SmolLM2-135M scored with its weights on the disk and in memory, in turn."""
+    model = fetch_smollm2(ROOT / ".cache" / "smollm2")
+    found: dict[str, list[dict[str, Any]]] = {"--in-memory": [], "--stream": []}
+    for _ in range(3):
+        for how, each in found.items():
+            words = ("--calibration", "python-docs", "--num-samples", 8, "--recompute", how)
+            each.append(_brief(run("score", model, "--output", FOLDER / "scores", "--overwrite", *words)))
+    return {"windows": 8, "positions": 1024, "rounds": found}
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "streamed": streamed,
+    "1B": partial(large, "1B"),
+    "7B": partial(large, "7B"),
+}
+
+
+def main() -> None:
+    """Measure all parts, or some anew."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
+    asked = parser.parse_args()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    path = ROOT / "benchmarks" / "results" / "scale.json"
+    facts = json.loads(path.read_text()) if path.exists() else {}
+    for name in asked.parts:
+        facts["environment"] = describe_environment()
+        facts[name] = PARTS[name]()
+        path.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
