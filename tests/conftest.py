@@ -1,7 +1,7 @@
 """Fixtures: tiny random models of every family with a byte-level tokenizer, the real SmolLM2, and the shared data."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from hifiprune.costs import Pace
 from hifiprune.demonstration import fetch_gguf, fetch_smollm2
 from tests.families import VOCABULARY, tiny_config
 
@@ -79,12 +80,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def no_stopwatch() -> Iterator[None]:
-    """Spare the tenth of a second that every estimate of time takes to measure the machine."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hifiprune.compute._product_speed", lambda *_: 1e9)
-        yield
+@pytest.fixture(autouse=True)
+def stopwatch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the time that estimates of time take, but in tests of those."""
+    if request.node.get_closest_marker("stopwatch") is None:
+        monkeypatch.setattr("hifiprune.compute.product_speed", lambda *_: 1e9)
+        monkeypatch.setattr("hifiprune.costs.Estimator._tried", lambda *_: Pace(1e-3, 1e-3))
+        monkeypatch.setattr("hifiprune.costs.Estimator._moments", lambda *_: 1e-3)
 
 
 @pytest.fixture

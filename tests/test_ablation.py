@@ -31,7 +31,6 @@ from tests.families import tiny_model, tiny_tokens
 
 SIZES = ("--neurons", 20, "--groups", 8, "--group-size", 4, "--seq-len", 24, "--max-windows", 2)
 Record = dict[str, Any]
-pytestmark = pytest.mark.usefixtures("no_stopwatch")
 Array = np.ndarray[Any, Any]
 
 

@@ -42,7 +42,6 @@ SEEDS = (0, 1)
 SIZES = ("--num-samples", 3, "--seq-len", 24, "--round-to", 2)
 MEASURED = ("--max-windows", 5, "--batch-size", 4)
 Record = dict[str, Any]
-pytestmark = pytest.mark.usefixtures("no_stopwatch")
 
 
 @dataclass

@@ -120,7 +120,7 @@ def prune(dense: Path, output: Path, *more: object) -> Result:
 
 @pytest.mark.parametrize("allocation", ["global", "searched"])
 def test_the_command_writes_mixed_widths_that_load_with_and_without_us(
-    world: Path, tmp_path: Path, allocation: str, no_stopwatch: None
+    world: Path, tmp_path: Path, allocation: str
 ) -> None:
     dense, text, output = world / "dense", world / "calibration.txt", tmp_path / "out"
     more = ("--calibration", text, "--num-samples", 8, "--allocation", allocation, "--trials", 8)
@@ -147,7 +147,7 @@ def test_the_command_writes_mixed_widths_that_load_with_and_without_us(
     assert plans[0] == plans[1]
 
 
-def test_scores_made_before_can_be_searched_with(world: Path, tmp_path: Path, no_stopwatch: None) -> None:
+def test_scores_made_before_can_be_searched_with(world: Path, tmp_path: Path) -> None:
     dense, text = world / "dense", world / "calibration.txt"
     assert prune(dense, tmp_path / "one", "--criterion", "random").code == 0
     scores = tmp_path / "one" / "hifiprune" / "scores.safetensors"
@@ -167,7 +167,7 @@ def test_scores_made_before_can_be_searched_with(world: Path, tmp_path: Path, no
     ],
 )
 def test_presets_are_what_their_flags_say(
-    world: Path, tmp_path: Path, preset: str, repair: str, flags: tuple[object, ...], no_stopwatch: None
+    world: Path, tmp_path: Path, preset: str, repair: str, flags: tuple[object, ...]
 ) -> None:
     plans = []
     for name, more in (("preset", ("--preset", preset)), ("flags", (*flags, "--repair", repair))):

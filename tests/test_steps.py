@@ -107,7 +107,7 @@ def test_an_interruption_while_it_is_repaired_leaves_the_model_whole(stop: int) 
     assert_unchanged(model, state, sizes)
 
 
-def test_the_command_takes_steps(world: Path, tmp_path: Path, no_stopwatch: None) -> None:
+def test_the_command_takes_steps(world: Path, tmp_path: Path) -> None:
     start = ("prune", world / "dense", "--width", 20, "--num-samples", 9, "--seq-len", 24)
     text = ("--calibration", world / "calibration.txt")
     result = run(*start, *text, "--steps", 3, "--output", tmp_path / "out", "--json")

@@ -47,7 +47,7 @@ def test_streamed_scores_equal_resident_ones(
     windows, requests = tiny_tokens(5, 9), [(name, hp.Options()) for name in ("hfprune", "fisher", "flap", "magnitude")]
     asked: list[Request] = list(requests)
     theirs = score_all(resident, windows, asked, recompute=True)
-    monkeypatch.setattr("hifiprune.scoring.choose_group", lambda *_, **__: 2)  # of five
+    monkeypatch.setattr("hifiprune.scoring.group_of", lambda *_, **__: 2)  # of five
     ours = score_all(streamed, windows, asked, model_hash="known")
     for one, other in zip(ours, theirs, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one.values, other.values, strict=True)), one.criterion

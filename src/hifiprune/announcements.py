@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from hifiprune.allocation import Budget, Shape, Sharing
 from hifiprune.compute import Compute, estimate_seconds
+from hifiprune.costs import Cost, Estimator, total_disk
 from hifiprune.criteria import CRITERIA, Options, find_criterion
 from hifiprune.parallel import processes
-from hifiprune.passes import choose_recompute, moment_bytes, working_bytes
 from hifiprune.scores import Scores
 from hifiprune.scoring import Request, count_passes
 from hifiprune.steps import Course
@@ -32,66 +32,41 @@ def announce_plan(budget: Budget, shape: Shape, width: int, round_to: int, alloc
 
 
 def announce_scoring(
-    name: str,
-    model: PreTrainedModel,
-    windows: Int[Tensor, "windows positions"],
-    requests: Sequence[Request],
-    compute: Compute,
+    windows: Int[Tensor, "windows positions"], requests: Sequence[Request], estimator: Estimator
 ) -> str:
     """What scoring will cost."""
-    forwards, backwards = count_passes(requests)
-    tokens = compute.batch_size * windows.shape[1]
-    recompute = choose_recompute(model, tokens) if compute.recompute is None else compute.recompute
-    maps = any(find_criterion(name).maps for name, _ in requests)
-    memory = working_bytes(model, tokens, recompute=recompute, objectives=backwards, maps=maps)
-    seconds = estimate_seconds(
-        model.config,
-        windows.numel() // processes(),
-        windows.shape[1],
-        compute.resolved_device,
-        model.dtype,
-        forwards=forwards,
-        backwards=backwards,
-    )
+    cost, (forwards, backwards) = estimator.scoring(requests, len(windows), windows.shape[1]), count_passes(requests)
     criteria = ", ".join(dict.fromkeys(f"'{name}'" for name, _ in requests))
     shared = f", shared out among {processes()} processes" if processes() > 1 else ""
-    kept = 0
-    if any(find_criterion(name).two_stages for name, _ in requests):
-        kept = windows.numel() * model.config.get_text_config().hidden_size * model.dtype.itemsize
-    more = f", and {kept / 1e6:.0f} MB for the dense model's hidden states" if kept else ""
-    if any(find_criterion(name).collects_moments for name, _ in requests):
-        more += f", and {moment_bytes(model) / 1e9:.1f} GB for second moments"
+    how = " (recomputing)" if estimator.recomputes(windows.shape[1]) else ""
     return (
-        f"Scoring {name} by {criteria} on {len(windows)} windows of {windows.shape[1]} tokens{shared}, {model.dtype} "
-        f"on {compute.resolved_device}: {forwards} forward and {backwards} backward passes, about {duration(seconds)} "
-        f"and {memory / 1e9:.1f} GB above the weights{' (recomputing)' if recompute else ''}{more}, if the machine is "
-        "idle."
+        f"Scoring {estimator.checkpoint.name} by {criteria} on {len(windows)} windows of {windows.shape[1]} tokens"
+        f"{shared}, {estimator.dtype} on {estimator.device}: {forwards} forward and {backwards} backward passes{how}, "
+        f"about {duration(cost.seconds)} and {cost.memory / 1e9:.1f} GB of memory, if the machine is idle."
     )
 
 
-def announce_course(
-    model: PreTrainedModel, windows: Int[Tensor, "windows positions"], course: Course, compute: Compute
-) -> str:
+def announce_costs(costs: Sequence[Cost]) -> str:
+    """What a run will cost in all."""
+    seconds, memory, disk = sum(cost.seconds for cost in costs), max(cost.memory for cost in costs), total_disk(costs)
+    return (
+        f"In all about {duration(seconds)}, {memory / 1e9:.1f} GB of memory and {disk / 1e9:.2f} GB on the disk, as a "
+        "trial on one and two blocks tells, if the machine is idle."
+    )
+
+
+def announce_course(course: Course) -> str:
     """How much longer scoring in steps will take."""
-    repairs = course.steps - 1 if course.repair else 0
-    also = f", and {repairs} repairs of {duration(_repair_seconds(model, windows, compute))}" if repairs else ""
+    also = f", and {course.steps - 1} repairs" if course.repair else ""
     return f"That {course.steps} times, on models that are smaller each time{also}."
 
 
-def _repair_seconds(model: PreTrainedModel, windows: Int[Tensor, "windows positions"], compute: Compute) -> float:
-    """Forward passes of the dense and the cut model, and half a pass for the moments."""
-    config, device = model.config.get_text_config(), compute.resolved_device
-    return 2.5 * estimate_seconds(config, windows.numel(), windows.shape[1], device, model.dtype, backwards=0)
-
-
-def announce_repair(model: PreTrainedModel, windows: Int[Tensor, "windows positions"], compute: Compute) -> str:
+def announce_repair(windows: Int[Tensor, "windows positions"], width: int, estimator: Estimator) -> str:
     """What repair will cost."""
-    config, seconds = model.config.get_text_config(), _repair_seconds(model, windows, compute)
-    kept = windows.numel() * (2 * config.hidden_size + config.intermediate_size) * model.dtype.itemsize
+    cost = estimator.repair(len(windows), windows.shape[1], width)
     return (
-        f"Repairing on {len(windows)} windows of {windows.shape[1]} tokens, {model.dtype} on "
-        f"{compute.resolved_device}: about {duration(seconds)} and {kept / 1e9:.1f} GB of memory above the weights, if "
-        "the machine is idle."
+        f"Repairing on {len(windows)} windows of {windows.shape[1]} tokens, {estimator.dtype} on {estimator.device}: "
+        f"about {duration(cost.seconds)} and {cost.memory / 1e9:.1f} GB of memory, if the machine is idle."
     )
 
 

@@ -94,6 +94,11 @@ class Checkpoint:
         """Size of the weight files that are on this disk."""
         return sum(file.stat().st_size for file in self.weight_files if file.is_file())
 
+    @property
+    def is_here(self) -> bool:
+        """Whether all weights are on this disk."""
+        return all(file.is_file() for file in self.weight_files)
+
     def config(self) -> PretrainedConfig:
         """The model's configuration, a new copy.
 

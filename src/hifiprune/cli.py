@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -26,6 +27,7 @@ from hifiprune.options import (
     CriterionName,
     Debug,
     Device,
+    DryRun,
     Dtype,
     Floor,
     LabelSamples,
@@ -105,6 +107,7 @@ def prune(
     attention: Attention = None,
     shard_size: ShardSize = "5GB",
     overwrite: Overwrite = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -138,9 +141,11 @@ def prune(
         compute=hp.Compute(device, dtype, batch_size, recompute, attention, stream, scratch),
         shard_size=shard_size,
         overwrite=overwrite,
+        dry_run=dry_run,
         voice=speaker,
     )
-    show(record.to_dict(), as_json, lambda: printing.pruned(record, output))
+    told = partial(printing.foreseen, record) if dry_run else partial(printing.pruned, record, output)
+    show(record.to_dict(), as_json, told)
 
 
 @app.command()
@@ -168,6 +173,7 @@ def score(
     scratch: Scratch = None,
     attention: Attention = None,
     overwrite: Overwrite = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -185,9 +191,11 @@ def score(
         ratio=ratio,
         compute=hp.Compute(device, dtype, batch_size, recompute, attention, stream, scratch),
         overwrite=overwrite,
+        dry_run=dry_run,
         voice=voice(),
     )
-    show(record.to_dict(), as_json, lambda: printing.scored(record, model, output))
+    told = partial(printing.foreseen, record) if dry_run else partial(printing.scored, record, model, output)
+    show(record.to_dict(), as_json, told)
 
 
 @app.command()

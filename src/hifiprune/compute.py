@@ -89,10 +89,10 @@ def estimate_seconds(
     weights = layers * (3 * hidden * width + 2 * hidden * head_width * (heads + keys)) + hidden * text.vocab_size
     attention = (2 * forwards + 5 * backwards) * layers * positions * heads * head_width  # causal
     operations = tokens * (2 * (forwards + backwards) * weights + attention)
-    return float(operations) / _product_speed(hidden, width, device, dtype)
+    return float(operations) / product_speed(hidden, width, device, dtype)
 
 
-def _product_speed(hidden: int, width: int, device: str, dtype: torch.dtype) -> float:
+def product_speed(hidden: int, width: int, device: str, dtype: torch.dtype) -> float:
     """Operations per second of `[512, hidden] @ [hidden, width]`."""
     left = torch.randn(512, hidden, device=device, dtype=dtype)
     right = torch.randn(hidden, width, device=device, dtype=dtype)

@@ -101,6 +101,7 @@ TaskNames = Annotated[
 TaskPath = Annotated[Path | None, Option(help="Folder of more task files.")]
 Limit = Annotated[int | None, Option(help="So many items of each task, drawn at random, always the same.")]
 ShardSize = Annotated[str, Option(help="Largest weight file.")]
+DryRun = Annotated[bool, Option("--dry-run", help="Say what it will cost in time, memory and disk, and stop.")]
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object on standard output.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing output.")]
 Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]

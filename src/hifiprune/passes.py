@@ -1,8 +1,10 @@
 """One run over the calibration windows that serves any number of criteria."""
 
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -37,6 +39,17 @@ class Job:
 
     def __str__(self) -> str:
         return f"{self.statistic.__name__} of {', '.join(map(repr, self.kernels))}"
+
+
+def needs(jobs: Sequence[Job]) -> tuple[list[Kernel], list[int]]:
+    """The kernels that a sweep for these jobs differentiates, and the numbers of those for which maps are seen."""
+    kernels = list(dict.fromkeys(kernel for job in jobs for kernel in job.kernels))
+    return kernels, [n for n, kernel in enumerate(kernels) if any(job.maps and kernel in job.kernels for job in jobs)]
+
+
+def serves(job: Job, kernels: Sequence[Kernel], seen: Seen) -> bool:
+    """Whether a job takes from what is seen on the way forward, or back from one of these kernels."""
+    return not job.kernels if seen.kernel is None else kernels[seen.kernel] in job.kernels
 
 
 @dataclass
@@ -95,14 +108,13 @@ class Pass:
             settled: is asked then, and halves of the totals are kept for it.
         """
         wanted = list(dict.fromkeys(jobs))
-        kernels = list(dict.fromkeys(kernel for job in wanted for kernel in job.kernels))
-        maps = [number for number, kernel in enumerate(kernels) if any(j.maps and kernel in j.kernels for j in wanted)]
+        kernels, maps = needs(wanted)
         self.totals, self.sums = {job: {} for job in wanted}, dict.fromkeys(kernels, 0.0)
         self.halves = {job: {} for job in wanted} if settled else {}
 
         def visit(seen: Seen) -> None:
             for job in wanted:
-                if (kernels[seen.kernel] in job.kernels) if seen.kernel is not None else not job.kernels:
+                if serves(job, kernels, seen):
                     self._add(job, seen)
 
         starts = range(0, len(self.windows), self.batch_size)
@@ -214,30 +226,49 @@ def working_bytes(
 
     With `maps` also the weight gradients of one MLP.
     """
-    config = model.config.get_text_config()
-    graph = tokens * (4 * config.intermediate_size + 14 * config.hidden_size)
-    boundaries = config.num_hidden_layers * tokens * 2 * config.hidden_size
-    kept = 2 * graph + boundaries if recompute else config.num_hidden_layers * graph
-    more = (objectives - 1) * tokens * config.hidden_size
-    slices = 4 * max(SLICE_BYTES, 4 * SLICE_ROWS * config.vocab_size)
+    config, state, graph = model.config.get_text_config(), state_bytes(model, tokens), graph_bytes(model, tokens)
+    kept = 2 * graph + 2 * config.num_hidden_layers * state if recompute else config.num_hidden_layers * graph
     products = 3 * 4 * config.intermediate_size * config.hidden_size if maps else 0
-    return int((kept + more) * model.dtype.itemsize + slices + products)
+    return int(kept + (objectives - 1) * state + slice_bytes(model) + products)
 
 
-def choose_group(model: PreTrainedModel, tokens: int, objectives: int = 1) -> int:
-    """How many batches of `tokens` positions go through a block in turn: one, or what a quarter of free memory holds.
+def state_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Of the hidden states of so many tokens."""
+    return int(tokens * model.config.get_text_config().hidden_size * model.dtype.itemsize)
 
-    Of a streamed model's batch the inputs of all blocks are kept, while its weights are read twice for the whole group;
-    with scratch they are on the disk, of which they take half of what is free.
-    """
-    shelf, config = shelf_of(model), model.config.get_text_config()
+
+def graph_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Of one block's graph."""
+    config = model.config.get_text_config()
+    return int(tokens * (4 * config.intermediate_size + 14 * config.hidden_size) * model.dtype.itemsize)
+
+
+def slice_bytes(model: PreTrainedModel) -> int:
+    """Of logits and their gradients, of which one slice of positions is there at a time."""
+    return int(4 * max(SLICE_BYTES, 4 * SLICE_ROWS * model.config.get_text_config().vocab_size))
+
+
+def group_of(model: PreTrainedModel, tokens: int, objectives: int = 0) -> int:
+    """How many batches of `tokens` positions go through a block in turn: one, where weights are in memory."""
+    shelf = shelf_of(model)
     if shelf is None:
         return 1
-    state = int(tokens * config.hidden_size * model.dtype.itemsize)
-    inputs, moving = int(config.num_hidden_layers) * state, (2 + objectives) * state
-    if shelf.scratch is None:
-        return max(1, free_bytes(model.device) // 4 // (inputs + moving))
-    return max(1, min(free_bytes(model.device) // 4 // moving, shelf.scratch.free_bytes // 2 // inputs))
+    return choose_group(model, tokens, objectives, shelf.device, shelf.scratch.folder if shelf.scratch else None)
+
+
+def choose_group(
+    model: PreTrainedModel, tokens: int, objectives: int, device: torch.device, scratch: str | Path | None
+) -> int:
+    """How many batches of `tokens` positions go through a streamed model's block in turn: what memory has room for.
+
+    The inputs of all blocks are kept of each, while weights are read twice for the whole group; they take a quarter of
+    the memory that is free, or half of what is free on the disk where `scratch` is.
+    """
+    state = state_bytes(model, tokens)
+    inputs, moving = int(model.config.get_text_config().num_hidden_layers) * state, (2 + objectives) * state
+    if scratch is None:
+        return max(1, free_bytes(device) // 4 // (inputs + moving))
+    return max(1, min(free_bytes(device) // 4 // moving, shutil.disk_usage(scratch).free // 2 // inputs))
 
 
 def moment_bytes(model: PreTrainedModel) -> int:

@@ -44,6 +44,7 @@ def score_checkpoint(
     ratio: float | None = None,
     compute: Compute = Compute(),
     overwrite: bool = False,
+    dry_run: bool = False,
     voice: Voice = SILENT,
 ) -> RunRecord:
     """Score a checkpoint and write the scores, from which it can be pruned at any ratio in seconds.
@@ -59,6 +60,7 @@ def score_checkpoint(
         ratio: for which the scores will be used.
         compute: device and arithmetic.
         overwrite: replace an existing output.
+        dry_run: stop once it is known what the run will cost, which the record then says.
         voice: tells of progress.
 
     Raises:
@@ -86,6 +88,9 @@ def score_checkpoint(
     unfinished = Unfinished.beside(target, "score", voice)
     stages = Stages(checkpoint, calibration, compute, record, voice, unfinished, _resident(calibration))
     stages.read()
+    stages.foresee(request, None)
+    if dry_run:
+        return record
     scores = stages.score(request, stability=stability)
     if rank() > 0:
         return record
@@ -116,6 +121,7 @@ def prune(
     compute: Compute = Compute(),
     shard_size: str = "5GB",
     overwrite: bool = False,
+    dry_run: bool = False,
     voice: Voice = SILENT,
 ) -> RunRecord:
     """Prune a checkpoint into the new folder `output`, from calibration data or from scores made before.
@@ -148,6 +154,7 @@ def prune(
         compute: device and arithmetic of scoring.
         shard_size: largest weight file, such as `5GB`.
         overwrite: replace an existing output.
+        dry_run: stop once it is known what the run will cost, which the record then says.
         voice: tells of progress.
 
     Raises:
@@ -191,9 +198,14 @@ def prune(
     unfinished, resident = Unfinished.beside(target, "prune", voice), _resident(calibration, course, bias_compensation)
     stages = Stages(checkpoint, calibration, compute, record, voice, unfinished, resident)
     stages.read()
-    if used is None:
-        settled = options or Options(seed=calibration.seed if calibration else 0)
-        used = stages.score((criterion, settled.for_ratio(ratio)), course, stability)
+    settled = options or Options(seed=calibration.seed if calibration else 0)
+    request = None if used else (criterion, settled.for_ratio(ratio))
+    stages.foresee(request, 1 - shape.ratio_at(width), width if course.repair else 0, steps)
+    if dry_run:
+        return record
+    if request:
+        used = stages.score(request, course, stability)
+    assert used
     if rank() > 0:
         return record  # the first process does the rest
     plan = stages.plan(used, budget, round_to, sharing)

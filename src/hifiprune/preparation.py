@@ -21,7 +21,7 @@ from hifiprune.record import RunRecord
 from hifiprune.scratch import Scratch
 from hifiprune.streaming import stream
 from hifiprune.texts import Text
-from hifiprune.voice import Voice
+from hifiprune.voice import SILENT, Voice
 
 FITS = 0.8
 """Share of the free memory that weights may take before they are streamed."""
@@ -97,7 +97,7 @@ def load_hashed(
     with record.stage("loading the weights"):
         checkpoint.fetch()
         plainly = stored_plainly(checkpoint)
-        if voice and _streams(checkpoint, compute, dtype, voice, plainly=plainly):
+        if voice and streams(checkpoint, compute, dtype, voice):
             scratch = Scratch(compute.scratch) if compute.scratch else None
             return stream(checkpoint, dtype, device, compute.attention, scratch), hash_stored(checkpoint)
         if voice and compute.scratch:
@@ -112,8 +112,15 @@ def load_hashed(
     return model, model_hash
 
 
-def _streams(checkpoint: Checkpoint, compute: Compute, dtype: torch.dtype, voice: Voice, *, plainly: bool) -> bool:
-    """Whether weights stay on the disk: as was asked for, or where they would not fit into the memory that is free."""
+def streams(checkpoint: Checkpoint, compute: Compute, dtype: torch.dtype, voice: Voice = SILENT) -> bool:
+    """Whether weights stay on the disk: as was asked for, or where they would not fit into the memory that is free.
+
+    Weights that are not on this disk yet are taken to be stored plainly.
+
+    Raises:
+        UserError: it is asked for, but they are not stored in a way that allows it.
+    """
+    plainly = not checkpoint.is_here or stored_plainly(checkpoint)
     if compute.stream is not None:
         if compute.stream and not plainly:
             raise UserError(
@@ -121,10 +128,8 @@ def _streams(checkpoint: Checkpoint, compute: Compute, dtype: torch.dtype, voice
                 "cannot be read block by block; leave out --stream"
             )
         return compute.stream
-    needed, free = (
-        count_parameters(checkpoint.skeleton()) * dtype.itemsize,
-        free_bytes(torch.device(compute.resolved_device)),
-    )
+    needed = count_parameters(checkpoint.skeleton()) * dtype.itemsize
+    free = free_bytes(torch.device(compute.resolved_device))
     if not plainly or needed < FITS * free:
         return False
     voice.say(

@@ -48,6 +48,16 @@ def scored(record: RunRecord, model: str, output: Path) -> None:
     next_step("prune", model, "--scores", output, "--ratio", 0.2, "--output", "DIR")
 
 
+def foreseen(record: RunRecord) -> None:
+    """What a run would cost."""
+    table = _table("stage", "seconds", "memory", "disk")
+    for cost in record.expected:
+        memory, disk = megabytes(cost["memory"]), megabytes(cost["disk"]) if cost["disk"] else ""
+        table.add_row(cost["step"], f"{cost['seconds']:.1f} s", memory, disk)
+    _show(table)
+    Console().print("Nothing was made. Next: the same command without --dry-run", highlight=False)
+
+
 def recovered(record: RunRecord, output: Path) -> None:
     """What `recover` reached."""
     results, table = record.results, _table("", "before", "after")
@@ -309,9 +319,11 @@ def _cost(stage: dict[str, Any]) -> tuple[str, str]:
 
 
 def _costs(record: RunRecord) -> None:
-    table = _table("stage", "seconds", "memory")
+    expected = {cost["step"]: f"{cost['seconds']:.1f} s" for cost in record.expected}
+    table = _table("stage", "seconds", "expected", "memory")
     for stage in record.stages:
-        table.add_row(stage["name"], *_cost(stage))
+        seconds, memory = _cost(stage)
+        table.add_row(stage["name"], seconds, expected.get(stage["name"], ""), memory)
     _show(table)
     if record.reused_parts:
         Console().print(f"Not counted: {record.reused_parts} parts that were there from an interrupted run.")

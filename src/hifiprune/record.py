@@ -27,6 +27,7 @@ class RunRecord:
         arguments: as given, defaults filled in.
         results: what came out: ratios, widths, hashes, metrics.
         stages: seconds and peak memory in bytes of each stage, in order.
+        expected: what stages were expected to cost, before they began.
         environment: versions, platform and device.
         reused_parts: how many were there from an interrupted run, whose seconds the stages do not count.
     """
@@ -35,6 +36,7 @@ class RunRecord:
     arguments: dict[str, Any]
     results: dict[str, Any] = field(default_factory=dict)
     stages: list[dict[str, Any]] = field(default_factory=list)
+    expected: list[dict[str, Any]] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=lambda: describe_environment())
     reused_parts: int = 0
 

@@ -20,7 +20,7 @@ from hifiprune.hashing import hash_model, hash_tokens
 from hifiprune.neurons import Mlp, count_parameters, find_mlps
 from hifiprune.objectives import CrossEntropy
 from hifiprune.parallel import check_share
-from hifiprune.passes import Job, Pass, Track, choose_group, choose_recompute, free_bytes, moment_bytes
+from hifiprune.passes import Job, Pass, Track, choose_recompute, free_bytes, group_of, moment_bytes, needs
 from hifiprune.plan import Plan, highest
 from hifiprune.resuming import Keeper
 from hifiprune.scores import Scores
@@ -120,8 +120,8 @@ def score_all(
         facts |= {"windows": len(windows), "positions": windows.shape[1]}
         facts |= {"batch_size": batch_size, "recompute": recompute}
     with frozen(model):
-        tokens = batch_size * windows.shape[1] if windows is not None else 1
-        group = choose_group(model, tokens, objectives=max(1, count_passes(requests)[1]))
+        objectives = max([len(needs(jobs)[0]) for jobs in passes_of(requests)], default=0)
+        group = group_of(model, batch_size * windows.shape[1], objectives) if windows is not None else 1
         how = {"batch_size": batch_size, "recompute": bool(recompute), "track": track, "group": group}
         outcomes = _run(model, windows, asked, keeper, stability, **how)
         model_hash = model_hash or hash_model(model)
@@ -184,10 +184,15 @@ class Schedule:
 
 def count_passes(requests: Sequence[Request]) -> tuple[int, int]:
     """How many forward and backward passes over the windows `score_all` will take."""
+    passes = passes_of(requests)
+    return len(passes), sum(len(needs(jobs)[0]) for jobs in passes)
+
+
+def passes_of(requests: Sequence[Request]) -> list[list[Job]]:
+    """The jobs of each pass over the windows that `score_all` will make."""
     schedule = Schedule.of([Asked(find_criterion(name), options) for name, options in requests])
     passes = [schedule.first, *([each.job for each in group if each.job] for group in schedule.later.values())]
-    backwards = [{kernel for job in jobs for kernel in job.kernels} for jobs in passes]
-    return sum(map(bool, passes)), sum(map(len, backwards))
+    return [jobs for jobs in passes if jobs]
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """Tensors set aside on the disk, in a file without a name: it is gone whatever ends the process."""
 
 import os
-import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable
@@ -35,11 +34,6 @@ class Scratch:
             raise UserError(f"scratch folder {folder} cannot be used: {error.strerror}") from error
         self._end = 0
         self._unused: dict[int, list[int]] = defaultdict(list)
-
-    @property
-    def free_bytes(self) -> int:
-        """Of the disk."""
-        return shutil.disk_usage(self.folder).free
 
     def keep(self, tensor: Tensor) -> Kept:
         """Set a tensor aside; what is given back has its dtype and lies on its device.

@@ -12,15 +12,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hifiprune.allocation import Budget, Sharing, allocate
-from hifiprune.announcements import announce_course, announce_repair, announce_scoring, announce_search, remark_on_scale
+from hifiprune.announcements import (
+    announce_costs,
+    announce_course,
+    announce_repair,
+    announce_scoring,
+    announce_search,
+    remark_on_scale,
+)
 from hifiprune.calibration import Calibration, load_windows, sample_windows
 from hifiprune.checkpoint import Checkpoint
 from hifiprune.compute import Compute
+from hifiprune.costs import Estimator
 from hifiprune.cutting import hash_stored, output_maps, stored_plainly, write_cut
 from hifiprune.errors import UserError
 from hifiprune.neurons import find_mlps
 from hifiprune.plan import Plan
-from hifiprune.preparation import load_hashed
+from hifiprune.preparation import load_hashed, streams
 from hifiprune.reading import SELF
 from hifiprune.record import RunRecord
 from hifiprune.repair import cut_and_repair_
@@ -77,6 +85,42 @@ class Stages:
         """The output is there: what was kept for an interrupted run can go."""
         self.unfinished.remove()
 
+    @cached_property
+    def estimator(self) -> Estimator:
+        """Tells what steps will cost; made before the weights are loaded."""
+        if self.checkpoint.is_here:
+            self.checkpoint.fetch()
+        dtype = self.compute.dtype_for(self.checkpoint)
+        return Estimator(
+            self.checkpoint,
+            self.compute,
+            streamed=not self.resident and streams(self.checkpoint, self.compute, dtype),
+        )
+
+    def foresee(self, request: Request | None, share: float | None, width: int = 0, steps: int = 1) -> None:
+        """Tell and record what will be done, and what it will cost.
+
+        Args:
+            request: criterion to score by, if the scores are not there.
+            share: of the weights that is written, if any is.
+            width: that is repaired, if it is.
+            steps: how often the model is scored, and repaired.
+        """
+        estimator, text = self.estimator, self.calibration
+        sizes = (text.num_samples, text.seq_len) if text else (0, 0)
+        loads = request or width or (self.checkpoint.is_here and not self.stored_plainly)
+        costs = [estimator.loading() if loads else estimator.checking()]
+        if request:
+            costs.append(estimator.scoring([request], *sizes, times=steps))
+        if width:
+            costs.append(estimator.repair(*sizes, width, times=steps))
+        if share is not None:
+            costs.append(estimator.writing(share))
+        self.record.expected = [asdict(cost) for cost in costs]
+        self.voice.say(announce_costs(costs))
+        if not self.checkpoint.is_here:
+            self.voice.say("The weights are still to be downloaded, which is not counted.")
+
     def load(self, dtype: torch.dtype | None = None, scores: Scores | None = None) -> PreTrainedModel:
         """The dense model, in the dtype for computing if no other is asked for; `scores` must be its own.
 
@@ -109,7 +153,7 @@ class Stages:
         model, windows = self.load(), None
         if self.calibration:
             windows = self.windows(model)
-            self.voice.say(announce_scoring(self.checkpoint.name, model, windows, [request], self.compute))
+            self.voice.say(announce_scoring(windows, [request], self.estimator))
             self.voice.say("Interrupted, the same command goes on where it stopped.")
         how: dict[str, Any] = {
             "batch_size": self.compute.batch_size,
@@ -124,7 +168,7 @@ class Stages:
                 scores = score(model, windows, *request, track=track, stability=stability, **how)
             else:
                 assert windows is not None
-                self.voice.say(announce_course(model, windows, course, self.compute))
+                self.voice.say(announce_course(course))
                 scores = score_in_steps(model, windows, request, course, track=self.voice.track, **how)
         self.record.reused_parts = len(self.unfinished.reused)
         return scores
@@ -198,7 +242,7 @@ class Stages:
     def repair_(self, model: PreTrainedModel, plan: Plan) -> list[dict[str, Any]]:
         """Cut and repair the model; how each layer's refit went, as plain data."""
         windows = self.windows(model)
-        self.voice.say(announce_repair(model, windows, self.compute))
+        self.voice.say(announce_repair(windows, max(plan.widths), self.estimator))
         with self.record.stage("cutting and repairing"):
             size, track = self.compute.batch_size, self.voice.track("repairing")
             refits = cut_and_repair_(model, plan, windows, batch_size=size, track=track)

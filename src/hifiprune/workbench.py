@@ -16,7 +16,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hifiprune.announcements import announce_scoring, duration
 from hifiprune.calibration import Calibration, sample_windows
+from hifiprune.checkpoint import find_checkpoint
 from hifiprune.compute import Compute, estimate_seconds
+from hifiprune.costs import Estimator
 from hifiprune.criteria import find_criterion
 from hifiprune.evaluation import Exam, Reference, Tasks, measure_windows
 from hifiprune.hashing import hash_tokens
@@ -74,7 +76,8 @@ class Workbench:
         missing = {path: request for path, request in zip(paths, requests, strict=True) if path not in found}
         if missing:
             wanted = list(missing.values())
-            cost = announce_scoring(self.name, self.model, windows, wanted, self.compute)
+            estimator = Estimator(find_checkpoint(self.name), self.compute, loaded=True)
+            cost = announce_scoring(windows, wanted, estimator)
             self.voice.say(f"Draw with seed {calibration.seed}: {cost}")
             made = score_all(
                 self.model,

@@ -19,7 +19,7 @@ from hifiprune.errors import UserError
 from hifiprune.evaluation.intervals import Estimate, bootstrap_mean
 from hifiprune.guards import check_windows, frozen, memory_explained
 from hifiprune.head import Head
-from hifiprune.passes import choose_group
+from hifiprune.passes import group_of
 
 Track = Callable[[Iterable[Tensor]], Iterable[Tensor]]
 LogProbs = Float[Tensor, "rows vocabulary"]
@@ -66,7 +66,7 @@ class Reference:
         with frozen(model):
             chain = BlockChain(model)
             hidden = torch.empty(*windows.shape, chain.head.linear.in_features, dtype=model.dtype)
-            group = batch_size * choose_group(model, batch_size * windows.shape[1])
+            group = batch_size * group_of(model, batch_size * windows.shape[1])
             for some, target in zip(track(windows.split(group)), hidden.split(group), strict=True):
                 batches = some.to(model.device, torch.int64).split(batch_size)
                 with memory_explained(model, batches[0].numel()):
@@ -133,7 +133,7 @@ def measure_windows(
         sizes = [head.vocabulary for head in heads]
         if len(set(sizes)) != 1:
             raise UserError(f"the vocabularies differ ({sizes[0]} and {sizes[1]}); compare a model with its own origin")
-        group = batch_size * max(choose_group(each, batch_size * windows.shape[1]) for each in models)
+        group = batch_size * max(group_of(each, batch_size * windows.shape[1]) for each in models)
         for number, some in enumerate(track(windows.split(group))):
             batches = some.to(torch.int64).split(batch_size)
             with memory_explained(model, batches[0].numel()):

@@ -1,0 +1,295 @@
+"""What a run will cost, told by a short trial: the very code, on models of one and of two blocks of the true sizes."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil
+from typing import Any
+
+import psutil
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+
+from hifiprune.blocks import BlockChain
+from hifiprune.checkpoint import Checkpoint
+from hifiprune.compute import Compute, product_speed
+from hifiprune.criteria import find_criterion
+from hifiprune.cutting import stored_plainly
+from hifiprune.guards import frozen
+from hifiprune.hashing import hash_chunks
+from hifiprune.neurons import count_parameters, find_blocks, find_mlps
+from hifiprune.parallel import processes
+from hifiprune.passes import (
+    Job,
+    choose_group,
+    free_bytes,
+    graph_bytes,
+    moment_bytes,
+    needs,
+    serves,
+    slice_bytes,
+    state_bytes,
+    working_bytes,
+)  # fmt: skip
+from hifiprune.ridge import DAMPINGS, HeldOut, Moments
+from hifiprune.scoring import Request, passes_of
+from hifiprune.shards import Stored, stored_tensors
+from hifiprune.streaming import place
+from hifiprune.taps import Seen
+
+TRIAL_SECONDS = 0.5
+"""That a sweep through one block may take; longer windows are tried by their first positions."""
+ROUNDS = 3
+VOCABULARY = 2048
+PROBE_BYTES = 2**26
+SOLVED = 1024
+"""Neurons of the system that is solved on trial."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step takes.
+
+    Attributes:
+        step: as run records call it.
+        seconds: on an idle machine.
+        memory: resident bytes at the peak; on a GPU its own.
+        disk: bytes that are written.
+    """
+
+    step: str
+    seconds: float
+    memory: int
+    disk: int = 0
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of a batch: in each block, and outside of them."""
+
+    block: float
+    rest: float
+
+
+def total_disk(costs: Sequence[Cost]) -> int:
+    """Bytes that are written in all."""
+    return sum(cost.disk for cost in costs)
+
+
+class Estimator:
+    """Costs of the steps that a checkpoint can take.
+
+    Args:
+        checkpoint: of the dense model; its weights are not loaded for that.
+        compute: device and arithmetic.
+        streamed: whether weights stay on the disk.
+        loaded: whether they are in memory already.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, compute: Compute, *, streamed: bool = False, loaded: bool = False):
+        self.checkpoint, self.compute, self.streamed = checkpoint, compute, streamed
+        self.dtype, self.device = compute.dtype_for(checkpoint), torch.device(compute.resolved_device)
+        skeleton: Any = checkpoint.skeleton()
+        self.skeleton: PreTrainedModel = skeleton.to(self.dtype)
+        self.config = self.skeleton.config.get_text_config()
+        self.layers = len(find_mlps(self.skeleton))
+        self.weights = 0 if streamed or loaded else count_parameters(self.skeleton) * self.dtype.itemsize
+        self._paces: dict[Any, Pace] = {}
+        own = psutil.Process().memory_info().rss
+        self.base = self.weights + (own if self.device.type == "cpu" else 0)
+
+    def loading(self) -> Cost:
+        """Reading the weights, and their hash."""
+        read, hashed = self._rates
+        seconds = self.checkpoint.weight_bytes * (hashed + (0 if self.streamed else read))
+        return Cost("loading the weights", seconds, self.base)
+
+    def checking(self) -> Cost:
+        """Their hash alone."""
+        return Cost("checking the weights", self.checkpoint.weight_bytes * self._rates[1], self.base - self.weights)
+
+    def writing(self, share: float) -> Cost:
+        """Writing a share of the weights."""
+        size = int(self.checkpoint.weight_bytes * share)
+        return Cost("writing", size * self._rates[0], self.base - self.weights, size)
+
+    def scoring(self, requests: Sequence[Request], windows: int, positions: int, times: int = 1) -> Cost:
+        """Scoring, so many times, on this process's share of the windows."""
+        size, tokens = self.compute.batch_size, self.compute.batch_size * positions
+        batches = ceil(ceil(windows / size) / processes())
+        passes = passes_of(requests)
+        objectives = max([1, *(len(needs(jobs)[0]) for jobs in passes)])
+        group = min(batches, self._group(tokens, objectives))
+        recompute = self.recomputes(positions)
+        seconds = 0.0
+        for jobs in passes:
+            pace = self._pace(jobs, positions, recompute)
+            computing = batches * (self.layers * pace.block + pace.rest)
+            seconds += self._streamed(computing, (2 if needs(jobs)[0] else 1) * ceil(batches / group))
+        more = 0
+        if any(find_criterion(name).two_stages for name, _ in requests):
+            more += windows * state_bytes(self.skeleton, positions)
+        if any(find_criterion(name).collects_moments for name, _ in requests):
+            more += moment_bytes(self.skeleton)
+        if self.streamed:
+            states = group * (2 + objectives + (0 if self.compute.scratch else self.layers))
+            more += states * state_bytes(self.skeleton, tokens)
+            more += max(self._two_blocks + 2 * graph_bytes(self.skeleton, tokens), slice_bytes(self.skeleton))
+        else:
+            maps = any(job.maps for jobs in passes for job in jobs)
+            more += working_bytes(self.skeleton, tokens, recompute=recompute, objectives=objectives, maps=maps)
+        disk = group * self.layers * state_bytes(self.skeleton, tokens) if self.streamed and self.compute.scratch else 0
+        return Cost("scoring", times * seconds, self.base + more, disk)
+
+    def repair(self, windows: int, positions: int, width: int, times: int = 1) -> Cost:
+        """Refitting every output map to `width` neurons, so many times: two forward passes, moments, solutions."""
+        size, hidden = self.compute.batch_size, self.config.hidden_size
+        batches, kept = ceil(windows / size), min(width, SOLVED)
+        pace = self._pace([], positions, recompute=False)
+        adding, solving = self._moments(size * positions, width), self._solution(kept) * (width / kept) ** 3
+        per_block = batches * (2.3 * pace.block + adding) + solving
+        seconds = self._streamed(self.layers * per_block, 1)
+        states = windows * positions * (2 * hidden + width) * self.dtype.itemsize
+        sums = 8 * (8 * width * width + 4 * width * hidden)
+        more = (0 if self.streamed and self.compute.scratch else states) + sums
+        more += (self._two_blocks if self.streamed else 0) + graph_bytes(self.skeleton, size * positions)
+        return Cost("cutting and repairing", times * seconds, self.base + more)
+
+    def recomputes(self, positions: int) -> bool:
+        """Whether blocks will be run twice rather than their graphs kept."""
+        if self.compute.recompute is not None or self.streamed:
+            return self.streamed or bool(self.compute.recompute)
+        needed = working_bytes(self.skeleton, self.compute.batch_size * positions, recompute=False)
+        return needed > (free_bytes(self.device) - self.weights) // 2
+
+    def _group(self, tokens: int, objectives: int) -> int:
+        if not self.streamed:
+            return 1
+        return choose_group(self.skeleton, tokens, objectives, self.device, self.compute.scratch)
+
+    @cached_property
+    def _stored_blocks(self) -> int:
+        """Bytes of all blocks in the files."""
+        parameters = sum(parameter.numel() for parameter in find_blocks(self.skeleton).parameters())
+        return parameters * self.checkpoint.dtype().itemsize
+
+    @property
+    def _two_blocks(self) -> int:
+        """The block that runs, and the next one as it is stored."""
+        stored = self._stored_blocks // self.layers
+        return stored + stored * self.dtype.itemsize // self.checkpoint.dtype().itemsize
+
+    def _streamed(self, computing: float, sweeps: int) -> float:
+        """Seconds of computing while the blocks are read so many times, if they are."""
+        reading = sweeps * self._stored_blocks * self._rates[0] if self.streamed else 0.0
+        return max(computing, reading)
+
+    @cached_property
+    def _rates(self) -> tuple[float, float]:
+        """Seconds a stored byte to read it, and to read and hash it; zero while the weights are not on this disk."""
+        if not self.checkpoint.is_here or not stored_plainly(self.checkpoint):
+            return 0.0, 0.0
+        tensors = stored_tensors(self.checkpoint.weight_files).values()
+        largest = max(tensors, key=lambda tensor: tensor.bytes)
+        rows = max(1, min(largest.shape[0], PROBE_BYTES * largest.shape[0] // largest.bytes))
+        part = Stored(largest.path, largest.kind, (rows, *largest.shape[1:]), largest.start)
+        start = time.perf_counter()
+        part.whole().to(self.dtype)
+        read = time.perf_counter() - start
+        start = time.perf_counter()
+        hash_chunks([("part", part.shape, part.chunks())])
+        return read / part.bytes, (time.perf_counter() - start) / part.bytes
+
+    def _pace(self, jobs: Sequence[Job], positions: int, recompute: bool) -> Pace:
+        """By differences between models of one and two blocks, and of one and two vocabularies."""
+        key = tuple(jobs), positions, recompute
+        if key not in self._paces:
+            self._paces[key] = self._tried(jobs, positions, recompute)
+        return self._paces[key]
+
+    def _tried(self, jobs: Sequence[Job], positions: int, recompute: bool) -> Pace:
+        size, vocabulary = self.compute.batch_size, min(VOCABULARY, self.config.vocab_size)
+        weights = sum(each.numel() for each in find_blocks(self.skeleton)[0].parameters())
+        speed = product_speed(self.config.hidden_size, max(self._widths), str(self.device), self.dtype)
+        tried = min(positions, max(32, int(TRIAL_SECONDS * speed / (6.0 * weights * size))))
+        tokens = torch.randint(vocabulary, (size, tried), device=self.device)
+        one, two, wide = (
+            _timed(self._miniature(layers, size), tokens, jobs, recompute=recompute)
+            for layers, size in ((1, vocabulary), (2, vocabulary), (1, 2 * vocabulary))
+        )
+        block = max(two - one, 0.0)
+        rest = max(one - block, 0.0) + max(wide - one, 0.0) * (self.config.vocab_size / vocabulary - 1)
+        return Pace(block * positions / tried, rest * positions / tried)
+
+    @property
+    def _widths(self) -> list[int]:
+        return [mlp.neurons for mlp in find_mlps(self.skeleton)]
+
+    def _miniature(self, layers: int, vocabulary: int) -> PreTrainedModel:
+        """A model of a few blocks of the true sizes, all of whose weights are one small number."""
+        config = self.checkpoint.config()
+        text = config.get_text_config()
+        text.num_hidden_layers, text.vocab_size = layers, vocabulary
+        text.intermediate_size = round(sum(self._widths) / self.layers)
+        config.__dict__.pop("mlp_widths", None)
+        for each in {id(each): each for each in (config, text)}.values():
+            each.pad_token_id = each.bos_token_id = each.eos_token_id = None
+            if getattr(each, "layer_types", None):
+                each.layer_types = each.layer_types[:layers]
+        stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        config.dtype = self.dtype
+        with init_empty_weights(include_buffers=False):
+            model: Any = stock._from_config(config, attn_implementation=self.compute.attention)
+        for name, parameter in list(model.named_parameters()):
+            place(model, name, torch.full(parameter.shape, 0.01, dtype=self.dtype, device=self.device))
+        model.tie_weights()
+        small: PreTrainedModel = model.to(self.device).eval()
+        return small
+
+    def _moments(self, tokens: int, width: int) -> float:
+        """Seconds to add a batch to the moments of a map of so many neurons."""
+        rows = min(tokens, max(32, int(TRIAL_SECONDS * 1e10 / width**2)))
+        activation = torch.full((1, rows, width), 0.01, dtype=self.dtype, device=self.device)
+        state = torch.full((1, rows, self.config.hidden_size), 0.01, dtype=self.dtype, device=self.device)
+        moments, held = HeldOut(weighted=True), torch.zeros(1, dtype=torch.bool)
+        seconds = []
+        for _ in range(ROUNDS):
+            start = time.perf_counter()
+            moments.add(activation, state, state, held)
+            seconds.append(time.perf_counter() - start)
+        return min(seconds) * tokens / rows
+
+    def _solution(self, width: int) -> float:
+        """Seconds to find the best change of a map from `width` neurons, with about half of the dampings tried."""
+        moments = Moments()
+        moments.gram = torch.eye(width, dtype=torch.float64, device=self.device)
+        hidden = max(1, self.config.hidden_size * width // max(self._widths))
+        moments.cross = torch.ones(hidden, width, dtype=torch.float64, device=self.device)
+        moments.output = 1.0
+        start = time.perf_counter()
+        moments.error(moments.solve(0.1))
+        return (time.perf_counter() - start) * len(DAMPINGS) / 2
+
+
+def _timed(model: PreTrainedModel, tokens: Tensor, jobs: Sequence[Job], *, recompute: bool) -> float:
+    """Seconds of a sweep that serves the jobs, after one that warms up."""
+    kernels, maps = needs(jobs)
+
+    def visit(seen: Seen) -> None:
+        for job in jobs:
+            if serves(job, kernels, seen):
+                job.statistic(seen).double()
+
+    seconds = []
+    with frozen(model):
+        chain = BlockChain(model)
+        teacher = chain.final_hidden(tokens)
+        for _ in range(ROUNDS):
+            start = time.perf_counter()
+            values, _ = chain.sweep(tokens, kernels, visit, recompute=recompute, maps=maps, teacher=teacher)
+            sum(float(value.sum()) for value in values)  # which waits for a GPU
+            seconds.append(time.perf_counter() - start)
+    return min(seconds)

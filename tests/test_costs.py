@@ -1,0 +1,116 @@
+"""What a run is expected to cost follows from its trial by arithmetic, in every family; a dry run makes nothing."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import hifiprune as hp
+from hifiprune import costs
+from hifiprune.checkpoint import find_checkpoint
+from hifiprune.costs import Estimator
+from hifiprune.scoring import passes_of
+from tests.commands import refused, run
+from tests.families import VARIANTS
+
+REQUEST = [("hfprune", hp.Options())]
+pytestmark = pytest.mark.stopwatch
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_trial_runs_in_every_family(variant: str, make_checkpoint: Callable[..., Path]) -> None:
+    estimator = Estimator(find_checkpoint(str(make_checkpoint(family=variant))), hp.Compute(device="cpu"))
+    for criterion in ("hfprune", "fisher", "flap", "self-distillation", "cross-entropy"):
+        cost = estimator.scoring([(criterion, hp.Options())], 3, 20)
+        assert cost.seconds > 0
+        assert cost.memory > estimator.base
+    assert estimator.repair(3, 20, 24).seconds > 0
+    assert estimator.scoring([("magnitude", hp.Options())], 0, 0).seconds == 0, "it reads no text"
+
+
+@pytest.mark.parametrize("layers", [3, 5])
+def test_seconds_follow_from_the_trial(
+    layers: int, make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def timed(model: Any, tokens: torch.Tensor, jobs: Any, *, recompute: bool) -> float:
+        blocks, vocabulary = len(model.model.layers), model.config.vocab_size
+        return float(tokens.numel() * (7 + 20 * blocks + 3 * vocabulary))
+
+    monkeypatch.setattr(costs, "_timed", timed)
+    monkeypatch.setattr(costs, "VOCABULARY", 50)
+    path = make_checkpoint(num_hidden_layers=layers)
+    for size in (1, 2):
+        estimator = Estimator(find_checkpoint(str(path)), hp.Compute(device="cpu", batch_size=size))
+        found = estimator.scoring(REQUEST, 8, 16, times=2).seconds
+        assert found == pytest.approx(2 * 8 * 16 * (7 + 20 * layers + 3 * 257))
+
+
+def test_long_windows_are_tried_by_their_first_positions(
+    make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def timed(model: Any, tokens: torch.Tensor, jobs: Any, *, recompute: bool) -> float:
+        seen.append(tokens.shape[1])
+        return float(tokens.numel() * len(model.model.layers))
+
+    monkeypatch.setattr(costs, "_timed", timed)
+    monkeypatch.setattr(costs, "product_speed", lambda *_: 1e5)
+    estimator = Estimator(find_checkpoint(str(make_checkpoint(num_hidden_layers=4))), hp.Compute(device="cpu"))
+    assert estimator.scoring(REQUEST, 2, 640).seconds == pytest.approx(2 * 640 * 4)
+    assert set(seen) == {32}
+
+
+def test_streamed_weights_take_two_blocks_and_what_a_group_keeps(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    path, memory = make_checkpoint(num_hidden_layers=6), {}
+    for how, compute in {
+        "resident": hp.Compute(device="cpu"),
+        "streamed": hp.Compute(device="cpu", stream=True),
+        "scratch": hp.Compute(device="cpu", stream=True, scratch=str(tmp_path)),
+    }.items():
+        estimator = Estimator(find_checkpoint(str(path)), compute, streamed=how != "resident")
+        estimator.base = estimator.weights  # not that of this process
+        memory[how] = estimator.scoring(REQUEST, 5, 20)
+    assert memory["scratch"].memory < memory["streamed"].memory
+    assert memory["streamed"].memory - memory["scratch"].memory == memory["scratch"].disk == 5 * 6 * 20 * 24 * 4
+
+
+def test_passes_are_those_that_scoring_makes() -> None:
+    both = [("hfprune", hp.Options()), ("self-distillation", hp.Options())]
+    assert [len(jobs) for jobs in passes_of(both)] == [2, 1]
+
+
+@pytest.mark.parametrize("more", [[], ["--repair", "none"], ["--steps", "2"], ["--criterion", "magnitude"]])
+def test_a_dry_run_says_what_it_would_cost_and_makes_nothing(world: Path, tmp_path: Path, more: list[str]) -> None:
+    text = ("--calibration", world / "calibration.txt", "--num-samples", 4, "--seq-len", 24)
+    words = ("prune", world / "dense", "--output", tmp_path / "out", "--width", 24, *text, *more)
+    dry = run(*words, "--dry-run", "--json")
+    assert dry.code == 0, dry.err
+    assert list(tmp_path.iterdir()) == []
+    assert dry.json["stages"][0]["name"] == "reading the calibration data"
+    steps = [cost["step"] for cost in dry.json["expected"]]
+    told = run(*words, "--dry-run")
+    assert "Nothing was made" in told.out
+    assert all(step in told.out for step in steps)
+    real = run(*words, "--json")
+    assert real.code == 0, real.err
+    assert [cost["step"] for cost in real.json["expected"]] == steps
+    assert [stage["name"] for stage in real.json["stages"]][-len(steps) :] == steps, (
+        "what was foreseen is what was done"
+    )
+    written = real.json["expected"][-1]["disk"]
+    assert written == pytest.approx(real.json["results"]["weight_bytes"]["after"], rel=0.1)
+
+
+def test_a_dry_run_checks_what_a_run_checks(world: Path, tmp_path: Path) -> None:
+    words = ("score", world / "dense", "--output", tmp_path / "scores", "--dry-run")
+    refused(run(*words), "needs data: give --calibration")
+    text = ("--calibration", world / "calibration.txt", "--seq-len", 24)
+    refused(run(*words, *text, "--num-samples", 4000), "4000 windows")
+    found = run(*words, *text, "--num-samples", 2)
+    assert found.code == 0, found.err
+    assert not (tmp_path / "scores").exists()
