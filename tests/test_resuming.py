@@ -1,5 +1,6 @@
 """Scoring that is interrupted, and scoring that is shared out among processes: the outcome is that of one quiet run."""
 
+import json
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from rich.console import Console
 
 import hifiprune as hp
 from hifiprune.blocks import BlockChain
+from hifiprune.output import replacing
 from hifiprune.passes import Track
 from hifiprune.plan import Plan
 from hifiprune.resuming import Keeper
@@ -169,6 +171,68 @@ def test_a_killed_run_goes_on_to_the_same_scores(world: Path, tmp_path: Path) ->
     assert not unfinished.exists()
 
 
+CUT_SHORT = """
+import os, signal, sys
+import hifiprune.shards as shards
+from hifiprune.cli import main
+
+pour, pieces = shards._pour, []
+
+def pour_or_die(file, rows):
+    pieces.append(rows)
+    if len(pieces) == 12:
+        os.kill(os.getpid(), signal.SIGKILL)
+    pour(file, rows)
+
+shards._pour = pour_or_die
+sys.argv = ["hifiprune", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.parametrize("how", ["cut", "repaired", "streamed"])
+def test_a_run_killed_while_it_writes_starts_clean(world: Path, tmp_path: Path, how: str) -> None:
+    text = ("--calibration", world / "calibration.txt", *TEXT)
+    flags = ["prune", world / "dense", "--width", 24, *text]
+    if how == "cut":
+        assert run("score", world / "dense", "--output", tmp_path / "scores", *text).code == 0
+        flags = [*flags[:4], "--scores", tmp_path / "scores"]
+    elif how == "streamed":
+        flags += ["--stream", "--scratch", tmp_path]
+    quiet = run(*flags, "--output", tmp_path / "quiet")
+    assert quiet.code == 0, quiet.err
+    before = {path.name for path in tmp_path.iterdir()}
+    words = [*flags, "--output", tmp_path / "killed"]
+    killed = subprocess.run(
+        [sys.executable, "-c", CUT_SHORT, *map(str, words)], check=False, capture_output=True, timeout=120
+    )
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = (path for path in tmp_path.iterdir() if path.name not in before)
+    assert left.name.startswith(".killed."), "hidden, beside the output, which is not there"
+    assert run(*words).code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {*before, "killed"}, "nothing is left of it"
+    for name in ("model.safetensors", "config.json", "hifiprune/plan.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "quiet" / name).read_bytes()
+
+
+def test_what_a_killed_process_was_about_to_replace_is_put_back(tmp_path: Path) -> None:
+    left = tmp_path / ".out.1.partial"
+    (left / "replaced").mkdir(parents=True)
+    (left / "replaced" / "old").touch()
+    with pytest.raises(Interruption), replacing(tmp_path / "out"):
+        raise Interruption
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
+
+
+def test_what_another_process_is_writing_is_left_alone(tmp_path: Path) -> None:
+    with replacing(tmp_path / "out") as first:
+        first.write_text("first")
+        with replacing(tmp_path / "out") as second:
+            second.write_text("second")
+        assert first.read_text() == "first"
+    assert (tmp_path / "out").read_text() == "first"
+
+
 def test_pruning_in_steps_goes_on_in_the_step_that_was_interrupted(
     world: Path, tmp_path: Path, every_batch: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,11 +268,12 @@ def test_pruning_in_steps_goes_on_in_the_step_that_was_interrupted(
     assert {path.name for path in tmp_path.iterdir()} == {"quiet", "stopped"}
 
 
-def launched(processes: int, *words: object) -> subprocess.CompletedProcess[str]:
-    """The command in several processes."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes, "--standalone", "-m"]
+def launched(processes: int, *words: object, program: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The command, or a program that runs it, in several processes."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes, "--standalone"]
+    what = [program] if program else ["-m", "hifiprune"]
     return subprocess.run(
-        [*map(str, launch), "hifiprune", *map(str, words)],
+        [*map(str, [*launch, *what]), *map(str, words)],
         capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
@@ -232,6 +297,22 @@ def test_any_number_of_processes_gives_the_same_plan(world: Path, tmp_path: Path
         for one, other in zip(ours.values, theirs.values, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
     assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "4"}
+
+
+def test_processes_that_are_killed_go_on_to_the_same_plan(world: Path, tmp_path: Path) -> None:
+    text = ("--calibration", world / "calibration.txt", *TEXT, "--device", "cpu")
+    words = ["prune", world / "dense", "--width", 24, *text, "--output"]
+    assert launched(2, *words, tmp_path / "quiet").returncode == 0
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED.format(number=2))
+    killed = launched(2, *words, tmp_path / "killed", program=script)
+    assert killed.returncode != 0
+    assert not (tmp_path / "killed").exists()
+    again = launched(2, *words, tmp_path / "killed", "--json")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["reused_parts"] == 1, "of the process that tells"
+    for name in ("model.safetensors", "hifiprune/plan.json", "hifiprune/scores.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "quiet" / name).read_bytes()
 
 
 def test_what_cannot_be_shared_out_is_refused(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

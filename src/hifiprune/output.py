@@ -1,9 +1,11 @@
 """Writing that is whole or not there: everything is written beside its target and renamed when complete."""
 
 import errno
+import glob
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +14,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from hifiprune.errors import RunError, UserError
+
+if sys.platform != "win32":
+    import fcntl
+
+REPLACED = "replaced"
 
 
 def local_path(name: str | Path) -> Path:
@@ -70,24 +77,54 @@ def check_space(target: str | Path, needed_bytes: int) -> None:
 def replacing(target: str | Path) -> Iterator[Path]:
     """Yield a path beside `target` to write a file or folder to; it becomes `target` if all goes well, else is removed.
 
+    What killed processes left of the same target is removed first.
+
     Raises:
         RunError: the disk is full or the target cannot be written.
     """
     target = Path(os.path.abspath(target))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _clear_after_the_killed(target)
         workplace = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     except OSError as error:
         raise RunError(f"cannot write {target}: {error.strerror}") from error
+    held = _hold(workplace)
     try:
         new = workplace / target.name
         yield new
         _permit(new)
-        _rename(new, target, aside=workplace / "replaced")
+        _rename(new, target, aside=workplace / REPLACED)
     except (OSError, SafetensorError) as error:
         raise RunError(_describe(error, target)) from error
     finally:
         shutil.rmtree(workplace, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
+def _hold(workplace: Path) -> int | None:
+    """Lock a folder until what this gives is closed or the process ends; None if it is locked, or cannot be."""
+    if sys.platform == "win32":
+        return None
+    held = os.open(workplace, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(held)
+        return None
+    return held
+
+
+def _clear_after_the_killed(target: Path) -> None:
+    """Remove what is left beside a target by processes that are gone, and put back what one was about to replace."""
+    for workplace in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
+        held = _hold(workplace)
+        if held is not None:
+            if (workplace / REPLACED).exists() and not os.path.lexists(target):
+                (workplace / REPLACED).rename(target)
+            shutil.rmtree(workplace, ignore_errors=True)
+            os.close(held)
 
 
 def _permit(new: Path) -> None:
