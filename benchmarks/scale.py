@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
@@ -129,8 +130,13 @@ def large(name: str) -> dict[str, Any]:
 
 
 def _brief(found: dict[str, Any]) -> dict[str, Any]:
-    stages = {each["name"]: each["seconds"] for each in found["record"]["stages"]}
-    return {"seconds": found["seconds"], "peak_bytes": found["peak"], "stages": stages}
+    """Of a run: seconds and peak memory, those of its stages, and what was expected of these."""
+    record = found["record"]
+    stages = {
+        each["name"]: {"seconds": each["seconds"], "memory": each["peak_memory_bytes"]} for each in record["stages"]
+    }
+    expected = {each.pop("step"): each for each in record["expected"]}
+    return {"seconds": found["seconds"], "peak_bytes": found["peak"], "stages": stages, "expected": expected}
 
 
 def _copied(model: Path) -> float:
@@ -168,10 +174,87 @@ def streamed() -> dict[str, Any]:
     return {"windows": 8, "positions": 1024, "rounds": found}
 
 
-PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+BASE = {
+    "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8,
+    "num_key_value_heads": 8, "vocab_size": 8192, "tie_word_embeddings": False,
+}  # fmt: skip
+GROWN: dict[str, dict[int, dict[str, Any]]] = {
+    "blocks": {count: {"num_hidden_layers": count} for count in (4, 8, 16, 32)},
+    "hidden size": {size: {"hidden_size": size, "intermediate_size": 3 * size} for size in (256, 512, 1024, 2048)},
+    "vocabulary": {size: {"vocab_size": size} for size in (8192, 32768, 131072)},
+    "tokens a window": {positions: {"positions": positions} for positions in (128, 256, 512, 1024)},
+}
+HOW = {"in memory": ("--in-memory", "--recompute"), "streamed": ("--stream", "--scratch", FOLDER)}
+
+
+def growth() -> list[dict[str, Any]]:
+    """Time and memory of scoring 8 windows where one size of the model or the windows grows, and what was expected."""
+    found = []
+    for what, sizes in GROWN.items():
+        for size, change in sizes.items():
+            shape = BASE | change
+            positions = shape.pop("positions", 256)
+            model = make(shape, FOLDER / "grown")
+            for how, flags in HOW.items():
+                words = ("--calibration", text(FOLDER), "--num-samples", 8, "--seq-len", positions, *flags)
+                each = _brief(run("score", model, "--output", FOLDER / "scores", "--overwrite", *words))
+                found.append({"what": what, "size": size, "how": how, **each})
+            shutil.rmtree(model)
+    return found
+
+
+def predictions(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every stage whose cost was foreseen and took a second: what was measured, and what was expected."""
+    runs = list(facts.get("growth", []))
+    for name in ("1B", "7B", "steps"):
+        runs += [found for key, found in facts.get(name, {}).items() if isinstance(found, dict) and "expected" in found]
+    runs += [each for rounds in facts.get("streamed", {}).get("rounds", {}).values() for each in rounds]
+    return [
+        {"stage": stage, "measured": run["stages"][stage], "expected": expected}
+        for run in runs
+        for stage, expected in run["expected"].items()
+        if run["stages"].get(stage, {"seconds": 0})["seconds"] >= 1
+    ]
+
+
+def draw(facts: dict[str, Any]) -> None:
+    """Measured time and memory against each size, lines for what was expected."""
+    figure, axes = plt.subplots(2, len(GROWN), figsize=(13, 6), squeeze=False)
+    for column, what in enumerate(GROWN):
+        for color, how in enumerate(HOW):
+            rows = [each for each in facts["growth"] if (each["what"], each["how"]) == (what, how)]
+            sizes = [each["size"] for each in rows]
+            for line, (unit, scale) in enumerate((("seconds", 1.0), ("memory", 1e9))):
+                measured = [each["stages"]["scoring"][unit] / scale for each in rows]
+                expected = [each["expected"]["scoring"][unit] / scale for each in rows]
+                axes[line, column].plot(sizes, measured, "o", color=f"C{color}", label=f"{how}, measured")
+                axes[line, column].plot(sizes, expected, color=f"C{color}", label=f"{how}, expected")
+        for line, unit in enumerate(("seconds", "peak memory, GB")):
+            axes[line, column].set(xscale="log", yscale="log", xlabel=what, ylabel="" if column else unit)
+            axes[line, column].set_xticks(list(GROWN[what]), [f"{size:,}" for size in GROWN[what]])
+            axes[line, column].minorticks_off()
+    axes[0, 0].legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs" / "scale.svg", metadata={"Date": None})
+
+
+def steps() -> dict[str, Any]:
+    """SmolLM2-135M pruned by the defaults: every stage beside what was expected of it."""
+    model = fetch_smollm2(ROOT / ".cache" / "smollm2")
+    found = {}
+    for how, flags in {"pruned": (), "pruned in steps": ("--steps", 2), "pruned, streamed": ("--stream",)}.items():
+        text = ("--calibration", "python-docs", "--sampler", "stream", "--num-samples", 12, "--seq-len", 512)
+        found[how] = _brief(run("prune", model, "--output", FOLDER / "pruned", "--ratio", 0.2, *text, *flags))
+        shutil.rmtree(FOLDER / "pruned")
+    return found
+
+
+PARTS: dict[str, Callable[[], Any]] = {
     "streamed": streamed,
     "1B": partial(large, "1B"),
     "7B": partial(large, "7B"),
+    "growth": growth,
+    "steps": steps,
 }
 
 
@@ -187,6 +270,8 @@ def main() -> None:
         facts["environment"] = describe_environment()
         facts[name] = PARTS[name]()
         path.write_text(json.dumps(facts, indent=1) + "\n")
+    if "growth" in facts:
+        draw(facts)
 
 
 if __name__ == "__main__":
