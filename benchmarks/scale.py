@@ -7,6 +7,7 @@ through the commands, each in a process of its own whose peak resident memory th
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -236,6 +238,81 @@ def draw(facts: dict[str, Any]) -> None:
     axes[0, 0].legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(ROOT / "docs" / "scale.svg", metadata={"Date": None})
+
+
+FAR: dict[str, dict[str, Any]] = {
+    "1B": SHAPES["1B"],
+    "8B": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
+    },
+    "70B": {
+        "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
+    },
+    "405B": {
+        "hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "num_attention_heads": 128,
+        "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+WINDOWS, POSITIONS = 128, 1024
+MEMORY, OPERATIONS, DISK = 24e9, 60e12, 3e9
+"""What is assumed: memory of a GPU, its operations in bfloat16 a second; bytes a second of the disk."""
+
+
+def predicted(shape: dict[str, Any], gpus: int) -> dict[str, float]:
+    """Seconds and bytes of scoring by one objective, streamed in bfloat16 with scratch, by the cost model."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+    hidden, width, layers, vocabulary = (shape[name] for name in names)
+    keys = hidden * shape["num_key_value_heads"] // shape["num_attention_heads"]
+    block = 3 * hidden * width + 2 * hidden * (hidden + keys)
+    ends = (1 if shape["tie_word_embeddings"] else 2) * hidden * vocabulary
+    tokens = math.ceil(WINDOWS / gpus) * POSITIONS
+    state = 2 * hidden * tokens
+    graph, slices = 2 * POSITIONS * (4 * width + 14 * hidden), 4 * 4 * 128 * vocabulary
+    groups = math.ceil(3 * state / (MEMORY / 4))
+    return {
+        "weights": 2.0 * (layers * block + ends),
+        "resident": 2.0 * (layers * block + ends) + 2 * graph + 2 * layers * 2 * hidden * POSITIONS + slices,
+        "gpu": max(2.0 * block + 2 * graph, slices) + 3 * state / groups,
+        "scratch": float(gpus * layers * state / groups),
+        "computing": tokens * (6.0 * layers * block + 4.0 * hidden * vocabulary) / OPERATIONS,
+        "reading": (groups * 2.0 * 2 * layers * block + 2.0 * gpus * layers * state) / DISK,
+    }
+
+
+def far() -> str:
+    """What is predicted, as Markdown."""
+    lines = ["| | weights | resident | streamed | scratch | 1 GPU | 8 GPUs |", "|---|---|---|---|---|---|---|"]
+    for name, shape in FAR.items():
+        one, eight = (predicted(shape, gpus) for gpus in (1, 8))
+        sizes = [f"{one[part] / 1e9:,.1f} GB" for part in ("weights", "resident", "gpu", "scratch")]
+        times = [
+            f"{each['computing'] / 60:,.1f} min computing, {each['reading'] / 60:,.1f} min reading"
+            for each in (one, eight)
+        ]
+        lines.append(f"| {name} | {' | '.join(sizes + times)} |")
+    return "\n".join(lines)
+
+
+def table(facts: dict[str, Any]) -> str:
+    """The checkpoints that were made, as Markdown: what was measured, beside what resident weights would take."""
+    lines = ["| | 1B | 7B |", "|---|---|---|"]
+    found = [facts["1B"], facts["7B"]]
+
+    def row(name: str, cells: list[str]) -> None:
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+
+    row("parameters", [f"{each['parameters']:,}" for each in found])
+    row("weights in float32, resident", [f"{each['resident_bytes'] / 1e9:.1f} GB" for each in found])
+    scored = [f"{each['scoring']['peak_bytes'] / 1e9:.2f} GB" for each in found]
+    row(f"peak memory of scoring {found[0]['windows']} windows of {found[0]['positions']} tokens, streamed", scored)
+    row("seconds of that", [f"{each['scoring']['stages']['scoring']['seconds']:,.0f}" for each in found])
+    cuts = [max(each["cut"]["peak_bytes"] for each in one["cutting"]) for one in found]
+    row("peak memory of cutting 20%", [f"{peak / 1e9:.2f} GB" for peak in cuts])
+    ratios = [median(each["copy"] / each["cut"]["seconds"] for each in one["cutting"]) for one in found]
+    row("its rate, to that of a plain copy", [f"{ratio:.2f}" for ratio in ratios])
+    return "\n".join(lines)
 
 
 def steps() -> dict[str, Any]:

@@ -27,7 +27,9 @@ def test_a_trial_runs_in_every_family(variant: str, make_checkpoint: Callable[..
         assert cost.seconds > 0
         assert cost.memory > estimator.base
     assert estimator.repair(3, 20, 24).seconds > 0
-    assert estimator.scoring([("magnitude", hp.Options())], 0, 0).seconds == 0, "it reads no text"
+    for streamed in (False, True):
+        estimator = Estimator(estimator.checkpoint, estimator.compute, streamed=streamed)
+        assert (estimator.scoring([("magnitude", hp.Options())], 0, 0).seconds > 0) == streamed, "it reads no text"
 
 
 @pytest.mark.parametrize("layers", [3, 5])

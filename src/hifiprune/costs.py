@@ -121,6 +121,8 @@ class Estimator:
         size, tokens = self.compute.batch_size, self.compute.batch_size * positions
         batches = ceil(ceil(windows / size) / processes())
         passes = passes_of(requests)
+        if not passes:  # the weights alone are looked at
+            return Cost("scoring", times * self._streamed(0.0, 1), self.base + self._two_blocks * self.streamed)
         objectives = max([1, *(len(needs(jobs)[0]) for jobs in passes)])
         group = min(batches, self._group(tokens, objectives))
         recompute = self.recomputes(positions)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hifiprune.errors import UserError
 
-CHUNK = 2**24  # elements converted and hashed at a time
+CHUNK = 2**20  # elements converted and hashed at a time, which memory is used again for
 
 
 def hash_model(model: PreTrainedModel) -> str:
@@ -21,10 +21,7 @@ def hash_model(model: PreTrainedModel) -> str:
     Raises:
         UserError: a weight is NaN or infinite.
     """
-    return hash_chunks(
-        (name, parameter.shape, parameter.detach().reshape(-1).split(CHUNK))
-        for name, parameter in model.named_parameters()
-    )
+    return hash_chunks((name, parameter.shape, [parameter.detach()]) for name, parameter in model.named_parameters())
 
 
 def hash_chunks(weights: Iterable[tuple[str, Sequence[int], Iterable[Tensor]]]) -> str:
@@ -36,11 +33,11 @@ def hash_chunks(weights: Iterable[tuple[str, Sequence[int], Iterable[Tensor]]]) 
     digest = hashlib.sha256()
     for name, shape, chunks in weights:
         digest.update(f"{name} {list(shape)}\n".encode())
-        for chunk in chunks:
-            values = chunk.float().cpu()
+        for part in (part for chunk in chunks for part in chunk.reshape(-1).split(CHUNK)):
+            values = part.float().cpu()
             if not values.isfinite().all():
                 raise UserError(f"the weights {name} contain NaN or infinite values; the checkpoint is damaged")
-            digest.update(values.numpy().tobytes())
+            digest.update(values.numpy())
     return digest.hexdigest()
 
 

@@ -5,9 +5,10 @@ A mapped file counts as memory of the process as far as it was touched, so weigh
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
-from math import prod
+from math import ceil, prod
 from pathlib import Path
 
 import torch
@@ -50,15 +51,26 @@ class Stored:
         return prod(self.shape) * self.dtype.itemsize
 
     def chunks(self, step: int | None = None) -> Iterator[Shaped[Tensor, "rows *rest"]]:
-        """Its rows, some at a time; each chunk is overwritten by the next. Of a scalar, one row."""
+        """Its rows, some at a time, while the next ones are read; they overwrite these. Of a scalar, one row."""
         rows, *rest = self.shape or (1,)
         step = step or max(1, CHUNK_BYTES // max(1, prod(rest) * self.dtype.itemsize))
-        buffer = torch.empty((min(step, rows), *rest), dtype=self.dtype)
-        with self.path.open("rb", buffering=0) as file:
+        if step >= rows:
+            yield self.whole().view(rows, *rest)
+            return
+        buffers = torch.empty((2, step, *rest), dtype=self.dtype)
+        with self.path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as reader:
             file.seek(self.start)
-            for first in range(0, rows, step):
-                part = buffer[: min(step, rows - first)]
+
+            def read(number: int) -> Tensor:
+                part = buffers[number % 2, : min(step, rows - number * step)]
                 _fill(file, part)
+                return part
+
+            coming = reader.submit(read, 0)
+            for following in range(1, ceil(rows / step) + 1):
+                part = coming.result()
+                if following * step < rows:
+                    coming = reader.submit(read, following)
                 yield part
 
     def whole(self) -> Tensor:
