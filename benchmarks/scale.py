@@ -256,11 +256,11 @@ FAR: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 WINDOWS, POSITIONS = 128, 1024
-MEMORY, OPERATIONS, DISK = 24e9, 60e12, 3e9
-"""What is assumed: memory of a GPU, its operations in bfloat16 a second; bytes a second of the disk."""
+OPERATIONS, DISK = 60e12, 3e9
+"""What is assumed: operations of a GPU in bfloat16 a second, bytes of the disk a second."""
 
 
-def predicted(shape: dict[str, Any], gpus: int) -> dict[str, float]:
+def predicted(shape: dict[str, Any], gpus: int, memory: float) -> dict[str, float]:
     """Seconds and bytes of scoring by one objective, streamed in bfloat16 with scratch, by the cost model."""
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
     hidden, width, layers, vocabulary = (shape[name] for name in names)
@@ -270,7 +270,7 @@ def predicted(shape: dict[str, Any], gpus: int) -> dict[str, float]:
     tokens = math.ceil(WINDOWS / gpus) * POSITIONS
     state = 2 * hidden * tokens
     graph, slices = 2 * POSITIONS * (4 * width + 14 * hidden), 4 * 4 * 128 * vocabulary
-    groups = math.ceil(3 * state / (MEMORY / 4))
+    groups = math.ceil(3 * state / (memory / 4))
     return {
         "weights": 2.0 * (layers * block + ends),
         "resident": 2.0 * (layers * block + ends) + 2 * graph + 2 * layers * 2 * hidden * POSITIONS + slices,
@@ -283,9 +283,12 @@ def predicted(shape: dict[str, Any], gpus: int) -> dict[str, float]:
 
 def far() -> str:
     """What is predicted, as Markdown."""
-    lines = ["| | weights | resident | streamed | scratch | 1 GPU | 8 GPUs |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| | weights | resident | streamed | scratch | 1 GPU of 24 GB | 8 GPUs of 80 GB |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, shape in FAR.items():
-        one, eight = (predicted(shape, gpus) for gpus in (1, 8))
+        one, eight = predicted(shape, 1, 24e9), predicted(shape, 8, 80e9)
         sizes = [f"{one[part] / 1e9:,.1f} GB" for part in ("weights", "resident", "gpu", "scratch")]
         times = [
             f"{each['computing'] / 60:,.1f} min computing, {each['reading'] / 60:,.1f} min reading"

@@ -721,7 +721,7 @@ def test_every_option_arrives(world: Path, tmp_path: Path) -> None:
         "options": {"alpha": 0.3, "temperature": 0.7, "light_cut": 0.1, "label_samples": 2, "seed": 0},
         "round_to": 3,
         "compute": {"device": "cpu", "dtype": "float64", "batch_size": 2, "recompute": True,
-            "attention": "eager", "stream": None},
+            "attention": "eager", "stream": None, "scratch": None},
     }  # fmt: skip
     results = result.json["results"]
     assert [(cell["ratio"], cell["seed"]) for cell in results["cells"]] == [

@@ -11,13 +11,13 @@ import pytest
 import typer
 
 import hifiprune
-from benchmarks import quality, recovery, zero_shot
+from benchmarks import quality, recovery, scale, zero_shot
 from benchmarks.criteria import readme_table
 from hifiprune.cli import app
 from hifiprune.printing import demo_rows
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "CONTRIBUTING.md", "docs/method.md", "docs/findings.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "docs/method.md", "docs/findings.md", "docs/scale.md"]
 
 
 def commands(page: str) -> list[list[str]]:
@@ -99,6 +99,10 @@ def test_the_readmes_zero_shot_accuracies_are_the_recorded_ones() -> None:
 def test_the_readmes_table_of_recovery_is_the_recorded_one() -> None:
     facts = json.loads((ROOT / "benchmarks" / "results" / "recovery.json").read_text())
     assert recovery.table(facts) in (ROOT / "README.md").read_text()
+
+
+def test_what_the_page_on_scale_predicts_is_what_the_cost_model_says() -> None:
+    assert scale.far() in (ROOT / "docs" / "scale.md").read_text()
 
 
 def test_the_readmes_cost_of_repair_is_the_recorded_one() -> None:
