@@ -7,7 +7,6 @@ where it stopped.
 """
 
 import json
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -67,7 +66,6 @@ def main() -> None:
         "parts": parts({name: find_checkpoint(str(path)).load(torch.float32) for name, path in models.items()}),
     }
     (ROOT / "benchmarks" / "results" / "speed.json").write_text(json.dumps(facts, indent=1) + "\n")
-    shutil.rmtree(folder)
 
 
 def parts(models: dict[str, PreTrainedModel]) -> dict[str, dict[str, dict[str, float]]]:

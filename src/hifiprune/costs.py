@@ -1,5 +1,6 @@
 """What a run will cost, told by a short trial: the very code, on models of one and of two blocks of the true sizes."""
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,8 +46,8 @@ TRIAL_SECONDS = 0.5
 ROUNDS = 3
 VOCABULARY = 2048
 PROBE_BYTES = 2**26
-SOLVED = 1024
-"""Neurons of the system that is solved on trial."""
+SOLVED, ADDED = 1024, 4096
+"""Neurons of the system that is solved on trial, and of that to which a batch is added, at most."""
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,7 @@ class Estimator:
         return [mlp.neurons for mlp in find_mlps(self.skeleton)]
 
     def _miniature(self, layers: int, vocabulary: int) -> PreTrainedModel:
-        """A model of a few blocks of the true sizes, all of whose weights are one small number."""
+        """A model of a few blocks of the true sizes, which share their weights: one small number everywhere."""
         config = self.checkpoint.config()
         text = config.get_text_config()
         text.num_hidden_layers, text.vocab_size = layers, vocabulary
@@ -245,16 +246,19 @@ class Estimator:
         config.dtype = self.dtype
         with init_empty_weights(include_buffers=False):
             model: Any = stock._from_config(config, attn_implementation=self.compute.attention)
+        known: dict[str, Tensor] = {}
         for name, parameter in list(model.named_parameters()):
-            place(model, name, torch.full(parameter.shape, 0.01, dtype=self.dtype, device=self.device))
+            values = torch.full(parameter.shape, 0.01, dtype=self.dtype, device=self.device)
+            place(model, name, known.setdefault(re.sub(r"\.\d+\.", ".", name), values))
         model.tie_weights()
         small: PreTrainedModel = model.to(self.device).eval()
         return small
 
     def _moments(self, tokens: int, width: int) -> float:
         """Seconds to add a batch to the moments of a map of so many neurons."""
-        rows = min(tokens, max(32, int(TRIAL_SECONDS * 1e10 / width**2)))
-        activation = torch.full((1, rows, width), 0.01, dtype=self.dtype, device=self.device)
+        kept = min(width, ADDED)
+        rows = min(tokens, max(32, int(TRIAL_SECONDS * 1e10 / kept**2)))
+        activation = torch.full((1, rows, kept), 0.01, dtype=self.dtype, device=self.device)
         state = torch.full((1, rows, self.config.hidden_size), 0.01, dtype=self.dtype, device=self.device)
         moments, held = HeldOut(weighted=True), torch.zeros(1, dtype=torch.bool)
         seconds = []
@@ -262,7 +266,7 @@ class Estimator:
             start = time.perf_counter()
             moments.add(activation, state, state, held)
             seconds.append(time.perf_counter() - start)
-        return min(seconds) * tokens / rows
+        return min(seconds) * tokens / rows * (width / kept) ** 2
 
     def _solution(self, width: int) -> float:
         """Seconds to find the best change of a map from `width` neurons, with about half of the dampings tried."""
