@@ -50,8 +50,8 @@ def announce_costs(costs: Sequence[Cost]) -> str:
     """What a run will cost in all."""
     seconds, memory, disk = sum(cost.seconds for cost in costs), max(cost.memory for cost in costs), total_disk(costs)
     return (
-        f"In all about {duration(seconds)}, {memory / 1e9:.1f} GB of memory and {disk / 1e9:.2f} GB on the disk, if the "
-        "machine is idle."
+        f"In all about {duration(seconds)}, {memory / 1e9:.1f} GB of memory and {disk / 1e9:.2f} GB on the disk, if "
+        "the machine is idle."
     )
 
 
