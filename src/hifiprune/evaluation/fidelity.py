@@ -5,7 +5,6 @@ exist. All arithmetic on distributions is float32, sums over positions are float
 """
 
 import math
-from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -19,9 +18,8 @@ from hifiprune.errors import UserError
 from hifiprune.evaluation.intervals import Estimate, bootstrap_mean
 from hifiprune.guards import check_windows, frozen, memory_explained
 from hifiprune.head import Head
-from hifiprune.passes import group_of
+from hifiprune.passes import Track, group_of
 
-Track = Callable[[Iterable[Tensor]], Iterable[Tensor]]
 LogProbs = Float[Tensor, "rows vocabulary"]
 
 METRICS = {

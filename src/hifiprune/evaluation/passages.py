@@ -36,13 +36,12 @@ def read_passage(
     Returns:
         `text` of every token; `kl` in nats, and under `dense` and `pruned` pairs of token and probability.
     """
-    window = tokens[None]
+    window, ids = tokens[None], tokens.tolist()
     check_windows(pruned, window, 1, least=2)
     expected = [_expected(model, window) for model in (dense, pruned)]
     expected[0] = expected[0].to(expected[1])
     divergence = compare(*expected)["kl"].tolist()
-    likeliest = [_likeliest(each, tokenizer, tokens.tolist()) for each in expected]
-    ids = tokens.tolist()
+    likeliest = [_likeliest(each, tokenizer, ids) for each in expected]
     texts = [in_place(tokenizer, ids[:place], token) for place, token in enumerate(ids)]
     return [{"text": texts[0]}] + [
         {"text": text, "kl": kl, "dense": theirs, "pruned": ours}
