@@ -329,12 +329,22 @@ def steps() -> dict[str, Any]:
     return found
 
 
+def stability() -> dict[str, Any]:
+    """How many of 1,000 windows, as many as the papers read, SmolLM2-135M needs for 95% of the kept set."""
+    model, data = fetch_smollm2(ROOT / ".cache" / "smollm2"), ROOT.parent / "shared" / "data" / "c4"
+    words = ("--calibration", data, "--sampler", "stream", "--num-samples", 1000, "--seq-len", 512)
+    settled = ("--ratio", 0.2, "--until-stable", 0.95)
+    found = run("score", model, "--output", FOLDER / "scores", "--overwrite", *words, *settled)
+    return {"curve": found["record"]["results"]["stability"], **_brief(found)}
+
+
 PARTS: dict[str, Callable[[], Any]] = {
     "streamed": streamed,
     "1B": partial(large, "1B"),
     "7B": partial(large, "7B"),
     "growth": growth,
     "steps": steps,
+    "stability": stability,
 }
 
 

@@ -114,6 +114,7 @@ def test_commands_stop_when_stable(world: Path, tmp_path: Path) -> None:
     result = run(*words, "--ratio", 0.1, "--output", tmp_path / "scores", "--json")
     assert result.code == 0, result.err
     assert "8 of 30 windows: two halves agree on" in result.err
+    assert [look["windows"] for look in result.json["results"]["stability"]] == [8]
     assert Scores.load(tmp_path / "scores").settings["windows"] == 8
     cut = ("prune", world / "dense", "--width", 24, *text)
     assert run(*cut, "--until-stable", 0.5, "--output", tmp_path / "cut").code == 0

@@ -95,7 +95,7 @@ def score_checkpoint(
     if rank() > 0:
         return record
     scores.save(target)
-    record.results = _describe_scores(scores)
+    record.results |= _describe_scores(scores)
     stages.finish()
     return record
 
@@ -209,7 +209,7 @@ def prune(
     if rank() > 0:
         return record  # the first process does the rest
     plan = stages.plan(used, budget, round_to, sharing)
-    record.results = _describe_plan(plan, str(budget)) | _describe_scores(used)
+    record.results |= _describe_plan(plan, str(budget)) | _describe_scores(used)
     changed = stages.change(used, plan, repair=repair != "none", compensate=bias_compensation)
     with replacing(target) as folder:
         with record.stage("writing"):

@@ -170,6 +170,8 @@ class Stages:
                 assert windows is not None
                 self.voice.say(announce_course(course))
                 scores = score_in_steps(model, windows, request, course, track=self.voice.track, **how)
+        if stability:
+            self.record.results["stability"] = stability.curve
         self.record.reused_parts = len(self.unfinished.reused)
         return scores
 
