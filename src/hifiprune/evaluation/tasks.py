@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hifiprune.errors import UserError
+from hifiprune.evaluation.continuations import Request, likelihoods
 from hifiprune.evaluation.harness import as_it_is, built_once, explained, files_explained, find_tasks, quiet, seeded
 from hifiprune.evaluation.intervals import Estimate, bootstrap_average
 from hifiprune.hashing import hash_texts
@@ -154,12 +155,20 @@ class Exam:
             done = iter(track(range(sum(len(task.instances) for task in self._tasks.values()))))
             answer: Any = asked._model_call
 
-            def counted(rows: torch.Tensor, *rest: Any, **more: Any) -> Any:
-                for _ in range(len(rows)):
+            def count(prompts: int) -> None:
+                for _ in range(prompts):
                     next(done, None)
+
+            def counted(rows: torch.Tensor, *rest: Any, **more: Any) -> Any:
+                count(len(rows))
                 return answer(rows, *rest, **more)
 
+            def continued(requests: list[Request], *_: Any, **__: Any) -> list[tuple[float, bool]]:
+                return likelihoods(model, requests, longest=asked.max_length, batch_size=batch_size, done=count)
+
             asked._model_call = counted
+            if model.device.type == "cpu":  # where tokens take the time, not steps
+                asked._loglikelihood_tokens = continued
             # a task's metrics that are not means are resampled even when they are not the main one
             found = evaluate(asked, self._loaded, samples=self._drawn, bootstrap_iters=1000)
             for _ in done:  # prompts that shared a step
