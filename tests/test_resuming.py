@@ -16,7 +16,7 @@ from rich.console import Console
 
 import hifiprune as hp
 from hifiprune.blocks import BlockChain
-from hifiprune.output import replacing
+from hifiprune.output import check_target, replacing
 from hifiprune.passes import Track
 from hifiprune.plan import Plan
 from hifiprune.resuming import Keeper
@@ -216,12 +216,29 @@ def test_a_run_killed_while_it_writes_starts_clean(world: Path, tmp_path: Path, 
 
 
 def test_what_a_killed_process_was_about_to_replace_is_put_back(tmp_path: Path) -> None:
-    left = tmp_path / ".out.1.partial"
+    left = tmp_path / ".out.abcdefgh.partial"
     (left / "replaced").mkdir(parents=True)
     (left / "replaced" / "old").touch()
-    with pytest.raises(Interruption), replacing(tmp_path / "out"):
-        raise Interruption
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
+    other = tmp_path / ".out.v2.abcdefgh.partial"
+    other.mkdir()
+    with pytest.raises(hp.UserError, match="exists already"):
+        check_target(tmp_path / "out", folder=True)
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {"out", "out/old", other.name}
+
+
+def test_what_was_replaced_is_never_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(name: str) -> None:
+        with replacing(tmp_path / "out") as new:
+            new.mkdir()
+            (new / name).touch()
+
+    make("old")
+    with monkeypatch.context() as patch:
+        patch.setattr("hifiprune.output.shutil.rmtree", lambda *_, **__: None)  # as if killed before
+        make("new")
+    shutil.rmtree(tmp_path / "out")
+    check_target(tmp_path / "out", folder=True)
+    assert not any(tmp_path.iterdir())
 
 
 def test_what_another_process_is_writing_is_left_alone(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,23 @@ def test_tensors_come_back_as_they_were(tmp_path: Path, dtype: torch.dtype) -> N
 
 
 def test_room_is_used_again_and_never_too_early(tmp_path: Path) -> None:
-    scratch, chance = Scratch(tmp_path), torch.Generator().manual_seed(0)
+    scratch, chance = Scratch(tmp_path), random.Random(0)
     alive: dict[int, tuple[torch.Tensor, Any]] = {}
-    for number in range(300):
-        values = torch.randn(10 * int(torch.randint(1, 4, (), generator=chance)))
-        alive[number % 7] = values, scratch.keep(values)  # forgets what had this place
+    for _ in range(500):
+        values = torch.randn(chance.choice((10, 20, 30)))
+        alive[chance.randrange(7)] = values, scratch.keep(values)  # forgets what had this place
         assert all(torch.equal(kept(), values) for values, kept in alive.values())
-    assert os.fstat(scratch._file.fileno()).st_size <= 3 * 8 * 120, "eight of the three sizes at most"
+    assert os.fstat(scratch._file.fileno()).st_size <= 2 * 8 * 120, "eight of the largest, and as much between them"
+    alive.clear()
+    assert scratch._unused == [(0, scratch._end)], "one room again"
+
+
+def test_batches_of_another_size_take_the_room_of_those_before(tmp_path: Path) -> None:
+    scratch = Scratch(tmp_path)
+    for width in (40, 20, 33, 25, 40, 7):  # as activations of layers that differ
+        kept = [scratch.keep(torch.zeros(9, width)) for _ in range(5)]
+        del kept
+    assert os.fstat(scratch._file.fileno()).st_size == 5 * 9 * 40 * 4
 
 
 def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +77,10 @@ def test_inputs_of_blocks_are_on_the_disk(make_checkpoint: Any, tmp_path: Path) 
 
 def test_scratch_that_cannot_be_used_is_refused(world: Path, tmp_path: Path) -> None:
     words = ("score", world / "dense", "--output", tmp_path / "scores", "--calibration", world / "calibration.txt")
-    refused(run(*words, "--stream", "--scratch", tmp_path / "none"), "does not exist; make it, or choose another")
+    refused(
+        run(*words, "--stream", "--scratch", tmp_path / "none"),
+        "is not there, or cannot be written; choose another --scratch",
+    )
     found = run(*words, "--num-samples", 2, "--seq-len", 9, "--in-memory", "--scratch", tmp_path)
     assert found.code == 0
     assert "The weights are in memory: --scratch is not used." in found.err

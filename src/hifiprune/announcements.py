@@ -49,10 +49,9 @@ def announce_scoring(
 def announce_costs(costs: Sequence[Cost]) -> str:
     """What a run will cost in all."""
     seconds, memory, disk = sum(cost.seconds for cost in costs), max(cost.memory for cost in costs), total_disk(costs)
-    return (
-        f"In all about {duration(seconds)}, {memory / 1e9:.1f} GB of memory and {disk / 1e9:.2f} GB on the disk, if "
-        "the machine is idle."
-    )
+    each = f" for each of {processes()} processes" if processes() > 1 else ""
+    written = f" and {disk / 1e9:.2f} GB on the disk" if disk else ""
+    return f"In all about {duration(seconds)}, {memory / 1e9:.1f} GB of memory{each}{written}, if the machine is idle."
 
 
 def announce_course(course: Course) -> str:

@@ -177,7 +177,7 @@ class BlockChain:
 
     def sweep_all(
         self,
-        batches: Sequence["Batch"],
+        batches: Sequence[Batch],
         kernels: Sequence[Kernel],
         visit: Visit,
         *,
@@ -197,13 +197,12 @@ class BlockChain:
             for batch in batches:
                 activation = self._forwards(index, batch, whole=whole, keep=bool(kernels), maps=bool(maps))
                 visit(Seen(index, None, activation, windows=batch.first_window))
-        for batch in batches:
-            self._turn(batch, kernels)
+        self._turn(batches, kernels)
         for index in walk(self.model, range(last, -1, -1) if kernels else ()):
             for batch in batches:
                 self._backwards(index, batch, visit, maps)
 
-    def _forwards(self, index: int, batch: "Batch", *, whole: bool, keep: bool, maps: bool) -> Tensor:
+    def _forwards(self, index: int, batch: Batch, *, whole: bool, keep: bool, maps: bool) -> Tensor:
         """Run a block, keeping its graph as a whole, or its input, or nothing; its MLP's activation."""
         call = batch.calls[index]
         if whole:
@@ -217,22 +216,24 @@ class BlockChain:
         batch.hidden = output
         return down.input
 
-    def _turn(self, batch: "Batch", kernels: Sequence[Kernel]) -> None:
+    def _turn(self, batches: Sequence[Batch], kernels: Sequence[Kernel]) -> None:
         """Objectives at the end of the blocks, and their gradients there."""
-        hidden = batch.hidden.detach().requires_grad_()
-        with torch.enable_grad():
-            normed = self.norm(hidden)
-        batch.final = normed.detach()
-        means = mean_over_positions(
-            kernels, batch.final, self.head, batch.tokens, teacher=batch.teacher, first_window=batch.first_window
-        )
-        batch.values = [values for values, _ in means]
-        batch.gradients = [
-            torch.autograd.grad(normed, hidden, (gradient * scale_in(normed)).to(normed.dtype), retain_graph=True)[0]
-            for _, gradient in means
-        ]
+        head = self.head.at_hand() if kernels else self.head
+        for batch in batches:
+            hidden = batch.hidden.detach().requires_grad_()
+            with torch.enable_grad():
+                normed = self.norm(hidden)
+            batch.final = normed.detach()
+            means = mean_over_positions(
+                kernels, batch.final, head, batch.tokens, teacher=batch.teacher, first_window=batch.first_window
+            )
+            batch.values = [values for values, _ in means]
+            batch.gradients = [
+                torch.autograd.grad(normed, hidden, (slope * scale_in(normed)).to(normed.dtype), retain_graph=True)[0]
+                for _, slope in means
+            ]
 
-    def _backwards(self, index: int, batch: "Batch", visit: Visit, maps: Sequence[int]) -> None:
+    def _backwards(self, index: int, batch: Batch, visit: Visit, maps: Sequence[int]) -> None:
         """Carry the gradient of every objective through a block, whose graph is freed."""
         entry, count = batch.stored.pop(), len(batch.gradients)
         if not isinstance(entry, Trace):

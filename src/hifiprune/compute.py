@@ -1,14 +1,15 @@
 """Where and in which arithmetic a run computes, and what it will roughly cost."""
 
+import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
 
 from hifiprune.checkpoint import DTYPES, Checkpoint
 from hifiprune.errors import UserError, nearest_name
+from hifiprune.output import local_path
 from hifiprune.parallel import local_rank
 
 
@@ -43,8 +44,10 @@ class Compute:
             )
         if self.batch_size < 1:
             raise UserError(f"batch size {self.batch_size} must be at least 1")
-        if self.scratch and not Path(self.scratch).is_dir():
-            raise UserError(f"scratch folder {self.scratch} does not exist; make it, or choose another --scratch")
+        if self.scratch and not os.access(local_path(self.scratch), os.W_OK | os.X_OK):
+            raise UserError(
+                f"scratch folder {self.scratch} is not there, or cannot be written; choose another --scratch"
+            )
         kind, _, number = self.device.partition(":")
         if self.device != "auto" and (kind not in ("cpu", "cuda") or (number and not number.isdigit())):
             raise UserError(f"device '{self.device}' is not known; use auto, cpu, cuda or cuda:0")

@@ -19,7 +19,7 @@ from hifiprune.checkpoint import Checkpoint
 from hifiprune.compute import Compute, product_speed
 from hifiprune.criteria import find_criterion
 from hifiprune.cutting import stored_plainly
-from hifiprune.guards import frozen
+from hifiprune.guards import frozen, memory_explained
 from hifiprune.hashing import hash_chunks
 from hifiprune.neurons import count_parameters, find_blocks, find_mlps
 from hifiprune.parallel import processes
@@ -42,7 +42,7 @@ from hifiprune.streaming import place
 from hifiprune.taps import Seen
 
 TRIAL_SECONDS = 0.5
-"""That a sweep through one block may take; longer windows are tried by their first positions."""
+"""What a sweep through one block may take; longer windows are tried by their first positions."""
 ROUNDS = 3
 VOCABULARY = 2048
 PROBE_BYTES = 2**26
@@ -98,23 +98,23 @@ class Estimator:
         self.config = self.skeleton.config.get_text_config()
         self.layers = len(find_mlps(self.skeleton))
         self.weights = 0 if streamed or loaded else count_parameters(self.skeleton) * self.dtype.itemsize
+        self._free = free_bytes(self.device) - self.weights
         self._paces: dict[Any, Pace] = {}
         own = psutil.Process().memory_info().rss
-        self.base = self.weights + (own if self.device.type == "cpu" else 0)
+        self.base = self.weights + own * self.on_cpu
 
     def loading(self) -> Cost:
         """Reading the weights, and their hash."""
-        read, hashed = self._rates
-        seconds = self.checkpoint.weight_bytes * (hashed + (0 if self.streamed else read))
+        seconds = self._stored * (max(self._rates) + (0 if self.streamed else self._rates[0]))
         return Cost("loading the weights", seconds, self.base)
 
     def checking(self) -> Cost:
-        """Their hash alone."""
-        return Cost("checking the weights", self.checkpoint.weight_bytes * self._rates[1], self.base - self.weights)
+        """Hashing the weights, which are not loaded."""
+        return Cost("checking the weights", self._stored * max(self._rates), self.base - self.weights)
 
     def writing(self, share: float) -> Cost:
         """Writing a share of the weights."""
-        size = int(self.checkpoint.weight_bytes * share)
+        size = int(self._stored * share)
         return Cost("writing", size * self._rates[0], self.base - self.weights, size)
 
     def scoring(self, requests: Sequence[Request], windows: int, positions: int, times: int = 1) -> Cost:
@@ -134,7 +134,7 @@ class Estimator:
             seconds += self._streamed(computing, (2 if needs(jobs)[0] else 1) * ceil(batches / group))
         more = 0
         if any(find_criterion(name).two_stages for name, _ in requests):
-            more += windows * state_bytes(self.skeleton, positions)
+            more += batches * state_bytes(self.skeleton, tokens) * self.on_cpu
         if any(find_criterion(name).collects_moments for name, _ in requests):
             more += moment_bytes(self.skeleton)
         if self.streamed:
@@ -147,8 +147,8 @@ class Estimator:
         disk = group * self.layers * state_bytes(self.skeleton, tokens) if self.streamed and self.compute.scratch else 0
         return Cost("scoring", times * seconds, self.base + more, disk)
 
-    def repair(self, windows: int, positions: int, width: int, times: int = 1) -> Cost:
-        """Refitting every output map to `width` neurons, so many times: two forward passes, moments, solutions."""
+    def repair(self, windows: int, positions: int, width: int) -> Cost:
+        """Refitting every output map to about `width` neurons: two forward passes, moments, solutions."""
         size, hidden = self.compute.batch_size, self.config.hidden_size
         batches, kept = ceil(windows / size), min(width, SOLVED)
         pace = self._pace([], positions, recompute=False)
@@ -157,21 +157,32 @@ class Estimator:
         seconds = self._streamed(self.layers * per_block, 1)
         states = windows * positions * (2 * hidden + width) * self.dtype.itemsize
         sums = 8 * (8 * width * width + 4 * width * hidden)
-        more = (0 if self.streamed and self.compute.scratch else states) + sums
+        spilled = self.streamed and self.compute.scratch is not None
+        more = (0 if spilled else states * self.on_cpu) + sums
         more += (self._two_blocks if self.streamed else 0) + graph_bytes(self.skeleton, size * positions)
-        return Cost("cutting and repairing", times * seconds, self.base + more)
+        maps = self.layers * width * hidden * self.checkpoint.dtype().itemsize
+        return Cost("cutting and repairing", seconds, self.base + more, states + maps if spilled else 0)
 
     def recomputes(self, positions: int) -> bool:
         """Whether blocks will be run twice rather than their graphs kept."""
         if self.compute.recompute is not None or self.streamed:
             return self.streamed or bool(self.compute.recompute)
-        needed = working_bytes(self.skeleton, self.compute.batch_size * positions, recompute=False)
-        return needed > (free_bytes(self.device) - self.weights) // 2
+        return working_bytes(self.skeleton, self.compute.batch_size * positions, recompute=False) > self._free // 2
 
     def _group(self, tokens: int, objectives: int) -> int:
         if not self.streamed:
             return 1
         return choose_group(self.skeleton, tokens, objectives, self.device, self.compute.scratch)
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the memory that is counted is that of the CPU."""
+        return self.device.type == "cpu"
+
+    @cached_property
+    def _stored(self) -> int:
+        """Bytes of all weights in plain files."""
+        return count_parameters(self.skeleton) * self.checkpoint.dtype().itemsize
 
     @cached_property
     def _stored_blocks(self) -> int:
@@ -192,7 +203,7 @@ class Estimator:
 
     @cached_property
     def _rates(self) -> tuple[float, float]:
-        """Seconds a stored byte to read it, and to read and hash it; zero while the weights are not on this disk."""
+        """Seconds a stored byte to read it, and to hash it; zero where the files are not here, or cannot be tried."""
         if not self.checkpoint.is_here or not stored_plainly(self.checkpoint):
             return 0.0, 0.0
         tensors = stored_tensors(self.checkpoint.weight_files).values()
@@ -216,7 +227,7 @@ class Estimator:
     def _tried(self, jobs: Sequence[Job], positions: int, recompute: bool) -> Pace:
         size, vocabulary = self.compute.batch_size, min(VOCABULARY, self.config.vocab_size)
         weights = sum(each.numel() for each in find_blocks(self.skeleton)[0].parameters())
-        speed = product_speed(self.config.hidden_size, max(self._widths), str(self.device), self.dtype)
+        speed = product_speed(self.config.hidden_size, max(self.widths), str(self.device), self.dtype)
         tried = min(positions, max(32, int(TRIAL_SECONDS * speed / (6.0 * weights * size))))
         tokens = torch.randint(vocabulary, (size, tried), device=self.device)
         one, two, wide = (
@@ -228,7 +239,8 @@ class Estimator:
         return Pace(block * positions / tried, rest * positions / tried)
 
     @property
-    def _widths(self) -> list[int]:
+    def widths(self) -> list[int]:
+        """Of the MLPs."""
         return [mlp.neurons for mlp in find_mlps(self.skeleton)]
 
     def _miniature(self, layers: int, vocabulary: int) -> PreTrainedModel:
@@ -236,7 +248,7 @@ class Estimator:
         config = self.checkpoint.config()
         text = config.get_text_config()
         text.num_hidden_layers, text.vocab_size = layers, vocabulary
-        text.intermediate_size = round(sum(self._widths) / self.layers)
+        text.intermediate_size = round(sum(self.widths) / self.layers)
         config.__dict__.pop("mlp_widths", None)
         for each in {id(each): each for each in (config, text)}.values():
             each.pad_token_id = each.bos_token_id = each.eos_token_id = None
@@ -248,11 +260,12 @@ class Estimator:
             model: Any = stock._from_config(config, attn_implementation=self.compute.attention)
         known: dict[str, Tensor] = {}
         for name, parameter in list(model.named_parameters()):
-            values = torch.full(parameter.shape, 0.01, dtype=self.dtype, device=self.device)
+            small = 1 / parameter.shape[-1]  # so that nothing grows on its way
+            values = torch.full(parameter.shape, small, dtype=self.dtype, device=self.device)
             place(model, name, known.setdefault(re.sub(r"\.\d+\.", ".", name), values))
         model.tie_weights()
-        small: PreTrainedModel = model.to(self.device).eval()
-        return small
+        miniature: PreTrainedModel = model.to(self.device).eval()
+        return miniature
 
     def _moments(self, tokens: int, width: int) -> float:
         """Seconds to add a batch to the moments of a map of so many neurons."""
@@ -272,12 +285,15 @@ class Estimator:
         """Seconds to find the best change of a map from `width` neurons, with about half of the dampings tried."""
         moments = Moments()
         moments.gram = torch.eye(width, dtype=torch.float64, device=self.device)
-        hidden = max(1, self.config.hidden_size * width // max(self._widths))
+        hidden = max(1, self.config.hidden_size * width // max(self.widths))
         moments.cross = torch.ones(hidden, width, dtype=torch.float64, device=self.device)
         moments.output = 1.0
-        start = time.perf_counter()
-        moments.error(moments.solve(0.1))
-        return (time.perf_counter() - start) * len(DAMPINGS) / 2
+        seconds = []
+        for _ in range(ROUNDS):
+            start = time.perf_counter()
+            moments.error(moments.solve(0.1))
+            seconds.append(time.perf_counter() - start)
+        return min(seconds) * len(DAMPINGS) / 2
 
 
 def _timed(model: PreTrainedModel, tokens: Tensor, jobs: Sequence[Job], *, recompute: bool) -> float:
@@ -289,13 +305,13 @@ def _timed(model: PreTrainedModel, tokens: Tensor, jobs: Sequence[Job], *, recom
             if serves(job, kernels, seen):
                 job.statistic(seen).double()
 
-    seconds = []
-    with frozen(model):
+    seconds: list[float] = []
+    with frozen(model), memory_explained(model, tokens.numel()):
         chain = BlockChain(model)
         teacher = chain.final_hidden(tokens)
-        for _ in range(ROUNDS):
+        while len(seconds) < ROUNDS and sum(seconds) < ROUNDS * TRIAL_SECONDS:
             start = time.perf_counter()
-            values, _ = chain.sweep(tokens, kernels, visit, recompute=recompute, maps=maps, teacher=teacher)
-            sum(float(value.sum()) for value in values)  # which waits for a GPU
+            _, final = chain.sweep(tokens, kernels, visit, recompute=recompute, maps=maps, teacher=teacher)
+            float(final.sum())  # which waits for a GPU
             seconds.append(time.perf_counter() - start)
     return min(seconds)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hifiprune.errors import UserError
 
-CHUNK = 2**20  # elements converted and hashed at a time, which memory is used again for
+CHUNK = 2**20  # elements converted and hashed at a time: few, so that the same memory is used again
 
 
 def hash_model(model: PreTrainedModel) -> str:
@@ -25,7 +25,7 @@ def hash_model(model: PreTrainedModel) -> str:
 
 
 def hash_chunks(weights: Iterable[tuple[str, Sequence[int], Iterable[Tensor]]]) -> str:
-    """The same from names, shapes and values in pieces, in order.
+    """SHA-256 of weights, given by name and shape and with their values in pieces, as `hash_model` computes it.
 
     Raises:
         UserError: a weight is NaN or infinite.

@@ -1,7 +1,7 @@
 """From the final hidden state to the logits, a slice of positions at a time."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hifiprune.errors import UserError
 from hifiprune.shards import Stored
-from hifiprune.streaming import stored_head
+from hifiprune.streaming import shelf_of
 
 SLICE_BYTES = 24 * 2**20  # one [slice, vocabulary] float32 matrix
 SLICE_ROWS = 128  # at least, for a fast matrix product
@@ -22,7 +22,7 @@ CACHE_BYTES = 3 * 2**20  # rows that a CPU's cache holds while the elementwise s
 class Head:
     """From the normalised final hidden state to the logits, as the model computes them but in float32 or better.
 
-    The weight of a streamed model is `stored` in a file, and read a part at a time.
+    The weight of a streamed model is `stored` in a file, and read a part at a time unless it is `held`.
 
     `logits = cap * tanh(scale * (hidden @ weight.T + bias) / cap)`, without the outer part where `cap` is None.
     """
@@ -31,6 +31,8 @@ class Head:
     scale: float = 1.0
     cap: float | None = None
     stored: Stored | None = None
+    held: Float[Tensor, "vocabulary hidden"] | None = None
+    room: int = 0
     device: torch.device = torch.device("cpu")
 
     @classmethod
@@ -45,7 +47,15 @@ class Head:
         scale = getattr(config, "logit_scale", None) or 1.0
         divisor = getattr(config, "logits_scaling", None) or 1.0
         cap = getattr(config, "final_logit_softcapping", None)
-        return cls(linear, scale / divisor, cap, stored_head(model), model.device)
+        shelf = shelf_of(model)
+        stored, room = (shelf.head, shelf.head_room) if shelf else (None, 0)
+        return cls(linear, scale / divisor, cap, stored, room=room, device=model.device)
+
+    def at_hand(self) -> "Head":
+        """The same, with the weight of a streamed model in memory if its `room` there has as many bytes."""
+        if self.stored is None or self.stored.bytes > self.room:
+            return self
+        return replace(self, held=self.stored.whole().to(self.device))
 
     @property
     def vocabulary(self) -> int:
@@ -86,7 +96,10 @@ class Head:
 
     def _weight(self, like: Tensor) -> Iterator[tuple[slice, Float[Tensor, "columns hidden"]]]:
         """The weight where `like` is and in its dtype, a part of the vocabulary at a time."""
-        parts = self.linear.weight.detach().split(PART) if self.stored is None else self.stored.chunks(PART)
+        if self.stored is not None and self.held is None:
+            parts = self.stored.chunks(PART)
+        else:
+            parts = iter((self.linear.weight.detach() if self.held is None else self.held).split(PART))
         start = 0
         for part in parts:
             yield slice(start, start + len(part)), part.to(like)

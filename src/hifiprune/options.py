@@ -82,7 +82,8 @@ Stream = Annotated[
     Option("--stream/--in-memory", help="Read each block's weights from the disk when it runs, or not."),
 ]
 Scratch = Annotated[
-    str | None, Option("--scratch", help="Where a streamed model's activations are set aside, if not in memory.")
+    str | None,
+    Option("--scratch", help="Folder on a fast disk for a streamed model's activations, which else stay in memory."),
 ]
 Recompute = Annotated[
     bool | None, Option("--recompute/--keep-graphs", help="Trade time for memory; decided by free memory if not given.")

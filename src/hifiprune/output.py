@@ -19,6 +19,8 @@ if sys.platform != "win32":
     import fcntl
 
 REPLACED = "replaced"
+RANDOM = 8
+"""Letters that `tempfile.mkdtemp` puts into a name."""
 
 
 def local_path(name: str | Path) -> Path:
@@ -41,6 +43,7 @@ def check_target(
         UserError: it exists and may not be replaced, is or contains an input, or its folder cannot be written.
     """
     path, real = Path(os.path.abspath(target)), Path(target).resolve()
+    _clear_after_the_killed(path)
     for read in (local_path(name).resolve() for name in inputs if name is not None):
         if read.exists() and real in (read, *read.parents):
             relation = "is" if real == read else "contains"
@@ -95,6 +98,8 @@ def replacing(target: str | Path) -> Iterator[Path]:
         yield new
         _permit(new)
         _rename(new, target, aside=workplace / REPLACED)
+        if (workplace / REPLACED).exists():
+            (workplace / REPLACED).rename(workplace / "no longer needed")  # never to be put back
     except (OSError, SafetensorError) as error:
         raise RunError(_describe(error, target)) from error
     finally:
@@ -107,7 +112,10 @@ def _hold(workplace: Path) -> int | None:
     """Lock a folder until what this gives is closed or the process ends; None if it is locked, or cannot be."""
     if sys.platform == "win32":
         return None
-    held = os.open(workplace, os.O_RDONLY)
+    try:
+        held = os.open(workplace, os.O_RDONLY)
+    except OSError:
+        return None
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -117,8 +125,8 @@ def _hold(workplace: Path) -> int | None:
 
 
 def _clear_after_the_killed(target: Path) -> None:
-    """Remove what is left beside a target by processes that are gone, and put back what one was about to replace."""
-    for workplace in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
+    """Remove what processes that are gone left beside a target, and put back what one of them was about to replace."""
+    for workplace in target.parent.glob(f".{glob.escape(target.name)}.{'?' * RANDOM}.partial"):
         held = _hold(workplace)
         if held is not None:
             if (workplace / REPLACED).exists() and not os.path.lexists(target):

@@ -29,6 +29,11 @@ def local_rank() -> int | None:
     return None if found is None else int(found)
 
 
+def neighbours() -> int:
+    """How many processes share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def check_command(words: Sequence[str]) -> None:
     """Refuse to do the same work several times.
 

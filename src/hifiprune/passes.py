@@ -20,7 +20,7 @@ from hifiprune.hashing import hash_tokens
 from hifiprune.head import SLICE_BYTES, SLICE_ROWS
 from hifiprune.neurons import find_mlps
 from hifiprune.objectives import Kernel
-from hifiprune.parallel import meet, processes, rank
+from hifiprune.parallel import meet, neighbours, processes, rank
 from hifiprune.resuming import Keeper
 from hifiprune.statistics import Statistic
 from hifiprune.streaming import shelf_of
@@ -233,18 +233,18 @@ def working_bytes(
 
 
 def state_bytes(model: PreTrainedModel, tokens: int) -> int:
-    """Of the hidden states of so many tokens."""
+    """Bytes of the hidden states of so many tokens, as they are between two blocks."""
     return int(tokens * model.config.get_text_config().hidden_size * model.dtype.itemsize)
 
 
 def graph_bytes(model: PreTrainedModel, tokens: int) -> int:
-    """Of one block's graph."""
+    """Bytes that the graph of one block keeps for so many tokens."""
     config = model.config.get_text_config()
     return int(tokens * (4 * config.intermediate_size + 14 * config.hidden_size) * model.dtype.itemsize)
 
 
 def slice_bytes(model: PreTrainedModel) -> int:
-    """Of logits and their gradients, of which one slice of positions is there at a time."""
+    """Bytes of logits and their gradients, of which one slice of positions is there at a time."""
     return int(4 * max(SLICE_BYTES, 4 * SLICE_ROWS * model.config.get_text_config().vocab_size))
 
 
@@ -266,9 +266,10 @@ def choose_group(
     """
     state = state_bytes(model, tokens)
     inputs, moving = int(model.config.get_text_config().num_hidden_layers) * state, (2 + objectives) * state
+    memory = free_bytes(device) // 4 // (neighbours() if device.type == "cpu" else 1)
     if scratch is None:
-        return max(1, free_bytes(device) // 4 // (inputs + moving))
-    return max(1, min(free_bytes(device) // 4 // moving, shutil.disk_usage(scratch).free // 2 // inputs))
+        return max(1, memory // (inputs + moving))
+    return max(1, min(memory // moving, shutil.disk_usage(scratch).free // 2 // neighbours() // inputs))
 
 
 def moment_bytes(model: PreTrainedModel) -> int:

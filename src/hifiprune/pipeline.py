@@ -88,7 +88,7 @@ def score_checkpoint(
     unfinished = Unfinished.beside(target, "score", voice)
     stages = Stages(checkpoint, calibration, compute, record, voice, unfinished, _resident(calibration))
     stages.read()
-    stages.foresee(request, None)
+    stages.foresee(request)
     if dry_run:
         return record
     scores = stages.score(request, stability=stability)
@@ -200,7 +200,7 @@ def prune(
     stages.read()
     settled = options or Options(seed=calibration.seed if calibration else 0)
     request = None if used else (criterion, settled.for_ratio(ratio))
-    stages.foresee(request, 1 - shape.ratio_at(width), width if course.repair else 0, steps)
+    stages.foresee(request, 1 - shape.ratio_at(width), width, course, compensate=bias_compensation)
     if dry_run:
         return record
     if request:

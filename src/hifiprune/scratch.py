@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections import defaultdict
+from bisect import bisect
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hifiprune.errors import RunError, UserError
+from hifiprune.output import local_path
 from hifiprune.shards import bytes_of
 
 Kept = Callable[[], Tensor]
@@ -27,13 +28,14 @@ class Scratch:
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+        self.folder = local_path(folder)
         try:
-            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+            self._file = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115
         except OSError as error:
             raise UserError(f"scratch folder {folder} cannot be used: {error.strerror}") from error
         self._end = 0
-        self._unused: dict[int, list[int]] = defaultdict(list)
+        self._unused: list[tuple[int, int]] = []
+        """Where unused room before the end begins, and how much it is, in order; never two rooms side by side."""
 
     def keep(self, tensor: Tensor) -> Kept:
         """Set a tensor aside; what is given back has its dtype and lies on its device.
@@ -46,10 +48,7 @@ class Scratch:
     def write(self, tensor: Tensor) -> int:
         """Where the bytes of a tensor are from now on."""
         left = bytes_of(tensor.to("cpu").contiguous())
-        size = len(left)
-        start = self._unused[size].pop() if self._unused[size] else self._end
-        self._end = max(self._end, start + size)
-        place = start
+        place = start = self._room(len(left))
         try:
             while left:
                 count = os.pwrite(self._file.fileno(), left, place)
@@ -77,9 +76,26 @@ class Scratch:
         except OSError as error:
             raise RunError(f"what was set aside in {self.folder} cannot be read: {error.strerror}") from error
 
+    def _room(self, size: int) -> int:
+        """The first unused room that is large enough, or more at the end."""
+        for number, (start, length) in enumerate(self._unused):
+            if length >= size:
+                self._unused[number : number + 1] = [(start + size, length - size)] if length > size else []
+                return start
+        self._end += size
+        return self._end - size
+
     def forget(self, start: int, size: int) -> None:
         """Its room may be used again."""
-        self._unused[size].append(start)
+        place = bisect(self._unused, (start, size))
+        if place and sum(self._unused[place - 1]) == start:  # right after another unused room
+            place -= 1
+            before, length = self._unused.pop(place)
+            start, size = before, length + size
+        if place < len(self._unused) and self._unused[place][0] == start + size:
+            size += self._unused.pop(place)[1]
+        if size:
+            self._unused.insert(place, (start, size))
 
 
 class _Aside:

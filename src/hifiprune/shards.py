@@ -138,7 +138,7 @@ def write_shard(path: Path, pieces: dict[str, Piece]) -> None:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """Those that a tensor lies in, which must be one piece of memory."""
+    """The bytes of a contiguous tensor, without a copy."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 

@@ -1,7 +1,7 @@
 """The steps that commands take with a checkpoint's model; each is announced, shown as it goes on, and timed."""
 
 import gc
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -97,29 +97,51 @@ class Stages:
             streamed=not self.resident and streams(self.checkpoint, self.compute, dtype),
         )
 
-    def foresee(self, request: Request | None, share: float | None, width: int = 0, steps: int = 1) -> None:
+    def foresee(
+        self,
+        request: Request | None,
+        share: float | None = None,
+        width: int = 0,
+        course: Course | None = None,
+        *,
+        compensate: bool = False,
+    ) -> None:
         """Tell and record what will be done, and what it will cost.
 
         Args:
             request: criterion to score by, if the scores are not there.
             share: of the weights that is written, if any is.
-            width: that is repaired, if it is.
-            steps: how often the model is scored, and repaired.
+            width: of the MLPs after.
+            course: how they get there.
+            compensate: whether biases will be changed.
         """
         estimator, text = self.estimator, self.calibration
         sizes = (text.num_samples, text.seq_len) if text else (0, 0)
-        loads = request or width or (self.checkpoint.is_here and not self.stored_plainly)
+        repairs, searches = course and course.repair, course and course.sharing.allocation == "searched"
+        elsewhere = self.checkpoint.is_here and not self.stored_plainly
+        loads = request or repairs or searches or compensate or elsewhere
         costs = [estimator.loading() if loads else estimator.checking()]
         if request:
-            costs.append(estimator.scoring([request], *sizes, times=steps))
-        if width:
-            costs.append(estimator.repair(*sizes, width, times=steps))
+            steps = course.steps if course else 1
+            cost = estimator.scoring([request], *sizes, times=steps)
+            if repairs and steps > 1:
+                between = estimator.repair(*sizes, (width + max(estimator.widths)) // 2)
+                cost = replace(cost, seconds=cost.seconds + (steps - 1) * between.seconds)
+            costs.append(cost)
+        if repairs:
+            costs.append(estimator.repair(*sizes, width))
         if share is not None:
             costs.append(estimator.writing(share))
         self.record.expected = [asdict(cost) for cost in costs]
         self.voice.say(announce_costs(costs))
-        if not self.checkpoint.is_here:
-            self.voice.say("The weights are still to be downloaded, which is not counted.")
+        uncounted = {
+            "downloading the weights": not self.checkpoint.is_here,
+            "reading the weights": elsewhere,
+            "sampling text from the model": self.text is None and text is not None,
+            "searching widths": searches,
+        }
+        if any(uncounted.values()):
+            self.voice.say(f"Not counted: {', '.join(name for name, left_out in uncounted.items() if left_out)}.")
 
     def load(self, dtype: torch.dtype | None = None, scores: Scores | None = None) -> PreTrainedModel:
         """The dense model, in the dtype for computing if no other is asked for; `scores` must be its own.
@@ -244,7 +266,7 @@ class Stages:
     def repair_(self, model: PreTrainedModel, plan: Plan) -> list[dict[str, Any]]:
         """Cut and repair the model; how each layer's refit went, as plain data."""
         windows = self.windows(model)
-        self.voice.say(announce_repair(windows, max(plan.widths), self.estimator))
+        self.voice.say(announce_repair(windows, sum(plan.widths) // len(plan.widths), self.estimator))
         with self.record.stage("cutting and repairing"):
             size, track = self.compute.batch_size, self.voice.track("repairing")
             refits = cut_and_repair_(model, plan, windows, batch_size=size, track=track)

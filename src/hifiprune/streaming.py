@@ -6,10 +6,12 @@ one that runs, and the next in the dtype of the file, which is read meanwhile.
 """
 
 import ctypes
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, cast
 
 import torch
@@ -53,6 +55,14 @@ class Shelf:
     scratch: Scratch | None = None
     cuts: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
     changed: dict[str, Kept] = field(default_factory=dict)
+
+    @property
+    def head_room(self) -> int:
+        """Bytes that the head may take while no block is in memory: those of two blocks, on a GPU any number."""
+        if self.device.type != "cpu":
+            return sys.maxsize
+        first = [stored for name, stored in self.stored.items() if name.startswith(f"{self.blocks}.0.")]
+        return sum(each.bytes + prod(each.shape) * self.dtype.itemsize for each in first)
 
     def walk(self, blocks: Sequence[nn.Module], order: Sequence[int]) -> Iterator[int]:
         """The numbers of the blocks in an order, each while its weights are in their place."""
@@ -112,7 +122,7 @@ def place(module: nn.Module, name: str, values: Tensor | None) -> None:
 
 def _return_what_is_freed() -> None:
     """Have the C library give large tensors' memory back at once; glibc keeps and splinters it, which adds up."""
-    with suppress(OSError, AttributeError):  # another library, which has no such setting
+    with suppress(OSError, AttributeError, TypeError):  # another library, which has no such setting
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
@@ -204,12 +214,6 @@ def first_rows(model: PreTrainedModel, count: int = 64) -> Iterator[None]:
         yield
     finally:
         table.weight, table.bias = before, bias
-
-
-def stored_head(model: PreTrainedModel) -> Stored | None:
-    """Where the head of a streamed model is."""
-    shelf = shelf_of(model)
-    return None if shelf is None else shelf.head
 
 
 def _name_of(model: PreTrainedModel, weight: Tensor, stored: dict[str, Stored]) -> str:

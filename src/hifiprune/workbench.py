@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,7 @@ class Workbench:
         missing = {path: request for path, request in zip(paths, requests, strict=True) if path not in found}
         if missing:
             wanted = list(missing.values())
-            estimator = Estimator(find_checkpoint(self.name), self.compute, loaded=True)
-            cost = announce_scoring(windows, wanted, estimator)
+            cost = announce_scoring(windows, wanted, self._estimator)
             self.voice.say(f"Draw with seed {calibration.seed}: {cost}")
             made = score_all(
                 self.model,
@@ -94,6 +94,10 @@ class Workbench:
                 self.unfinished.write(path, scores.save)
                 found[path] = scores
         return [(found[path], path) for path in paths]
+
+    @cached_property
+    def _estimator(self) -> Estimator:
+        return Estimator(find_checkpoint(self.name), self.compute, loaded=True)
 
     def _scores_path(self, request: Request, windows: Int[Tensor, "windows positions"]) -> Path:
         criterion, options = find_criterion(request[0]), request[1]

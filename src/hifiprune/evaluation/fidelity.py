@@ -138,10 +138,12 @@ def measure_windows(
                 states = [chain.final_states([each.to(chain.model.device) for each in batches]) for chain in chains]
                 if isinstance(against, Reference):
                     states.append(against.hidden[number * group :][: len(some)].to(model.device).split(batch_size))
+                near = [head.at_hand() for head in heads]
                 for batch, *hidden in zip(batches, *states, strict=True):
-                    metrics = _per_position(heads, [each[:, :-1] for each in hidden], batch[:, 1:].to(model.device))
+                    metrics = _per_position(near, [each[:, :-1] for each in hidden], batch[:, 1:].to(model.device))
                     for name, values in metrics.items():
                         collected.setdefault(name, []).append(values.double().mean(1).cpu())
+                del near  # before the blocks come back
     return {name: torch.cat(collected[name]) for name in METRICS if name in collected}
 
 
