@@ -274,10 +274,10 @@ def predicted(shape: dict[str, Any], gpus: int, memory: float) -> dict[str, floa
     return {
         "weights": 2.0 * (layers * block + ends),
         "resident": 2.0 * (layers * block + ends) + 2 * graph + 2 * layers * 2 * hidden * POSITIONS + slices,
-        "gpu": max(2.0 * block + 2 * graph, slices) + 3 * state / groups,
+        "gpu": max(2.0 * block + 2 * graph, slices + 2 * hidden * vocabulary) + 3 * state / groups,
         "scratch": float(gpus * layers * state / groups),
         "computing": tokens * (6.0 * layers * block + 4.0 * hidden * vocabulary) / OPERATIONS,
-        "reading": (groups * 2.0 * 2 * layers * block + 2.0 * gpus * layers * state) / DISK,
+        "reading": (groups * 2.0 * (2 * layers * block + hidden * vocabulary) + 2.0 * gpus * layers * state) / DISK,
     }
 
 

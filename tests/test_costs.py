@@ -1,5 +1,6 @@
 """What a run is expected to cost follows from its trial by arithmetic, in every family; a dry run makes nothing."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,8 @@ import torch
 
 import hifiprune as hp
 from hifiprune import costs
-from hifiprune.checkpoint import find_checkpoint
-from hifiprune.costs import Estimator
-from hifiprune.scoring import passes_of
+from hifiprune.checkpoint import Checkpoint, find_checkpoint
+from hifiprune.costs import Estimator, Pace
 from tests.commands import refused, run
 from tests.families import VARIANTS
 
@@ -78,12 +78,11 @@ def test_streamed_weights_take_two_blocks_and_what_a_group_keeps(
         estimator.base = estimator.weights  # not that of this process
         memory[how] = estimator.scoring(REQUEST, 5, 20)
     assert memory["scratch"].memory < memory["streamed"].memory
+    model = find_checkpoint(str(path)).skeleton()
+    block = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    slices, states = 4 * 24 * 2**20, 5 * 3 * 20 * 24 * 4
+    assert memory["scratch"].memory == max(2 * 4 * block, slices) + states, "tiny blocks are smaller than logits"
     assert memory["streamed"].memory - memory["scratch"].memory == memory["scratch"].disk == 5 * 6 * 20 * 24 * 4
-
-
-def test_passes_are_those_that_scoring_makes() -> None:
-    both = [("hfprune", hp.Options()), ("self-distillation", hp.Options())]
-    assert [len(jobs) for jobs in passes_of(both)] == [2, 1]
 
 
 @pytest.mark.parametrize("more", [[], ["--repair", "none"], ["--steps", "2"], ["--criterion", "magnitude"]])
@@ -116,3 +115,44 @@ def test_a_dry_run_checks_what_a_run_checks(world: Path, tmp_path: Path) -> None
     found = run(*words, *text, "--num-samples", 2)
     assert found.code == 0, found.err
     assert not (tmp_path / "scores").exists()
+
+
+def test_what_is_not_counted_is_told(world: Path, tmp_path: Path, smollm2_gguf: Path) -> None:
+    text = ("--calibration", world / "calibration.txt", "--num-samples", 4, "--seq-len", 24)
+    words = ("prune", world / "dense", "--output", tmp_path / "out", "--width", 24, "--dry-run")
+    sampled = run(*words, "--calibration", "self", *text[2:])
+    assert "Not counted: sampling text from the model." in sampled.err
+    searched = run(*words, *text, "--allocation", "searched", "--repair", "none")
+    assert "Not counted: searching widths." in searched.err
+    assert "Not counted" not in run(*words, *text).err
+    plain = ("--criterion", "magnitude", "--repair", "none", "--ratio", 0.2, "--dry-run", "--json")
+    packed = run("prune", smollm2_gguf, "--output", tmp_path / "out", *plain)
+    assert packed.code == 0, packed.err
+    assert "Not counted: reading the weights." in packed.err
+    assert packed.json["expected"][-1]["disk"] == pytest.approx(432e6, rel=0.01), "float32, whatever the file holds"
+
+
+def test_a_dry_run_downloads_no_weights(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "hub"
+    shutil.copytree(world / "dense", folder)
+    (folder / "model.safetensors").unlink()
+    words = ("--calibration", world / "calibration.txt", "--num-samples", 4, "--seq-len", 24, "--dry-run")
+    refused(run("score", folder, "--output", tmp_path / "out", *words), "lacks the weight file model.safetensors")
+    monkeypatch.setattr("hifiprune.preparation.find_checkpoint", lambda name: Checkpoint(name, folder, on_hub=True))
+    found = run("score", "somebody/model", "--output", tmp_path / "out", *words, "--json")
+    assert found.code == 0, found.err
+    assert "Not counted: downloading the weights." in found.err
+    assert found.json["expected"][1]["seconds"] > 0
+
+
+def test_repairs_between_steps_belong_to_scoring(world: Path, tmp_path: Path) -> None:
+    text = ("--calibration", world / "calibration.txt", "--num-samples", 4, "--seq-len", 24)
+    words = ("prune", world / "dense", "--output", tmp_path / "out", "--width", 24, *text, "--dry-run", "--json")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Estimator, "_tried", lambda *_: Pace(1.0, 0.0))
+        patch.setattr(Estimator, "_moments", lambda *_: 0.0)
+        patch.setattr(Estimator, "_solution", lambda *_: 0.0)
+        found = run(*words, "--steps", 3).json["expected"]
+    seconds = {cost["step"]: cost["seconds"] for cost in found}
+    assert seconds["cutting and repairing"] == pytest.approx(3 * 4 * 2.3)
+    assert seconds["scoring"] == pytest.approx(3 * (3 * 4) + 2 * (3 * 4 * 2.3))

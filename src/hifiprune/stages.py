@@ -88,7 +88,7 @@ class Stages:
     @cached_property
     def estimator(self) -> Estimator:
         """Tells what steps will cost; made before the weights are loaded."""
-        if self.checkpoint.is_here:
+        if self.checkpoint.is_here or not self.checkpoint.on_hub:
             self.checkpoint.fetch()
         dtype = self.compute.dtype_for(self.checkpoint)
         return Estimator(
