@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from playwright.sync_api import Browser, sync_playwright
 from tokenizers import Tokenizer
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 import hifiprune as hp
 from hifiprune.evaluation.passages import in_place, read_passage
 from hifiprune.plan import Plan
+from hifiprune.scores import Scores
 from tests.commands import refused, run
 from tests.conftest import byte_tokenizer
 from tests.families import tiny_model, tiny_tokens
@@ -103,6 +105,12 @@ def test_plots_show_what_was_found(runs: dict[str, Path], tmp_path: Path) -> Non
     data = Page(hp.report([*runs.values()], tmp_path / "r.html").read_text()).data()
     plans = [Plan.load(runs[name] / "hifiprune" / "plan.json") for name in ("plain", "mixed")]
     assert [trace["y"] for trace in data["plots"]["widths"]["data"]] == [plan.widths for plan in plans]
+    scores = [Scores.load(runs[name] / "hifiprune" / "scores.safetensors").values for name in ("plain", "mixed")]
+    drawn = iter(data["plots"]["scores"]["data"])
+    for layers in scores:
+        for place in (50, 10, 90):
+            whole = np.median(np.concatenate(layers))
+            assert next(drawn)["y"] == pytest.approx([np.percentile(each, place) / whole for each in layers])
     kept = [{(i, n) for i, each in enumerate(plan.kept) for n in each.tolist()} for plan in plans]
     ((_, share), (_, whole)) = data["plots"]["overlap"]["data"][0]["z"]
     assert share == pytest.approx(len(kept[0] & kept[1]) / len(kept[0] | kept[1]))

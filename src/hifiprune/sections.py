@@ -6,8 +6,11 @@ from json import dumps
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 import torch
+from plotly.colors import qualitative
+from torch import Tensor
 
 from hifiprune.announcements import accuracies, asked_of, megabytes, short, width_range
 from hifiprune.evaluation.fidelity import METRICS
@@ -16,7 +19,7 @@ from hifiprune.watch import perplexity
 
 Rows = list[list[str]]
 QUALITY = ("perplexity", "kl")
-TEAL, GREY = "#0b8a8a", "#888888"
+TEAL, GREY, COLORS = "#0b8a8a", "#888888", qualitative.D3
 
 
 @dataclass(frozen=True)
@@ -194,18 +197,20 @@ def layers(runs: Sequence[Run]) -> Section:
     section, widths, curves = Section("Layer by layer"), go.Figure(), go.Figure()
     for run in runs:
         if run.plan and run.scores:
-            numbers = [*range(len(run.plan.widths))]
-            widths.add_trace(go.Bar(x=numbers, y=run.plan.widths, name=run.name))
-            for share in (0.1, 0.5, 0.9):
-                values = [float(torch.quantile(scores.double(), share)) for scores in run.scores.values]
-                name, line = f"{run.name}, above {share:.0%}", {"width": 1 + 2 * share}
-                curves.add_trace(go.Scatter(x=numbers, y=values, name=name, line=line))
+            numbers, color = [*range(len(run.plan.widths))], COLORS[len(widths.data) % len(COLORS)]
+            widths.add_trace(go.Bar(x=numbers, y=run.plan.widths, name=run.name, marker_color=color))
+            unit = _rank(torch.cat([*run.scores.values]), 0.5) or 1.0
+            for share, width in ((0.5, 2.5), (0.1, 1), (0.9, 1)):
+                middle, values = share == 0.5, [_rank(scores, share) / unit for scores in run.scores.values]
+                how = {"name": run.name if middle else f"{run.name}, {share:.0%}", "showlegend": middle}
+                line = {"color": color, "width": width, "dash": "solid" if middle else "dot"}
+                curves.add_trace(go.Scatter(x=numbers, y=values, line=line, legendgroup=run.name, **how))
     if not widths.data:
         return section
     widths.update_yaxes(title="neurons kept").update_xaxes(title="layer")
-    curves.update_yaxes(title="score", type="log", dtick=1).update_xaxes(title="layer")
+    curves.update_yaxes(title="score, to the median", type="log", dtick=1).update_xaxes(title="layer")
     kept = "Neurons that each layer keeps."
-    ranks = "Scores in each layer: those that lie above 10, 50 and 90% of its neurons."
+    ranks = "Scores in units of the run's median: the median of each layer, dotted what lies above 10 and 90%."
     for id_, alt, figure in (("widths", kept, widths), ("scores", ranks, curves)):
         table = [["layer", *(trace.name for trace in figure.data)]]
         for number in range(max(len(trace.y) for trace in figure.data)):
@@ -213,6 +218,11 @@ def layers(runs: Sequence[Run]) -> Section:
             table.append([str(number), *cells])
         section.plots.append(_plot(id_, alt, figure, table, barmode="group"))
     return section
+
+
+def _rank(scores: Tensor, share: float) -> float:
+    """The score that lies above a share of all."""
+    return float(np.quantile(scores.double().numpy(), share))
 
 
 def overlap(runs: Sequence[Run]) -> Section:
