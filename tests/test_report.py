@@ -116,13 +116,14 @@ def test_plots_show_what_was_found(runs: dict[str, Path], tmp_path: Path) -> Non
     assert share == pytest.approx(len(kept[0] & kept[1]) / len(kept[0] | kept[1]))
     assert whole == 1
     measured = json.loads((runs["measured"] / "run.json").read_text())["results"]["models"]
-    (points,) = data["plots"]["kl-1"]["data"]
-    assert points["y"] == [row["metrics"]["kl"]["value"] for row in measured.values()]
-    assert points["x"] == [row["parameters"] / 1e6 for row in measured.values()]
-    (points,) = data["plots"]["perplexity-0"]["data"]
-    assert points["text"] == ["dense", "plain", "mixed"]
-    assert points["y"][0] == next(iter(measured.values()))["metrics"]["dense_perplexity"]["value"]
-    assert points["y"][1:] == [row["metrics"]["perplexity"]["value"] for row in measured.values()]
+    dense, *points = data["plots"]["kl-1"]["data"]
+    assert dense["y"] == [0]
+    assert [each["y"] for each in points] == [[row["metrics"]["kl"]["value"]] for row in measured.values()]
+    assert [each["x"] for each in points] == [[row["parameters"] / 1e6] for row in measured.values()]
+    dense, *points = data["plots"]["perplexity-0"]["data"]
+    assert [each["name"] for each in (dense, *points)] == ["dense", "plain", "mixed"]
+    assert dense["y"] == [next(iter(measured.values()))["metrics"]["dense_perplexity"]["value"]]
+    assert [each["y"] for each in points] == [[row["metrics"]["perplexity"]["value"]] for row in measured.values()]
     (looks,) = data["plots"]["training"]["data"]
     losses = json.loads((runs["trained"] / "run.json").read_text())["results"]["held_out_losses"]
     assert looks["x"] == [step for step, _ in losses] == [0, 1, 2]
@@ -202,7 +203,7 @@ def test_evaluations_on_one_text_share_a_plot(runs: dict[str, Path], tmp_path: P
     data = Page(hp.report([tmp_path / "0", tmp_path / "1"], tmp_path / "r.html").read_text()).data()
     quality = {name: plot for name, plot in data["plots"].items() if name.startswith(("kl", "perplexity"))}
     assert list(quality) == ["perplexity-0", "kl-1"]
-    assert quality["kl-1"]["data"][0]["text"] == ["0/same", "1/same"]
+    assert [each["name"] for each in quality["kl-1"]["data"][1:]] == ["0/same", "1/same"], "after the dense one"
 
 
 def test_accuracies_have_bars(tmp_path: Path) -> None:

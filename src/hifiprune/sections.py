@@ -19,7 +19,7 @@ from hifiprune.watch import perplexity
 
 Rows = list[list[str]]
 QUALITY = ("perplexity", "kl")
-TEAL, GREY, COLORS = "#0b8a8a", "#888888", qualitative.D3
+GREY, COLORS = "#888888", qualitative.D3
 
 
 @dataclass(frozen=True)
@@ -98,27 +98,28 @@ def quality(runs: Sequence[Run]) -> Section:
 
 
 def _measured(run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Parameters and metrics of every model by its name; the dense one's perplexity was found beside the others."""
+    """Parameters and metrics of every model by its name, and of the dense one beside which they were measured."""
     results = run.facts["results"]
     rows = {name: row for name, row in results["models"].items() if "metrics" in row}
     dense = results.get("dense")
     if dense:
         beside = next(iter(rows.values()))["metrics"]["dense_perplexity"]
-        yield dense["name"], {"parameters": dense["parameters"], "metrics": {"perplexity": beside}}
+        metrics = {"perplexity": beside, "kl": {"value": 0.0, "low": None, "high": None}}
+        yield dense["name"], {"parameters": dense["parameters"], "metrics": metrics}
     yield from rows.items()
 
 
 def _against_size(metric: str, points: dict[str, tuple[float, dict[str, Any]]], measured_on: str, id_: str) -> Plot:
     """A mark for each model."""
-    (sizes, found), label = zip(*points.values(), strict=True), METRICS[metric][0]
-    marks = {"mode": "markers+text", "textposition": "top center", "marker": {"size": 11, "color": TEAL}}
-    figure = go.Figure(_estimates(go.Scatter, sizes, found, text=list(points), **marks))
+    figure, label = go.Figure(), METRICS[metric][0]
+    for name, (size, each) in points.items():
+        figure.add_trace(_estimates(go.Scatter, [size], [each], name=name, mode="markers", marker_size=11))
     figure.update_xaxes(title="million parameters").update_yaxes(title=label)
     table = [["checkpoint", "million parameters", label, "95% interval"]]
     for name, (size, each) in points.items():
         table.append([name, f"{size:,.1f}", f"{each['value']:.4g}", _interval(each)])
     alt = f"{label}: each checkpoint against its parameters, with 95% intervals, on {measured_on}."
-    return _plot(id_, alt, figure, table)
+    return _plot(id_, alt, figure, table, showlegend=True)
 
 
 def tasks(runs: Sequence[Run]) -> Section:
@@ -326,7 +327,9 @@ def _estimates(kind: Any, x: Sequence[Any], estimates: Sequence[dict[str, Any]],
     values = [each["value"] for each in estimates]
     above = [(each["high"] if each["high"] is not None else each["value"]) - each["value"] for each in estimates]
     below = [each["value"] - (each["low"] if each["low"] is not None else each["value"]) for each in estimates]
-    error = {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1}
+    error = {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1.5}
+    if kind is go.Bar:
+        error["color"] = GREY
     return kind(x=list(x), y=values, error_y=error, **how)
 
 
