@@ -48,8 +48,8 @@ def main() -> None:
     timed = folder / "timed"
     if not timed.exists():
         hp.bench(
-            dense, pruned, batch_sizes=(1, 8), lengths=(128, 512), new_tokens=WORK.new_tokens, repeats=5,
-            output=timed, voice=voice(),
+            dense, pruned, batch_sizes=(1, 8), lengths=(128, 512), new_tokens=WORK.new_tokens, rounds=ROUNDS,
+            repeats=1, output=timed, voice=voice(),
         )  # fmt: skip
     record = json.loads((timed / "run.json").read_text())
     names = {str(path): name for name, path in models.items()}
