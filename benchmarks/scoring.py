@@ -44,7 +44,7 @@ def papers_way(model: PreTrainedModel, windows: Tensor, seconds: list[float]) ->
 
     model.requires_grad_()
     maps = [mlp.output for mlp in BlockChain(model).mlps]
-    hooks = [linear.register_forward_pre_hook(keep) for linear in maps]
+    hooks = [linear.module.register_forward_pre_hook(keep) for linear in maps]
     scores = [torch.zeros(linear.in_features) for linear in maps]
     for window in windows:
         start = time.perf_counter()
@@ -90,7 +90,7 @@ def product_seconds(model: PreTrainedModel) -> tuple[float, float]:
     chain = BlockChain(model)
     slices = chain.head.slice_rows
     shapes = [
-        (POSITIONS, *linear.weight.shape, POSITIONS, 2 if layer or linear is chain.mlps[0].output else 1)
+        (POSITIONS, *linear.weight.shape, POSITIONS, 2 if layer or linear is chain.mlps[0].output.module else 1)
         for layer, block in enumerate(chain.blocks)
         for linear in block.modules()
         if isinstance(linear, torch.nn.Linear)

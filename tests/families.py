@@ -1,46 +1,91 @@
-"""One tiny random configuration of every supported family, and the variants that a family can have."""
+"""One tiny random configuration of every supported family, and the variants that a family can have.
 
+Run as a program it prints the table of families for the documentation, and their names for the README.
+"""
+
+import sys
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from hifiprune.neurons import FAMILIES
 
 VOCABULARY = 257
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61,
     "hidden_size": 24,
-    "intermediate_size": 40,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
     "max_position_embeddings": 64,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "initializer_range": 0.3,
 }
+WIDTH = 40
+GROUPED: dict[str, Any] = {"num_key_value_heads": 2}
+HEADS: dict[str, Any] = {**GROUPED, "head_dim": 8}
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "llama-tied": {"tie_word_embeddings": True},
-    "llama-bias": {"mlp_bias": True, "attention_bias": True},
-    "mistral": {"sliding_window": 5},
-    "qwen2": {"use_sliding_window": False},
-    "qwen3": {},
-    "gemma2": {"sliding_window": 5, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0},
-    "gemma3_text": {"sliding_window": 5, "query_pre_attn_scalar": 8},
-    "olmo2": {},
-    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "llama": HEADS,
+    "llama-tied": {**HEADS, "tie_word_embeddings": True},
+    "llama-bias": {**HEADS, "mlp_bias": True, "attention_bias": True},
+    "arcee": {**HEADS, "mlp_bias": True},
+    "bloom": {"hidden_size": 10, "num_attention_heads": 2},
+    "codegen": {"rotary_dim": 4},
+    "cohere": {**GROUPED, "logit_scale": 0.5},
+    "cohere2": {**HEADS, "sliding_window": 5, "logit_scale": 0.5},
+    "ernie4_5": {**HEADS, "use_bias": True},
+    "exaone4": {**GROUPED, "sliding_window": 5},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon-alibi": {"alibi": True, "parallel_attn": False, "bias": True, "multi_query": False},
+    "gemma": HEADS,
+    "gemma2": {**HEADS, "sliding_window": 5, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0},
+    "gemma3_text": {**HEADS, "sliding_window": 5, "query_pre_attn_scalar": 8},
+    "glm": HEADS,
+    "glm4": HEADS,
+    "gpt2": {},
+    "gpt_bigcode": {},
+    "gpt_neox": {},
+    "gpt_neox-serial": {"use_parallel_residual": False},
+    "gptj": {"rotary_dim": 4},
+    "granite": {**GROUPED, "residual_multiplier": 0.4, "embedding_multiplier": 3.0, "logits_scaling": 2.0},
+    "helium": {**GROUPED, "head_dim": 6},
+    "hunyuan_v1_dense": HEADS,
+    "ministral": {**HEADS, "sliding_window": 5},
+    "ministral3": HEADS,
+    "mistral": {**HEADS, "sliding_window": 5},
+    "nemotron": {**HEADS, "mlp_bias": True},
+    "olmo": GROUPED,
+    "olmo2": GROUPED,
+    "olmo3": {**GROUPED, "sliding_window": 5},
+    "opt": {"word_embed_proj_dim": 24, "init_std": 0.3},
+    "phi": {
+        **GROUPED,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.67},
+    },
+    "phi3": GROUPED,
+    "qwen2": {**HEADS, "use_sliding_window": False},
+    "qwen3": HEADS,
+    "seed_oss": HEADS,
+    "smollm3": {**HEADS, "no_rope_layers": [1, 0, 1]},
+    "stablelm": {**GROUPED, "use_parallel_residual": True},
+    "starcoder2": {**GROUPED, "use_bias": True},
 }
+FORMS = [
+    "llama", "llama-tied", "llama-bias", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "smollm3",
+    "falcon", "gpt2", "opt", "phi3",
+]  # fmt: skip
+"""Of every form of MLP and block one or more, for tests that take their time."""
 
 
 def tiny_config(variant: str, **options: object) -> PretrainedConfig:
     """The configuration of a variant."""
-    config: PretrainedConfig = AutoConfig.for_model(
-        variant.split("-", maxsplit=1)[0], **{**SIZES, **VARIANTS.get(variant, {}), **options}
-    )
+    name = variant.split("-", maxsplit=1)[0]
+    width = {FAMILIES[name].width: options.pop("intermediate_size", WIDTH)} if FAMILIES[name].width else {}
+    config: PretrainedConfig = AutoConfig.for_model(name, **{**SIZES, **width, **VARIANTS[variant], **options})
     return config
 
 
@@ -57,3 +102,24 @@ def tiny_model(variant: str, dtype: torch.dtype = torch.float64, seed: int = 0, 
 
 def tiny_tokens(windows: int = 3, positions: int = 11, vocabulary: int = 61) -> torch.Tensor:
     return torch.randint(vocabulary, (windows, positions), generator=torch.Generator().manual_seed(1))
+
+
+def table() -> str:
+    """The supported families, as Markdown."""
+    lines = ["| model type | models | the MLP reads through | and writes through | straight to the stream |"]
+    lines.append("|---|---|---|---|---|")
+    for name, family in sorted(FAMILIES.items()):
+        inputs = " and ".join(f"`{each}`" for each in dict.fromkeys(family.inputs))
+        fused = " (gate and up in one)" * (len(family.inputs) != len({*family.inputs}))
+        straight = "yes" if family.additive else "no"
+        lines.append(f"| `{name}` | {family.models} | {inputs}{fused} | `{family.output}` | {straight} |")
+    return "\n".join(lines)
+
+
+def names() -> str:
+    """The models of all families, in one line."""
+    return ", ".join(family.models for _, family in sorted(FAMILIES.items()))
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{table()}\n\n{names()}\n")

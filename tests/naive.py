@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from hifiprune import find_mlps
+from hifiprune.neurons import LinearMap, Mlp
 from hifiprune.objectives import Kernel, Rows
 from hifiprune.plan import Plan
 
@@ -63,7 +65,7 @@ def recorded_activations(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """The activation of every MLP in layer order, once the model has run within."""
     activations: list[Tensor] = []
     hooks = [
-        mlp.output.register_forward_pre_hook(lambda _, arguments: activations.append(arguments[0]))
+        mlp.output.module.register_forward_pre_hook(lambda _, arguments: activations.append(arguments[0]))
         for mlp in find_mlps(model)
     ]
     yield activations
@@ -79,9 +81,9 @@ def activations_of(model: PreTrainedModel, tokens: Tensor) -> list[Tensor]:
 
 
 @contextmanager
-def replaced_activation(linear: nn.Linear, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def replaced_activation(linear: LinearMap, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """The activation that enters `linear` is changed within."""
-    hook = linear.register_forward_pre_hook(lambda _, arguments: (change(arguments[0]),))
+    hook = linear.module.register_forward_pre_hook(lambda _, arguments: (change(arguments[0]),))
     yield
     hook.remove()
 
@@ -106,13 +108,22 @@ def taylor_products(model: PreTrainedModel, tokens: Tensor, losses: Sequence[Los
     return [torch.stack(layer) for layer in zip(*found, strict=True)]
 
 
+def summed(mlp: Mlp, products: dict[nn.Module, Tensor]) -> Tensor:
+    parts = [products[mlp.output.module].T if not mlp.output.flipped else products[mlp.output.module]]
+    for each in mlp.inputs:
+        product = products[each.module].T if each.flipped else products[each.module]
+        parts.append(product.chunk(each.parts)[each.part])
+    return torch.stack(parts).sum(0).detach()
+
+
 def weight_products(model: PreTrainedModel, tokens: Tensor, losses: Sequence[Loss]) -> list[Tensor]:
     """`down.T * dC/ddown.T + up * dC/dup + gate * dC/dgate`, `[windows, neurons, hidden]` of every MLP."""
     mlps = find_mlps(model)
-    weights = [linear.weight for mlp in mlps for linear in (mlp.inputs[0], mlp.inputs[1], mlp.output)]
+    modules: list[Any] = [*dict.fromkeys(each.module for mlp in mlps for each in mlp.maps)]
     found = []
     for window, loss in zip(tokens, losses, strict=True):
-        slopes = torch.autograd.grad(loss(logits_of(model, window[None])[0], window), weights)
-        parts = iter([(weight * slope).detach() for weight, slope in zip(weights, slopes, strict=True)])
-        found.append([gate + up + down.T for gate, up, down in zip(parts, parts, parts, strict=True)])
+        value = loss(logits_of(model, window[None])[0], window)
+        slopes = torch.autograd.grad(value, [module.weight for module in modules])
+        products = {module: module.weight * slope for module, slope in zip(modules, slopes, strict=True)}
+        found.append([summed(mlp, products) for mlp in mlps])
     return [torch.stack(layer) for layer in zip(*found, strict=True)]

@@ -8,8 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hifiprune import UserError, cut, cut_, find_mlps, score, surgery
+from hifiprune.neurons import width_of
 from hifiprune.plan import Plan
-from tests.families import VARIANTS, tiny_model, tiny_tokens
+from tests.families import FORMS, tiny_model, tiny_tokens
 from tests.naive import logits_of
 from tests.test_families import plan_keeping, random_plan
 
@@ -24,7 +25,7 @@ def sizes_of(model: PreTrainedModel) -> dict[str, Any]:
     return {
         "shapes": {name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
         "features": [(linear.in_features, linear.out_features) for linear in linears],
-        "configured": model.config.intermediate_size,
+        "configured": width_of(model.config),
         "gradients": [parameter.requires_grad for parameter in model.parameters()],
     }
 
@@ -36,19 +37,19 @@ def assert_unchanged(model: PreTrainedModel, state: dict[str, Tensor], sizes: di
     assert all(torch.equal(after[name], state[name]) for name in state)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_is_cut_within_and_bitwise_whole_after(variant: str, dtype: torch.dtype) -> None:
     model, tokens = tiny_model(variant, dtype), tiny_tokens()
-    find_mlps(model)[1].inputs[0].weight.requires_grad_(False)
+    find_mlps(model)[1].inputs[0].module.weight.requires_grad_(False)
     state, sizes, before = state_of(model), sizes_of(model), logits_of(model, tokens).detach()
     plan = random_plan(model, 17)
     for_good = tiny_model(variant, dtype)
-    find_mlps(for_good)[1].inputs[0].weight.requires_grad_(False)
+    find_mlps(for_good)[1].inputs[0].module.weight.requires_grad_(False)
     cut_(for_good, plan)
     with cut(model, plan):
         assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in state.values())
-        assert model.config.intermediate_size == 17
+        assert width_of(model.config) == 17
         assert_unchanged(model, state_of(for_good), sizes_of(for_good))
         assert torch.equal(logits_of(model, tokens), logits_of(for_good, tokens))
         assert not torch.allclose(logits_of(model, tokens), before)
@@ -60,7 +61,7 @@ def test_an_error_within_leaves_the_model_whole() -> None:
     model = tiny_model("llama-bias")
     state, sizes = state_of(model), sizes_of(model)
     with pytest.raises(RuntimeError, match="interrupted at 17"), cut(model, random_plan(model, 17)):
-        raise RuntimeError(f"interrupted at {model.config.intermediate_size}")
+        raise RuntimeError(f"interrupted at {width_of(model.config)}")
     assert_unchanged(model, state, sizes)
 
 
@@ -69,7 +70,7 @@ def test_an_interruption_while_it_is_cut_leaves_the_model_whole(monkeypatch: pyt
     model = tiny_model("llama-bias")
     state, sizes = state_of(model), sizes_of(model)
     calls: list[Any] = []
-    real = surgery._set_
+    real = surgery.Part.set_
 
     def interrupted(*given: Any) -> None:
         calls.append(given)
@@ -77,7 +78,7 @@ def test_an_interruption_while_it_is_cut_leaves_the_model_whole(monkeypatch: pyt
             raise KeyboardInterrupt
         real(*given)
 
-    monkeypatch.setattr(surgery, "_set_", interrupted)
+    monkeypatch.setattr(surgery.Part, "set_", interrupted)
     with pytest.raises(KeyboardInterrupt), cut(model, random_plan(model, 17)):
         pytest.fail("the cut was not interrupted")
     assert len(calls) == stop + 1 + stop, "what was cut is put back, and no more"

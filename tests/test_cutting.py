@@ -20,7 +20,7 @@ from hifiprune.hashing import hash_model
 from hifiprune.plan import Plan
 from hifiprune.shards import Piece, stored_tensors, write_shard
 from tests.commands import Interruption, refused, run
-from tests.families import VARIANTS
+from tests.families import FORMS, VARIANTS
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -75,7 +75,7 @@ def test_cut_checkpoint_writes_what_a_cut_model_saves(
             assert all(index["weight_map"][name] == path.name for name in file.keys())  # noqa: SIM118
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", FORMS)
 def test_a_checkpoint_has_the_hash_of_its_model(
     variant: str, make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,9 +15,10 @@ from benchmarks import quality, recovery, scale, zero_shot
 from benchmarks.criteria import readme_table
 from hifiprune.cli import app
 from hifiprune.printing import demo_rows
+from tests import families
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "CONTRIBUTING.md", "docs/method.md", "docs/findings.md", "docs/scale.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "docs/method.md", "docs/findings.md", "docs/scale.md", "docs/families.md"]
 
 
 def commands(page: str) -> list[list[str]]:
@@ -49,6 +50,11 @@ def test_make_targets_and_files_exist(page: str) -> None:
         r"\]\(([\w/.]+)\)", text
     ):
         assert (ROOT / path).exists(), path
+
+
+def test_the_families_are_those_of_the_table() -> None:
+    assert families.table() in (ROOT / "docs" / "families.md").read_text()
+    assert families.names() in " ".join((ROOT / "README.md").read_text().split())
 
 
 def test_functions_named_in_the_method_exist() -> None:

@@ -16,7 +16,7 @@ from hifiprune.errors import UserError
 from hifiprune.examples import Example, read_examples
 from hifiprune.packing import IGNORED, pack
 from tests.conftest import byte_tokenizer
-from tests.families import VARIANTS, tiny_model, tiny_tokens
+from tests.families import FORMS, tiny_model, tiny_tokens
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
@@ -231,7 +231,7 @@ def loss_of(model: PreTrainedModel, examples: list[Example], length: int) -> flo
     return loss
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", FORMS)
 def test_packed_loss_is_unpacked_loss(variant: str) -> None:
     model = tiny_model(variant)
     tokens = tiny_tokens(5, 13).tolist()

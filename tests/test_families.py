@@ -10,16 +10,18 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hifiprune import find_mlps, score
 from hifiprune.blocks import BlockChain
+from hifiprune.criteria import CRITERIA, Options
 from hifiprune.guards import frozen
-from hifiprune.neurons import FAMILIES
+from hifiprune.neurons import FAMILIES, width_of
 from hifiprune.objectives import Entropy
 from hifiprune.plan import Plan
+from hifiprune.scoring import score_all
 from hifiprune.surgery import cut_
 from hifiprune.taps import Seen
 from tests.families import VARIANTS, tiny_model, tiny_tokens
 from tests.naive import masked_logits
 
-Pairs = dict[int, tuple[Tensor, Tensor]]
+Pairs = dict[int, tuple[Tensor, ...]]
 
 
 @pytest.fixture(params=VARIANTS)
@@ -52,7 +54,7 @@ def naive_sweep(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Pairs]:
     """Full logits, one graph, plain formula, hooks."""
     activations: list[Tensor] = []
     hooks = [
-        mlp.output.register_forward_pre_hook(lambda _, arguments: activations.append(arguments[0]))
+        mlp.output.module.register_forward_pre_hook(lambda _, arguments: activations.append(arguments[0]))
         for mlp in find_mlps(model)
     ]
     probs = model(input_ids=tokens, use_cache=False).logits.softmax(-1)
@@ -60,7 +62,10 @@ def naive_sweep(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Pairs]:
     gradients = torch.autograd.grad(values.sum(), activations)
     for hook in hooks:
         hook.remove()
-    return values.detach(), {i: (a.detach(), g) for i, (a, g) in enumerate(zip(activations, gradients, strict=True))}
+    found = zip(activations, gradients, strict=True)
+    return values.detach(), {
+        layer: tuple(each.detach().view(*tokens.shape, -1) for each in pair) for layer, pair in enumerate(found)
+    }
 
 
 def chain_sweep(model: PreTrainedModel, tokens: Tensor, *, recompute: bool) -> tuple[Tensor, Pairs]:
@@ -138,20 +143,32 @@ def test_permuting_the_neurons_permutes_the_scores(variant: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_cut_model_reloads_without_our_code(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    model, tokens = tiny_model(variant, dtype), tiny_tokens()
+    tiny_model(variant, dtype).save_pretrained(tmp_path / "dense")
+    model, tokens = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype="auto"), tiny_tokens()
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    stated = bool(FAMILIES[model.config.model_type].width)
     cut_(model, random_plan(model, 24))
     model.save_pretrained(tmp_path)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", output_loading_info=True)
+    how: Any = {"dtype": "auto", "output_loading_info": True, "trust_remote_code": not stated}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path, **how)
     again, report = loaded
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
-    assert again.config.intermediate_size == 24
+    assert width_of(again.config) == 24 or not stated
     assert {parameter.dtype for parameter in again.parameters()} == {dtype}
     assert all(mlp.neurons == 24 == linear.out_features for mlp in find_mlps(again) for linear in mlp.inputs)
     assert (again.get_input_embeddings().weight is again.get_output_embeddings().weight) == tied
     assert torch.equal(logits_of(again, tokens), logits_of(model, tokens))
     assert again.generate(tokens[:1], max_new_tokens=3, do_sample=False).shape[1] > tokens.shape[1]
+
+
+def test_every_criterion_gives_finite_scores(variant: str) -> None:
+    model = tiny_model(variant, torch.float32)
+    found = score_all(model, tiny_tokens(4), [(name, Options()) for name in CRITERIA])
+    assert [scores.criterion for scores in found] == [*CRITERIA]
+    for scores in found:
+        scores.require_finite()
+        assert [len(values) for values in scores.values] == [mlp.neurons for mlp in find_mlps(model)]
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -19,7 +19,7 @@ from hifiprune.checkpoint import Checkpoint
 from hifiprune.repair import HELD_OUT, cut_and_repair_, residual_stream
 from tests.commands import Result, refused
 from tests.commands import run as run_command
-from tests.families import VARIANTS, tiny_model, tiny_tokens
+from tests.families import FORMS, tiny_model, tiny_tokens
 from tests.naive import divergence, logits_of, masked_logits
 
 WINDOWS = 40
@@ -40,7 +40,7 @@ def watched(model: PreTrainedModel) -> Iterator[tuple[list[Tensor], list[Tensor]
     activations: list[Tensor] = []
     outputs: list[Tensor] = []
     hooks = [
-        mlp.output.register_forward_hook(lambda _, inputs, __: activations.append(inputs[0].flatten(0, 1)))
+        mlp.output.module.register_forward_hook(lambda _, inputs, __: activations.append(inputs[0].flatten(0, 1)))
         for mlp in hp.find_mlps(model)
     ]
     hooks += [
@@ -70,7 +70,7 @@ def ridge(inputs: Tensor, residual: Tensor, scale: Tensor, damping: float) -> Te
 
 
 @pytest.mark.parametrize("weighted", [True, False])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", FORMS)
 def test_the_parallel_form_is_least_squares_on_the_dense_model(variant: str, weighted: bool) -> None:
     model, tokens = tiny_model(variant), tiny_tokens(WINDOWS)
     plan = plan_of(model, 29)
@@ -123,7 +123,7 @@ def test_the_sequential_form_closes_the_difference_of_the_residual_streams(varia
     solved = 0
     for layer, refit in enumerate(refits):
         linear, repaired = (hp.find_mlps(each)[layer].output for each in (checked, model))
-        given, reached = inputs_of(checked, tokens, [linear, ends[layer]])
+        given, reached = inputs_of(checked, tokens, [linear.module, ends[layer]])
         (wanted,) = inputs_of(dense, tokens, [true_ends[layer]])
         if refit.damping is not None:
             scale = wanted.square().mean(-1, keepdim=True).rsqrt()
@@ -134,8 +134,8 @@ def test_the_sequential_form_closes_the_difference_of_the_residual_streams(varia
                 if linear.bias is not None:
                     linear.bias.add_(change[:, -1])
             solved += 1
-        for name, parameter in repaired.named_parameters():
-            torch.testing.assert_close(parameter, linear.get_parameter(name), rtol=1e-5, atol=1e-7)
+        for name, parameter in repaired.module.named_parameters():
+            torch.testing.assert_close(parameter, linear.module.get_parameter(name), rtol=1e-5, atol=1e-7)
     assert solved >= 1, "or there was nothing to check"
 
 

@@ -44,7 +44,7 @@ def test_the_score_predicts_the_change_of_entropy_to_first_order(layer: int, neu
 
         changed = []
         for factor in (1 - epsilon, 1 + epsilon):
-            hook = linear.register_forward_pre_hook(lambda m, a, factor=factor: weaken(m, a, factor))
+            hook = linear.module.register_forward_pre_hook(lambda m, a, factor=factor: weaken(m, a, factor))
             changed.append(entropies(model, tokens))
             hook.remove()
         measured += (changed[1] - changed[0]).abs().sum().item() / (2 * epsilon)

@@ -33,7 +33,9 @@ def drawn(seed: int, neurons: int = 6, hidden: int = 4, tokens: int = 40) -> tup
 def recorded_outputs(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """What every MLP's output map writes, in layer order, with its graph."""
     outputs: list[Tensor] = []
-    hooks = [mlp.output.register_forward_hook(lambda *call: outputs.append(call[-1])) for mlp in find_mlps(model)]
+    hooks = [
+        mlp.output.module.register_forward_hook(lambda *call: outputs.append(call[-1])) for mlp in find_mlps(model)
+    ]
     yield outputs
     for hook in hooks:
         hook.remove()

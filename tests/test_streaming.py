@@ -14,12 +14,13 @@ import hifiprune as hp
 from hifiprune.blocks import BlockChain
 from hifiprune.checkpoint import find_checkpoint
 from hifiprune.cutting import output_maps
+from hifiprune.neurons import find_blocks
 from hifiprune.scoring import Request, score_all
 from hifiprune.scratch import Scratch
 from hifiprune.stability import Stability
 from hifiprune.streaming import Shelf, stream
 from tests.commands import refused, run
-from tests.families import VARIANTS, tiny_tokens
+from tests.families import FORMS, VARIANTS, tiny_tokens
 
 Pair = tuple[Any, Any]
 
@@ -54,10 +55,10 @@ def test_streamed_scores_equal_resident_ones(
         assert one.objective == other.objective
         assert one.total_parameters == other.total_parameters
         assert one.parameters_per_neuron == other.parameters_per_neuron
-    assert all(parameter.device.type == "meta" for parameter in streamed.model.layers.parameters())
+    assert all(parameter.device.type == "meta" for parameter in find_blocks(streamed).parameters())
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", FORMS)
 def test_streamed_states_equal_resident_ones(variant: str, both: Callable[..., Pair]) -> None:
     resident, streamed = both(variant)
     tokens = tiny_tokens(2, 9)
@@ -76,7 +77,7 @@ def test_both_stages_of_self_distillation_stream(variant: str, both: Callable[..
     assert all(torch.equal(one, other) for one, other in zip(ours.values, theirs.values, strict=True))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", FORMS)
 def test_streamed_repair_equals_resident_repair(variant: str, both: Callable[..., Pair]) -> None:
     resident, streamed = both(variant)
     windows = tiny_tokens(6, 24)

@@ -11,17 +11,28 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hifiprune.errors import RunError, UserError
 from hifiprune.head import Head
-from hifiprune.neurons import family_of, find_blocks, find_mlps
+from hifiprune.neurons import LinearMap, family_of, find_blocks, find_mlps
 from hifiprune.objectives import Kernel, mean_over_positions
 from hifiprune.scratch import Kept, set_aside
 from hifiprune.streaming import few_rows, first_rows, shelf_of, walk
-from hifiprune.taps import BlockCall, KnownProduct, MapPass, Seen, Trace, Visit, grown, overridden, without
+from hifiprune.taps import (
+    BlockCall,
+    KnownProduct,
+    MapPass,
+    Seen,
+    Trace,
+    Visit,
+    as_rows,
+    grown,
+    in_windows,
+    overridden,
+    without,
+)
 
 
 @dataclass
@@ -74,10 +85,10 @@ class BlockChain:
         calls: list[BlockCall] = []
         inputs: list[Tensor] = []
 
-        def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             inputs.append(hidden)
             calls.append(BlockCall(args, kwargs))
-            return hidden
+            return (hidden,) if self.family.tuples else hidden
 
         hooked = overridden([(block, record) for block in self.blocks])
         with hooked, torch.no_grad(), few_rows(self.model, tokens) as numbers:
@@ -129,8 +140,9 @@ class BlockChain:
             if inputs is not None:
                 inputs[index] = hidden
             gone = removed if index == first else None
-            with overridden([(self.mlps[index].output, partial(without, self.mlps[index].output, gone))]):
-                hidden = self.blocks[index](hidden, *calls[index].args, **calls[index].kwargs)
+            linear = self.mlps[index].output
+            with overridden([(linear.module, partial(without, linear, gone))]):
+                hidden = self._block(index, hidden, calls[index])
             if check_each and not hidden.isfinite().all():
                 raise RunError(
                     f"the activations of decoder block {index} of {len(self.blocks)} are NaN or infinite in "
@@ -212,7 +224,9 @@ class BlockChain:
             return trace.maps[-1].input.detach()
         output, down = self.run(index, batch.hidden, call)
         if keep:
-            batch.stored.append((set_aside(self.scratch, batch.hidden), None if self.shelf else down.output))
+            changed = down.output._version > 0  # the block added to it in place
+            known = None if self.shelf or changed else down.output
+            batch.stored.append((set_aside(self.scratch, batch.hidden), known))
         batch.hidden = output
         return down.input
 
@@ -268,12 +282,19 @@ class BlockChain:
         linear = self.mlps[index].output
 
         def tapped(activation: Tensor) -> Tensor:
-            passes.append(MapPass(linear, activation, functional.linear(activation, linear.weight, linear.bias)))
-            return passes[0].output
+            shaped = in_windows(activation, hidden)
+            passes.append(MapPass(linear, shaped, linear(shaped)))
+            return as_rows(passes[0].output, activation)
 
-        with overridden([(linear, tapped)]):
-            output: Tensor = self.blocks[index](hidden, *call.args, **call.kwargs)
+        with overridden([(linear.module, tapped)]):
+            output = self._block(index, hidden, call)
         return output, passes[0]
+
+    def _block(self, index: int, hidden: Tensor, call: BlockCall) -> Tensor:
+        """Output of a block as its modules are now."""
+        output = self.blocks[index](hidden, *call.args, **call.kwargs)
+        state: Tensor = output[0] if self.family.tuples else output
+        return state
 
     def _trace(
         self, index: int, hidden: Tensor, call: BlockCall, mlp_output: Tensor | None = None, *, maps: bool = False
@@ -283,26 +304,32 @@ class BlockChain:
         mlp = self.mlps[index]
         hidden = hidden.detach().requires_grad_(index > 0)
 
-        def tapped(linear: nn.Linear, activation: Tensor) -> Tensor:
-            known = mlp_output if linear is mlp.output else None
-            if linear is mlp.output:
-                activation = grown(activation)
-            if known is None:
-                output = functional.linear(activation, linear.weight, linear.bias)
-            else:
-                output = KnownProduct.apply(activation, linear.weight, known)  # type: ignore[no-untyped-call]
-            passes.append(MapPass(linear, activation, grown(output)))
-            return passes[-1].output
+        def tapped(linears: Sequence[LinearMap], activation: Tensor) -> Tensor:
+            shaped = in_windows(activation, hidden)
+            passes.extend(MapPass(linear, shaped, grown(linear(shaped))) for linear in linears)
+            outputs = [each.output for each in passes[-len(linears) :]]
+            return as_rows(outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1), activation)
 
-        linears = (*mlp.inputs, mlp.output) if maps else (mlp.output,)
-        with overridden([(linear, partial(tapped, linear)) for linear in linears]), torch.enable_grad():
-            output = self.blocks[index](hidden, *call.args, **call.kwargs)
+        def last(activation: Tensor) -> Tensor:
+            shaped = grown(in_windows(activation, hidden))
+            if mlp_output is None:
+                output = mlp.output(shaped)
+            else:
+                output = KnownProduct.apply(shaped, mlp.output.weight, mlp_output)  # type: ignore[no-untyped-call]
+            passes.append(MapPass(mlp.output, shaped, output))
+            return as_rows(output, activation)
+
+        modules = {each.module: [one for one in mlp.inputs if one.module is each.module] for each in mlp.inputs}
+        taps = [(module, partial(tapped, linears)) for module, linears in modules.items() if maps]
+        with overridden([*taps, (mlp.output.module, last)]), torch.enable_grad():
+            output = self._block(index, hidden, call)
         return Trace(hidden, passes, output)
 
     def _check_head(self) -> None:
         """Prove on a few tokens that the logits follow from the final hidden state as `Head` says."""
         tokens = torch.arange(8, device=self.model.device).unsqueeze(0) % self.head.vocabulary
-        skipped = [(block, lambda hidden, *args, **kwargs: hidden) for block in self.blocks] if self.shelf else []
+        whole = (lambda hidden: (hidden,)) if self.family.tuples else (lambda hidden: hidden)
+        skipped = [(block, lambda hidden, *args, **kwargs: whole(hidden)) for block in self.blocks if self.shelf]
         hidden = self.norm(self.embed(tokens)[0])[0] if self.shelf else self.final_hidden(tokens)[0]
         ours = self.head.logits(hidden)
         with torch.no_grad(), overridden(skipped), few_rows(self.model, tokens) as numbers, first_rows(self.model):

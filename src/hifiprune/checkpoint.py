@@ -34,6 +34,7 @@ from hifiprune.errors import RunError, UserError
 from hifiprune.modeling_pruned import pruned_class
 from hifiprune.neurons import family_of
 from hifiprune.output import local_path
+from hifiprune.shards import Stored, stored_tensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 COMPANIONS = (
@@ -157,6 +158,11 @@ class Checkpoint:
                     pass
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{self.name}: {file.name} is truncated or damaged ({error}); copy it again") from error
+
+    def tensors(self) -> dict[str, Stored]:
+        """What the weight files hold, by the model's names, in the order of their bytes."""
+        family = family_of(self._config.model_type)
+        return {family.in_model(name): each for name, each in stored_tensors(self.weight_files).items()}
 
     def skeleton(self) -> PreTrainedModel:
         """The model on the meta device: all shapes, no weights."""

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 
 from hifiprune.checkpoint import DTYPES, Checkpoint
 from hifiprune.errors import UserError, nearest_name
+from hifiprune.neurons import width_of
 from hifiprune.output import local_path
 from hifiprune.parallel import local_rank
 
@@ -85,7 +86,7 @@ def estimate_seconds(
 ) -> float:
     """Rough time of passes over `tokens`: their operations over the speed of a matrix product here."""
     text = config.get_text_config()
-    layers, hidden, width = text.num_hidden_layers, text.hidden_size, text.intermediate_size
+    layers, hidden, width = text.num_hidden_layers, text.hidden_size, width_of(text)
     heads = text.num_attention_heads
     head_width = getattr(text, "head_dim", None) or hidden // heads
     keys = getattr(text, "num_key_value_heads", None) or heads

@@ -21,7 +21,7 @@ from hifiprune.criteria import find_criterion
 from hifiprune.cutting import stored_plainly
 from hifiprune.guards import frozen, memory_explained
 from hifiprune.hashing import hash_chunks
-from hifiprune.neurons import count_parameters, find_blocks, find_mlps
+from hifiprune.neurons import count_parameters, family_of, find_blocks, find_mlps
 from hifiprune.parallel import processes
 from hifiprune.passes import (
     Job,
@@ -37,7 +37,7 @@ from hifiprune.passes import (
 )  # fmt: skip
 from hifiprune.ridge import DAMPINGS, HeldOut, Moments
 from hifiprune.scoring import Request, passes_of
-from hifiprune.shards import Stored, stored_tensors
+from hifiprune.shards import Stored
 from hifiprune.streaming import place
 from hifiprune.taps import Seen
 
@@ -206,7 +206,7 @@ class Estimator:
         """Seconds a stored byte to read it, and to hash it; zero where the files are not here, or cannot be tried."""
         if not self.checkpoint.is_here or not stored_plainly(self.checkpoint):
             return 0.0, 0.0
-        tensors = stored_tensors(self.checkpoint.weight_files).values()
+        tensors = self.checkpoint.tensors().values()
         largest = max(tensors, key=lambda tensor: tensor.bytes)
         rows = max(1, min(largest.shape[0], PROBE_BYTES * largest.shape[0] // largest.bytes))
         part = Stored(largest.path, largest.kind, (rows, *largest.shape[1:]), largest.start)
@@ -248,7 +248,8 @@ class Estimator:
         config = self.checkpoint.config()
         text = config.get_text_config()
         text.num_hidden_layers, text.vocab_size = layers, vocabulary
-        text.intermediate_size = round(sum(self.widths) / self.layers)
+        if name := family_of(text.model_type).width:
+            setattr(text, name, round(sum(self.widths) / self.layers))
         config.__dict__.pop("mlp_widths", None)
         for each in {id(each): each for each in (config, text)}.values():
             each.pad_token_id = each.bos_token_id = each.eos_token_id = None

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 from hifiprune.checkpoint import INDEX, Checkpoint, find_checkpoint
 from hifiprune.errors import UserError
 from hifiprune.hashing import hash_chunks
-from hifiprune.neurons import find_mlps
+from hifiprune.neurons import family_of, find_mlps
 from hifiprune.output import check_shard_size, check_space, check_target, replacing
 from hifiprune.plan import Plan
 from hifiprune.scratch import Kept, set_aside
-from hifiprune.shards import DTYPES, Piece, Stored, stored_tensors, write_shard
+from hifiprune.shards import DTYPES, Piece, Stored, write_shard
 from hifiprune.streaming import shelf_of
 from hifiprune.surgery import cut_, cuts_of, matching_mlps
 
@@ -56,7 +56,7 @@ def stored_plainly(checkpoint: Checkpoint) -> bool:
     """Whether the files hold each of the model's parameters by its own name and in its own shape, tied ones once."""
     if checkpoint.gguf:
         return False
-    skeleton, stored = checkpoint.skeleton(), stored_tensors(checkpoint.weight_files)
+    skeleton, stored = checkpoint.skeleton(), checkpoint.tensors()
     wanted = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
     known = {name: stored[name] for name in skeleton.state_dict() if name in stored}
     return wanted == {name: each.shape for name, each in known.items() if each.kind in DTYPES}
@@ -95,9 +95,9 @@ def _pieces(
     checkpoint: Checkpoint, skeleton: PreTrainedModel, plan: Plan, changed: dict[str, Kept]
 ) -> dict[str, Piece]:
     """Every tensor of the output, from those of the dense model in the order of their bytes."""
-    cuts, known = cuts_of(skeleton, plan), skeleton.state_dict().keys()
+    cuts, known, family = cuts_of(skeleton, plan), skeleton.state_dict().keys(), family_of(skeleton.config.model_type)
     pieces = {}
-    for name, stored in stored_tensors(checkpoint.weight_files).items():
+    for name, stored in checkpoint.tensors().items():
         shape, rows = stored.shape, stored.chunks
         if name in cuts:
             kept, dim = cuts[name]
@@ -105,7 +105,7 @@ def _pieces(
         if name in changed:
             rows = partial(_changed, changed[name], stored.dtype)
         if name in known:
-            pieces[name] = Piece(stored.kind, shape, rows)
+            pieces[family.in_files(name)] = Piece(stored.kind, shape, rows)
     return pieces
 
 
@@ -132,10 +132,9 @@ def output_maps(model: PreTrainedModel) -> dict[str, Kept]:
         return shelf.changed
     maps = [mlp.output for mlp in find_mlps(model)]
     return {
-        f"{name}.{part}": set_aside(None, values)
-        for name, module in model.named_modules()
-        if any(module is each for each in maps)
-        for part, values in module.state_dict().items()
+        f"{each.name}.{part}": set_aside(None, values)
+        for each in maps
+        for part, values in each.module.state_dict().items()
     }
 
 
@@ -145,7 +144,7 @@ def hash_stored(checkpoint: Checkpoint) -> str:
     Raises:
         UserError: a weight is NaN or infinite.
     """
-    stored = stored_tensors(checkpoint.weight_files)
+    stored = checkpoint.tensors()
     return hash_chunks(
         (name, stored[name].shape, stored[name].chunks()) for name, _ in checkpoint.skeleton().named_parameters()
     )

@@ -17,7 +17,8 @@ def inspect(model: str) -> dict[str, Any]:
     mlps = find_mlps(skeleton)
     neurons = [mlp.neurons for mlp in mlps]
     total = count_parameters(skeleton)
-    in_mlps = sum(p.numel() for mlp in mlps for linear in (*mlp.inputs, mlp.output) for p in linear.parameters())
+    modules = {each.module for mlp in mlps for each in mlp.maps}
+    in_mlps = sum(parameter.numel() for module in modules for parameter in module.parameters())
     ends = {p for m in (skeleton.get_input_embeddings(), skeleton.get_output_embeddings()) for p in m.parameters()}
     in_ends = sum(parameter.numel() for parameter in ends)
     equal = len(set(neurons)) == 1

@@ -1,24 +1,19 @@
 """Causal language models whose MLPs differ in width from layer to layer, as pruning leaves them.
 
 This file is saved with such checkpoints and needs nothing but transformers. `config.mlp_widths` holds the widths in
-layer order; everything else is the architecture's own.
+layer order, `config.mlp_maps` the paths of the maps that are so wide; everything else is the architecture's own, whose
+class `X` is here as `PrunedX`.
 """
 
-from typing import Any
+from functools import cache
+from typing import Any, cast
 
+import transformers
 from torch import nn
-from transformers import (
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    LlamaForCausalLM,
-    MistralForCausalLM,
-    Olmo2ForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-    Qwen2ForCausalLM,
-    Qwen3ForCausalLM,
-    SmolLM3ForCausalLM,
-)
+from transformers import PretrainedConfig, PreTrainedModel
+
+PREFIX = "Pruned"
+MAPS = ["model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj", "model.layers.{}.mlp.down_proj"]
 
 
 class MixedWidths(PreTrainedModel):
@@ -26,64 +21,55 @@ class MixedWidths(PreTrainedModel):
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
-        for layer, width in zip(self.model.layers, config.mlp_widths, strict=True):
-            mlp = layer.mlp
-            hidden, bias = mlp.down_proj.out_features, mlp.down_proj.bias is not None
-            mlp.gate_proj = nn.Linear(hidden, width, bias=mlp.gate_proj.bias is not None)
-            mlp.up_proj = nn.Linear(hidden, width, bias=mlp.up_proj.bias is not None)
-            mlp.down_proj = nn.Linear(width, hidden, bias=bias)
-            mlp.intermediate_size = width
+        *inputs, output = getattr(config, "mlp_maps", MAPS)
+        for layer, width in enumerate(config.mlp_widths):
+            last = self.get_submodule(output.format(layer))
+            dense = _sizes(last)[1]
+            for path in inputs:
+                module = self.get_submodule(path.format(layer))
+                outputs, hidden = _sizes(module)
+                _resize(module, outputs // dense * width, hidden)
+            _resize(last, _sizes(last)[0], width)
         self.post_init()  # type: ignore[no-untyped-call]
 
 
-class PrunedGemma2ForCausalLM(MixedWidths, Gemma2ForCausalLM):
-    """Gemma 2."""
+def _sizes(module: Any) -> tuple[int, int]:
+    """Outputs and inputs of a linear map; a Conv1D keeps its weight the other way round."""
+    first, second = module.weight.shape
+    return (first, second) if isinstance(module, nn.Linear) else (second, first)
 
 
-class PrunedGemma3ForCausalLM(MixedWidths, Gemma3ForCausalLM):
-    """Gemma 3, text."""
+def _resize(module: Any, outputs: int, inputs: int) -> None:
+    """Make room for weights of another shape."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features, shape = outputs, inputs, (outputs, inputs)
+    else:
+        module.nf, module.nx, shape = outputs, inputs, (inputs, outputs)
+    module.weight = nn.Parameter(module.weight.new_empty(shape))
+    if module.bias is not None:
+        module.bias = nn.Parameter(module.bias.new_zeros(outputs))
 
 
-class PrunedLlamaForCausalLM(MixedWidths, LlamaForCausalLM):
-    """LLaMA and what shares its architecture."""
-
-
-class PrunedMistralForCausalLM(MixedWidths, MistralForCausalLM):
-    """Mistral."""
-
-
-class PrunedOlmo2ForCausalLM(MixedWidths, Olmo2ForCausalLM):
-    """OLMo 2."""
-
-
-class PrunedQwen2ForCausalLM(MixedWidths, Qwen2ForCausalLM):
-    """Qwen 2."""
-
-
-class PrunedQwen3ForCausalLM(MixedWidths, Qwen3ForCausalLM):
-    """Qwen 3."""
-
-
-class PrunedSmolLM3ForCausalLM(MixedWidths, SmolLM3ForCausalLM):
-    """SmolLM3."""
-
-
-for _pruned in MixedWidths.__subclasses__():
-    # saves this file with the weights
-    _pruned.register_for_auto_class("AutoModelForCausalLM")  # type: ignore[no-untyped-call]
+def __getattr__(name: str) -> Any:
+    stock = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    if stock is None:
+        raise AttributeError(name)
+    return pruned_class(stock, mixed=True)
 
 
 def pruned_class(model_class: type[PreTrainedModel], *, mixed: bool) -> type[PreTrainedModel]:
-    """The class of the same architecture whose MLPs differ in width, or the stock one.
-
-    Raises:
-        NotImplementedError: there is none.
-    """
+    """The class of the same architecture whose MLPs differ in width, or the stock one."""
     if mixed == issubclass(model_class, MixedWidths):
         return model_class
-    if not mixed:
-        return next(base for base in model_class.__bases__ if base is not MixedWidths)
-    for each in MixedWidths.__subclasses__():
-        if model_class in each.__bases__:
-            return each
-    raise NotImplementedError(f"{model_class.__name__} has no form whose MLPs differ in width")
+    if mixed:
+        made: type[PreTrainedModel] = _mixed(cast(Any, model_class))
+        return made
+    return next(base for base in model_class.__bases__ if base is not MixedWidths)
+
+
+@cache
+def _mixed(stock: Any) -> Any:
+    """A class that saves this file with its weights."""
+    made: Any = type(PREFIX + stock.__name__, (MixedWidths, stock), {"__module__": __name__, "__doc__": stock.__doc__})
+    made.register_for_auto_class("AutoModelForCausalLM")
+    return made

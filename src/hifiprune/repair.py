@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from hifiprune.blocks import BlockChain
 from hifiprune.errors import UserError
 from hifiprune.guards import check_windows, frozen, memory_explained
-from hifiprune.neurons import find_mlps
+from hifiprune.neurons import LinearMap, find_mlps
 from hifiprune.plan import Plan
 from hifiprune.ridge import HeldOut, Refit
 from hifiprune.scratch import Kept, set_aside
@@ -97,7 +97,7 @@ def cut_and_repaired(
 
     What is cut away, and a copy of each output map, is set aside.
     """
-    maps = [parameter for mlp in find_mlps(model) for parameter in mlp.output.parameters()]
+    maps = [parameter for mlp in find_mlps(model) for parameter in mlp.output.module.parameters()]
     before = [parameter.detach().clone() for parameter in maps]
     try:
         with put_back(model, plan):
@@ -205,12 +205,12 @@ def _parallel_(
     return refit
 
 
-def with_one(activation: Float[Tensor, "*batch kept"], linear: nn.Linear) -> Float[Tensor, "*batch kept_and_one"]:
+def with_one(activation: Float[Tensor, "*batch kept"], linear: LinearMap) -> Float[Tensor, "*batch kept_and_one"]:
     """The input of a map, with a 1 that its bias weighs if it has one."""
     return activation if linear.bias is None else functional.pad(activation, (0, 1), value=1.0)
 
 
-def _add_(linear: nn.Linear, change: Float[Tensor, "hidden kept"]) -> None:
+def _add_(linear: LinearMap, change: Float[Tensor, "hidden kept"]) -> None:
     """Change the weight, and the bias by the last column if there is one."""
     linear.weight.add_(change[:, : linear.in_features])
     if linear.bias is not None:

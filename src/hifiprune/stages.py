@@ -240,11 +240,11 @@ class Stages:
         stored = self.checkpoint.dtype()
         if torch.promote_types(repaired.dtype, stored) == repaired.dtype:
             return repaired.type(stored)
-        maps = [mlp.output.state_dict() for mlp in find_mlps(repaired)]
+        maps = [mlp.output.module.state_dict() for mlp in find_mlps(repaired)]
         model = self.load(stored)
         cut_(model, plan)
         for mlp, values in zip(find_mlps(model), maps, strict=True):
-            mlp.output.load_state_dict(values)
+            mlp.output.module.load_state_dict(values)
         return model
 
     def plan(self, scores: Scores, budget: Budget, round_to: int, sharing: Sharing) -> Plan:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from hifiprune.checkpoint import Checkpoint
 from hifiprune.neurons import Mlp, family_of, find_blocks
 from hifiprune.scratch import Kept, Scratch, set_aside
-from hifiprune.shards import Stored, stored_tensors
+from hifiprune.shards import Stored
 
 Weights = dict[str, Tensor]
 M_MMAP_THRESHOLD = -3
@@ -91,14 +91,12 @@ class Shelf:
 
     def keep(self, mlp: Mlp, cuts: dict[str, tuple[Tensor, int]]) -> None:
         """Have an MLP, which is in its place, cut and its output map as it is now whenever it is read again."""
-        for name, (kept, dim) in cuts.items():
-            if name.startswith(f"{mlp.name}.") and dim == 0:
-                self.cuts[name] = kept, dim
-            elif name.startswith(f"{mlp.name}."):
-                for part, values in mlp.output.state_dict().items():
-                    changed = name.replace("weight", part)
-                    own = values.to("cpu", self.stored[changed].dtype, copy=True)
-                    self.changed[changed] = set_aside(self.scratch, own)
+        ours = tuple(f"{each.name}." for each in mlp.inputs)
+        self.cuts.update({name: cut for name, cut in cuts.items() if name.startswith(ours)})
+        for part, values in mlp.output.module.state_dict().items():
+            name = f"{mlp.output.name}.{part}"
+            own = values.to("cpu", self.stored[name].dtype, copy=True)
+            self.changed[name] = set_aside(self.scratch, own)
 
     @contextmanager
     def _placed(self, block: nn.Module, weights: Weights) -> Iterator[None]:
@@ -159,16 +157,19 @@ def stream(
     config.dtype = dtype
     with init_empty_weights(include_buffers=False):
         model: Any = checkpoint.model_class._from_config(config, attn_implementation=attention)
-    stored, family = stored_tensors(checkpoint.weight_files), family_of(config.model_type)
+    stored, family = checkpoint.tensors(), family_of(config.model_type)
     model.eval().requires_grad_(False)
     model.tie_weights()
     tables, blocks = [model.get_input_embeddings(), model.get_output_embeddings()], find_blocks(model)
     embedding, head = (stored[_name_of(model, table.weight, stored)] for table in tables)
     shelf = Shelf(stored, embedding, head, family.blocks, torch.device(device), dtype, scratch)
-    far = {id(parameter) for module in (blocks, *tables) for parameter in module.parameters()}
+    far = {id(parameter) for parameter in (*blocks.parameters(), *(table.weight for table in tables))}
     for name, parameter in list(model.named_parameters()):
         if id(parameter) not in far:
             place(model, name, stored[name].whole().to(device, dtype))
+    for module in model.modules():
+        if module._non_persistent_buffers_set:
+            model._init_weights(module)  # in float32, as when it is loaded
     for name, buffer in list(model.named_buffers()):
         place(model, name, buffer.to(device))
     model.__dict__["weight_shelf"] = shelf

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -11,7 +13,7 @@ from transformers import PreTrainedModel
 from hifiprune.errors import UserError
 from hifiprune.head import precise
 from hifiprune.modeling_pruned import pruned_class
-from hifiprune.neurons import Mlp, find_mlps
+from hifiprune.neurons import LinearMap, Mlp, family_of, find_mlps, width_of
 from hifiprune.plan import Plan
 from hifiprune.streaming import shelf_of
 
@@ -94,9 +96,10 @@ def require_bias(mlps: Sequence[Mlp]) -> None:
 
 
 def _compensate_(mlp: Mlp, removed: Int[Tensor, "removed"], means: Float[Tensor, "neurons"]) -> None:
-    weight, bias = precise(mlp.output.weight), precise(mlp.output.bias)
+    weight, bias = precise(mlp.output.weight), mlp.output.bias
+    assert bias is not None
     removed = removed.to(weight.device)
-    mlp.output.bias.copy_(bias + weight[:, removed] @ means.to(weight)[removed])
+    bias.copy_(precise(bias) + weight[:, removed] @ means.to(weight)[removed])
 
 
 def others(kept: Int[Tensor, "kept"], neurons: int) -> Int[Tensor, "rest"]:
@@ -107,8 +110,7 @@ def others(kept: Int[Tensor, "kept"], neurons: int) -> Int[Tensor, "rest"]:
 
 
 def _taken(mlp: Mlp, rest: Int[Tensor, "rest"]) -> list[Tensor]:
-    parameters = ((getattr(linear, name).detach(), dim) for linear, name, dim in parts_of(mlp))
-    return [parameter.index_select(dim, rest.to(parameter.device)) for parameter, dim in parameters]
+    return [part.of(rest, mlp.neurons) for part in parts_of(mlp)]
 
 
 def matching_mlps(model: PreTrainedModel, plan: Plan) -> list[Mlp]:
@@ -128,60 +130,95 @@ def matching_mlps(model: PreTrainedModel, plan: Plan) -> list[Mlp]:
     return mlps
 
 
-def parts_of(mlp: Mlp) -> Iterator[tuple[nn.Linear, str, int]]:
-    """Where the neurons of an MLP are: a map, its parameter's name, and the dimension that counts neurons."""
-    for linear in mlp.inputs:
-        yield from ((linear, name, 0) for name, _ in linear.named_parameters())
-    yield mlp.output, "weight", 1
+@dataclass(frozen=True)
+class Part:
+    """A parameter that holds neurons.
+
+    Attributes:
+        linear: the map, or one of those that share a module.
+        name: of the parameter in the module.
+        dim: the dimension that counts neurons.
+    """
+
+    linear: LinearMap
+    name: str
+    dim: int
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """As it is now."""
+        found: nn.Parameter = getattr(self.linear.module, self.name)
+        return found
+
+    def places(self, chosen: Int[Tensor, "chosen"], neurons: int) -> Int[Tensor, "places"]:
+        """Where some of so many neurons are, in rising order."""
+        return torch.cat([chosen + number * neurons for number in range(self.linear.parts)])
+
+    def of(self, chosen: Int[Tensor, "chosen"], neurons: int) -> Tensor:
+        """The values of some of so many neurons."""
+        places = self.places(chosen, neurons).to(self.parameter.device)
+        return self.parameter.detach().index_select(self.dim, places)
+
+    def set_(self, values: Tensor) -> None:
+        """Give it other values and another shape; it stays the same object, for whoever else holds it."""
+        self.parameter.data = values.detach()
+
+
+def parts_of(mlp: Mlp) -> Iterator[Part]:
+    """Where the neurons of an MLP are, those of the output map last."""
+    for linear in {each.module: each for each in mlp.inputs}.values():
+        yield Part(linear, "weight", int(linear.flipped))
+        if linear.bias is not None:
+            yield Part(linear, "bias", 0)
+    yield Part(mlp.output, "weight", int(not mlp.output.flipped))
 
 
 def cuts_of(model: PreTrainedModel, plan: Plan) -> dict[str, tuple[Int[Tensor, "_"], int]]:
-    """Of every tensor that a cut changes, by its name: the neurons kept, and which dimension counts them."""
-    names = {module: name for name, module in model.named_modules()}
+    """Of every tensor that a cut changes, by its name: what is kept of it, and in which dimension."""
     return {
-        f"{names[linear]}.{part}": (kept, dim)
+        f"{part.linear.name}.{part.name}": (part.places(kept, mlp.neurons), part.dim)
         for mlp, kept in zip(find_mlps(model), plan.kept, strict=True)
-        for linear, part, dim in parts_of(mlp)
+        for part in parts_of(mlp)
     }
 
 
 def keep_(mlp: Mlp, kept: Int[Tensor, "kept"]) -> None:
     """Remove all other neurons from one MLP."""
-    for linear, name, dim in parts_of(mlp):
-        parameter = getattr(linear, name)
-        _set_(linear, name, parameter.index_select(dim, kept.to(parameter.device)))
-    _state_sizes(mlp, len(kept))
+    neurons = mlp.neurons
+    for part in parts_of(mlp):
+        part.set_(part.of(kept, neurons))
+    _state_sizes(mlp)
 
 
 def forget_gradients_(mlps: Sequence[Mlp]) -> None:
     """Leave no gradient of the shape before a cut."""
     for mlp in mlps:
-        for linear, name, _ in parts_of(mlp):
-            getattr(linear, name).grad = None
+        for part in parts_of(mlp):
+            part.parameter.grad = None
 
 
 def _put_back_(mlp: Mlp, kept: Int[Tensor, "kept"], rest: Int[Tensor, "rest"], removed: list[Tensor]) -> None:
-    for (linear, name, dim), gone in zip(parts_of(mlp), removed, strict=True):
-        present = getattr(linear, name)
-        size = list(present.shape)
-        size[dim] = len(kept) + len(rest)
+    neurons = len(kept) + len(rest)
+    for part, gone in zip(parts_of(mlp), removed, strict=True):
+        present, size = part.parameter, list(part.parameter.shape)
+        size[part.dim] = neurons * part.linear.parts
         if list(present.shape) == size:
             continue  # it was not cut, or nothing of it
-        whole = present.new_empty(size)
-        whole.index_copy_(dim, kept.to(whole.device), present).index_copy_(dim, rest.to(whole.device), gone)
-        _set_(linear, name, whole)
-    _state_sizes(mlp, len(kept) + len(rest))
+        whole = present.detach().new_empty(size)
+        for chosen, values in ((kept, present), (rest, gone)):
+            whole.index_copy_(part.dim, part.places(chosen, neurons).to(whole.device), values)
+        part.set_(whole)
+    _state_sizes(mlp)
 
 
-def _set_(linear: nn.Linear, name: str, values: Tensor) -> None:
-    """Give a parameter other values and another shape; it stays the same object, for whoever else holds it."""
-    getattr(linear, name).data = values.detach()
-
-
-def _state_sizes(mlp: Mlp, width: int) -> None:
-    mlp.output.in_features = width
-    for linear in mlp.inputs:
-        linear.out_features = width
+def _state_sizes(mlp: Mlp) -> None:
+    """Have the modules say how large they are."""
+    for each in mlp.maps:
+        module: Any = each.module
+        if each.flipped:
+            module.nx, module.nf = module.weight.shape
+        else:
+            module.out_features, module.in_features = module.weight.shape
 
 
 def state_widths(model: PreTrainedModel, widths: Sequence[int]) -> None:
@@ -189,13 +226,15 @@ def state_widths(model: PreTrainedModel, widths: Sequence[int]) -> None:
 
     A stock configuration holds one width for all layers, so models of several are saved with their own code.
     """
-    mixed = len(set(widths)) > 1
+    family = family_of(model.config.model_type)
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-        if hasattr(config, "intermediate_size"):
-            config.intermediate_size = max(widths)
-        config.__dict__.pop("mlp_widths", None)
+        if family.width and hasattr(config, family.width):
+            setattr(config, family.width, max(widths))
+        for name in ("mlp_widths", "mlp_maps"):
+            config.__dict__.pop(name, None)
         if getattr(config, "auto_map", {}).get("AutoModelForCausalLM", "").startswith("modeling_pruned."):
             del config.auto_map
+    mixed = {*widths} != {width_of(model.config.get_text_config())}
     if mixed:
-        model.config.mlp_widths = list(widths)
+        model.config.mlp_widths, model.config.mlp_maps = list(widths), family.maps
     model.__class__ = pruned_class(type(model), mixed=mixed)

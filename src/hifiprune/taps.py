@@ -7,10 +7,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
 
 from hifiprune.head import precise
+from hifiprune.neurons import LinearMap
 
 
 @dataclass
@@ -23,7 +24,7 @@ class MapPass:
         output: `[windows, positions, out_features]`, or the gradient there.
     """
 
-    linear: nn.Linear
+    linear: LinearMap
     input: Tensor
     output: Tensor
 
@@ -75,10 +76,19 @@ class Trace:
     output: Tensor
 
 
-def without(linear: nn.Linear, removed: Tensor | None, activation: Tensor) -> Tensor:
+def without(linear: LinearMap, removed: Tensor | None, activation: Tensor) -> Tensor:
     """What `linear` makes of an activation whose `removed` columns are zero."""
-    activation = activation if removed is None else activation.index_fill(-1, removed, 0)
-    return functional.linear(activation, linear.weight, linear.bias)
+    return linear(activation if removed is None else activation.index_fill(-1, removed, 0))
+
+
+def in_windows(values: Tensor, hidden: Float[Tensor, "windows positions hidden"]) -> Tensor:
+    """The input of a map as `[windows, positions, inputs]`, also where a block runs all tokens in one row."""
+    return values if values.ndim == hidden.ndim else values.view(*hidden.shape[:-1], -1)
+
+
+def as_rows(output: Tensor, given: Tensor) -> Tensor:
+    """The output of a map in the form that its input was given in."""
+    return output if output.ndim == given.ndim else output.flatten(0, -2)
 
 
 def grown(tensor: Tensor) -> Tensor:
@@ -103,7 +113,7 @@ class KnownProduct(torch.autograd.Function):
 
 
 @contextmanager
-def overridden(pairs: Sequence[tuple[nn.Module, Callable[..., Tensor]]]) -> Iterator[None]:
+def overridden(pairs: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
     """Replace the forward of each module within; an override that was there before (accelerate's) comes back after."""
     before = [module.__dict__.get("forward") for module, _ in pairs]
     try:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.pytorch_utils import Conv1D
 
 from hifiprune.checkpoint import find_checkpoint
 from hifiprune.compute import Compute
@@ -87,7 +88,7 @@ def operations(model: PreTrainedModel, work: Workload) -> dict[str, float]:
     text = model.config.get_text_config()
     heads = text.num_attention_heads
     width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
-    linears = [module for module in find_blocks(model).modules() if isinstance(module, nn.Linear)]
+    linears = [module for module in find_blocks(model).modules() if isinstance(module, (nn.Linear, Conv1D))]
     weights = sum(linear.weight.numel() for linear in linears)
     head: Any = model.get_output_embeddings()
     attention = 4.0 * text.num_hidden_layers * width
