@@ -208,7 +208,7 @@ def _edit_config(folder: Path, **changes: object) -> None:
 
 
 def _break_architecture(folder: Path) -> None:
-    _edit_config(folder, model_type="gpt2", architectures=["GPT2LMHeadModel"])
+    _edit_config(folder, model_type="mamba", architectures=["MambaForCausalLM"])
 
 
 def _break_model_type(folder: Path) -> None:
@@ -250,7 +250,7 @@ MODELS = [
     (_break_empty, "holds no config.json (found: nothing)"),
     (_break_truncated, "model.safetensors is truncated or damaged"),
     (_break_config, "the configuration of"),
-    (_break_architecture, "model type 'gpt2' (GPT2LMHeadModel) is not supported; supported are gemma2"),
+    (_break_architecture, "model type 'mamba' (MambaForCausalLM) is not supported; supported are arcee"),
     (_break_model_type, "did you mean 'llama'"),
     (_break_quantized, "is quantized (gptq) and cannot be cut; prune the original checkpoint"),
     (_break_tokenizer, "has no tokenizer files"),

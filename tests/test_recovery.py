@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.integrations import integration_utils
+from transformers.pytorch_utils import Conv1D
 
 import hifiprune as hp
 from hifiprune.checkpoint import find_checkpoint
@@ -24,7 +26,7 @@ from hifiprune.hashing import hash_model
 from hifiprune.record import RunRecord
 from hifiprune.recovery import _split, recover
 from hifiprune.teacher import Remembered
-from hifiprune.training import ALL_MAPS, TRAININGS, TimedTrainer, Training
+from hifiprune.training import TRAININGS, TimedTrainer, Training
 from hifiprune.voice import SILENT
 from hifiprune.watch import Watch
 from tests.commands import Interruption, leftovers, refused
@@ -90,6 +92,20 @@ def test_training_lowers_what_it_should(pruned: Path, tmp_path: Path, method: st
     assert type(model).__name__ == "LlamaForCausalLM"
     assert model.config.intermediate_size == 20
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "what was unfinished is gone"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "phi3", "opt", "falcon"])
+def test_maps_of_every_form_are_trained(family: str, pruned: Path, tmp_path: Path) -> None:
+    dense, small = save_checkpoint(tmp_path / "dense", family), tmp_path / "small"
+    hp.prune(str(dense), small, hp.Budget(width=20), criterion="magnitude")
+    recover(str(small), tmp_path / "out", str(pruned / "data.jsonl"), QUICK)
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (small, tmp_path / "out"))
+    assert type(after) is type(before)
+    named = dict(before.named_parameters())
+    for name, values in after.named_parameters():
+        module = after.get_submodule(name.rpartition(".")[0])
+        map_weight = isinstance(module, (nn.Linear, Conv1D)) and values.ndim == 2 and "head" not in name
+        assert torch.equal(values, named[name]) != map_weight, name
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -505,7 +521,7 @@ def test_the_command_shows_presets_and_refuses_what_it_lacks(pruned: Path, tmp_p
     show = ("recover", "--show-preset")
     shown = run_command(*show, "--preset", "hfprune-lora", "--lora-r", 8, "--json")
     assert shown.code == 0, shown.err
-    assert shown.json == {**asdict(TRAININGS["hfprune-lora"]), "lora_r": 8, "target_modules": [*ALL_MAPS]}
+    assert shown.json == {**asdict(TRAININGS["hfprune-lora"]), "lora_r": 8, "target_modules": []}
     assert "learning-rate" in run_command(*show).out
     refused(run_command("recover", pruned / "pruned", "--output", tmp_path / "out"), "give --data")
     flags = ("--output", tmp_path / "out", "--data", pruned / "data.jsonl")

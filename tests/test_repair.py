@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 import hifiprune as hp
 from hifiprune.checkpoint import Checkpoint
+from hifiprune.neurons import find_blocks
 from hifiprune.repair import HELD_OUT, cut_and_repair_, residual_stream
 from tests.commands import Result, refused
 from tests.commands import run as run_command
@@ -34,6 +36,11 @@ def plan_of(model: PreTrainedModel, width: int, seed: int = 0) -> hp.Plan:
     return hp.Plan(kept, [mlp.neurons for mlp in mlps], [mlp.name for mlp in mlps], None, 0.0, 0, 0)
 
 
+def first_of(output: Any) -> Tensor:
+    state: Tensor = output[0] if isinstance(output, tuple) else output
+    return state
+
+
 @contextmanager
 def watched(model: PreTrainedModel) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """The input of every output map, and the output of every block, while the model runs."""
@@ -44,8 +51,8 @@ def watched(model: PreTrainedModel) -> Iterator[tuple[list[Tensor], list[Tensor]
         for mlp in hp.find_mlps(model)
     ]
     hooks += [
-        block.register_forward_hook(lambda _, __, output: outputs.append(output.flatten(0, 1)))
-        for block in model.model.layers
+        block.register_forward_hook(lambda _, __, output: outputs.append(first_of(output).flatten(0, 1)))
+        for block in find_blocks(model)
     ]
     try:
         yield activations, outputs

@@ -1,10 +1,12 @@
 """What the scores mean, and how scoring refuses what it cannot do."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hifiprune import RunError, UserError, find_mlps, score
 from hifiprune.guards import check_windows
@@ -150,10 +152,17 @@ def test_windows_longer_than_the_model_are_refused() -> None:
 def test_unknown_criteria_and_architectures_are_refused_by_name() -> None:
     with pytest.raises(UserError, match=r"criterion 'entrpy' is not known.*did you mean 'entropy'"):
         score(tiny_model("llama"), tiny_tokens(), "entrpy")
+    mamba: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", num_hidden_layers=1, hidden_size=24))
     with pytest.raises(
-        UserError, match=r"model type 'gpt2' \(GPT2LMHeadModel\) is not supported; supported are gemma2"
+        UserError, match=r"model type 'mamba' \(MambaForCausalLM\) is not supported; supported are arcee"
     ):
-        score(tiny_model("gpt2"), tiny_tokens())
+        score(mamba, tiny_tokens())
+
+
+def test_a_variant_without_a_last_norm_is_refused() -> None:
+    model = tiny_model("opt", do_layer_norm_before=False)
+    with pytest.raises(UserError, match=r"OPTForCausalLM has no model\.decoder\.final_layer_norm"):
+        score(model, tiny_tokens())
 
 
 def test_model_hashes_follow_the_values_not_the_dtype() -> None:

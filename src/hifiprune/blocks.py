@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hifiprune.errors import RunError, UserError
 from hifiprune.head import Head
-from hifiprune.neurons import LinearMap, family_of, find_blocks, find_mlps
+from hifiprune.neurons import LinearMap, family_of, find_blocks, find_mlps, find_norm
 from hifiprune.objectives import Kernel, mean_over_positions
 from hifiprune.scratch import Kept, set_aside
 from hifiprune.streaming import few_rows, first_rows, shelf_of, walk
@@ -76,7 +76,7 @@ class BlockChain:
         self.scratch = self.shelf.scratch if self.shelf else None
         self.mlps = find_mlps(model)
         self.blocks = list(find_blocks(model))
-        self.norm = model.get_submodule(self.family.norm)
+        self.norm = find_norm(model)
         self.head = Head.of(model)
         self._check_head()
 

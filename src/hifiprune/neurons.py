@@ -254,13 +254,28 @@ def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
     Raises:
         UserError: the architecture is not supported, or `model` is not its causal language model.
     """
-    family = family_of(model.config.model_type, [type(model).__name__])
-    try:
-        blocks = model.get_submodule(family.blocks)
-    except AttributeError as error:
-        raise UserError(f"{type(model).__name__} has no {family.blocks}; give the causal language model") from error
+    blocks = _module_of(model, family_of(model.config.model_type, [type(model).__name__]).blocks)
     assert isinstance(blocks, nn.ModuleList)
     return blocks
+
+
+def find_norm(model: PreTrainedModel) -> nn.Module:
+    """Return the norm after the last block.
+
+    Raises:
+        UserError: there is none, as in some variants of a supported architecture.
+    """
+    return _module_of(model, family_of(model.config.model_type).norm)
+
+
+def _module_of(model: PreTrainedModel, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise UserError(
+            f"{type(model).__name__} has no {path}; give the causal language model, if it is not a variant of the "
+            "architecture that is not supported"
+        ) from error
 
 
 def _checked_mlp(module: nn.Module, family: Family, layer: int) -> Mlp:

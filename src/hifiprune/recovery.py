@@ -233,7 +233,7 @@ def _with_adapter(model: PreTrainedModel, training: Training) -> nn.Module:
         r=training.lora_r,
         lora_alpha=training.lora_alpha,
         lora_dropout=training.lora_dropout,
-        target_modules=list(training.target_modules),
+        target_modules=sorted(training.target_modules or names),
         bias="none",
         task_type="CAUSAL_LM",
     )

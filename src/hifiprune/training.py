@@ -25,7 +25,6 @@ from hifiprune.watch import CLOCK, Watch
 
 METHODS = ("lora", "full")
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw-bf16": "adamw_torch", "8-bit": "adamw_bnb_8bit"}
-ALL_MAPS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LEAST = {
     "max_steps": 1, "batch_size": 1, "gradient_accumulation": 1, "seq_len": 2, "lora_r": 1, "lora_alpha": 1,
     "match_hidden": 0, "cache_teacher": 1, "evaluate_every": 1,
@@ -51,7 +50,7 @@ class Training:
         lora_r: rank.
         lora_alpha: scale of the change, `alpha / r`.
         lora_dropout: of the change's input.
-        target_modules: maps that get one.
+        target_modules: maps that get one; of none, all linear maps of the blocks.
         optimizer: `adamw`; `adamw-bf16`, on a GPU weights trained in full and moments in bfloat16; `8-bit`.
         gradient_checkpointing: compute each block twice, for less memory.
         distill_weight: share of the divergence from the dense model in the loss, the rest being cross-entropy.
@@ -78,7 +77,7 @@ class Training:
     lora_r: int = 32
     lora_alpha: int = 64
     lora_dropout: float = 0.05
-    target_modules: tuple[str, ...] = ALL_MAPS
+    target_modules: tuple[str, ...] = ()
     optimizer: str = "adamw"
     gradient_checkpointing: bool = False
     distill_weight: float = 1.0

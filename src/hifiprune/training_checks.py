@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.pytorch_utils import Conv1D
 
 from hifiprune.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.compute import Compute
@@ -91,14 +92,15 @@ def needed_bytes(checkpoint: Checkpoint, training: Training) -> int:
     skeleton = checkpoint.skeleton()
     total = trained = count_parameters(skeleton)
     if training.method == "lora":
-        linears = [module for name, module in linears_of(skeleton) if name in training.target_modules]
-        trained = sum(training.lora_r * (linear.in_features + linear.out_features) for linear in linears)
+        chosen = training.target_modules
+        linears = [module for name, module in linears_of(skeleton) if not chosen or name in chosen]
+        trained = sum(training.lora_r * sum(linear.weight.shape) for linear in linears)
     return checkpoint.dtype().itemsize * total + 3 * 3 * 4 * trained
 
 
-def linears_of(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+def linears_of(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
     """The last part of the name of each linear map in the blocks, and the map."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not head:
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
             yield name.rpartition(".")[2], module

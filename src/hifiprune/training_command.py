@@ -47,7 +47,7 @@ def recover(
     lora_r: Annotated[int | None, Option(help="Rank of the changes.")] = None,
     lora_alpha: Annotated[int | None, Option(help="Their scale is alpha / r.")] = None,
     lora_dropout: Annotated[float | None, Option(help="Dropout of their input.")] = None,
-    target_modules: Annotated[str | None, Option(help="Maps that get one, separated by commas.")] = None,
+    target_modules: Annotated[str | None, Option(help="Maps that get one, separated by commas; else all.")] = None,
     seq_len: Annotated[int | None, Option(help="Tokens a row; examples are packed.")] = None,
     batch_size: Annotated[int | None, Option(help="Rows a step on each device.")] = None,
     gradient_accumulation: Annotated[int | None, Option(help="Batches that make one optimizer step.")] = None,
