@@ -162,6 +162,20 @@ def test_a_cut_model_reloads_without_our_code(variant: str, dtype: torch.dtype, 
     assert again.generate(tokens[:1], max_new_tokens=3, do_sample=False).shape[1] > tokens.shape[1]
 
 
+def test_only_where_it_is_said_a_norm_or_factor_follows_the_mlp(variant: str) -> None:
+    model, tokens = tiny_model(variant), tiny_tokens()
+    chain, more = BlockChain(model), 0.1 * torch.arange(1.0, 1 + model.config.hidden_size, dtype=torch.float64)
+    hidden, calls = chain.embed(tokens)
+    before, _ = chain.run(1, hidden, calls[1])
+    writes = model.get_submodule(chain.mlps[1].name) if chain.family.mlp else chain.mlps[1].output.module
+    handle = writes.register_forward_hook(lambda _, __, output: output + more)
+    with torch.no_grad():
+        output = chain.blocks[1](hidden, *calls[1].args, **calls[1].kwargs)
+    handle.remove()
+    after = output[0] if chain.family.tuples else output
+    assert torch.allclose(after - before, more.expand_as(before)) == chain.family.additive
+
+
 def test_every_criterion_gives_finite_scores(variant: str) -> None:
     model = tiny_model(variant, torch.float32)
     found = score_all(model, tiny_tokens(4), [(name, Options()) for name in CRITERIA])
