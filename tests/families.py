@@ -41,13 +41,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "exaone4": {**GROUPED, "sliding_window": 5},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "falcon-alibi": {"alibi": True, "parallel_attn": False, "bias": True, "multi_query": False},
+    "falcon-multi": {},
     "gemma": HEADS,
     "gemma2": {**HEADS, "sliding_window": 5, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0},
     "gemma3_text": {**HEADS, "sliding_window": 5, "query_pre_attn_scalar": 8},
     "glm": HEADS,
     "glm4": HEADS,
-    "gpt2": {},
-    "gpt_bigcode": {},
+    "gpt2": {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
+    "gpt_bigcode": {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
     "gpt_neox": {},
     "gpt_neox-serial": {"use_parallel_residual": False},
     "gptj": {"rotary_dim": 4},
@@ -61,7 +62,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "olmo": GROUPED,
     "olmo2": GROUPED,
     "olmo3": {**GROUPED, "sliding_window": 5},
-    "opt": {"word_embed_proj_dim": 24, "init_std": 0.3},
+    "opt": {"word_embed_proj_dim": 24, "init_std": 0.3, "dropout": 0},
     "phi": {
         **GROUPED,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.67},
@@ -72,6 +73,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "seed_oss": HEADS,
     "smollm3": {**HEADS, "no_rope_layers": [1, 0, 1]},
     "stablelm": {**GROUPED, "use_parallel_residual": True},
+    "stablelm-serial": {**GROUPED, "use_parallel_residual": False, "qk_layernorm": True},
     "starcoder2": {**GROUPED, "use_bias": True},
 }
 FORMS = [

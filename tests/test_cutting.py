@@ -20,7 +20,8 @@ from hifiprune.hashing import hash_model
 from hifiprune.plan import Plan
 from hifiprune.shards import Piece, stored_tensors, write_shard
 from tests.commands import Interruption, refused, run
-from tests.families import FORMS, VARIANTS
+from tests.families import FORMS, VARIANTS, tiny_tokens
+from tests.naive import logits_of, masked_logits
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -175,3 +176,22 @@ def test_what_cannot_be_cut_is_refused(
         hp.cut_checkpoint(str(dense), tmp_path / "out", plan)
     assert not (tmp_path / "out").exists()
     refused(run("prune", dense, "--output", tmp_path / "out", "--width", 24, "--criterion", "magnitude"), "truncated")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom"])
+def test_names_without_the_models_prefix_are_known(
+    family: str, make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As the checkpoints of GPT-2 and BLOOM on the hub have them."""
+    path = make_checkpoint(family=family)
+    tensors = load_file(path / "model.safetensors")
+    bare = {name.removeprefix("transformer."): values for name, values in tensors.items()}
+    assert bare.keys() != tensors.keys()
+    save_file(bare, path / "model.safetensors", {"format": "pt"})
+    checkpoint = find_checkpoint(str(path))
+    assert stored_plainly(checkpoint)
+    plan = a_plan(checkpoint.skeleton(), mixed=True)
+    expected = masked_logits(AutoModelForCausalLM.from_pretrained(path), plan, tiny_tokens())
+    hp.cut_checkpoint(str(path), tmp_path / "cut", plan)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "cut", trust_remote_code=True)
+    torch.testing.assert_close(logits_of(loaded, tiny_tokens()), expected, rtol=1e-4, atol=1e-5)

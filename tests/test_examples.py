@@ -14,9 +14,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hifiprune.errors import UserError
 from hifiprune.examples import Example, read_examples
+from hifiprune.neurons import FAMILIES
 from hifiprune.packing import IGNORED, pack
 from tests.conftest import byte_tokenizer
-from tests.families import FORMS, tiny_model, tiny_tokens
+from tests.families import VARIANTS, tiny_model, tiny_tokens
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
@@ -223,20 +224,22 @@ def test_every_token_is_packed_once_and_sees_its_own_example(sizes: list[int], l
     assert sorted(seen) == sorted(expected)
 
 
-def loss_of(model: PreTrainedModel, examples: list[Example], length: int) -> float:
-    packed = pack(examples, length)
+def loss_of(model: PreTrainedModel, examples: list[Example], length: int, *, together: bool = True) -> float:
+    packed = pack(examples, length, together=together)
     batch = {name: torch.stack([packed[i][name] for i in range(len(packed))]) for name in packed[0]}
     with torch.no_grad():
         loss: float = model(**batch, num_items_in_batch=1, use_cache=False).loss.item()
     return loss
 
 
-@pytest.mark.parametrize("variant", FORMS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_packed_loss_is_unpacked_loss(variant: str) -> None:
     model = tiny_model(variant)
     tokens = tiny_tokens(5, 13).tolist()
     examples = [Example(each[: 5 + 2 * n], [n % 2 == 0] * 2 + [True] * (3 + 2 * n)) for n, each in enumerate(tokens)]
     alone = sum(loss_of(model, [example], len(example.tokens)) for example in examples)
+    packs = FAMILIES[model.config.model_type].packs
     together = loss_of(model, examples, 30)
-    assert len(pack(examples, 30)) < len(examples)
-    assert together == pytest.approx(alone, rel=1e-6)
+    assert len(pack(examples, 30)) < len(examples) == len(pack(examples, 30, together=False))
+    assert (together == pytest.approx(alone, rel=1e-6)) == packs
+    assert loss_of(model, examples, 30, together=False) == pytest.approx(alone, rel=1e-6)

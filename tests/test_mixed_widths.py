@@ -3,13 +3,14 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hifiprune import cut, cut_, find_mlps
+from hifiprune import cut, cut_, cut_checkpoint, find_mlps
 from hifiprune.checkpoint import Checkpoint
 from hifiprune.modeling_pruned import MixedWidths
 from hifiprune.plan import Plan
@@ -28,8 +29,9 @@ def mixed_plan(model: PreTrainedModel) -> Plan:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_mixed_cut_equals_zero_masking_and_loads_everywhere(variant: str, tmp_path: Path) -> None:
-    model, tokens = tiny_model(variant), tiny_tokens()
-    plan = mixed_plan(model)
+    tiny_model(variant).save_pretrained(tmp_path / "dense")
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float64)
+    plan, tokens = mixed_plan(model), tiny_tokens()
     expected = masked_logits(model, plan, tokens)
     cut_(model, plan)
     torch.testing.assert_close(logits_of(model, tokens), expected)
@@ -102,3 +104,41 @@ def test_code_that_a_config_names_itself_stays_named() -> None:
     assert model.config.auto_map == theirs
     cut_(model, mixed_plan(model))
     assert model.config.auto_map == theirs
+
+
+@pytest.mark.parametrize("variant", ["gpt_neox", "bloom", "phi3"])
+def test_a_mixed_cut_on_the_disk_loads_everywhere(variant: str, tmp_path: Path) -> None:
+    tiny_model(variant, torch.float32).save_pretrained(tmp_path / "dense")
+    plan, tokens = mixed_plan(tiny_model(variant)), tiny_tokens()
+    expected = masked_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), plan, tokens)
+    cut_checkpoint(str(tmp_path / "dense"), tmp_path / "cut", plan)
+    for loaded in (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "cut", trust_remote_code=True),
+        Checkpoint("pruned", tmp_path / "cut").load(),
+    ):
+        torch.testing.assert_close(logits_of(loaded, tokens), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_from_its_own_code_is_cut_again(tmp_path: Path) -> None:
+    model, tokens = tiny_model("llama"), tiny_tokens()
+    cut_(model, mixed_plan(model))
+    model.config.auto_map = {"AutoConfig": "configuration_theirs.Theirs"}
+    model.save_pretrained(tmp_path / "once")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "once", trust_remote_code=True, dtype=torch.float64)
+    kept = [torch.arange(width) for width in (7, 30, 20)]
+    plan = Plan(kept, WIDTHS, [mlp.name for mlp in find_mlps(again)], None, 0.0, 0, 0)
+    expected = masked_logits(again, plan, tokens)
+    cut_(again, plan)
+    again.save_pretrained(tmp_path / "twice")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "twice", trust_remote_code=True, dtype=torch.float64)
+    assert [mlp.neurons for mlp in find_mlps(loaded)] == [7, 30, 20]
+    torch.testing.assert_close(logits_of(loaded, tokens), expected)
+
+
+def test_new_weights_of_a_mixed_model_are_initialised() -> None:
+    model = tiny_model("llama")
+    cut_(model, mixed_plan(model))
+    made: Any = type(model)(model.config)
+    for mlp in find_mlps(made):
+        for each in mlp.maps:
+            assert 0.1 < each.weight.std() < 0.5, "its initializer_range is 0.3"

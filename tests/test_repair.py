@@ -47,7 +47,7 @@ def watched(model: PreTrainedModel) -> Iterator[tuple[list[Tensor], list[Tensor]
     activations: list[Tensor] = []
     outputs: list[Tensor] = []
     hooks = [
-        mlp.output.module.register_forward_hook(lambda _, inputs, __: activations.append(inputs[0].flatten(0, 1)))
+        mlp.output.module.register_forward_hook(lambda _, inputs, __: activations.append(inputs[0].flatten(0, -2)))
         for mlp in hp.find_mlps(model)
     ]
     hooks += [

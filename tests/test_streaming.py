@@ -68,7 +68,7 @@ def test_streamed_states_equal_resident_ones(variant: str, both: Callable[..., P
     assert torch.equal(ours.head.logits(final[0]), theirs.head.logits(final[0]))
 
 
-@pytest.mark.parametrize("variant", ["llama", "gemma2", "qwen2"])
+@pytest.mark.parametrize("variant", ["llama", "gemma2", "qwen2", "phi3", "gpt2"])
 def test_both_stages_of_self_distillation_stream(variant: str, both: Callable[..., Pair]) -> None:
     asked: list[Request] = [("self-distillation", hp.Options(light_cut=0.2))]
     (theirs,), (ours,) = (

@@ -224,7 +224,7 @@ class BlockChain:
             return trace.maps[-1].input.detach()
         output, down = self.run(index, batch.hidden, call)
         if keep:
-            changed = down.output._version > 0  # the block added to it in place
+            changed = down.output._version > 0  # Falcon adds to it in place, what attention gives
             known = None if self.shelf or changed else down.output
             batch.stored.append((set_aside(self.scratch, batch.hidden), known))
         batch.hidden = output

@@ -161,8 +161,10 @@ class Checkpoint:
 
     def tensors(self) -> dict[str, Stored]:
         """What the weight files hold, by the model's names, in the order of their bytes."""
-        family = family_of(self._config.model_type)
-        return {family.in_model(name): each for name, each in stored_tensors(self.weight_files).items()}
+        family, skeleton = family_of(self._config.model_type), self.skeleton()
+        known, start = skeleton.state_dict().keys(), f"{skeleton.base_model_prefix}."
+        found = {family.in_model(name): each for name, each in stored_tensors(self.weight_files).items()}
+        return {start + name if start + name in known else name: each for name, each in found.items()}
 
     def skeleton(self) -> PreTrainedModel:
         """The model on the meta device: all shapes, no weights."""

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from hifiprune.checkpoint import DTYPES, Checkpoint
 from hifiprune.errors import UserError, nearest_name
-from hifiprune.neurons import width_of
+from hifiprune.neurons import family_of, width_of
 from hifiprune.output import local_path
 from hifiprune.parallel import local_rank
 
@@ -87,10 +87,10 @@ def estimate_seconds(
     """Rough time of passes over `tokens`: their operations over the speed of a matrix product here."""
     text = config.get_text_config()
     layers, hidden, width = text.num_hidden_layers, text.hidden_size, width_of(text)
-    heads = text.num_attention_heads
+    maps, heads = len(family_of(text.model_type).inputs) + 1, text.num_attention_heads
     head_width = getattr(text, "head_dim", None) or hidden // heads
     keys = getattr(text, "num_key_value_heads", None) or heads
-    weights = layers * (3 * hidden * width + 2 * hidden * head_width * (heads + keys)) + hidden * text.vocab_size
+    weights = layers * (maps * hidden * width + 2 * hidden * head_width * (heads + keys)) + hidden * text.vocab_size
     attention = (2 * forwards + 5 * backwards) * layers * positions * heads * head_width  # causal
     operations = tokens * (2 * (forwards + backwards) * weights + attention)
     return float(operations) / product_speed(hidden, width, device, dtype)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from hifiprune.checkpoint import INDEX, Checkpoint, find_checkpoint
 from hifiprune.errors import UserError
 from hifiprune.hashing import hash_chunks
+from hifiprune.modeling_pruned import MixedWidths
 from hifiprune.neurons import family_of, find_mlps
 from hifiprune.output import check_shard_size, check_space, check_target, replacing
 from hifiprune.plan import Plan
@@ -80,6 +81,9 @@ def write_cut(
     check_space(folder, sum(piece.bytes for piece in pieces.values()))
     cut_(skeleton.to(checkpoint.dtype()), plan)  # of the meta device: sizes alone
     checkpoint.save(skeleton, folder, state_dict={})
+    if not isinstance(skeleton, MixedWidths):
+        family = family_of(skeleton.config.model_type)
+        pieces = {family.in_files(name): piece for name, piece in pieces.items()}
     split = split_state_dict_into_shards_factory(
         pieces, get_storage_size=lambda piece: piece.bytes, filename_pattern=PATTERN, max_shard_size=shard_size
     )
@@ -95,7 +99,7 @@ def _pieces(
     checkpoint: Checkpoint, skeleton: PreTrainedModel, plan: Plan, changed: dict[str, Kept]
 ) -> dict[str, Piece]:
     """Every tensor of the output, from those of the dense model in the order of their bytes."""
-    cuts, known, family = cuts_of(skeleton, plan), skeleton.state_dict().keys(), family_of(skeleton.config.model_type)
+    cuts, known = cuts_of(skeleton, plan), skeleton.state_dict().keys()
     pieces = {}
     for name, stored in checkpoint.tensors().items():
         shape, rows = stored.shape, stored.chunks
@@ -105,7 +109,7 @@ def _pieces(
         if name in changed:
             rows = partial(_changed, changed[name], stored.dtype)
         if name in known:
-            pieces[family.in_files(name)] = Piece(stored.kind, shape, rows)
+            pieces[name] = Piece(stored.kind, shape, rows)
     return pieces
 
 

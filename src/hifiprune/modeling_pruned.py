@@ -6,7 +6,7 @@ class `X` is here as `PrunedX`.
 """
 
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import transformers
 from torch import nn
@@ -18,6 +18,8 @@ MAPS = ["model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj", "model.l
 
 class MixedWidths(PreTrainedModel):
     """Gives every MLP the width that the configuration states for its layer."""
+
+    mixed_widths = True
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
@@ -32,6 +34,12 @@ class MixedWidths(PreTrainedModel):
             _resize(last, _sizes(last)[0], width)
         self.post_init()  # type: ignore[no-untyped-call]
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save by the names that this class loads, and without mention of code that is not saved with it."""
+        self.__dict__.pop("_weight_conversions", None)
+        self.config.__dict__.pop("auto_map", None)
+        super().save_pretrained(*args, **kwargs)
+
 
 def _sizes(module: Any) -> tuple[int, int]:
     """Outputs and inputs of a linear map; a Conv1D keeps its weight the other way round."""
@@ -45,6 +53,7 @@ def _resize(module: Any, outputs: int, inputs: int) -> None:
         module.out_features, module.in_features, shape = outputs, inputs, (outputs, inputs)
     else:
         module.nf, module.nx, shape = outputs, inputs, (inputs, outputs)
+    module._is_hf_initialized = False
     module.weight = nn.Parameter(module.weight.new_empty(shape))
     if module.bias is not None:
         module.bias = nn.Parameter(module.bias.new_zeros(outputs))
@@ -59,12 +68,11 @@ def __getattr__(name: str) -> Any:
 
 def pruned_class(model_class: type[PreTrainedModel], *, mixed: bool) -> type[PreTrainedModel]:
     """The class of the same architecture whose MLPs differ in width, or the stock one."""
-    if mixed == issubclass(model_class, MixedWidths):
+    if issubclass(model_class, MixedWidths) if mixed else not hasattr(model_class, "mixed_widths"):
         return model_class
-    if mixed:
-        made: type[PreTrainedModel] = _mixed(cast(Any, model_class))
-        return made
-    return next(base for base in model_class.__bases__ if base is not MixedWidths)
+    stock: Any = next(each for each in model_class.__mro__ if each.__module__.startswith("transformers."))
+    found: type[PreTrainedModel] = _mixed(stock) if mixed else stock
+    return found
 
 
 @cache

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from hifiprune.errors import UserError, nearest_name
@@ -34,6 +35,7 @@ class Family:
         additive: whether what it writes is added to the residual stream as it is, without a norm or factor between.
         tuples: whether blocks give a tuple, whose first item is the hidden state.
         stored: how a name in the model begins and how it does in files, where they differ.
+        packs: whether blocks keep examples in one row apart by their positions.
         models: well-known models of the architecture.
     """
 
@@ -46,6 +48,7 @@ class Family:
     additive: bool = True
     tuples: bool = False
     stored: tuple[str, str] = ("", "")
+    packs: bool = True
     models: str = ""
 
     @property
@@ -67,17 +70,18 @@ class Family:
 
 FUSED = ("gate_up_proj", "gate_up_proj")
 GPT = Family("transformer.h", "transformer.ln_f", width="n_inner")
+ALIBI = replace(GPT, inputs=("dense_h_to_4h",), output="dense_4h_to_h", tuples=True, packs=False)
 FAMILIES: dict[str, Family] = {
     "arcee": Family(inputs=("up_proj",), models="Arcee AFM"),
-    "bloom": replace(GPT, inputs=("dense_h_to_4h",), output="dense_4h_to_h", width="", tuples=True, models="BLOOM"),
+    "bloom": replace(
+        GPT, inputs=("dense_h_to_4h",), output="dense_4h_to_h", width="", tuples=True, packs=False, models="BLOOM"
+    ),
     "codegen": replace(GPT, inputs=("fc_in",), output="fc_out", tuples=True, models="CodeGen"),
     "cohere": Family(models="Command R, Aya"),
     "cohere2": Family(models="Command A, Command R7B"),
-    "ernie4_5": Family(models="ERNIE 4.5"),
+    "ernie4_5": Family(models="ERNIE 4.5 (dense)"),
     "exaone4": Family(additive=False, models="EXAONE 4"),
-    "falcon": replace(
-        GPT, inputs=("dense_h_to_4h",), output="dense_4h_to_h", width="ffn_hidden_size", tuples=True, models="Falcon"
-    ),
+    "falcon": replace(ALIBI, width="ffn_hidden_size", models="Falcon"),
     "gemma": Family(models="Gemma"),
     "gemma2": Family(additive=False, models="Gemma 2"),
     "gemma3_text": Family(additive=False, models="Gemma 3 (text)"),
@@ -94,13 +98,13 @@ FAMILIES: dict[str, Family] = {
         models="GPT-NeoX, Pythia",
     ),
     "gptj": replace(GPT, inputs=("fc_in",), output="fc_out", tuples=True, models="GPT-J"),
-    "granite": Family(additive=False, models="Granite 3"),
+    "granite": Family(additive=False, models="Granite 3 (dense)"),
     "helium": Family(models="Helium"),
     "hunyuan_v1_dense": Family(models="Hunyuan (dense)"),
     "llama": Family(models="Llama 1 to 3, SmolLM, SmolLM2, Yi, DeepSeek LLM"),
     "ministral": Family(models="Ministral"),
-    "ministral3": Family(models="Ministral 3"),
-    "mistral": Family(models="Mistral 7B, Mistral Nemo, Mistral Small"),
+    "ministral3": Family(models="Ministral 3 (text)"),
+    "mistral": Family(models="Mistral 7B, Mistral Nemo, Mistral Small (text)"),
     "nemotron": Family(inputs=("up_proj",), models="Nemotron 4, Minitron"),
     "olmo": Family(models="OLMo"),
     "olmo2": Family(additive=False, models="OLMo 2"),
@@ -112,6 +116,7 @@ FAMILIES: dict[str, Family] = {
         inputs=("fc1",),
         output="fc2",
         width="ffn_dim",
+        packs=False,
         models="OPT",
     ),
     "phi": Family(norm="model.final_layernorm", inputs=("fc1",), output="fc2", models="Phi-1, Phi-1.5, Phi-2"),
@@ -243,9 +248,10 @@ def find_mlps(model: PreTrainedModel) -> list[Mlp]:
 
 
 def width_of(config: PretrainedConfig) -> int:
-    """How wide a configuration says that MLPs are."""
+    """How wide a configuration says that MLPs are, or the widest."""
     name = family_of(config.model_type).width
-    return int((name and getattr(config, name)) or 4 * config.hidden_size)
+    stated: int | None = getattr(config, name) if name else None
+    return max(getattr(config, "mlp_widths", None) or [stated or 4 * config.hidden_size])
 
 
 def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
@@ -292,7 +298,7 @@ def _checked_mlp(module: nn.Module, family: Family, layer: int) -> Mlp:
 
 def _checked_map(mlp: nn.Module, name: str, attribute: str, inputs: Sequence[str]) -> LinearMap:
     module = getattr(mlp, attribute, None)
-    plain = type(module) in (nn.Linear, Conv1D) or type(module).__name__ == "FalconLinear"
+    plain = type(module) in (nn.Linear, Conv1D, FalconLinear)
     if module is None or not plain or not torch.is_floating_point(module.weight):
         kind = "missing" if module is None else f"a {type(module).__name__}"
         raise UserError(

@@ -66,10 +66,11 @@ class Packed(Dataset[dict[str, Tensor]]):
         return digest.hexdigest()
 
 
-def pack(examples: Sequence[Example], length: int, *, filling: int = 0, seed: int = 0) -> Packed:
+def pack(examples: Sequence[Example], length: int, *, filling: int = 0, seed: int = 0, together: bool = True) -> Packed:
     """Put examples into rows of `length`, in random order, each into the first of the open rows that has room.
 
-    Longer examples are cut into pieces; those without anything to learn are left out.
+    Longer examples are cut into pieces; those without anything to learn are left out. If not `together`, for models whose
+    blocks do not keep examples apart, each has a row of its own.
     """
     pieces = [piece for example in examples for piece in cut_to(example, length)]
     random.Random(seed).shuffle(pieces)
@@ -79,7 +80,7 @@ def pack(examples: Sequence[Example], length: int, *, filling: int = 0, seed: in
     shortest = min((len(piece.tokens) for piece in pieces), default=1)
     for piece in pieces:
         size = len(piece.tokens)
-        open_rows = range(max(first, len(rows) - OPEN_ROWS), len(rows))
+        open_rows = range(max(first, len(rows) - OPEN_ROWS), len(rows)) if together else ()
         place = next((row for row in open_rows if room[row] >= size), len(rows))
         if place == len(rows):
             rows.append([])

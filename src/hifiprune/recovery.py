@@ -24,6 +24,7 @@ from hifiprune.errors import RunError, UserError, unknown
 from hifiprune.examples import Example, read_examples
 from hifiprune.guards import memory_explained
 from hifiprune.lineage import check_origin, record_of
+from hifiprune.neurons import family_of
 from hifiprune.objectives import SoftLabels
 from hifiprune.output import check_shard_size, check_space, replacing
 from hifiprune.packing import Packed, cut_to, pack
@@ -116,7 +117,8 @@ def recover(
             seed=training.seed,
             track=voice.track("reading the data, rows"),
         )
-        rows, held = _split(examples, training, started.config().get_text_config().vocab_size)
+        text = started.config().get_text_config()
+        rows, held = _split(examples, training, text.vocab_size, family_of(text.model_type).packs)
     unfinished = Unfinished.beside(target, "recover", voice)
     taught, guide, guide_hash = _guide(model, teacher, dense, training, rows, compute, record, unfinished)
     student, model_hash = load_hashed(started, compute, record, _training_dtype(started, training, compute))
@@ -199,7 +201,9 @@ def _training_dtype(checkpoint: Checkpoint, training: Training, compute: Compute
     return torch.float32 if checkpoint.dtype() == torch.float16 else checkpoint.dtype()
 
 
-def _split(examples: Sequence[Example], training: Training, vocabulary: int) -> tuple[Packed, Packed]:
+def _split(
+    examples: Sequence[Example], training: Training, vocabulary: int, together: bool = True
+) -> tuple[Packed, Packed]:
     """Rows to train on, and rows that are held out: other examples, or other pieces of very few and long ones.
 
     An example longer than a row is as many as its pieces.
@@ -216,7 +220,7 @@ def _split(examples: Sequence[Example], training: Training, vocabulary: int) -> 
     order = random.Random(training.seed).sample(pieces, len(pieces))
     count = max(1, round(training.held_out * len(order)))
     parts = ([piece for example in part for piece in example] for part in (order[count:], order[:count]))
-    rows, held = (pack(part, training.seq_len, seed=training.seed) for part in parts)
+    rows, held = (pack(part, training.seq_len, seed=training.seed, together=together) for part in parts)
     if not len(rows) or not len(held):
         raise UserError(f"too little data: {len(order)} examples make no row to train on and one to hold out")
     return rows, held.first(HELD_OUT_ROWS)

@@ -176,8 +176,8 @@ def parts_of(mlp: Mlp) -> Iterator[Part]:
 def cuts_of(model: PreTrainedModel, plan: Plan) -> dict[str, tuple[Int[Tensor, "_"], int]]:
     """Of every tensor that a cut changes, by its name: what is kept of it, and in which dimension."""
     return {
-        f"{part.linear.name}.{part.name}": (part.places(kept, mlp.neurons), part.dim)
-        for mlp, kept in zip(find_mlps(model), plan.kept, strict=True)
+        f"{part.linear.name}.{part.name}": (part.places(kept, neurons), part.dim)
+        for mlp, kept, neurons in zip(find_mlps(model), plan.kept, plan.neurons, strict=True)
         for part in parts_of(mlp)
     }
 

@@ -80,8 +80,8 @@ def bench(
     checkpoints = [find_checkpoint(name) for name in names]
     skeletons = [check_model(checkpoint) for checkpoint in checkpoints]
     for checkpoint, skeleton in zip(checkpoints, skeletons, strict=True):
-        most = skeleton.config.get_text_config().max_position_embeddings
-        if max(lengths) + new_tokens > most:
+        most = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
+        if most and max(lengths) + new_tokens > most:
             raise UserError(
                 f"{max(lengths)} tokens and {new_tokens} new ones exceed the {most} positions of {checkpoint.name}; "
                 "use a smaller --lengths"

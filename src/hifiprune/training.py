@@ -50,7 +50,7 @@ class Training:
         lora_r: rank.
         lora_alpha: scale of the change, `alpha / r`.
         lora_dropout: of the change's input.
-        target_modules: maps that get one; of none, all linear maps of the blocks.
+        target_modules: maps that get one; of none, all linear maps but the head.
         optimizer: `adamw`; `adamw-bf16`, on a GPU weights trained in full and moments in bfloat16; `8-bit`.
         gradient_checkpointing: compute each block twice, for less memory.
         distill_weight: share of the divergence from the dense model in the loss, the rest being cross-entropy.
