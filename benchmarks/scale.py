@@ -219,6 +219,30 @@ def predictions(facts: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def foreseen(facts: dict[str, Any]) -> str:
+    """How many of the stages took as many seconds, and as much memory, as was expected to within 30%, as Markdown."""
+    found = predictions(facts)
+    lines = ["| | stages | seconds within 30% | memory within 30% | seconds, median | furthest off |", "|" + "---|" * 6]
+    for stage in dict.fromkeys(each["stage"] for each in found):
+        own = [each for each in found if each["stage"] == stage]
+        close, ratios = [], []
+        for unit in ("seconds", "memory"):
+            each_ratio = [each["measured"][unit] / each["expected"][unit] for each in own if each["expected"].get(unit)]
+            close.append(f"{sum(1 / 1.3 <= ratio <= 1.3 for ratio in each_ratio)} of {len(each_ratio)}")
+            ratios.append(each_ratio)
+        furthest = max(ratios[0], key=lambda ratio: abs(math.log(ratio)))
+        lines.append(f"| {stage} | {len(own)} | {' | '.join(close)} | x{median(ratios[0]):.2f} | x{furthest:.2f} |")
+    return "\n".join(lines)
+
+
+def settling(facts: dict[str, Any]) -> str:
+    """How the kept set of SmolLM2-135M settled, as Markdown."""
+    lines = ["| windows | two halves agree on | extrapolated to all 1,000 |", "|---|---|---|"]
+    for each in facts["stability"]["curve"]:
+        lines.append(f"| {each['windows']} | {each['halves']:.1%} | {each['extrapolated']:.1%} |")
+    return "\n".join(lines)
+
+
 def draw(facts: dict[str, Any]) -> None:
     """Measured time and memory against each size, lines for what was expected."""
     figure, axes = plt.subplots(2, len(GROWN), figsize=(13, 6), squeeze=False)
