@@ -11,7 +11,7 @@ import pytest
 import typer
 
 import hifiprune
-from benchmarks import quality, recovery, scale, zero_shot
+from benchmarks import quality, recovery, scale, speed, zero_shot
 from benchmarks.criteria import readme_table
 from hifiprune.cli import app
 from hifiprune.printing import demo_rows
@@ -99,6 +99,18 @@ def test_the_readmes_zero_shot_accuracies_are_the_recorded_ones() -> None:
 def test_the_readmes_table_of_recovery_is_the_recorded_one() -> None:
     facts = json.loads((ROOT / "benchmarks" / "results" / "recovery.json").read_text())
     assert recovery.table(facts) in (ROOT / "README.md").read_text()
+
+
+def test_the_readmes_speed_of_pruned_models_is_the_recorded_one() -> None:
+    facts = json.loads((ROOT / "benchmarks" / "results" / "speed.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    assert speed.table(facts) in readme
+    assert speed.reasons(facts) in readme
+    assert f"differ by up to {facts['noise']:.0%} between rounds" in " ".join(readme.split())
+    dense = facts["parts"][0]["models"]["dense"]
+    for phase, words in (("reading", "of the time of reading"), ("writing", "of that of writing one token")):
+        share = dense[phase]["attention"] / sum(dense[phase].values())
+        assert f"{share:.0%} {words}" in " ".join(readme.split())
 
 
 def test_what_the_page_on_scale_predicts_is_what_the_cost_model_says() -> None:
