@@ -106,16 +106,13 @@ def run(*words: object) -> dict[str, Any]:
 
 
 def large(name: str) -> dict[str, Any]:
-    """A checkpoint of billions of parameters: scored streamed, and cut on the disk beside a plain copy."""
+    """A checkpoint of billions of parameters: scored streamed, and pruned by the scores."""
     model, windows, positions = make(SHAPES[name], FOLDER / name), 4, 512
     scored = run(
         "score", model, "--output", FOLDER / "scores", "--overwrite", "--calibration", text(FOLDER), "--stream",
         "--num-samples", windows, "--seq-len", positions, "--scratch", FOLDER,
     )  # fmt: skip
     bytes_there = find_checkpoint(str(model)).weight_bytes
-    plan = hp.allocate(hp.Scores.load(FOLDER / "scores"), hp.Budget(ratio=0.2))
-    plan.save(FOLDER / "plan.json")
-    rounds = [{"copy": _copied(model), "cut": _cut(model)} for _ in range(3)]
     pruned = run("prune", model, "--output", FOLDER / "pruned", "--scores", FOLDER / "scores", "--ratio", 0.2)
     shutil.rmtree(FOLDER / "pruned")
     parameters = bytes_there // 2
@@ -126,7 +123,6 @@ def large(name: str) -> dict[str, Any]:
         "positions": positions,
         "scoring": _brief(scored),
         "resident_bytes": 4 * parameters,
-        "cutting": rounds,
         "pruning": _brief(pruned),
     }
 
@@ -141,6 +137,20 @@ def _brief(found: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": found["seconds"], "peak_bytes": found["peak"], "stages": stages, "expected": expected}
 
 
+def cutting() -> dict[str, Any]:
+    """The same checkpoints cut by 20% on the disk, and a plain copy of their weights, in turn."""
+    found: dict[str, Any] = {}
+    for name, shape in SHAPES.items():
+        model = make(shape, FOLDER / name)
+        width, neurons = hp.inspect(str(model))["widths"]["20%"]["width_rounded_to_128"], shape["intermediate_size"]
+        layers, chance = range(shape["num_hidden_layers"]), torch.Generator().manual_seed(0)
+        kept = [torch.randperm(neurons, generator=chance)[:width].sort().values for _ in layers]
+        names = [f"model.layers.{layer}.mlp" for layer in layers]
+        hp.Plan(kept, [neurons] * len(kept), names, 0.2, 0.2, 0, 0).save(FOLDER / "plan.json")
+        found[name] = [{"copy": _copied(model), "cut": _cut(model)} for _ in range(5)]
+    return found
+
+
 def _copied(model: Path) -> float:
     """Seconds of a plain copy, until it is on the disk."""
     start = time.perf_counter()
@@ -152,17 +162,26 @@ def _copied(model: Path) -> float:
 
 
 def _cut(model: Path) -> dict[str, float]:
-    """Seconds of `cut_checkpoint`, until it is on the disk, and peak resident bytes."""
-    code = "import sys, hifiprune as hp; hp.cut_checkpoint(*sys.argv[1:3], hp.Plan.load(sys.argv[3]))"
-    start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-c", code, model, FOLDER / "cut", FOLDER / "plan.json"])
+    """Seconds of `cut_checkpoint`, until it is on the disk, and before it those of starting Python; peak memory."""
+    code = """
+import sys, time
+import hifiprune as hp
+plan = hp.Plan.load(sys.argv[3])
+print(time.monotonic(), flush=True)
+hp.cut_checkpoint(*sys.argv[1:3], plan)
+"""
+    words = [sys.executable, "-c", code, str(model), str(FOLDER / "cut"), str(FOLDER / "plan.json")]
+    start = time.monotonic()
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    started = float(process.stdout.read())
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"cutting failed: {status}")
     os.sync()
-    seconds = time.perf_counter() - start
+    end = time.monotonic()
     shutil.rmtree(FOLDER / "cut")
-    return {"seconds": seconds, "peak_bytes": usage.ru_maxrss * 1024}
+    return {"start": started - start, "seconds": end - started, "peak_bytes": usage.ru_maxrss * 1024}
 
 
 def streamed() -> dict[str, Any]:
@@ -335,11 +354,15 @@ def table(facts: dict[str, Any]) -> str:
     scored = [f"{each['scoring']['peak_bytes'] / 1e9:.2f} GB" for each in found]
     row(f"peak memory of scoring {found[0]['windows']} windows of {found[0]['positions']} tokens, streamed", scored)
     row("seconds of that", [f"{each['scoring']['stages']['scoring']['seconds']:,.0f}" for each in found])
-    cuts = [max(each["cut"]["peak_bytes"] for each in one["cutting"]) for one in found]
-    row("peak memory of cutting 20%", [f"{peak / 1e9:.2f} GB" for peak in cuts])
-    ratios = [median(each["copy"] / each["cut"]["seconds"] for each in one["cutting"]) for one in found]
-    row("its rate, to that of a plain copy", [f"{ratio:.2f}" for ratio in ratios])
+    rounds = [facts["cutting"][name] for name in ("1B", "7B")]
+    row("peak memory of cutting 20%", [f"{max(_all(each, 'peak_bytes')) / 1e9:.2f} GB" for each in rounds])
+    row("seconds of that, once Python has started", [f"{median(_all(each, 'seconds')):.1f}" for each in rounds])
+    row("seconds of a plain copy", [f"{median(one['copy'] for one in each):.1f}" for each in rounds])
     return "\n".join(lines)
+
+
+def _all(rounds: list[dict[str, Any]], what: str) -> list[float]:
+    return [each["cut"][what] for each in rounds]
 
 
 def steps() -> dict[str, Any]:
@@ -366,6 +389,7 @@ PARTS: dict[str, Callable[[], Any]] = {
     "streamed": streamed,
     "1B": partial(large, "1B"),
     "7B": partial(large, "7B"),
+    "cutting": cutting,
     "growth": growth,
     "steps": steps,
     "stability": stability,
