@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import linear_regression, median
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -238,6 +238,18 @@ def predictions(facts: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def spared(facts: dict[str, Any]) -> str:
+    """What streaming costs a model that would fit, and spares."""
+    rounds = facts["streamed"]["rounds"]
+    seconds = {how: [each["stages"]["scoring"]["seconds"] for each in found] for how, found in rounds.items()}
+    peaks = {how: max(each["peak_bytes"] for each in found) / 1e9 for how, found in rounds.items()}
+    ratio = median(one / other for one, other in zip(seconds["--stream"], seconds["--in-memory"], strict=True))
+    return (
+        f"{ratio:.2f} times the time of weights in memory, and {peaks['--stream']:.2f} GB at the peak where those take "
+        f"{peaks['--in-memory']:.2f} GB"
+    )
+
+
 def foreseen(facts: dict[str, Any]) -> str:
     """How many of the stages took as many seconds, and as much memory, as was expected to within 30%, as Markdown."""
     found = predictions(facts)
@@ -260,6 +272,27 @@ def settling(facts: dict[str, Any]) -> str:
     for each in facts["stability"]["curve"]:
         lines.append(f"| {each['windows']} | {each['halves']:.1%} | {each['extrapolated']:.1%} |")
     return "\n".join(lines)
+
+
+def power(facts: dict[str, Any]) -> tuple[float, float]:
+    """The power of the windows with which the halves' disagreement falls, and its factor."""
+    curve = facts["stability"]["curve"]
+    windows, apart = zip(*((math.log(each["windows"]), math.log(1 - each["halves"])) for each in curve), strict=True)
+    slope, factor = linear_regression(windows, apart)
+    return slope, math.exp(factor)
+
+
+def others(facts: dict[str, Any]) -> str:
+    """How many of the 1,000 windows other targets would take, if the disagreement goes on falling by that power."""
+    (slope, factor), of = power(facts), 1000
+
+    def reached(windows: int) -> float:
+        return 1 - factor * math.exp(slope * math.log(windows)) / 2 * math.sqrt(1 - windows / of)
+
+    needed = {
+        asked: next(n for n in range(8, of + 1) if reached(n) >= asked) for asked in (0.9, 0.95, 0.97, 0.98, 0.99)
+    }
+    return ", ".join(f"{windows} for {asked:g}" for asked, windows in needed.items())
 
 
 def draw(facts: dict[str, Any]) -> None:

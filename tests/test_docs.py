@@ -113,6 +113,15 @@ def test_the_readmes_speed_of_pruned_models_is_the_recorded_one() -> None:
         assert f"{share:.0%} {words}" in " ".join(readme.split())
 
 
+def test_what_the_page_on_scale_says_was_measured() -> None:
+    facts = json.loads((ROOT / "benchmarks" / "results" / "scale.json").read_text())
+    page = (ROOT / "docs" / "scale.md").read_text()
+    for table in (scale.table(facts), scale.foreseen(facts), scale.settling(facts)):
+        assert table in page
+    for words in (scale.spared(facts), scale.others(facts), f"with the power {scale.power(facts)[0]:.2f} of"):
+        assert words in " ".join(page.split())
+
+
 def test_what_the_page_on_scale_predicts_is_what_the_cost_model_says() -> None:
     assert scale.far() in (ROOT / "docs" / "scale.md").read_text()
 

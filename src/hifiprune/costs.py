@@ -21,6 +21,7 @@ from hifiprune.criteria import find_criterion
 from hifiprune.cutting import stored_plainly
 from hifiprune.guards import frozen, memory_explained
 from hifiprune.hashing import hash_chunks
+from hifiprune.head import rows_of_slice
 from hifiprune.neurons import count_parameters, find_blocks, find_mlps
 from hifiprune.parallel import processes
 from hifiprune.passes import (
@@ -38,7 +39,7 @@ from hifiprune.passes import (
 from hifiprune.ridge import DAMPINGS, HeldOut, Moments
 from hifiprune.scoring import Request, passes_of
 from hifiprune.shards import Stored, stored_tensors
-from hifiprune.streaming import place
+from hifiprune.streaming import LEAST_ROOM, place
 from hifiprune.taps import Seen
 
 TRIAL_SECONDS = 0.5
@@ -131,7 +132,9 @@ class Estimator:
         for jobs in passes:
             pace = self._pace(jobs, positions, recompute)
             computing = batches * (self.layers * pace.block + pace.rest)
-            seconds += self._streamed(computing, (2 if needs(jobs)[0] else 1) * ceil(batches / group))
+            wanted, groups = len(needs(jobs)[0]), ceil(batches / group)
+            seconds += self._streamed(computing, (2 if wanted else 1) * groups)
+            seconds += self._reading_of_heads(groups, batches * tokens, wanted)
         more = 0
         if any(find_criterion(name).two_stages for name, _ in requests):
             more += batches * state_bytes(self.skeleton, tokens) * self.on_cpu
@@ -140,7 +143,8 @@ class Estimator:
         if self.streamed:
             states = group * (2 + objectives + (0 if self.compute.scratch else self.layers))
             more += states * state_bytes(self.skeleton, tokens)
-            more += max(self._two_blocks + 2 * graph_bytes(self.skeleton, tokens), slice_bytes(self.skeleton))
+            head = self._head_bytes * self._head_is_held + slice_bytes(self.skeleton)
+            more += max(self._two_blocks + 2 * graph_bytes(self.skeleton, tokens), head)
         else:
             maps = any(job.maps for jobs in passes for job in jobs)
             more += working_bytes(self.skeleton, tokens, recompute=recompute, objectives=objectives, maps=maps)
@@ -200,6 +204,24 @@ class Estimator:
         """Seconds of computing while the blocks are read so many times, if they are."""
         reading = sweeps * self._stored_blocks * self._rates[0] if self.streamed else 0.0
         return max(computing, reading)
+
+    @property
+    def _head_bytes(self) -> int:
+        """Of the head in the files."""
+        head: Any = self.skeleton.get_output_embeddings()
+        return int(head.weight.numel()) * self.checkpoint.dtype().itemsize
+
+    @property
+    def _head_is_held(self) -> bool:
+        """Whether a streamed model's head is read once a group; see `Shelf.head_room`."""
+        return not self.on_cpu or self._head_bytes <= max(LEAST_ROOM, self._two_blocks)
+
+    def _reading_of_heads(self, groups: int, tokens: int, objectives: int) -> float:
+        """Seconds to read the head once a group, or for every slice of positions and each objective's way back."""
+        if not self.streamed or not objectives:
+            return 0.0
+        slices = tokens / rows_of_slice(self.config.vocab_size)
+        return (groups if self._head_is_held else slices * (1 + objectives)) * self._head_bytes * self._rates[0]
 
     @cached_property
     def _rates(self) -> tuple[float, float]:

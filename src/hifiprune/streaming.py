@@ -28,6 +28,8 @@ from hifiprune.shards import Stored, stored_tensors
 
 Weights = dict[str, Tensor]
 M_MMAP_THRESHOLD = -3
+LEAST_ROOM = 2**28
+"""Bytes that a head may take in any case."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Shelf:
         if self.device.type != "cpu":
             return sys.maxsize
         first = [stored for name, stored in self.stored.items() if name.startswith(f"{self.blocks}.0.")]
-        return sum(each.bytes + prod(each.shape) * self.dtype.itemsize for each in first)
+        return max(LEAST_ROOM, sum(each.bytes + prod(each.shape) * self.dtype.itemsize for each in first))
 
     def walk(self, blocks: Sequence[nn.Module], order: Sequence[int]) -> Iterator[int]:
         """The numbers of the blocks in an order, each while its weights are in their place."""
