@@ -39,7 +39,7 @@ from hifiprune.passes import (
 from hifiprune.ridge import DAMPINGS, HeldOut, Moments
 from hifiprune.scoring import Request, passes_of
 from hifiprune.shards import Stored, stored_tensors
-from hifiprune.streaming import LEAST_ROOM, place
+from hifiprune.streaming import LEAST_ROOM, place, return_what_is_freed
 from hifiprune.taps import Seen
 
 TRIAL_SECONDS = 0.5
@@ -98,6 +98,8 @@ class Estimator:
         self.skeleton: PreTrainedModel = skeleton.to(self.dtype)
         self.config = self.skeleton.config.get_text_config()
         self.layers = len(find_mlps(self.skeleton))
+        if streamed:
+            return_what_is_freed()
         self.weights = 0 if streamed or loaded else count_parameters(self.skeleton) * self.dtype.itemsize
         self._free = free_bytes(self.device) - self.weights
         self._paces: dict[Any, Pace] = {}

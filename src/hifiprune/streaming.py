@@ -27,7 +27,9 @@ from hifiprune.scratch import Kept, Scratch, set_aside
 from hifiprune.shards import Stored, stored_tensors
 
 Weights = dict[str, Tensor]
-M_MMAP_THRESHOLD = -3
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+LARGE = 2**24
+"""Bytes of a tensor whose memory is given back to the system at once, and which is not left to splinter the heap."""
 LEAST_ROOM = 2**28
 """Bytes that a head may take in any case."""
 
@@ -122,10 +124,11 @@ def place(module: nn.Module, name: str, values: Tensor | None) -> None:
         set_module_tensor_to_device(module, name, values.device, value=values, clear_cache=False)
 
 
-def _return_what_is_freed() -> None:
+def return_what_is_freed() -> None:
     """Have the C library give large tensors' memory back at once; glibc keeps and splinters it, which adds up."""
     with suppress(OSError, AttributeError, TypeError):  # another library, which has no such setting
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
+        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 4 * LARGE)
 
 
 def shelf_of(model: PreTrainedModel) -> Shelf | None:
@@ -156,7 +159,7 @@ def stream(
         attention: transformers' name of an implementation.
         scratch: where what runs make of it is set aside, if not in memory.
     """
-    _return_what_is_freed()
+    return_what_is_freed()
     config = checkpoint.config()
     config.dtype = dtype
     with init_empty_weights(include_buffers=False):
