@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
@@ -99,7 +99,7 @@ class Estimator:
         self.config = self.skeleton.config.get_text_config()
         self.layers = len(find_mlps(self.skeleton))
         if streamed:
-            return_what_is_freed()
+            return_what_is_freed(self.skeleton)
         self.weights = 0 if streamed or loaded else count_parameters(self.skeleton) * self.dtype.itemsize
         self._free = free_bytes(self.device) - self.weights
         self._paces: dict[Any, Pace] = {}
@@ -223,23 +223,26 @@ class Estimator:
         if not self.streamed or not objectives:
             return 0.0
         slices = tokens / rows_of_slice(self.config.vocab_size)
-        return (groups if self._head_is_held else slices * (1 + objectives)) * self._head_bytes * self._rates[0]
+        return (groups if self._head_is_held else slices * (1 + objectives)) * self._head_bytes * self._rates[2]
 
     @cached_property
-    def _rates(self) -> tuple[float, float]:
-        """Seconds a stored byte to read it, and to hash it; zero where the files are not here, or cannot be tried."""
+    def _rates(self) -> tuple[float, float, float]:
+        """Seconds a stored byte to read it, to hash it, and to read it again; zero where that cannot be tried."""
         if not self.checkpoint.is_here or not stored_plainly(self.checkpoint):
-            return 0.0, 0.0
+            return 0.0, 0.0, 0.0
         tensors = stored_tensors(self.checkpoint.weight_files).values()
         largest = max(tensors, key=lambda tensor: tensor.bytes)
         rows = max(1, min(largest.shape[0], PROBE_BYTES * largest.shape[0] // largest.bytes))
         part = Stored(largest.path, largest.kind, (rows, *largest.shape[1:]), largest.start)
-        start = time.perf_counter()
-        part.whole().to(self.dtype)
-        read = time.perf_counter() - start
-        start = time.perf_counter()
-        hash_chunks([("part", part.shape, part.chunks())])
-        return read / part.bytes, (time.perf_counter() - start) / part.bytes
+        read, hashed, again = (
+            _seconds(what)
+            for what in (
+                lambda: part.whole().to(self.dtype),
+                lambda: hash_chunks([("part", part.shape, part.chunks())]),
+                lambda: part.whole().to(self.dtype),
+            )
+        )
+        return read / part.bytes, hashed / part.bytes, again / part.bytes
 
     def _pace(self, jobs: Sequence[Job], positions: int, recompute: bool) -> Pace:
         """By differences between models of one and two blocks, and of one and two vocabularies."""
@@ -339,3 +342,10 @@ def _timed(model: PreTrainedModel, tokens: Tensor, jobs: Sequence[Job], *, recom
             float(final.sum())  # which waits for a GPU
             seconds.append(time.perf_counter() - start)
     return min(seconds)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """That something takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

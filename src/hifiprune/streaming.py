@@ -28,8 +28,8 @@ from hifiprune.shards import Stored, stored_tensors
 
 Weights = dict[str, Tensor]
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-LARGE = 2**24
-"""Bytes of a tensor whose memory is given back to the system at once, and which is not left to splinter the heap."""
+SMALL_BLOCK = 2**26
+"""Bytes of a block whose tensors may splinter the heap: that costs less than to have its pages anew every time."""
 LEAST_ROOM = 2**28
 """Bytes that a head may take in any case."""
 
@@ -124,11 +124,16 @@ def place(module: nn.Module, name: str, values: Tensor | None) -> None:
         set_module_tensor_to_device(module, name, values.device, value=values, clear_cache=False)
 
 
-def return_what_is_freed() -> None:
-    """Have the C library give large tensors' memory back at once; glibc keeps and splinters it, which adds up."""
+def return_what_is_freed(model: PreTrainedModel) -> None:
+    """Have the C library give large tensors' memory back at once; glibc keeps and splinters it, which adds up.
+
+    `model`, whose blocks will be streamed, may be on the meta device.
+    """
+    block = sum(parameter.numel() * parameter.itemsize for parameter in find_blocks(model)[0].parameters())
+    large = 2**24 if block < SMALL_BLOCK else 2**20
     with suppress(OSError, AttributeError, TypeError):  # another library, which has no such setting
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
-        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 4 * LARGE)
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, large)
+        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 4 * large)
 
 
 def shelf_of(model: PreTrainedModel) -> Shelf | None:
@@ -159,11 +164,11 @@ def stream(
         attention: transformers' name of an implementation.
         scratch: where what runs make of it is set aside, if not in memory.
     """
-    return_what_is_freed()
     config = checkpoint.config()
     config.dtype = dtype
     with init_empty_weights(include_buffers=False):
         model: Any = checkpoint.model_class._from_config(config, attn_implementation=attention)
+    return_what_is_freed(model)
     stored, family = stored_tensors(checkpoint.weight_files), family_of(config.model_type)
     model.eval().requires_grad_(False)
     model.tie_weights()
