@@ -190,9 +190,9 @@ def streamed() -> dict[str, Any]:
     found: dict[str, list[dict[str, Any]]] = {"--in-memory": [], "--stream": []}
     for _ in range(3):
         for how, each in found.items():
-            words = ("--calibration", "python-docs", "--num-samples", 8, "--recompute", how)
+            words = ("--calibration", "python-docs", "--num-samples", 4, "--recompute", how)
             each.append(_brief(run("score", model, "--output", FOLDER / "scores", "--overwrite", *words)))
-    return {"windows": 8, "positions": 1024, "rounds": found}
+    return {"windows": 4, "positions": 1024, "rounds": found}
 
 
 BASE = {

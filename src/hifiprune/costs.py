@@ -99,7 +99,7 @@ class Estimator:
         self.config = self.skeleton.config.get_text_config()
         self.layers = len(find_mlps(self.skeleton))
         if streamed:
-            return_what_is_freed(self.skeleton)
+            return_what_is_freed()
         self.weights = 0 if streamed or loaded else count_parameters(self.skeleton) * self.dtype.itemsize
         self._free = free_bytes(self.device) - self.weights
         self._paces: dict[Any, Pace] = {}

@@ -27,9 +27,7 @@ from hifiprune.scratch import Kept, Scratch, set_aside
 from hifiprune.shards import Stored, stored_tensors
 
 Weights = dict[str, Tensor]
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-SMALL_BLOCK = 2**26
-"""Bytes of a block whose tensors may splinter the heap: that costs less than to have its pages anew every time."""
+M_MMAP_THRESHOLD = -3
 LEAST_ROOM = 2**28
 """Bytes that a head may take in any case."""
 
@@ -124,16 +122,13 @@ def place(module: nn.Module, name: str, values: Tensor | None) -> None:
         set_module_tensor_to_device(module, name, values.device, value=values, clear_cache=False)
 
 
-def return_what_is_freed(model: PreTrainedModel) -> None:
+def return_what_is_freed() -> None:
     """Have the C library give large tensors' memory back at once; glibc keeps and splinters it, which adds up.
 
-    `model`, whose blocks will be streamed, may be on the meta device.
+    Their pages are new every time, which takes time too, the more the smaller the model.
     """
-    block = sum(parameter.numel() * parameter.itemsize for parameter in find_blocks(model)[0].parameters())
-    large = 2**24 if block < SMALL_BLOCK else 2**20
     with suppress(OSError, AttributeError, TypeError):  # another library, which has no such setting
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, large)
-        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 4 * large)
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def shelf_of(model: PreTrainedModel) -> Shelf | None:
@@ -168,7 +163,7 @@ def stream(
     config.dtype = dtype
     with init_empty_weights(include_buffers=False):
         model: Any = checkpoint.model_class._from_config(config, attn_implementation=attention)
-    return_what_is_freed(model)
+    return_what_is_freed()
     stored, family = stored_tensors(checkpoint.weight_files), family_of(config.model_type)
     model.eval().requires_grad_(False)
     model.tie_weights()
