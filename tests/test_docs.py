@@ -45,10 +45,10 @@ def test_make_targets_and_files_exist(page: str) -> None:
     text = (ROOT / page).read_text()
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"`?make ([\w-]+)", text)) - {"the"} <= targets
-    for path in re.findall(r"`((?:tests|benchmarks|docs|src)/[\w/.-]+\.\w+)`", text) + re.findall(
-        r"\]\(([\w/.]+)\)", text
-    ):
+    for path in re.findall(r"`((?:tests|benchmarks|docs|src)/[\w/.-]+\.\w+)`", text):
         assert (ROOT / path).exists(), path
+    for path in re.findall(r"\]\(([\w/.-]+)\)", text):
+        assert ((ROOT / page).parent / path).exists(), path
 
 
 def test_functions_named_in_the_method_exist() -> None:
