@@ -22,6 +22,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.ticker import LogLocator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -311,6 +312,8 @@ def draw(facts: dict[str, Any]) -> None:
             axes[line, column].set(xscale="log", yscale="log", xlabel=what, ylabel="" if column else unit)
             axes[line, column].set_xticks(list(GROWN[what]), [f"{size:,}" for size in GROWN[what]])
             axes[line, column].minorticks_off()
+            axes[line, column].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes[line, column].yaxis.set_major_formatter("{x:g}")
     axes[0, 0].legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(ROOT / "docs" / "scale.svg", metadata={"Date": None})
