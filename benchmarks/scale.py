@@ -17,11 +17,12 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import linear_regression, median
 from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.ticker import LogLocator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -106,16 +107,13 @@ def run(*words: object) -> dict[str, Any]:
 
 
 def large(name: str) -> dict[str, Any]:
-    """A checkpoint of billions of parameters: scored streamed, and cut on the disk beside a plain copy."""
+    """A checkpoint of billions of parameters: scored streamed, and pruned by the scores."""
     model, windows, positions = make(SHAPES[name], FOLDER / name), 4, 512
     scored = run(
         "score", model, "--output", FOLDER / "scores", "--overwrite", "--calibration", text(FOLDER), "--stream",
         "--num-samples", windows, "--seq-len", positions, "--scratch", FOLDER,
     )  # fmt: skip
     bytes_there = find_checkpoint(str(model)).weight_bytes
-    plan = hp.allocate(hp.Scores.load(FOLDER / "scores"), hp.Budget(ratio=0.2))
-    plan.save(FOLDER / "plan.json")
-    rounds = [{"copy": _copied(model), "cut": _cut(model)} for _ in range(3)]
     pruned = run("prune", model, "--output", FOLDER / "pruned", "--scores", FOLDER / "scores", "--ratio", 0.2)
     shutil.rmtree(FOLDER / "pruned")
     parameters = bytes_there // 2
@@ -126,7 +124,6 @@ def large(name: str) -> dict[str, Any]:
         "positions": positions,
         "scoring": _brief(scored),
         "resident_bytes": 4 * parameters,
-        "cutting": rounds,
         "pruning": _brief(pruned),
     }
 
@@ -141,6 +138,20 @@ def _brief(found: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": found["seconds"], "peak_bytes": found["peak"], "stages": stages, "expected": expected}
 
 
+def cutting() -> dict[str, Any]:
+    """The same checkpoints cut by 20% on the disk, and a plain copy of their weights, in turn."""
+    found: dict[str, Any] = {}
+    for name, shape in SHAPES.items():
+        model = make(shape, FOLDER / name)
+        width, neurons = hp.inspect(str(model))["widths"]["20%"]["width_rounded_to_128"], shape["intermediate_size"]
+        layers, chance = range(shape["num_hidden_layers"]), torch.Generator().manual_seed(0)
+        kept = [torch.randperm(neurons, generator=chance)[:width].sort().values for _ in layers]
+        names = [f"model.layers.{layer}.mlp" for layer in layers]
+        hp.Plan(kept, [neurons] * len(kept), names, 0.2, 0.2, 0, 0).save(FOLDER / "plan.json")
+        found[name] = [{"copy": _copied(model), "cut": _cut(model)} for _ in range(5)]
+    return found
+
+
 def _copied(model: Path) -> float:
     """Seconds of a plain copy, until it is on the disk."""
     start = time.perf_counter()
@@ -152,17 +163,26 @@ def _copied(model: Path) -> float:
 
 
 def _cut(model: Path) -> dict[str, float]:
-    """Seconds of `cut_checkpoint`, until it is on the disk, and peak resident bytes."""
-    code = "import sys, hifiprune as hp; hp.cut_checkpoint(*sys.argv[1:3], hp.Plan.load(sys.argv[3]))"
-    start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-c", code, model, FOLDER / "cut", FOLDER / "plan.json"])
+    """Seconds of `cut_checkpoint`, until it is on the disk, and before it those of starting Python; peak memory."""
+    code = """
+import sys, time
+import hifiprune as hp
+plan = hp.Plan.load(sys.argv[3])
+print(time.monotonic(), flush=True)
+hp.cut_checkpoint(*sys.argv[1:3], plan)
+"""
+    words = [sys.executable, "-c", code, str(model), str(FOLDER / "cut"), str(FOLDER / "plan.json")]
+    start = time.monotonic()
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    started = float(process.stdout.read())
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"cutting failed: {status}")
     os.sync()
-    seconds = time.perf_counter() - start
+    end = time.monotonic()
     shutil.rmtree(FOLDER / "cut")
-    return {"seconds": seconds, "peak_bytes": usage.ru_maxrss * 1024}
+    return {"start": started - start, "seconds": end - started, "peak_bytes": usage.ru_maxrss * 1024}
 
 
 def streamed() -> dict[str, Any]:
@@ -171,9 +191,9 @@ def streamed() -> dict[str, Any]:
     found: dict[str, list[dict[str, Any]]] = {"--in-memory": [], "--stream": []}
     for _ in range(3):
         for how, each in found.items():
-            words = ("--calibration", "python-docs", "--num-samples", 8, "--recompute", how)
+            words = ("--calibration", "python-docs", "--num-samples", 4, "--recompute", how)
             each.append(_brief(run("score", model, "--output", FOLDER / "scores", "--overwrite", *words)))
-    return {"windows": 8, "positions": 1024, "rounds": found}
+    return {"windows": 4, "positions": 1024, "rounds": found}
 
 
 BASE = {
@@ -219,6 +239,63 @@ def predictions(facts: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def spared(facts: dict[str, Any]) -> str:
+    """What streaming costs a model that would fit, and spares."""
+    rounds = facts["streamed"]["rounds"]
+    seconds = {how: [each["stages"]["scoring"]["seconds"] for each in found] for how, found in rounds.items()}
+    peaks = {how: max(each["peak_bytes"] for each in found) / 1e9 for how, found in rounds.items()}
+    ratio = median(one / other for one, other in zip(seconds["--stream"], seconds["--in-memory"], strict=True))
+    return (
+        f"{ratio:.2f} times the time of weights in memory, and {peaks['--stream']:.2f} GB at the peak where those take "
+        f"{peaks['--in-memory']:.2f} GB"
+    )
+
+
+def foreseen(facts: dict[str, Any]) -> str:
+    """How many of the stages took as many seconds, and as much memory, as was expected to within 30%, as Markdown."""
+    found = predictions(facts)
+    lines = ["| | stages | seconds within 30% | memory within 30% | seconds, median | furthest off |", "|" + "---|" * 6]
+    for stage in dict.fromkeys(each["stage"] for each in found):
+        own = [each for each in found if each["stage"] == stage]
+        close, ratios = [], []
+        for unit in ("seconds", "memory"):
+            each_ratio = [each["measured"][unit] / each["expected"][unit] for each in own if each["expected"].get(unit)]
+            close.append(f"{sum(1 / 1.3 <= ratio <= 1.3 for ratio in each_ratio)} of {len(each_ratio)}")
+            ratios.append(each_ratio)
+        furthest = max(ratios[0], key=lambda ratio: abs(math.log(ratio)))
+        lines.append(f"| {stage} | {len(own)} | {' | '.join(close)} | x{median(ratios[0]):.2f} | x{furthest:.2f} |")
+    return "\n".join(lines)
+
+
+def settling(facts: dict[str, Any]) -> str:
+    """How the kept set of SmolLM2-135M settled, as Markdown."""
+    lines = ["| windows | two halves agree on | extrapolated to all 1,000 |", "|---|---|---|"]
+    for each in facts["stability"]["curve"]:
+        lines.append(f"| {each['windows']} | {each['halves']:.1%} | {each['extrapolated']:.1%} |")
+    return "\n".join(lines)
+
+
+def power(facts: dict[str, Any]) -> tuple[float, float]:
+    """The power of the windows with which the halves' disagreement falls, and its factor."""
+    curve = facts["stability"]["curve"]
+    windows, apart = zip(*((math.log(each["windows"]), math.log(1 - each["halves"])) for each in curve), strict=True)
+    slope, factor = linear_regression(windows, apart)
+    return slope, math.exp(factor)
+
+
+def others(facts: dict[str, Any]) -> str:
+    """How many of the 1,000 windows other targets would take, if the disagreement goes on falling by that power."""
+    (slope, factor), of = power(facts), 1000
+
+    def reached(windows: int) -> float:
+        return 1 - factor * math.exp(slope * math.log(windows)) / 2 * math.sqrt(1 - windows / of)
+
+    needed = {
+        asked: next(n for n in range(8, of + 1) if reached(n) >= asked) for asked in (0.9, 0.95, 0.97, 0.98, 0.99)
+    }
+    return ", ".join(f"{windows} for {asked:g}" for asked, windows in needed.items())
+
+
 def draw(facts: dict[str, Any]) -> None:
     """Measured time and memory against each size, lines for what was expected."""
     figure, axes = plt.subplots(2, len(GROWN), figsize=(13, 6), squeeze=False)
@@ -235,6 +312,8 @@ def draw(facts: dict[str, Any]) -> None:
             axes[line, column].set(xscale="log", yscale="log", xlabel=what, ylabel="" if column else unit)
             axes[line, column].set_xticks(list(GROWN[what]), [f"{size:,}" for size in GROWN[what]])
             axes[line, column].minorticks_off()
+            axes[line, column].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes[line, column].yaxis.set_major_formatter("{x:g}")
     axes[0, 0].legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(ROOT / "docs" / "scale.svg", metadata={"Date": None})
@@ -311,11 +390,15 @@ def table(facts: dict[str, Any]) -> str:
     scored = [f"{each['scoring']['peak_bytes'] / 1e9:.2f} GB" for each in found]
     row(f"peak memory of scoring {found[0]['windows']} windows of {found[0]['positions']} tokens, streamed", scored)
     row("seconds of that", [f"{each['scoring']['stages']['scoring']['seconds']:,.0f}" for each in found])
-    cuts = [max(each["cut"]["peak_bytes"] for each in one["cutting"]) for one in found]
-    row("peak memory of cutting 20%", [f"{peak / 1e9:.2f} GB" for peak in cuts])
-    ratios = [median(each["copy"] / each["cut"]["seconds"] for each in one["cutting"]) for one in found]
-    row("its rate, to that of a plain copy", [f"{ratio:.2f}" for ratio in ratios])
+    rounds = [facts["cutting"][name] for name in ("1B", "7B")]
+    row("peak memory of cutting 20%", [f"{max(_all(each, 'peak_bytes')) / 1e9:.2f} GB" for each in rounds])
+    row("seconds of that, once Python has started", [f"{median(_all(each, 'seconds')):.1f}" for each in rounds])
+    row("seconds of a plain copy", [f"{median(one['copy'] for one in each):.1f}" for each in rounds])
     return "\n".join(lines)
+
+
+def _all(rounds: list[dict[str, Any]], what: str) -> list[float]:
+    return [each["cut"][what] for each in rounds]
 
 
 def steps() -> dict[str, Any]:
@@ -342,6 +425,7 @@ PARTS: dict[str, Callable[[], Any]] = {
     "streamed": streamed,
     "1B": partial(large, "1B"),
     "7B": partial(large, "7B"),
+    "cutting": cutting,
     "growth": growth,
     "steps": steps,
     "stability": stability,

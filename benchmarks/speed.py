@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,7 +33,8 @@ PRUNED: dict[str, dict[str, Any]] = {
     "20%, `--round-to 1`": {"budget": hp.Budget(ratio=0.2), "round_to": 1},
     "30%": {"budget": hp.Budget(ratio=0.3)},
 }
-WORK, ROUNDS = Workload(batch_size=1, length=512, new_tokens=32), 7
+NEW, ROUNDS = 32, 7
+TAKEN_APART = [Workload(batch_size=1, length=512, new_tokens=NEW), Workload(batch_size=8, length=128, new_tokens=NEW)]
 
 
 def main() -> None:
@@ -48,7 +50,7 @@ def main() -> None:
     timed = folder / "timed"
     if not timed.exists():
         hp.bench(
-            dense, pruned, batch_sizes=(1, 8), lengths=(128, 512), new_tokens=WORK.new_tokens, rounds=ROUNDS,
+            dense, pruned, batch_sizes=(1, 8), lengths=(128, 512), new_tokens=NEW, rounds=ROUNDS,
             repeats=1, output=timed, voice=voice(),
         )  # fmt: skip
     record = json.loads((timed / "run.json").read_text())
@@ -63,22 +65,25 @@ def main() -> None:
             for each in found["workloads"]
         ],
         "noise": max(each["noise"] for each in found["workloads"]),
-        "parts": parts({name: find_checkpoint(str(path)).load(torch.float32) for name, path in models.items()}),
+        "parts": [],
     }
+    loaded = {name: find_checkpoint(str(path)).load(torch.float32) for name, path in models.items()}
+    for work in TAKEN_APART:
+        facts["parts"].append({"workload": asdict(work), "models": parts(loaded, work)})
     (ROOT / "benchmarks" / "results" / "speed.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def parts(models: dict[str, PreTrainedModel]) -> dict[str, dict[str, dict[str, float]]]:
+def parts(models: dict[str, PreTrainedModel], work: Workload) -> dict[str, dict[str, dict[str, float]]]:
     """Seconds of reading and, for each token, of writing, by model and part; medians over rounds after a first one."""
     seen: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for number in range(ROUNDS + 1):
         for name, model in models.items():
             tokens = torch.randint(
-                model.config.vocab_size, (1, WORK.length), generator=torch.Generator().manual_seed(0)
+                model.config.vocab_size, (work.batch_size, work.length), generator=torch.Generator().manual_seed(0)
             )
             with spent(model) as seconds:
-                first, later = write(model, model, tokens, WORK)[1:]
-            for phase, whole, count in (("reading", first, 1), ("writing", later, WORK.new_tokens - 1)):
+                first, later = write(model, model, tokens, work)[1:]
+            for phase, whole, count in (("reading", first, 1), ("writing", later, NEW - 1)):
                 own = {
                     part: sum(each[:1] if phase == "reading" else each[1:]) / count for part, each in seconds.items()
                 }
@@ -144,13 +149,16 @@ def table(facts: dict[str, Any]) -> str:
 
 
 def reasons(facts: dict[str, Any]) -> str:
-    """Where the time goes, as Markdown: milliseconds of each part of reading 512 tokens, and of writing one after."""
-    names = list(facts["parts"])
+    """Where the time goes, as Markdown: milliseconds of each part of reading, and of writing one token after."""
+    names = list(facts["models"])
     lines = [f"| | {' | '.join(names)} |", "|" + "---|" * (1 + len(names))]
-    for phase in ("reading", "writing"):
-        for part in facts["parts"]["dense"][phase]:
-            cells = [f"{1000 * facts['parts'][name][phase][part]:.1f}" for name in names]
-            lines.append(f"| {phase}: {part} | {' | '.join(cells)} |")
+    for each in facts["parts"]:
+        work, found = each["workload"], each["models"]
+        size = f"{work['batch_size']} x {work['length']}"
+        for phase, what in (("reading", f"reading {size}"), ("writing", f"writing {work['batch_size']} more")):
+            for part in found["dense"][phase]:
+                cells = [f"{1000 * found[name][phase][part]:.1f}" for name in names]
+                lines.append(f"| {what}: {part} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

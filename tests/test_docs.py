@@ -11,7 +11,7 @@ import pytest
 import typer
 
 import hifiprune
-from benchmarks import quality, recovery, scale, zero_shot
+from benchmarks import quality, recovery, scale, speed, zero_shot
 from benchmarks.criteria import readme_table
 from hifiprune.cli import app
 from hifiprune.printing import demo_rows
@@ -46,10 +46,10 @@ def test_make_targets_and_files_exist(page: str) -> None:
     text = (ROOT / page).read_text()
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"`?make ([\w-]+)", text)) - {"the"} <= targets
-    for path in re.findall(r"`((?:tests|benchmarks|docs|src)/[\w/.-]+\.\w+)`", text) + re.findall(
-        r"\]\(([\w/.]+)\)", text
-    ):
+    for path in re.findall(r"`((?:tests|benchmarks|docs|src)/[\w/.-]+\.\w+)`", text):
         assert (ROOT / path).exists(), path
+    for path in re.findall(r"\]\(([\w/.-]+)\)", text):
+        assert ((ROOT / page).parent / path).exists(), path
 
 
 def test_the_families_are_those_of_the_table() -> None:
@@ -105,6 +105,27 @@ def test_the_readmes_zero_shot_accuracies_are_the_recorded_ones() -> None:
 def test_the_readmes_table_of_recovery_is_the_recorded_one() -> None:
     facts = json.loads((ROOT / "benchmarks" / "results" / "recovery.json").read_text())
     assert recovery.table(facts) in (ROOT / "README.md").read_text()
+
+
+def test_the_readmes_speed_of_pruned_models_is_the_recorded_one() -> None:
+    facts = json.loads((ROOT / "benchmarks" / "results" / "speed.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    assert speed.table(facts) in readme
+    assert speed.reasons(facts) in readme
+    assert f"differ by up to {facts['noise']:.0%} between rounds" in " ".join(readme.split())
+    dense = facts["parts"][0]["models"]["dense"]
+    for phase, words in (("reading", "of the time of reading"), ("writing", "of that of writing one token")):
+        share = dense[phase]["attention"] / sum(dense[phase].values())
+        assert f"{share:.0%} {words}" in " ".join(readme.split())
+
+
+def test_what_the_page_on_scale_says_was_measured() -> None:
+    facts = json.loads((ROOT / "benchmarks" / "results" / "scale.json").read_text())
+    page = (ROOT / "docs" / "scale.md").read_text()
+    for table in (scale.table(facts), scale.foreseen(facts), scale.settling(facts)):
+        assert table in page
+    for words in (scale.spared(facts), scale.others(facts), f"with the power {scale.power(facts)[0]:.2f} of"):
+        assert words in " ".join(page.split())
 
 
 def test_what_the_page_on_scale_predicts_is_what_the_cost_model_says() -> None:

@@ -49,6 +49,8 @@ def test_streamed_scores_equal_resident_ones(
     asked: list[Request] = list(requests)
     theirs = score_all(resident, windows, asked, recompute=True)
     monkeypatch.setattr("hifiprune.scoring.group_of", lambda *_, **__: 2)  # of five
+    if dtype == torch.bfloat16:
+        monkeypatch.setattr(Shelf, "head_room", 0)  # so that the head is read for every slice
     ours = score_all(streamed, windows, asked, model_hash="known")
     for one, other in zip(ours, theirs, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one.values, other.values, strict=True)), one.criterion

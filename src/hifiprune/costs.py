@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
@@ -21,6 +21,7 @@ from hifiprune.criteria import find_criterion
 from hifiprune.cutting import stored_plainly
 from hifiprune.guards import frozen, memory_explained
 from hifiprune.hashing import hash_chunks
+from hifiprune.head import rows_of_slice
 from hifiprune.neurons import count_parameters, family_of, find_blocks, find_mlps
 from hifiprune.parallel import processes
 from hifiprune.passes import (
@@ -38,7 +39,7 @@ from hifiprune.passes import (
 from hifiprune.ridge import DAMPINGS, HeldOut, Moments
 from hifiprune.scoring import Request, passes_of
 from hifiprune.shards import Stored
-from hifiprune.streaming import place
+from hifiprune.streaming import LEAST_ROOM, place, return_what_is_freed
 from hifiprune.taps import Seen
 
 TRIAL_SECONDS = 0.5
@@ -97,6 +98,8 @@ class Estimator:
         self.skeleton: PreTrainedModel = skeleton.to(self.dtype)
         self.config = self.skeleton.config.get_text_config()
         self.layers = len(find_mlps(self.skeleton))
+        if streamed:
+            return_what_is_freed()
         self.weights = 0 if streamed or loaded else count_parameters(self.skeleton) * self.dtype.itemsize
         self._free = free_bytes(self.device) - self.weights
         self._paces: dict[Any, Pace] = {}
@@ -131,7 +134,9 @@ class Estimator:
         for jobs in passes:
             pace = self._pace(jobs, positions, recompute)
             computing = batches * (self.layers * pace.block + pace.rest)
-            seconds += self._streamed(computing, (2 if needs(jobs)[0] else 1) * ceil(batches / group))
+            wanted, groups = len(needs(jobs)[0]), ceil(batches / group)
+            seconds += self._streamed(computing, (2 if wanted else 1) * groups)
+            seconds += self._reading_of_heads(groups, batches * tokens, wanted)
         more = 0
         if any(find_criterion(name).two_stages for name, _ in requests):
             more += batches * state_bytes(self.skeleton, tokens) * self.on_cpu
@@ -140,7 +145,8 @@ class Estimator:
         if self.streamed:
             states = group * (2 + objectives + (0 if self.compute.scratch else self.layers))
             more += states * state_bytes(self.skeleton, tokens)
-            more += max(self._two_blocks + 2 * graph_bytes(self.skeleton, tokens), slice_bytes(self.skeleton))
+            head = self._head_bytes * self._head_is_held + slice_bytes(self.skeleton)
+            more += max(self._two_blocks + 2 * graph_bytes(self.skeleton, tokens), head)
         else:
             maps = any(job.maps for jobs in passes for job in jobs)
             more += working_bytes(self.skeleton, tokens, recompute=recompute, objectives=objectives, maps=maps)
@@ -201,21 +207,42 @@ class Estimator:
         reading = sweeps * self._stored_blocks * self._rates[0] if self.streamed else 0.0
         return max(computing, reading)
 
+    @property
+    def _head_bytes(self) -> int:
+        """Of the head in the files."""
+        head: Any = self.skeleton.get_output_embeddings()
+        return int(head.weight.numel()) * self.checkpoint.dtype().itemsize
+
+    @property
+    def _head_is_held(self) -> bool:
+        """Whether a streamed model's head is read once a group; see `Shelf.head_room`."""
+        return not self.on_cpu or self._head_bytes <= max(LEAST_ROOM, self._two_blocks)
+
+    def _reading_of_heads(self, groups: int, tokens: int, objectives: int) -> float:
+        """Seconds to read the head once a group, or for every slice of positions and each objective's way back."""
+        if not self.streamed or not objectives:
+            return 0.0
+        slices = tokens / rows_of_slice(self.config.vocab_size)
+        return (groups if self._head_is_held else slices * (1 + objectives)) * self._head_bytes * self._rates[2]
+
     @cached_property
-    def _rates(self) -> tuple[float, float]:
-        """Seconds a stored byte to read it, and to hash it; zero where the files are not here, or cannot be tried."""
+    def _rates(self) -> tuple[float, float, float]:
+        """Seconds a stored byte to read it, to hash it, and to read it again; zero where that cannot be tried."""
         if not self.checkpoint.is_here or not stored_plainly(self.checkpoint):
-            return 0.0, 0.0
+            return 0.0, 0.0, 0.0
         tensors = self.checkpoint.tensors().values()
         largest = max(tensors, key=lambda tensor: tensor.bytes)
         rows = max(1, min(largest.shape[0], PROBE_BYTES * largest.shape[0] // largest.bytes))
         part = Stored(largest.path, largest.kind, (rows, *largest.shape[1:]), largest.start)
-        start = time.perf_counter()
-        part.whole().to(self.dtype)
-        read = time.perf_counter() - start
-        start = time.perf_counter()
-        hash_chunks([("part", part.shape, part.chunks())])
-        return read / part.bytes, (time.perf_counter() - start) / part.bytes
+        read, hashed, again = (
+            _seconds(what)
+            for what in (
+                lambda: part.whole().to(self.dtype),
+                lambda: hash_chunks([("part", part.shape, part.chunks())]),
+                lambda: part.whole().to(self.dtype),
+            )
+        )
+        return read / part.bytes, hashed / part.bytes, again / part.bytes
 
     def _pace(self, jobs: Sequence[Job], positions: int, recompute: bool) -> Pace:
         """By differences between models of one and two blocks, and of one and two vocabularies."""
@@ -316,3 +343,10 @@ def _timed(model: PreTrainedModel, tokens: Tensor, jobs: Sequence[Job], *, recom
             float(final.sum())  # which waits for a GPU
             seconds.append(time.perf_counter() - start)
     return min(seconds)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """That something takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

@@ -64,8 +64,8 @@ class Head:
 
     @property
     def slice_rows(self) -> int:
-        """Positions per matrix product: as many rows of logits as fit into `SLICE_BYTES`, at least `SLICE_ROWS`."""
-        return max(SLICE_ROWS, SLICE_BYTES // (4 * self.vocabulary))
+        """Positions per matrix product."""
+        return rows_of_slice(self.vocabulary)
 
     @property
     def cache_rows(self) -> int:
@@ -104,6 +104,11 @@ class Head:
         for part in parts:
             yield slice(start, start + len(part)), part.to(like)
             start += len(part)
+
+
+def rows_of_slice(vocabulary: int) -> int:
+    """As many rows of logits as fit into `SLICE_BYTES`, at least `SLICE_ROWS`."""
+    return max(SLICE_ROWS, SLICE_BYTES // (4 * vocabulary))
 
 
 def precise(tensor: Tensor) -> Tensor:

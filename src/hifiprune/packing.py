@@ -69,8 +69,8 @@ class Packed(Dataset[dict[str, Tensor]]):
 def pack(examples: Sequence[Example], length: int, *, filling: int = 0, seed: int = 0, together: bool = True) -> Packed:
     """Put examples into rows of `length`, in random order, each into the first of the open rows that has room.
 
-    Longer examples are cut into pieces; those without anything to learn are left out. If not `together`, for models whose
-    blocks do not keep examples apart, each has a row of its own.
+    Longer examples are cut into pieces; those without anything to learn are left out. If not `together`, as for models
+    whose blocks do not keep examples apart, each has a row of its own.
     """
     pieces = [piece for example in examples for piece in cut_to(example, length)]
     random.Random(seed).shuffle(pieces)

@@ -176,6 +176,8 @@ class Stages:
         if self.calibration:
             windows = self.windows(model)
             self.voice.say(announce_scoring(windows, [request], self.estimator))
+            if stability:
+                self.voice.say(f"That at most: it ends once {100 * stability.wanted:g}% of what is kept is settled.")
             self.voice.say("Interrupted, the same command goes on where it stopped.")
         how: dict[str, Any] = {
             "batch_size": self.compute.batch_size,

@@ -28,6 +28,8 @@ from hifiprune.shards import Stored
 
 Weights = dict[str, Tensor]
 M_MMAP_THRESHOLD = -3
+LEAST_ROOM = 2**28
+"""Bytes that a head may take in any case."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Shelf:
         if self.device.type != "cpu":
             return sys.maxsize
         first = [stored for name, stored in self.stored.items() if name.startswith(f"{self.blocks}.0.")]
-        return sum(each.bytes + prod(each.shape) * self.dtype.itemsize for each in first)
+        return max(LEAST_ROOM, sum(each.bytes + prod(each.shape) * self.dtype.itemsize for each in first))
 
     def walk(self, blocks: Sequence[nn.Module], order: Sequence[int]) -> Iterator[int]:
         """The numbers of the blocks in an order, each while its weights are in their place."""
@@ -118,8 +120,11 @@ def place(module: nn.Module, name: str, values: Tensor | None) -> None:
         set_module_tensor_to_device(module, name, values.device, value=values, clear_cache=False)
 
 
-def _return_what_is_freed() -> None:
-    """Have the C library give large tensors' memory back at once; glibc keeps and splinters it, which adds up."""
+def return_what_is_freed() -> None:
+    """Have the C library give large tensors' memory back at once; glibc keeps and splinters it, which adds up.
+
+    Their pages are new every time, which takes time too, the more the smaller the model.
+    """
     with suppress(OSError, AttributeError, TypeError):  # another library, which has no such setting
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
@@ -152,11 +157,11 @@ def stream(
         attention: transformers' name of an implementation.
         scratch: where what runs make of it is set aside, if not in memory.
     """
-    _return_what_is_freed()
     config = checkpoint.config()
     config.dtype = dtype
     with init_empty_weights(include_buffers=False):
         model: Any = checkpoint.model_class._from_config(config, attn_implementation=attention)
+    return_what_is_freed()
     stored, family = checkpoint.tensors(), family_of(config.model_type)
     model.eval().requires_grad_(False)
     model.tie_weights()
