@@ -251,7 +251,7 @@ def width_of(config: PretrainedConfig) -> int:
     """How wide a configuration says that MLPs are, or the widest."""
     name = family_of(config.model_type).width
     stated: int | None = getattr(config, name) if name else None
-    return max(getattr(config, "mlp_widths", None) or [stated or 4 * config.hidden_size])
+    return int(max(getattr(config, "mlp_widths", None) or [stated or 4 * config.hidden_size]))
 
 
 def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
