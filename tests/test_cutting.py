@@ -116,26 +116,12 @@ def test_plain_cuts_load_no_weights(world: Path, tmp_path: Path, monkeypatch: py
     assert [stage["name"] for stage in result.json["stages"]] == ["checking the weights", "writing"]
 
 
-def test_checkpoints_stored_in_another_way_are_loaded(world: Path, tmp_path: Path) -> None:
-    text = ("--calibration", world / "calibration.txt", "--num-samples", 4, "--seq-len", 24)
-    other = tmp_path / "other"
-    other.mkdir()
-    for file in (world / "dense").iterdir():
-        (other / file.name).write_bytes(file.read_bytes())
-    values = load_file(other / "model.safetensors")
-    bare = {name.removeprefix("model."): value for name, value in values.items()}
-    assert bare.keys() != values.keys()
-    save_file(bare, other / "model.safetensors", {"format": "pt"})  # as a base model is saved
-    assert not stored_plainly(find_checkpoint(str(other)))
-    for name in ("dense", "other"):
-        path = world / "dense" if name == "dense" else other
-        result = run("prune", path, "--width", 24, "--output", tmp_path / f"{name}-cut", *text, "--repair", "none")
-        assert result.code == 0, result.err
-    ours, theirs = tensors_of(tmp_path / "other-cut"), tensors_of(tmp_path / "dense-cut")
-    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
-    plan = Plan.load(tmp_path / "dense-cut" / "hifiprune" / "plan.json")
+def test_what_is_not_stored_as_the_model_has_it_is_not_cut_in_files(smollm2_gguf: Path, tmp_path: Path) -> None:
+    checkpoint = find_checkpoint(str(smollm2_gguf))
+    assert not stored_plainly(checkpoint)
+    plan = a_plan(checkpoint.skeleton(), mixed=False)
     with pytest.raises(hp.UserError, match="does not store its tensors as the model has them"):
-        hp.cut_checkpoint(str(other), tmp_path / "out", plan)
+        hp.cut_checkpoint(str(smollm2_gguf), tmp_path / "out", plan)
 
 
 def test_an_interrupted_cut_leaves_nothing_behind(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,14 +164,14 @@ def test_what_cannot_be_cut_is_refused(
     refused(run("prune", dense, "--output", tmp_path / "out", "--width", 24, "--criterion", "magnitude"), "truncated")
 
 
-@pytest.mark.parametrize("family", ["gpt2", "bloom"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
 def test_names_without_the_models_prefix_are_known(
     family: str, make_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     """As the checkpoints of GPT-2 and BLOOM on the hub have them."""
     path = make_checkpoint(family=family)
     tensors = load_file(path / "model.safetensors")
-    bare = {name.removeprefix("transformer."): values for name, values in tensors.items()}
+    bare = {name.removeprefix("transformer.").removeprefix("model."): values for name, values in tensors.items()}
     assert bare.keys() != tensors.keys()
     save_file(bare, path / "model.safetensors", {"format": "pt"})
     checkpoint = find_checkpoint(str(path))
