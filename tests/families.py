@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from hifiprune.neurons import FAMILIES
+from hifiprune.families import FAMILIES
 
 VOCABULARY = 257
 
@@ -27,6 +27,10 @@ SIZES: dict[str, Any] = {
 WIDTH = 40
 GROUPED: dict[str, Any] = {"num_key_value_heads": 2}
 HEADS: dict[str, Any] = {**GROUPED, "head_dim": 8}
+EXPERTS: dict[str, Any] = {"moe_intermediate_size": 40, "num_experts_per_tok": 2, "n_shared_experts": 2}
+LATENT: dict[str, Any] = {
+    "kv_lora_rank": 12, "q_lora_rank": 10, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6,
+}  # fmt: skip
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": HEADS,
@@ -37,6 +41,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 4},
     "cohere": {**GROUPED, "logit_scale": 0.5},
     "cohere2": {**HEADS, "sliding_window": 5, "logit_scale": 0.5},
+    "deepseek_v2": {**LATENT, **EXPERTS, "n_routed_experts": 5, "first_k_dense_replace": 1, "intermediate_size": 56},
+    "deepseek_v3": {
+        **LATENT,
+        **EXPERTS,
+        "n_routed_experts": 6,
+        "n_group": 3,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+        "n_shared_experts": 1,
+        "num_mtp_layers": 0,
+    },
     "ernie4_5": {**HEADS, "use_bias": True},
     "exaone4": {**GROUPED, "sliding_window": 5},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
@@ -47,6 +62,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gemma3_text": {**HEADS, "sliding_window": 5, "query_pre_attn_scalar": 8},
     "glm": HEADS,
     "glm4": HEADS,
+    "glm4_moe": {**HEADS, **EXPERTS, "n_routed_experts": 5, "first_k_dense_replace": 1, "num_mtp_layers": 0},
     "gpt2": {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
     "gpt_bigcode": {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
     "gpt_neox": {},
@@ -58,10 +74,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ministral": {**HEADS, "sliding_window": 5},
     "ministral3": HEADS,
     "mistral": {**HEADS, "sliding_window": 5},
+    "mixtral": {**GROUPED, **EXPERTS, "num_local_experts": 5},
     "nemotron": {**HEADS, "mlp_bias": True},
     "olmo": GROUPED,
     "olmo2": GROUPED,
     "olmo3": {**GROUPED, "sliding_window": 5},
+    "olmoe": {**GROUPED, **EXPERTS, "num_experts": 5},
     "opt": {"word_embed_proj_dim": 24, "init_std": 0.3, "dropout": 0},
     "phi": {
         **GROUPED,
@@ -70,6 +88,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "phi3": GROUPED,
     "qwen2": {**HEADS, "use_sliding_window": False},
     "qwen3": HEADS,
+    "qwen2_moe": {
+        **GROUPED,
+        **EXPERTS,
+        "num_experts": 5,
+        "shared_expert_intermediate_size": 60,
+        "mlp_only_layers": [1],
+    },
+    "qwen3_moe": {**HEADS, **EXPERTS, "num_experts": 5, "norm_topk_prob": True, "decoder_sparse_step": 2},
     "seed_oss": HEADS,
     "smollm3": {**HEADS, "no_rope_layers": [1, 0, 1]},
     "stablelm": {**GROUPED, "use_parallel_residual": True},
@@ -94,7 +120,9 @@ def tiny_config(variant: str, **options: object) -> PretrainedConfig:
 def tiny_model(variant: str, dtype: torch.dtype = torch.float64, seed: int = 0, **options: object) -> PreTrainedModel:
     """A random model of a variant, with random biases and norms too, so that none of them is neutral."""
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(variant, **options), dtype=dtype).eval()
+    eager = {"experts_implementation": "eager"} if FAMILIES[variant.split("-", maxsplit=1)[0]].experts else {}
+    config = tiny_config(variant, **options)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **eager).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

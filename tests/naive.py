@@ -1,7 +1,8 @@
 """Independent truth for the criteria: plain transformers, one graph, the formulas as they stand in the papers."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,16 +62,48 @@ def drawn_labels(kernel: Kernel, logits: Tensor, window: int = 0) -> Tensor:
 
 
 @contextmanager
-def recorded_activations(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """The activation of every MLP in layer order, once the model has run within."""
-    activations: list[Tensor] = []
-    hooks = [
-        mlp.output.module.register_forward_pre_hook(lambda _, arguments: activations.append(arguments[0]))
-        for mlp in find_mlps(model)
-    ]
-    yield activations
+def changed_activations(model: PreTrainedModel, change: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
+    """The activation of every MLP is within what `change` makes of it and the MLP's number."""
+    hooks = []
+    experts: dict[Any, int] = {}
+    for number, mlp in enumerate(find_mlps(model)):
+        module: Any = mlp.output.module
+        if mlp.is_expert:
+            experts.setdefault(module, number)
+        else:
+            hooks.append(module.register_forward_pre_hook(lambda _, given, own=number: (change(own, given[0]),)))
+    for module, first in experts.items():
+        module.forward = partial(every_expert, module, first, change)
+    yield
     for hook in hooks:
         hook.remove()
+    for module in experts:
+        del module.forward
+
+
+def every_expert(
+    module: Any, first: int, change: Callable[[int, Tensor], Tensor], hidden: Tensor, chosen: Tensor, weights: Tensor
+) -> Tensor:
+    """Every token through every expert, whose activations weigh nothing where the router did not choose it."""
+    share = hidden.new_zeros(len(hidden), len(module.down_proj)).scatter_add(1, chosen, weights.to(hidden.dtype))
+    total = torch.zeros_like(hidden)
+    for expert, (both, down) in enumerate(zip(module.gate_up_proj, module.down_proj, strict=True)):
+        gate, up = (hidden @ both.T).split(len(both) // 2, -1)
+        total = total + change(first + expert, module.act_fn(gate) * up * share[:, [expert]]) @ down.T
+    return total
+
+
+@contextmanager
+def recorded_activations(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """The activation of every MLP, once the model has run within."""
+    activations = [torch.empty(0)] * len(find_mlps(model))
+
+    def keep(number: int, activation: Tensor) -> Tensor:
+        activations[number] = activation
+        return activation
+
+    with changed_activations(model, keep):
+        yield activations
 
 
 def activations_of(model: PreTrainedModel, tokens: Tensor) -> list[Tensor]:
@@ -90,10 +123,11 @@ def replaced_activation(linear: LinearMap, change: Callable[[Tensor], Tensor]) -
 
 def masked_logits(model: PreTrainedModel, plan: Plan, tokens: Tensor) -> Tensor:
     """Logits with the activations of all neurons that a plan does not keep set to zero."""
-    with ExitStack() as stack:
-        for mlp, kept in zip(find_mlps(model), plan.kept, strict=True):
-            mask = torch.zeros(mlp.neurons, dtype=model.dtype).index_fill(0, kept, 1)
-            stack.enter_context(replaced_activation(mlp.output, mask.mul))
+    masks = [
+        torch.zeros(mlp.neurons, dtype=model.dtype).index_fill(0, kept, 1)
+        for mlp, kept in zip(find_mlps(model), plan.kept, strict=True)
+    ]
+    with changed_activations(model, lambda number, activation: activation * masks[number]):
         return logits_of(model, tokens)
 
 

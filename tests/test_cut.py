@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune import UserError, cut, cut_, find_mlps, score, surgery
+from hifiprune import UserError, cut, cut_, find_mlps, parts, score
 from hifiprune.neurons import width_of
 from hifiprune.plan import Plan
 from tests.families import FORMS, tiny_model, tiny_tokens
@@ -70,7 +70,7 @@ def test_an_interruption_while_it_is_cut_leaves_the_model_whole(monkeypatch: pyt
     model = tiny_model("llama-bias")
     state, sizes = state_of(model), sizes_of(model)
     calls: list[Any] = []
-    real = surgery.Part.set_
+    real = parts.Part.set_
 
     def interrupted(*given: Any) -> None:
         calls.append(given)
@@ -78,7 +78,7 @@ def test_an_interruption_while_it_is_cut_leaves_the_model_whole(monkeypatch: pyt
             raise KeyboardInterrupt
         real(*given)
 
-    monkeypatch.setattr(surgery.Part, "set_", interrupted)
+    monkeypatch.setattr(parts.Part, "set_", interrupted)
     with pytest.raises(KeyboardInterrupt), cut(model, random_plan(model, 17)):
         pytest.fail("the cut was not interrupted")
     assert len(calls) == stop + 1 + stop, "what was cut is put back, and no more"

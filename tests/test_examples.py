@@ -14,7 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hifiprune.errors import UserError
 from hifiprune.examples import Example, read_examples
-from hifiprune.neurons import FAMILIES
+from hifiprune.families import FAMILIES
 from hifiprune.packing import IGNORED, pack
 from tests.conftest import byte_tokenizer
 from tests.families import VARIANTS, tiny_model, tiny_tokens

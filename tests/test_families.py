@@ -1,6 +1,7 @@
 """The contract that every supported family keeps: exact invariants on a tiny random model."""
 
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 import pytest
@@ -9,17 +10,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hifiprune import find_mlps, score
+from hifiprune.allocation import in_proportion
 from hifiprune.blocks import BlockChain
 from hifiprune.criteria import CRITERIA, Options
+from hifiprune.families import FAMILIES
 from hifiprune.guards import frozen
-from hifiprune.neurons import FAMILIES, width_of
 from hifiprune.objectives import Entropy
 from hifiprune.plan import Plan
 from hifiprune.scoring import score_all
 from hifiprune.surgery import cut_
 from hifiprune.taps import Seen
 from tests.families import VARIANTS, tiny_model, tiny_tokens
-from tests.naive import masked_logits
+from tests.naive import masked_logits, recorded_activations
 
 Pairs = dict[int, tuple[Tensor, ...]]
 
@@ -46,25 +48,21 @@ def plan_keeping(model: PreTrainedModel, kept: list[Tensor]) -> Plan:
 
 def random_plan(model: PreTrainedModel, width: int) -> Plan:
     chance = torch.Generator().manual_seed(5)
-    kept = [torch.randperm(mlp.neurons, generator=chance)[:width].sort().values for mlp in find_mlps(model)]
-    return plan_keeping(model, kept)
+    sizes = [mlp.neurons for mlp in find_mlps(model)]
+    widths = [in_proportion(width, mode(sizes), neurons) for neurons in sizes]
+    orders = (torch.randperm(neurons, generator=chance) for neurons in sizes)
+    return plan_keeping(model, [order[:own].sort().values for order, own in zip(orders, widths, strict=True)])
 
 
 def naive_sweep(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Pairs]:
     """Full logits, one graph, plain formula, hooks."""
-    activations: list[Tensor] = []
-    hooks = [
-        mlp.output.module.register_forward_pre_hook(lambda _, arguments: activations.append(arguments[0]))
-        for mlp in find_mlps(model)
-    ]
-    probs = model(input_ids=tokens, use_cache=False).logits.softmax(-1)
-    values = -(probs * probs.log()).sum(-1).mean(-1)
+    with recorded_activations(model) as activations:
+        probs = model(input_ids=tokens, use_cache=False).logits.softmax(-1)
+        values = -(probs * probs.log()).sum(-1).mean(-1)
     gradients = torch.autograd.grad(values.sum(), activations)
-    for hook in hooks:
-        hook.remove()
     found = zip(activations, gradients, strict=True)
     return values.detach(), {
-        layer: tuple(each.detach().view(*tokens.shape, -1) for each in pair) for layer, pair in enumerate(found)
+        number: tuple(each.detach().view(*tokens.shape, -1) for each in pair) for number, pair in enumerate(found)
     }
 
 
@@ -89,7 +87,8 @@ def test_sweep_equals_autograd_through_the_whole_model(variant: str, recompute: 
     assert sorted(seen) == sorted(expected)
     for layer, (activation, gradient) in expected.items():
         torch.testing.assert_close(seen[layer][0], activation, rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(seen[layer][1], gradient, rtol=1e-8, atol=1e-13)
+        routed = activation.any(-1, keepdim=True)  # an expert is told of no other tokens
+        torch.testing.assert_close(seen[layer][1], gradient * routed, rtol=1e-8, atol=1e-13)
 
 
 def test_the_model_is_left_as_it_was(variant: str) -> None:
@@ -147,16 +146,17 @@ def test_a_cut_model_reloads_without_our_code(variant: str, dtype: torch.dtype, 
     model, tokens = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype="auto"), tiny_tokens()
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     stated = bool(FAMILIES[model.config.model_type].width)
-    cut_(model, random_plan(model, 24))
+    plan = random_plan(model, 24)
+    cut_(model, plan)
     model.save_pretrained(tmp_path)
     how: Any = {"dtype": "auto", "output_loading_info": True, "trust_remote_code": not stated}
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path, **how)
     again, report = loaded
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
-    assert width_of(again.config) == 24 or not stated
     assert {parameter.dtype for parameter in again.parameters()} == {dtype}
-    assert all(mlp.neurons == 24 == linear.out_features for mlp in find_mlps(again) for linear in mlp.inputs)
+    assert [mlp.neurons for mlp in find_mlps(again)] == plan.widths  # as the configuration says too
+    assert all(mlp.neurons == linear.out_features for mlp in find_mlps(again) for linear in mlp.inputs)
     assert (again.get_input_embeddings().weight is again.get_output_embeddings().weight) == tied
     assert torch.equal(logits_of(again, tokens), logits_of(model, tokens))
     assert again.generate(tokens[:1], max_new_tokens=3, do_sample=False).shape[1] > tokens.shape[1]
@@ -167,7 +167,7 @@ def test_only_where_it_is_said_a_norm_or_factor_follows_the_mlp(variant: str) ->
     chain, more = BlockChain(model), 0.1 * torch.arange(1.0, 1 + model.config.hidden_size, dtype=torch.float64)
     hidden, calls = chain.embed(tokens)
     before, _ = chain.run(1, hidden, calls[1])
-    writes = model.get_submodule(chain.mlps[1].name) if chain.family.mlp else chain.mlps[1].output.module
+    writes = chain.blocks[1].get_submodule(chain.family.mlp) if chain.family.mlp else chain.mlps[1].output.module
     handle = writes.register_forward_hook(lambda _, __, output: output + more)
     with torch.no_grad():
         output = chain.blocks[1](hidden, *calls[1].args, **calls[1].kwargs)
@@ -189,5 +189,8 @@ def test_every_criterion_gives_finite_scores(variant: str) -> None:
 def test_half_precision_weights_score_near_the_truth(variant: str, recompute: bool) -> None:
     model, tokens = tiny_model(variant, torch.bfloat16), tiny_tokens()
     truth = score(tiny_model(variant, torch.bfloat16).double(), tokens)
-    for one, other in zip(score(model, tokens, recompute=recompute).values, truth.values, strict=True):
-        assert torch.corrcoef(torch.stack((one, other)))[0, 1] > 0.99
+    found = score(model, tokens, recompute=recompute)
+    pairs = zip(found.values, truth.values, strict=True)
+    near = torch.tensor([torch.corrcoef(torch.stack(pair))[0, 1] for pair in pairs])
+    routed = bool(FAMILIES[model.config.model_type].experts)  # where a near tie sends a token to another expert
+    assert near.median() > 0.95 if routed else near.min() > 0.99

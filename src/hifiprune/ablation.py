@@ -166,18 +166,19 @@ class Bench:
                     hidden, calls = self.chain.embed(batch.to(model.device, torch.int64))
                     inputs: dict[int, Tensor] = {}
                     final = self.chain.run_from(0, hidden, calls, inputs=inputs)
-                    self.starts.append(Start(calls, {layer: inputs[layer] for layer in layers}, final))
+                    blocks = {self.chain.mlps[layer].block for layer in layers}
+                    self.starts.append(Start(calls, {block: inputs[block] for block in blocks}, final))
 
     @torch.no_grad()
     def divergence(self, trial: Trial) -> float:
         """Mean KL(dense || pruned) over all positions, in nats."""
         layer, neurons = trial
-        removed = torch.tensor(neurons, device=self.model.device)
+        removed, block = torch.tensor(neurons, device=self.model.device), self.chain.mlps[layer].block
         parts = []
         with frozen(self.model):
             for start in self.starts:
                 with memory_explained(self.model, start.final.shape[:2].numel()):
-                    pruned = self.chain.run_from(layer, start.inputs[layer], start.calls, removed=removed)
+                    pruned = self.chain.run_from(block, start.inputs[block], start.calls, removed=(layer, removed))
                     parts.append(small_divergence(start.final, pruned, self.chain.head))
         return float(torch.cat(parts).mean())
 

@@ -1,8 +1,9 @@
 """From scores and a budget to the width of each layer and the neurons kept."""
 
 import math
+import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Float
@@ -13,6 +14,8 @@ from hifiprune.plan import Plan, highest
 from hifiprune.scores import Scores
 
 ALLOCATIONS = ("uniform", "global", "searched")
+EXPERT = re.compile(r"experts\.\d+$")
+"""How the name of an expert ends."""
 
 
 @dataclass(frozen=True)
@@ -78,21 +81,36 @@ class Budget:
         return f"{name.replace('_', '-')} {value:g}"
 
 
+def in_proportion(width: int, of: int, neurons: int) -> int:
+    """The width of an MLP of so many neurons where one `of` another number becomes `width`.
+
+    Multiples stay multiples; else it is the nearest multiple of as large a power of two as `width` is one of, to 128.
+    """
+    if neurons % of == 0:
+        return width * (neurons // of)
+    step = min(128, width & -width)
+    return min(neurons, max(step, step * math.floor(neurons * width / of / step + 0.5)))
+
+
 @dataclass(frozen=True)
 class Shape:
     """The sizes that turn a budget into a width.
 
     Attributes:
-        neurons: width of every MLP.
-        mlps: how many there are.
-        parameters_per_neuron: parameters that go with one neuron.
+        neurons: width of every MLP; of several kinds, such as experts and plain ones, of those that are most.
+        mlps: how many there are of that width.
+        parameters_per_neuron: parameters that go with one neuron of these.
         total_parameters: of the model, tied weights counted once.
+        others: neurons, parameters of each and number of the MLPs of every other kind.
+        experts: whether there are experts, all of one width.
     """
 
     neurons: int
     mlps: int
     parameters_per_neuron: int
     total_parameters: int
+    others: tuple[tuple[int, int, int], ...] = ()
+    experts: bool = False
 
     @classmethod
     def of(cls, scores: Scores) -> "Shape":
@@ -102,23 +120,46 @@ class Shape:
             UserError: its MLPs differ in size, so that one width for all of them means nothing.
         """
         sizes = [(len(v), p) for v, p in zip(scores.values, scores.parameters_per_neuron, strict=True)]
-        return cls.from_sizes(sizes, len(scores.values), scores.total_parameters)
+        experts = any(EXPERT.search(name) for name in scores.names)
+        return cls.from_sizes(sizes, scores.total_parameters, experts=experts)
 
     @classmethod
-    def from_sizes(cls, sizes: Collection[tuple[int, int]], mlps: int, total_parameters: int) -> "Shape":
-        """From the neurons, and parameters that go with each, of every MLP."""
-        if len(set(sizes)) != 1:
+    def from_sizes(cls, sizes: Sequence[tuple[int, int]], total_parameters: int, *, experts: bool = False) -> "Shape":
+        """From the neurons, and parameters that go with each, of every MLP; only beside experts they may differ."""
+        (main, count), *rest = Counter(sizes).most_common()
+        if rest and not experts:
             widths = sorted({neurons for neurons, _ in sizes})
             raise UserError(
                 f"the MLPs differ in neurons, {widths[0]} to {widths[-1]}, or in parameters of each; a budget needs "
                 "equal ones: prune the dense model"
             )
-        (neurons, parameters), *_ = sizes
-        return cls(neurons, mlps, parameters, total_parameters)
+        others = tuple((*size, number) for size, number in rest)
+        return cls(main[0], count, main[1], total_parameters, others, experts)
+
+    def width_of(self, neurons: int, width: int) -> int:
+        """What an MLP of so many neurons keeps when those of the main kind keep `width`."""
+        return in_proportion(width, self.neurons, neurons)
 
     def ratio_at(self, width: int) -> float:
-        """Fraction of all parameters that is removed when every MLP keeps `width` neurons."""
-        return (self.neurons - width) * self.mlps * self.parameters_per_neuron / self.total_parameters
+        """Fraction of all parameters that is removed when every MLP of the main kind keeps `width` neurons."""
+        gone = (self.neurons - width) * self.mlps * self.parameters_per_neuron
+        gone += sum((neurons - self.width_of(neurons, width)) * each * count for neurons, each, count in self.others)
+        return gone / self.total_parameters
+
+    def require_allocation(self, allocation: str) -> None:
+        """Refuse widths that differ where there are experts.
+
+        Raises:
+            UserError: they would differ.
+        """
+        if self.experts and allocation != "uniform":
+            raise UserError("experts have one width, which the configuration states for all: --allocation uniform")
+
+    @property
+    def removable(self) -> float:
+        """Parameters of all MLPs, for each neuron of the main kind."""
+        all_of_them = [(self.neurons, self.parameters_per_neuron, self.mlps), *self.others]
+        return sum(neurons * each * count for neurons, each, count in all_of_them) / self.neurons
 
     def width_at(self, budget: Budget, round_to: int = 1) -> int:
         """Width of every MLP for `budget`: the nearest multiple of `round_to`, never zero; `budget.width` is exact.
@@ -133,7 +174,7 @@ class Shape:
                 raise UserError(f"width {budget.width} must be below the model's own width {self.neurons}")
             return budget.width
         if budget.ratio is not None:
-            exact = self.neurons - budget.ratio * self.total_parameters / (self.mlps * self.parameters_per_neuron)
+            exact = self.neurons - budget.ratio * self.total_parameters / self.removable
         else:
             assert budget.neuron_ratio is not None
             exact = self.neurons * (1 - budget.neuron_ratio)
@@ -169,7 +210,8 @@ def allocate(scores: Scores, budget: Budget, *, round_to: int = 128, sharing: Sh
     scores.require_finite()
     shape = Shape.of(scores)
     width = shape.width_at(budget, round_to)
-    widths = [width] * shape.mlps
+    widths = [shape.width_of(len(values), width) for values in scores.values]
+    shape.require_allocation(sharing.allocation)
     if sharing.allocation == "global":
         widths = share_out(scores.values, width, round_to=round_to, floor=sharing.floor)
     return plan_with(scores, widths, budget)

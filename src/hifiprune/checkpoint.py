@@ -31,10 +31,10 @@ from transformers import (
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hifiprune.errors import RunError, UserError
+from hifiprune.families import family_of
 from hifiprune.modeling_pruned import pruned_class
-from hifiprune.neurons import family_of
 from hifiprune.output import local_path
-from hifiprune.shards import Stored, stored_tensors
+from hifiprune.shards import Stacked, Stored, stack_experts, stored_tensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 COMPANIONS = (
@@ -159,12 +159,16 @@ class Checkpoint:
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{self.name}: {file.name} is truncated or damaged ({error}); copy it again") from error
 
-    def tensors(self) -> dict[str, Stored]:
+    def tensors(self) -> dict[str, Stored | Stacked]:
         """What the weight files hold, by the model's names, in the order of their bytes."""
         family, skeleton = family_of(self._config.model_type), self.skeleton()
         known, start = skeleton.state_dict().keys(), f"{skeleton.base_model_prefix}."
         found = {family.in_model(name): each for name, each in stored_tensors(self.weight_files).items()}
-        return {start + name if start + name in known else name: each for name, each in found.items()}
+        named = {start + name if start + name in known else name: each for name, each in found.items()}
+        if not family.experts:
+            return {**named}
+        *inputs, output = family.stored_experts
+        return stack_experts(named, ".".join(filter(None, (family.mlp, family.experts))), inputs, output)
 
     def skeleton(self) -> PreTrainedModel:
         """The model on the meta device: all shapes, no weights."""
@@ -205,6 +209,8 @@ class Checkpoint:
         arguments: dict[str, Any] = {"config": config}
         if self.gguf:
             arguments = {"gguf_file": self.gguf, "quantization_config": GgufConfig(dequantize=True)}
+        if family_of(config.model_type).experts and dtype == torch.float64:
+            arguments["experts_implementation"] = "eager"  # the others do not know it
         with _explained(self.name, "the weights"):
             loaded: Any = self.model_class.from_pretrained(
                 self.folder,

@@ -9,7 +9,8 @@ from transformers import PretrainedConfig
 
 from hifiprune.checkpoint import DTYPES, Checkpoint
 from hifiprune.errors import UserError, nearest_name
-from hifiprune.neurons import family_of, width_of
+from hifiprune.families import family_of
+from hifiprune.neurons import width_of
 from hifiprune.output import local_path
 from hifiprune.parallel import local_rank
 

@@ -19,10 +19,11 @@ from hifiprune.checkpoint import Checkpoint
 from hifiprune.compute import Compute, product_speed
 from hifiprune.criteria import find_criterion
 from hifiprune.cutting import stored_plainly
+from hifiprune.families import family_of
 from hifiprune.guards import frozen, memory_explained
 from hifiprune.hashing import hash_chunks
 from hifiprune.head import rows_of_slice
-from hifiprune.neurons import count_parameters, family_of, find_blocks, find_mlps
+from hifiprune.neurons import count_parameters, find_blocks, find_mlps
 from hifiprune.parallel import processes
 from hifiprune.passes import (
     Job,
@@ -97,7 +98,7 @@ class Estimator:
         skeleton: Any = checkpoint.skeleton()
         self.skeleton: PreTrainedModel = skeleton.to(self.dtype)
         self.config = self.skeleton.config.get_text_config()
-        self.layers = len(find_mlps(self.skeleton))
+        self.layers = len(find_blocks(self.skeleton))
         if streamed:
             return_what_is_freed()
         self.weights = 0 if streamed or loaded else count_parameters(self.skeleton) * self.dtype.itemsize
@@ -231,7 +232,7 @@ class Estimator:
         if not self.checkpoint.is_here or not stored_plainly(self.checkpoint):
             return 0.0, 0.0, 0.0
         tensors = self.checkpoint.tensors().values()
-        largest = max(tensors, key=lambda tensor: tensor.bytes)
+        largest = max((each for tensor in tensors for each in tensor.members), key=lambda tensor: tensor.bytes)
         rows = max(1, min(largest.shape[0], PROBE_BYTES * largest.shape[0] // largest.bytes))
         part = Stored(largest.path, largest.kind, (rows, *largest.shape[1:]), largest.start)
         read, hashed, again = (

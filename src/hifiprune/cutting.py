@@ -8,19 +8,20 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hifiprune.checkpoint import INDEX, Checkpoint, find_checkpoint
 from hifiprune.errors import UserError
+from hifiprune.families import family_of
 from hifiprune.hashing import hash_chunks
 from hifiprune.modeling_pruned import MixedWidths
-from hifiprune.neurons import family_of, find_mlps
+from hifiprune.neurons import find_mlps
 from hifiprune.output import check_shard_size, check_space, check_target, replacing
+from hifiprune.parts import Places
 from hifiprune.plan import Plan
 from hifiprune.scratch import Kept, set_aside
-from hifiprune.shards import DTYPES, Piece, Stored, write_shard
+from hifiprune.shards import DTYPES, Piece, Stacked, Stored, write_shard
 from hifiprune.streaming import shelf_of
 from hifiprune.surgery import cut_, cuts_of, matching_mlps
 
@@ -102,15 +103,46 @@ def _pieces(
     cuts, known = cuts_of(skeleton, plan), skeleton.state_dict().keys()
     pieces = {}
     for name, stored in checkpoint.tensors().items():
-        shape, rows = stored.shape, stored.chunks
-        if name in cuts:
-            kept, dim = cuts[name]
-            shape, rows = (*shape[:dim], len(kept), *shape[dim + 1 :]), partial(_kept_rows, stored, kept, dim)
-        if name in changed:
-            rows = partial(_changed, changed[name], stored.dtype)
-        if name in known:
-            pieces[name] = Piece(stored.kind, shape, rows)
+        if name not in known:
+            continue
+        cut, other = cuts.get(name), changed.get(name)
+        if isinstance(stored, Stacked):
+            for expert, parts in enumerate(stored.parts):
+                own = other and partial(_matrix, other, expert)
+                for (part, each), rows in zip(parts.items(), _shares(cut, expert, parts), strict=True):
+                    pieces[part] = _piece(each, rows, own)
+        else:
+            pieces[name] = _piece(stored, cut, other)
     return pieces
+
+
+def _piece(stored: Stored, cut: Places | None, changed: Kept | None) -> Piece:
+    """A tensor of the output."""
+    shape, rows = stored.shape, stored.chunks
+    if cut is not None:
+        shape, rows = tuple(cut.shape(shape)), partial(_kept_rows, stored, cut)
+    if changed is not None:
+        rows = partial(_changed, changed, stored.dtype)
+    return Piece(stored.kind, shape, rows)
+
+
+def _shares(cut: Places | None, expert: int, parts: dict[str, Stored]) -> Iterator[Places | None]:
+    """What is kept of each of the matrices that an expert's lies in files as."""
+    first = 0
+    for part in parts.values():
+        if cut is None:
+            yield None
+            continue
+        kept, last = cut.rows[expert], first + part.shape[0]
+        if cut.dim == 0:
+            kept = kept[(kept >= first) & (kept < last)] - first
+        yield Places([kept], cut.dim)
+        first = last
+
+
+def _matrix(values: Kept, expert: int) -> Tensor:
+    """One expert's of those that are stacked."""
+    return values()[expert]
 
 
 def _changed(values: Kept, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -118,11 +150,15 @@ def _changed(values: Kept, dtype: torch.dtype) -> Iterator[Tensor]:
     yield values().to("cpu", dtype)
 
 
-def _kept_rows(stored: Stored, kept: Int[Tensor, "kept"], dim: int) -> Iterator[Tensor]:
+def _kept_rows(stored: Stored, cut: Places) -> Iterator[Tensor]:
     """The rows of a tensor, of which only the kept neurons are left."""
-    first = 0
+    if cut.stacked:
+        for (matrix,), kept in zip(stored.chunks(1), cut.rows, strict=True):
+            yield matrix.index_select(cut.dim, kept).unsqueeze(0)
+        return
+    (kept,), first = cut.rows, 0
     for rows in stored.chunks():
-        if dim == 0:
+        if cut.dim == 0:
             here = kept[(kept >= first) & (kept < first + len(rows))] - first
             first += len(rows)
             yield rows.index_select(0, here)
@@ -134,12 +170,8 @@ def output_maps(model: PreTrainedModel) -> dict[str, Kept]:
     """The tensors of the output map of every MLP, by name; of a streamed model those that were changed."""
     if shelf := shelf_of(model):
         return shelf.changed
-    maps = [mlp.output for mlp in find_mlps(model)]
-    return {
-        f"{each.name}.{part}": set_aside(None, values)
-        for each in maps
-        for part, values in each.module.state_dict().items()
-    }
+    maps = {mlp.output.module: mlp.output for mlp in find_mlps(model)}
+    return {name: set_aside(None, values) for each in maps.values() for name, values in each.state().items()}
 
 
 def hash_stored(checkpoint: Checkpoint) -> str:

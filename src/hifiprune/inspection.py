@@ -36,7 +36,7 @@ def inspect(model: str) -> dict[str, Any]:
             "attention_and_norms": total - in_mlps - in_ends,
         },
         "weight_bytes": checkpoint.weight_bytes,
-        "widths": _possible_widths(shape_of(skeleton)) if equal else {},
+        "widths": _possible_widths(shape_of(skeleton)) if equal or any(mlp.is_expert for mlp in mlps) else {},
     }
 
 
@@ -48,7 +48,7 @@ def shape_of(model: PreTrainedModel) -> Shape:
     """
     mlps = find_mlps(model)
     sizes = [(mlp.neurons, mlp.parameters_per_neuron) for mlp in mlps]
-    return Shape.from_sizes(sizes, len(mlps), count_parameters(model))
+    return Shape.from_sizes(sizes, count_parameters(model), experts=any(mlp.is_expert for mlp in mlps))
 
 
 def _possible_widths(shape: Shape) -> dict[str, dict[str, Any]]:

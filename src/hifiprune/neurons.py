@@ -1,12 +1,15 @@
 """Where the MLP neurons of a model are.
 
 A layout is data plus a structural check: a row of `FAMILIES` says where an architecture keeps its decoder blocks and
-the linear maps of their MLPs, and `find_mlps` proves on the model at hand that the maps fit together as neurons.
+the linear maps of their MLPs, and `find_mlps` proves on the model at hand that the maps fit together as neurons. A
+block has one MLP, or many: its experts, each an MLP of its own, and what they share.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from itertools import groupby
+from math import prod
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -16,146 +19,45 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
-from hifiprune.errors import UserError, nearest_name
+from hifiprune.errors import UserError
+from hifiprune.families import Family, family_of
 
-
-@dataclass(frozen=True)
-class Family:
-    """Paths of the modules that pruning needs; those of the MLP are relative to a block, those of its maps to itself.
-
-    Attributes:
-        blocks: the decoder blocks.
-        norm: the last norm, after them.
-        mlp: of a block; empty where its maps lie in the block itself.
-        inputs: the maps that neurons read through; one that holds the rows of the gate and then those of the other
-            is named twice.
-        output: the map that neurons write through.
-        width: name of the MLPs' width in the configuration; there and in it may be nothing, which means four times
-            the hidden size.
-        additive: whether what it writes is added to the residual stream as it is, without a norm or factor between.
-        tuples: whether blocks give a tuple, whose first item is the hidden state.
-        stored: how a name in the model begins and how it does in files, where they differ.
-        packs: whether blocks keep examples in one row apart by their positions.
-        models: well-known models of the architecture.
-    """
-
-    blocks: str = "model.layers"
-    norm: str = "model.norm"
-    mlp: str = "mlp"
-    inputs: tuple[str, ...] = ("gate_proj", "up_proj")
-    output: str = "down_proj"
-    width: str = "intermediate_size"
-    additive: bool = True
-    tuples: bool = False
-    stored: tuple[str, str] = ("", "")
-    packs: bool = True
-    models: str = ""
-
-    @property
-    def maps(self) -> list[str]:
-        """Paths in the model of the MLP's maps, the output map last, with a place for the block's number."""
-        names = [*dict.fromkeys(self.inputs), self.output]
-        return [".".join(filter(None, (self.blocks, "{}", self.mlp, name))) for name in names]
-
-    def in_model(self, name: str) -> str:
-        """What a tensor of a file is called in the model."""
-        ours, theirs = self.stored
-        return ours + name.removeprefix(theirs) if theirs and name.startswith(theirs) else name
-
-    def in_files(self, name: str) -> str:
-        """What a tensor of the model is called in files."""
-        ours, theirs = self.stored
-        return theirs + name.removeprefix(ours) if ours and name.startswith(ours) else name
-
-
-FUSED = ("gate_up_proj", "gate_up_proj")
-GPT = Family("transformer.h", "transformer.ln_f", width="n_inner")
-ALIBI = replace(GPT, inputs=("dense_h_to_4h",), output="dense_4h_to_h", tuples=True, packs=False)
-FAMILIES: dict[str, Family] = {
-    "arcee": Family(inputs=("up_proj",), models="Arcee AFM"),
-    "bloom": replace(
-        GPT, inputs=("dense_h_to_4h",), output="dense_4h_to_h", width="", tuples=True, packs=False, models="BLOOM"
-    ),
-    "codegen": replace(GPT, inputs=("fc_in",), output="fc_out", tuples=True, models="CodeGen"),
-    "cohere": Family(models="Command R, Aya"),
-    "cohere2": Family(models="Command A, Command R7B"),
-    "ernie4_5": Family(models="ERNIE 4.5 (dense)"),
-    "exaone4": Family(additive=False, models="EXAONE 4"),
-    "falcon": replace(ALIBI, width="ffn_hidden_size", models="Falcon"),
-    "gemma": Family(models="Gemma"),
-    "gemma2": Family(additive=False, models="Gemma 2"),
-    "gemma3_text": Family(additive=False, models="Gemma 3 (text)"),
-    "glm": Family(inputs=FUSED, models="GLM-4 9B"),
-    "glm4": Family(inputs=FUSED, additive=False, models="GLM-4-0414"),
-    "gpt2": replace(GPT, inputs=("c_fc",), output="c_proj", models="GPT-2, DistilGPT-2"),
-    "gpt_bigcode": replace(GPT, inputs=("c_fc",), output="c_proj", models="StarCoder"),
-    "gpt_neox": Family(
-        "gpt_neox.layers",
-        "gpt_neox.final_layer_norm",
-        inputs=("dense_h_to_4h",),
-        output="dense_4h_to_h",
-        stored=("lm_head.", "embed_out."),
-        models="GPT-NeoX, Pythia",
-    ),
-    "gptj": replace(GPT, inputs=("fc_in",), output="fc_out", tuples=True, models="GPT-J"),
-    "granite": Family(additive=False, models="Granite 3 (dense)"),
-    "helium": Family(models="Helium"),
-    "hunyuan_v1_dense": Family(models="Hunyuan (dense)"),
-    "llama": Family(models="Llama 1 to 3, SmolLM, SmolLM2, Yi, DeepSeek LLM"),
-    "ministral": Family(models="Ministral"),
-    "ministral3": Family(models="Ministral 3 (text)"),
-    "mistral": Family(models="Mistral 7B, Mistral Nemo, Mistral Small (text)"),
-    "nemotron": Family(inputs=("up_proj",), models="Nemotron 4, Minitron"),
-    "olmo": Family(models="OLMo"),
-    "olmo2": Family(additive=False, models="OLMo 2"),
-    "olmo3": Family(additive=False, models="OLMo 3"),
-    "opt": Family(
-        "model.decoder.layers",
-        "model.decoder.final_layer_norm",
-        "",
-        inputs=("fc1",),
-        output="fc2",
-        width="ffn_dim",
-        packs=False,
-        models="OPT",
-    ),
-    "phi": Family(norm="model.final_layernorm", inputs=("fc1",), output="fc2", models="Phi-1, Phi-1.5, Phi-2"),
-    "phi3": Family(inputs=FUSED, models="Phi-3, Phi-4"),
-    "qwen2": Family(models="Qwen 2, Qwen 2.5"),
-    "qwen3": Family(models="Qwen 3"),
-    "seed_oss": Family(models="Seed-OSS"),
-    "smollm3": Family(models="SmolLM3"),
-    "stablelm": Family(models="StableLM"),
-    "starcoder2": Family(inputs=("c_fc",), output="c_proj", models="StarCoder2"),
-}
+STACKED = ("gate_up_proj", "down_proj")
+"""The maps of all experts of a block, as transformers stacks them."""
 
 
 @dataclass(frozen=True)
 class LinearMap:
-    """A linear map of an MLP, by itself or as a part of a module that holds several, one after the other.
+    """A linear map of an MLP, by itself or as a part of a parameter that holds several.
 
     Attributes:
         name: path of the module in the model.
-        module: a `Linear`, or a `Conv1D`, which keeps its weight the other way round.
+        module: a `Linear`; a `Conv1D`, which keeps its weight the other way round; or one that holds experts.
         part: which of the equal parts of its outputs.
         parts: how many there are.
+        weight_name: of the parameter in the module.
+        expert: whose of the maps that are stacked there, if they are.
     """
 
     name: str
     module: nn.Module
     part: int = 0
     parts: int = 1
+    weight_name: str = "weight"
+    expert: int | None = None
 
     @property
     def weight(self) -> Float[Tensor, "outputs inputs"]:
         """Of the map, in the module's own memory."""
-        weight = cast(Tensor, self.module.weight)
+        weight: Tensor = getattr(self.module, self.weight_name)
+        if self.expert is not None:
+            weight = weight[self.expert]
         return self._own(weight.T if self.flipped else weight)
 
     @property
     def bias(self) -> Float[Tensor, "outputs"] | None:
         """Likewise, if there is one."""
-        bias = cast(Tensor | None, self.module.bias)
+        bias = None if self.expert is not None else cast(Tensor | None, self.module.bias)
         return bias if bias is None else self._own(bias)
 
     def _own(self, values: Tensor) -> Tensor:
@@ -176,6 +78,11 @@ class LinearMap:
         """Outputs."""
         return len(self.weight)
 
+    def state(self) -> dict[str, Tensor]:
+        """The parameters that hold the map, by their names in the model."""
+        names = (self.weight_name, *(("bias",) if self.bias is not None else ()))
+        return {f"{self.name}.{name}": getattr(self.module, name).detach() for name in names}
+
     def __call__(self, values: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
         """What the map makes of its input."""
         return functional.linear(values, self.weight, self.bias)
@@ -183,22 +90,32 @@ class LinearMap:
 
 @dataclass(frozen=True)
 class Mlp:
-    """The neurons of one decoder block: neuron `i` is row `i` of every input map and column `i` of the output map.
+    """Neurons that a decoder block has: neuron `i` is row `i` of every input map and column `i` of the output map.
 
     Attributes:
         name: path of the MLP in the model, such as `model.layers.0.mlp`.
         inputs: the maps that neurons read through, weights `[neurons, hidden]` (gate and up).
-        output: the map that neurons write through, weight `[hidden, neurons]`; its input is the activation `h`.
+        output: the map that neurons write through, weight `[hidden, neurons]`; its input is the activation `h`, of an
+            expert times the weight that the router gave it.
+        block: number of the decoder block.
+        stated: names in the configuration that its width is the product of.
     """
 
     name: str
     inputs: tuple[LinearMap, ...]
     output: LinearMap
+    block: int = 0
+    stated: tuple[str, ...] = ()
 
     @property
     def maps(self) -> tuple[LinearMap, ...]:
         """All of them, the output map last."""
         return *self.inputs, self.output
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether it sees only the tokens that a router sends it."""
+        return self.output.expert is not None
 
     @property
     def neurons(self) -> int:
@@ -212,23 +129,8 @@ class Mlp:
         return rows + self.output.out_features
 
 
-def family_of(model_type: str, architectures: Sequence[str] | None = None) -> Family:
-    """Return the layout of an architecture, or refuse it by name.
-
-    Raises:
-        UserError: the model type is not supported.
-    """
-    if model_type in FAMILIES:
-        return FAMILIES[model_type]
-    found = f" ({', '.join(architectures)})" if architectures else ""
-    raise UserError(
-        f"model type '{model_type}'{found} is not supported; "
-        f"supported are {', '.join(sorted(FAMILIES))}{nearest_name(model_type, FAMILIES)}"
-    )
-
-
 def find_mlps(model: PreTrainedModel) -> list[Mlp]:
-    """Return the MLPs of `model` in layer order, after checking that each one is what its layout says.
+    """Return the MLPs of `model` in the order of its blocks, after checking that each one is what its layout says.
 
     Works on the meta device as well.
 
@@ -236,22 +138,54 @@ def find_mlps(model: PreTrainedModel) -> list[Mlp]:
         UserError: the architecture is not supported, or a module is not a plain linear map of the expected shape, as
             with quantized weights or adapters that were not merged.
     """
-    family = family_of(model.config.model_type, [type(model).__name__])
-    blocks = find_blocks(model)
-    mlps = [_checked_mlp(block.get_submodule(family.mlp), family, i) for i, block in enumerate(blocks)]
+    mlps = locate_mlps(model)
     config = model.config.get_text_config()
-    stated = getattr(config, "mlp_widths", None) or [width_of(config)] * len(mlps)
-    for mlp, width in zip(mlps, stated, strict=True):
+    mixed = getattr(config, "mlp_widths", None)
+    for mlp, width in zip(mlps, mixed or [stated_width(config, mlp.stated) for mlp in mlps], strict=True):
         if mlp.neurons != width:
             raise UserError(f"{mlp.name} has {mlp.neurons} neurons but the configuration says {width}")
     return mlps
 
 
+def locate_mlps(model: PreTrainedModel) -> list[Mlp]:
+    """The same, whatever the configuration says of their widths."""
+    family = family_of(model.config.model_type, [type(model).__name__])
+    return [
+        mlp for index, block in enumerate(find_blocks(model)) for mlp in _mlps_of(block, _path(family, index), family)
+    ]
+
+
+def siblings(mlps: Sequence[Mlp]) -> Iterator[tuple[int, list[Mlp]]]:
+    """MLPs whose weights lie in the same parameters, the experts of a block or one alone, and the first's number."""
+    for _, group in groupby(enumerate(mlps), key=lambda each: id(each[1].output.module)):
+        numbers, found = zip(*group, strict=True)
+        yield numbers[0], list(found)
+
+
+def by_block(mlps: Sequence[Mlp]) -> list[range]:
+    """The numbers of the MLPs of each block."""
+    found = []
+    for _, group in groupby(range(len(mlps)), key=lambda number: mlps[number].block):
+        first, *rest = group
+        found.append(range(first, [first, *rest][-1] + 1))
+    return found
+
+
+def stated_width(config: PretrainedConfig, names: Sequence[str]) -> int:
+    """The product of what a text configuration says by some names; four times the hidden size where it says nothing."""
+    stated = [getattr(config, name) or 4 * config.hidden_size for name in names]
+    return int(prod(stated) if stated else 4 * config.hidden_size)
+
+
 def width_of(config: PretrainedConfig) -> int:
-    """How wide a configuration says that MLPs are, or the widest."""
-    name = family_of(config.model_type).width
-    stated: int | None = getattr(config, name) if name else None
-    return int(max(getattr(config, "mlp_widths", None) or [stated or 4 * config.hidden_size]))
+    """How wide a text configuration says that MLPs are, or the widest; of experts, all those that a token sees."""
+    family, mixed = family_of(config.model_type), getattr(config, "mlp_widths", None)
+    if mixed:
+        return int(max(mixed))
+    if not family.experts:
+        return stated_width(config, (family.width,) * bool(family.width))
+    shared = stated_width(config, family.shared_width) if family.shared else 0
+    return int(config.num_experts_per_tok * stated_width(config, (family.expert_width,)) + shared)
 
 
 def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
@@ -284,8 +218,25 @@ def _module_of(model: PreTrainedModel, path: str) -> nn.Module:
         ) from error
 
 
-def _checked_mlp(module: nn.Module, family: Family, layer: int) -> Mlp:
-    name = ".".join(filter(None, (family.blocks, str(layer), family.mlp)))
+def _path(family: Family, index: int) -> str:
+    return ".".join(filter(None, (family.blocks, str(index), family.mlp)))
+
+
+def _mlps_of(block: nn.Module, name: str, family: Family) -> Iterator[Mlp]:
+    """The MLPs of a block: a plain one, or experts and what they share."""
+    module, index = block.get_submodule(family.mlp), int(name.removeprefix(f"{family.blocks}.").split(".")[0])
+    experts: Any = getattr(module, family.experts, None) if family.experts else None
+    if experts is None:
+        yield replace(_checked_mlp(module, name, family), block=index, stated=(family.width,) * bool(family.width))
+        return
+    for mlp in _checked_experts(experts, f"{name}.{family.experts}"):
+        yield replace(mlp, block=index, stated=(family.expert_width,))
+    if (shared := getattr(module, family.shared, None) if family.shared else None) is not None:
+        found = _checked_mlp(shared, f"{name}.{family.shared}", family)
+        yield replace(found, block=index, stated=family.shared_width)
+
+
+def _checked_mlp(module: nn.Module, name: str, family: Family) -> Mlp:
     *inputs, output = (_checked_map(module, name, each, family.inputs) for each in (*family.inputs, family.output))
     maps = [replace(each, part=family.inputs[:place].count(family.inputs[place])) for place, each in enumerate(inputs)]
     widths = {each.out_features for each in maps} | {output.in_features}
@@ -306,6 +257,25 @@ def _checked_map(mlp: nn.Module, name: str, attribute: str, inputs: Sequence[str
             "prune the original checkpoint, before quantization and with adapters merged"
         )
     return LinearMap(f"{name}.{attribute}", module, parts=max(1, inputs.count(attribute)))
+
+
+def _checked_experts(module: Any, name: str) -> list[Mlp]:
+    """Every expert of a module that stacks their maps: gate above up, `[experts, 2 * width, hidden]`, and down."""
+    shapes = {key: tuple(values.shape) for key, values in module.named_parameters()}
+    (both, down), hidden = (shapes.get(key, ()) for key in STACKED), getattr(module, "hidden_dim", 0)
+    wanted = {
+        STACKED[0]: (*both[:1], 2 * (down or (0,))[-1], hidden),
+        STACKED[1]: (*both[:1], hidden, (down or (0,))[-1]),
+    }
+    plain = getattr(module, "has_gate", False) and getattr(module, "is_concatenated", False)
+    if shapes != wanted or not plain or not all(torch.is_floating_point(each) for each in module.parameters()):
+        raise UserError(f"{name} does not stack plain experts with a gate: a {type(module).__name__} with {shapes}")
+    found = []
+    for expert in range(both[0]):
+        first = LinearMap(name, module, 0, 2, STACKED[0], expert)
+        output = LinearMap(name, module, weight_name=STACKED[1], expert=expert)
+        found.append(Mlp(f"{name}.{expert}", (first, replace(first, part=1)), output))
+    return found
 
 
 def count_parameters(model: PreTrainedModel) -> int:

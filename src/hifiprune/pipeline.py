@@ -186,6 +186,7 @@ def prune(
     check_shard_size(shard_size)
     checkpoint, target, skeleton = prepare(model, output, [calibration], [path], folder=True, overwrite=overwrite)
     shape = shape_of(skeleton)
+    shape.require_allocation(sharing.allocation)
     if bias_compensation:
         _check_compensation(checkpoint, used, criterion)
     width = shape.width_at(budget, round_to)

@@ -22,9 +22,9 @@ from hifiprune.checkpoint import Checkpoint
 from hifiprune.compute import Compute, estimate_seconds
 from hifiprune.errors import RunError, UserError, unknown
 from hifiprune.examples import Example, read_examples
+from hifiprune.families import family_of
 from hifiprune.guards import memory_explained
 from hifiprune.lineage import check_origin, record_of
-from hifiprune.neurons import family_of
 from hifiprune.objectives import SoftLabels
 from hifiprune.output import check_shard_size, check_space, replacing
 from hifiprune.packing import Packed, cut_to, pack

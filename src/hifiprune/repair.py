@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from hifiprune.blocks import BlockChain
 from hifiprune.errors import UserError
 from hifiprune.guards import check_windows, frozen, memory_explained
-from hifiprune.neurons import LinearMap, find_mlps
+from hifiprune.neurons import LinearMap, find_mlps, siblings
 from hifiprune.plan import Plan
 from hifiprune.ridge import HeldOut, Refit
 from hifiprune.scratch import Kept, set_aside
@@ -55,7 +55,7 @@ def cut_and_repair_(
         plan: which neurons to keep.
         windows: token ids, at least two windows.
         sequential: close the whole difference to the dense residual stream; else only what the block's own cut opens,
-            as always in families whose MLPs do not write to the stream directly.
+            as always in families whose MLPs do not write to the stream directly, or have experts.
         weighted: weigh each token by the inverse square norm of the dense residual stream there, as the norms that
             read the stream do.
         dense: what `residual_stream` gives for the dense model and these windows, where several plans are tried.
@@ -76,14 +76,17 @@ def cut_and_repair_(
     with frozen(model):
         chain = BlockChain(model)
         streams = _start(chain, windows, batch_size, dense)
-        form = _sequential_ if sequential and chain.family.additive else _parallel_
-        refits = []
-        cuts, layers = cuts_of(model, plan), range(len(mlps))
-        for layer, _ in zip(walk(model, layers), track(layers), strict=True):
+        form = _sequential_ if sequential and chain.family.additive and not chain.family.experts else _parallel_
+        refits: list[Refit] = []
+        cuts, blocks = cuts_of(model, plan), range(len(chain.blocks))
+        kept = [each.to(model.device) for each in plan.kept]
+        for block, _ in zip(walk(model, blocks), track(blocks), strict=True):
+            own = chain.of_block[block]
             with memory_explained(model, windows[:batch_size].numel()):
-                refits.append(form(chain, layer, plan.kept[layer].to(model.device), streams, weighted))
+                refits += form(chain, block, kept[own.start : own.stop], streams, weighted)
                 if chain.shelf:
-                    chain.shelf.keep(mlps[layer], cuts)
+                    for _, group in siblings(mlps[own.start : own.stop]):
+                        chain.shelf.keep(group[0], cuts)
     forget_gradients_(mlps)
     state_widths(model, plan.widths)
     return refits
@@ -97,8 +100,8 @@ def cut_and_repaired(
 
     What is cut away, and a copy of each output map, is set aside.
     """
-    maps = [parameter for mlp in find_mlps(model) for parameter in mlp.output.module.parameters()]
-    before = [parameter.detach().clone() for parameter in maps]
+    maps = [values for _, group in siblings(find_mlps(model)) for values in group[0].output.state().values()]
+    before = [values.clone() for values in maps]
     try:
         with put_back(model, plan):
             yield cut_and_repair_(model, plan, windows, **how)
@@ -163,46 +166,64 @@ def _start(
 
 
 def _sequential_(
-    chain: BlockChain, layer: int, kept: Int[Tensor, "kept"], streams: list[Stream], weighted: bool
-) -> Refit:
-    """Close what the cut and repaired model's stream lacks after this block."""
+    chain: BlockChain, block: int, kept: list[Int[Tensor, "kept"]], streams: list[Stream], weighted: bool
+) -> list[Refit]:
+    """Close what the cut and repaired model's stream lacks after this block, which has one MLP."""
     device, moments, activations = chain.model.device, HeldOut(weighted), []
     for stream in streams:
-        stream.dense = set_aside(chain.scratch, _dense_output(chain, layer, stream))
-    keep_(chain.mlps[layer], kept)
-    linear = chain.mlps[layer].output
+        stream.dense = set_aside(chain.scratch, _dense_output(chain, block, stream))
+    mlp = chain.mlps[chain.of_block[block].start]
+    keep_([mlp], kept)
+    linear = mlp.output
     for stream in streams:
-        output, tap = chain.run(layer, stream.cut().to(device), stream.calls[layer])
-        stream.cut, dense = set_aside(chain.scratch, output.cpu()), stream.dense().to(device)
-        moments.add(with_one(tap.input, linear), dense - output, dense, stream.held)
-        activations.append(set_aside(chain.scratch, tap.input.cpu()))
-    change, refit = moments.refit(chain.mlps[layer].name)
+        output, (tap,) = chain.run(block, stream.cut().to(device), stream.calls[block])
+        stream.cut, dense, activation = (
+            set_aside(chain.scratch, output.cpu()),
+            stream.dense().to(device),
+            tap.maps[0].input,
+        )
+        moments.add(with_one(activation, linear), dense - output, dense, stream.held)
+        activations.append(set_aside(chain.scratch, activation.cpu()))
+    change, refit = moments.refit(mlp.name)
     if change is not None:
         change = change.to(linear.weight)
         _add_(linear, change)
-        for stream, activation in zip(streams, activations, strict=True):
-            found = functional.linear(with_one(activation().to(device), linear), change).cpu()
+        for stream, read in zip(streams, activations, strict=True):
+            found = functional.linear(with_one(read().to(device), linear), change).cpu()
             stream.cut = set_aside(chain.scratch, stream.cut() + found)
-    return refit
+    return [refit]
 
 
 def _parallel_(
-    chain: BlockChain, layer: int, kept: Int[Tensor, "kept"], streams: list[Stream], weighted: bool
-) -> Refit:
-    """Close what this block's own cut opens in the dense model."""
-    linear, moments = chain.mlps[layer].output, HeldOut(weighted)
-    rest = others(kept, linear.in_features)
-    removed = linear.weight[:, rest]
+    chain: BlockChain, block: int, kept: list[Int[Tensor, "kept"]], streams: list[Stream], weighted: bool
+) -> list[Refit]:
+    """Close what the cut of each of this block's MLPs opens in the dense model."""
+    own = chain.of_block[block]
+    mlps = chain.mlps[own.start : own.stop]
+    sums = [HeldOut(weighted) for _ in mlps]
+    rests = [others(chosen, mlp.neurons) for chosen, mlp in zip(kept, mlps, strict=True)]
+    removed = [mlp.output.weight[:, rest] for mlp, rest in zip(mlps, rests, strict=True)]
     for stream in streams:
-        dense, tap = chain.run(layer, stream.dense().to(chain.model.device), stream.calls[layer])
-        stream.dense, activation = set_aside(chain.scratch, dense.cpu()), tap.input
-        residual = functional.linear(activation[..., rest], removed)
-        moments.add(with_one(activation[..., kept], linear), residual, dense, stream.held)
-    keep_(chain.mlps[layer], kept)
-    change, refit = moments.refit(chain.mlps[layer].name)
-    if change is not None:
-        _add_(linear, change.to(linear.weight))
-    return refit
+        dense, taps = chain.run(block, stream.dense().to(chain.model.device), stream.calls[block])
+        stream.dense = set_aside(chain.scratch, dense.cpu())
+        for place, tap in enumerate(taps):
+            activation, linear = tap.maps[0].input, mlps[place].output
+            residual = functional.linear(activation[..., rests[place]], removed[place])
+            seen, held = dense, stream.held
+            if tap.tokens is not None:  # an expert's: each token by itself
+                seen = dense.flatten(0, 1)[tap.tokens, None]
+                held = stream.held.repeat_interleave(dense.shape[1])[tap.tokens.cpu()]
+                activation, residual = activation.unsqueeze(1), residual.unsqueeze(1)
+            sums[place].add(with_one(activation[..., kept[place]], linear), residual, seen, held)
+    for first, group in siblings(mlps):
+        keep_(group, kept[first : first + len(group)])
+    refits = []
+    for mlp, moments in zip(mlps, sums, strict=True):
+        change, refit = moments.refit(mlp.name)
+        refits.append(refit)
+        if change is not None:
+            _add_(mlp.output, change.to(mlp.output.weight))
+    return refits
 
 
 def with_one(activation: Float[Tensor, "*batch kept"], linear: LinearMap) -> Float[Tensor, "*batch kept_and_one"]:

@@ -103,13 +103,15 @@ class HeldOut:
     def refit(self, name: str) -> tuple[Float[Tensor, "hidden kept"] | None, Refit]:
         """The change whose damping is best on what is held out, solved on everything; None if the plain cut is better.
 
-        Damping falls as long as that helps.
+        Damping falls as long as that helps. An expert that saw nothing of what is fitted or held out stays as it is.
 
         Raises:
             RunError: activations are not finite.
         """
         if not all(map(math.isfinite, (self.fit.residual, self.fit.output, self.held.residual, self.held.output))):
             raise RunError(f"activations of {name} are not finite; check the checkpoint, or compute in --dtype float32")
+        if not (self.fit.output and self.held.output):
+            return None, Refit(name, None, 0.0, 0.0)
         plain = least = self.held.error(None)
         best = None
         for damping in DAMPINGS:

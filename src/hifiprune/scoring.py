@@ -12,12 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hifiprune import DEFAULT_CRITERION
+from hifiprune.allocation import in_proportion
 from hifiprune.blocks import BlockChain
 from hifiprune.criteria import PRESETS, Criterion, Options, find_criterion
 from hifiprune.errors import RunError, UserError
 from hifiprune.guards import check_windows, frozen
 from hifiprune.hashing import hash_model, hash_tokens
-from hifiprune.neurons import Mlp, count_parameters, find_mlps
+from hifiprune.neurons import Mlp, by_block, count_parameters, find_mlps
 from hifiprune.objectives import CrossEntropy
 from hifiprune.parallel import check_share
 from hifiprune.passes import Job, Pass, Track, choose_recompute, free_bytes, group_of, moment_bytes, needs
@@ -254,8 +255,9 @@ def _finish(
     nothing = torch.empty(0)
     totals = [run.totals[job][layer] if run and job else nothing for layer in layers]
     parts = list(zip(totals, mlps, samples, strict=True))
-    order = walk(model, layers) if each.criterion.finish in WEIGHING else iter(layers)
-    values = [each.criterion.finish(*parts[layer]).float().cpu() for layer in order]
+    blocks = by_block(mlps)
+    order = walk(model, range(len(blocks))) if each.criterion.finish in WEIGHING else range(len(blocks))
+    values = [each.criterion.finish(*parts[layer]).float().cpu() for block in order for layer in blocks[block]]
     means = [mean_activation(*part).float().cpu() for part in parts] if each.criterion.collects_means else None
     objective = run.objectives[job.kernels[0]] if run and job and job.kernels else None
     return Outcome(values, means, objective, sizes[0])
@@ -295,7 +297,8 @@ def _as_scores(outcome: Outcome, model: PreTrainedModel, each: Asked) -> Scores:
 
 def _light_plan(totals: dict[int, Tensor], mlps: list[Mlp], fraction: float) -> Plan:
     """Remove the `fraction` of the neurons with the lowest scores."""
-    widths = [int(mlp.neurons * (1 - fraction)) for mlp in mlps]
+    least = min(mlp.neurons for mlp in mlps)
+    widths = [in_proportion(int(least * (1 - fraction)), least, mlp.neurons) for mlp in mlps]
     kept = [highest(totals[layer][0].cpu(), width) for layer, width in enumerate(widths)]
     return Plan(kept, [mlp.neurons for mlp in mlps], [mlp.name for mlp in mlps], None, 0.0, 0, 0)
 

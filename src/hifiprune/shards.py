@@ -4,6 +4,7 @@ A mapped file counts as memory of the process as far as it was touched, so weigh
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -81,6 +82,11 @@ class Stored:
             _fill(file, values)
         return values
 
+    @property
+    def members(self) -> list["Stored"]:
+        """The tensors in files that it is made of: itself."""
+        return [self]
+
     def rows(self, numbers: Sequence[int]) -> Shaped[Tensor, "rows *rest"]:
         """Some rows."""
         values = torch.empty((len(numbers), *self.shape[1:]), dtype=self.dtype)
@@ -90,6 +96,90 @@ class Stored:
                 file.seek(self.start + number * size)
                 _fill(file, row)
         return values
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Matrices of all experts of a block, each in a file by itself, as the one tensor that a model has of them.
+
+    Attributes:
+        parts: by expert, the matrices that lie one above the other, by their names.
+    """
+
+    parts: list[dict[str, Stored]]
+
+    @property
+    def members(self) -> list[Stored]:
+        """The tensors in files that it is made of."""
+        return [each for parts in self.parts for each in parts.values()]
+
+    @property
+    def kind(self) -> str:
+        """Dtype, by the format's name; of several, none that is known."""
+        kinds = {each.kind for each in self.members}
+        return kinds.pop() if len(kinds) == 1 else ""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its dtype."""
+        return DTYPES[self.kind]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Experts, rows, columns; nothing if these do not fit together."""
+        shapes = {
+            (sum(part.shape[0] for part in parts.values()), *next(iter(parts.values())).shape[1:])
+            for parts in self.parts
+        }
+        return (len(self.parts), *shapes.pop()) if len(shapes) == 1 else ()
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return sum(each.bytes for each in self.members)
+
+    def chunks(self, step: int | None = None) -> Iterator[Shaped[Tensor, "1 rows columns"]]:
+        """One expert after the other."""
+        for parts in self.parts:
+            yield torch.cat([part.whole() for part in parts.values()]).unsqueeze(0)
+
+    def whole(self) -> Tensor:
+        """All of it."""
+        values = torch.empty(self.shape, dtype=self.dtype)
+        for own, (found,) in zip(values, self.chunks(), strict=True):
+            own.copy_(found)
+        return values
+
+
+def stack_experts(
+    tensors: dict[str, Stored], path: str, inputs: Sequence[str], output: str
+) -> dict[str, Stored | Stacked]:
+    """With the matrices that experts have in files by themselves as the model has them: two tensors a block.
+
+    Args:
+        tensors: by name.
+        path: where a block keeps its experts, such as `mlp.experts`.
+        inputs: names of an expert's input maps, which the model has one above the other.
+        output: of its output map.
+    """
+    kinds = dict.fromkeys(inputs, "gate_up_proj") | {output: "down_proj"}
+    pattern = re.compile(rf"(.*\.{re.escape(path)})\.(\d+)\.({'|'.join(map(re.escape, kinds))})\.weight")
+    found: dict[str, Stored | Stacked] = {}
+    experts: dict[str, dict[int, dict[str, tuple[str, Stored]]]] = {}
+    for name, each in tensors.items():
+        if match := pattern.fullmatch(name):
+            block, expert, part = match.groups()
+            stack = f"{block}.{kinds[part]}"
+            found[stack] = each  # in its place
+            experts.setdefault(stack, {}).setdefault(int(expert), {})[part] = name, each
+        else:
+            found[name] = each
+    for stack, parts in experts.items():
+        order = [each for each in (*inputs, output) if stack.endswith(f".{kinds[each]}")]
+        found[stack] = Stacked(
+            [dict(parts[expert][each] for each in order if each in parts[expert]) for expert in sorted(parts)]
+        )
+    return found
 
 
 def stored_tensors(files: Iterable[Path]) -> dict[str, Stored]:

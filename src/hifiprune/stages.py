@@ -242,11 +242,12 @@ class Stages:
         stored = self.checkpoint.dtype()
         if torch.promote_types(repaired.dtype, stored) == repaired.dtype:
             return repaired.type(stored)
-        maps = [mlp.output.module.state_dict() for mlp in find_mlps(repaired)]
+        maps = {name: values for mlp in find_mlps(repaired) for name, values in mlp.output.state().items()}
         model = self.load(stored)
         cut_(model, plan)
-        for mlp, values in zip(find_mlps(model), maps, strict=True):
-            mlp.output.module.load_state_dict(values)
+        with torch.no_grad():
+            for name, values in maps.items():
+                model.get_parameter(name).copy_(values)
         return model
 
     def plan(self, scores: Scores, budget: Budget, round_to: int, sharing: Sharing) -> Plan:

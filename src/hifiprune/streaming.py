@@ -7,7 +7,7 @@ one that runs, and the next in the dtype of the file, which is read meanwhile.
 
 import ctypes
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hifiprune.checkpoint import Checkpoint
-from hifiprune.neurons import Mlp, family_of, find_blocks
+from hifiprune.families import family_of
+from hifiprune.neurons import Mlp, find_blocks
+from hifiprune.parts import Places
 from hifiprune.scratch import Kept, Scratch, set_aside
-from hifiprune.shards import Stored
+from hifiprune.shards import Stacked, Stored
 
 Weights = dict[str, Tensor]
 M_MMAP_THRESHOLD = -3
@@ -44,18 +46,18 @@ class Shelf:
         device: where blocks run.
         dtype: that they run in.
         scratch: where tensors are set aside that memory need not hold, if not there.
-        cuts: which part is left, in which dimension, of tensors of a model that was cut.
+        cuts: which part is left of tensors of a model that was cut.
         changed: tensors that took the place of those of the same names, after the cut.
     """
 
-    stored: dict[str, Stored]
+    stored: dict[str, Stored | Stacked]
     embedding: Stored
     head: Stored
     blocks: str
     device: torch.device
     dtype: torch.dtype
     scratch: Scratch | None = None
-    cuts: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+    cuts: dict[str, Places] = field(default_factory=dict)
     changed: dict[str, Kept] = field(default_factory=dict)
 
     @property
@@ -88,15 +90,13 @@ class Shelf:
         if name in self.changed:
             return self.changed[name]()
         values = self.stored[name].whole()
-        kept, dim = self.cuts.get(name, (None, 0))
-        return values if kept is None else values.index_select(dim, kept)
+        return self.cuts[name].of(values) if name in self.cuts else values
 
-    def keep(self, mlp: Mlp, cuts: dict[str, tuple[Tensor, int]]) -> None:
+    def keep(self, mlp: Mlp, cuts: dict[str, Places]) -> None:
         """Have an MLP, which is in its place, cut and its output map as it is now whenever it is read again."""
-        ours = tuple(f"{each.name}." for each in mlp.inputs)
-        self.cuts.update({name: cut for name, cut in cuts.items() if name.startswith(ours)})
-        for part, values in mlp.output.module.state_dict().items():
-            name = f"{mlp.output.name}.{part}"
+        ours = {name for each in mlp.inputs for name in each.state()}
+        self.cuts.update({name: cuts[name] for name in ours & cuts.keys()})
+        for name, values in mlp.output.state().items():
             own = values.to("cpu", self.stored[name].dtype, copy=True)
             self.changed[name] = set_aside(self.scratch, own)
 
@@ -166,7 +166,7 @@ def stream(
     model.eval().requires_grad_(False)
     model.tie_weights()
     tables, blocks = [model.get_input_embeddings(), model.get_output_embeddings()], find_blocks(model)
-    embedding, head = (stored[_name_of(model, table.weight, stored)] for table in tables)
+    embedding, head = (stored[_name_of(model, table.weight, stored)].members[0] for table in tables)
     shelf = Shelf(stored, embedding, head, family.blocks, torch.device(device), dtype, scratch)
     far = {id(parameter) for parameter in (*blocks.parameters(), *(table.weight for table in tables))}
     for name, parameter in list(model.named_parameters()):
@@ -222,7 +222,7 @@ def first_rows(model: PreTrainedModel, count: int = 64) -> Iterator[None]:
         table.weight, table.bias = before, bias
 
 
-def _name_of(model: PreTrainedModel, weight: Tensor, stored: dict[str, Stored]) -> str:
+def _name_of(model: PreTrainedModel, weight: Tensor, stored: Collection[str]) -> str:
     """By which a weight is stored, its own name or that of the one that it is tied to."""
     names = model.named_parameters(remove_duplicate=False)
     return next(name for name, parameter in names if parameter is weight and name in stored)

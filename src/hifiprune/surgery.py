@@ -2,18 +2,19 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hifiprune.errors import UserError
+from hifiprune.families import family_of
 from hifiprune.head import precise
 from hifiprune.modeling_pruned import pruned_class
-from hifiprune.neurons import LinearMap, Mlp, family_of, find_mlps, width_of
+from hifiprune.neurons import Mlp, find_mlps, locate_mlps, siblings, stated_width
+from hifiprune.parts import Places, parts_of
 from hifiprune.plan import Plan
 from hifiprune.streaming import shelf_of
 
@@ -39,8 +40,8 @@ def cut_(model: PreTrainedModel, plan: Plan, means: Sequence[Float[Tensor, "_"]]
         require_bias(mlps)
         for mlp, kept, mean in zip(mlps, plan.kept, means, strict=True):
             _compensate_(mlp, others(kept, mlp.neurons), mean)
-    for mlp, kept in zip(mlps, plan.kept, strict=True):
-        keep_(mlp, kept)
+    for first, group in siblings(mlps):
+        keep_(group, plan.kept[first : first + len(group)])
     forget_gradients_(mlps)
     state_widths(model, plan.widths)
 
@@ -57,8 +58,8 @@ def cut(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
     """
     with put_back(model, plan):
         with torch.no_grad():
-            for mlp, kept in zip(find_mlps(model), plan.kept, strict=True):
-                keep_(mlp, kept)
+            for first, group in siblings(find_mlps(model)):
+                keep_(group, plan.kept[first : first + len(group)])
         state_widths(model, plan.widths)
         if shelf := shelf_of(model):
             shelf.cuts.update(cuts_of(model, plan))
@@ -70,13 +71,14 @@ def put_back(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
     """Whatever of `model` is cut away within, as `plan` says, is set aside and back in its place after."""
     mlps = matching_mlps(model, plan)
     rests = [others(kept, mlp.neurons) for mlp, kept in zip(mlps, plan.kept, strict=True)]
-    removed = [_taken(mlp, rest) for mlp, rest in zip(mlps, rests, strict=True)]
+    groups = [(group, slice(first, first + len(group))) for first, group in siblings(mlps)]
+    removed = [[part.of(rests[own], group[0].neurons) for part in parts_of(group[0])] for group, own in groups]
     try:
         yield
     finally:
         with torch.no_grad():
-            for mlp, kept, rest, parts in zip(mlps, plan.kept, rests, removed, strict=True):
-                _put_back_(mlp, kept, rest, parts)
+            for (group, own), gone in zip(groups, removed, strict=True):
+                _put_back_(group[0], plan.kept[own], rests[own], gone)
         state_widths(model, plan.neurons)
         if shelf := shelf_of(model):
             shelf.cuts.clear()
@@ -109,10 +111,6 @@ def others(kept: Int[Tensor, "kept"], neurons: int) -> Int[Tensor, "rest"]:
     return mask.nonzero()[:, 0]
 
 
-def _taken(mlp: Mlp, rest: Int[Tensor, "rest"]) -> list[Tensor]:
-    return [part.of(rest, mlp.neurons) for part in parts_of(mlp)]
-
-
 def matching_mlps(model: PreTrainedModel, plan: Plan) -> list[Mlp]:
     """The MLPs of `model`, for which `plan` must have been made.
 
@@ -130,64 +128,31 @@ def matching_mlps(model: PreTrainedModel, plan: Plan) -> list[Mlp]:
     return mlps
 
 
-@dataclass(frozen=True)
-class Part:
-    """A parameter that holds neurons.
-
-    Attributes:
-        linear: the map, or one of those that share a module.
-        name: of the parameter in the module.
-        dim: the dimension that counts neurons.
-    """
-
-    linear: LinearMap
-    name: str
-    dim: int
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """As it is now."""
-        found: nn.Parameter = getattr(self.linear.module, self.name)
-        return found
-
-    def places(self, chosen: Int[Tensor, "chosen"], neurons: int) -> Int[Tensor, "places"]:
-        """Where some of so many neurons are, in rising order."""
-        return torch.cat([chosen + number * neurons for number in range(self.linear.parts)])
-
-    def of(self, chosen: Int[Tensor, "chosen"], neurons: int) -> Tensor:
-        """The values of some of so many neurons."""
-        places = self.places(chosen, neurons).to(self.parameter.device)
-        return self.parameter.detach().index_select(self.dim, places)
-
-    def set_(self, values: Tensor) -> None:
-        """Give it other values and another shape; it stays the same object, for whoever else holds it."""
-        self.parameter.data = values.detach()
-
-
-def parts_of(mlp: Mlp) -> Iterator[Part]:
-    """Where the neurons of an MLP are, those of the output map last."""
-    for linear in {each.module: each for each in mlp.inputs}.values():
-        yield Part(linear, "weight", int(linear.flipped))
-        if linear.bias is not None:
-            yield Part(linear, "bias", 0)
-    yield Part(mlp.output, "weight", int(not mlp.output.flipped))
-
-
-def cuts_of(model: PreTrainedModel, plan: Plan) -> dict[str, tuple[Int[Tensor, "_"], int]]:
-    """Of every tensor that a cut changes, by its name: what is kept of it, and in which dimension."""
+def cuts_of(model: PreTrainedModel, plan: Plan) -> dict[str, Places]:
+    """Of every tensor that a cut changes, by its name: what is kept of it."""
     return {
-        f"{part.linear.name}.{part.name}": (part.places(kept, neurons), part.dim)
-        for mlp, kept, neurons in zip(find_mlps(model), plan.kept, plan.neurons, strict=True)
-        for part in parts_of(mlp)
+        f"{part.linear.name}.{part.name}": part.places(plan.kept[first : first + len(group)], plan.neurons[first])
+        for first, group in siblings(find_mlps(model))
+        for part in parts_of(group[0])
     }
 
 
-def keep_(mlp: Mlp, kept: Int[Tensor, "kept"]) -> None:
-    """Remove all other neurons from one MLP."""
-    neurons = mlp.neurons
-    for part in parts_of(mlp):
+def keep_(group: Sequence[Mlp], kept: Sequence[Int[Tensor, "kept"]]) -> None:
+    """Remove all other neurons from an MLP, or from all experts of a block.
+
+    Raises:
+        UserError: experts would differ in width.
+    """
+    first = group[0]
+    if len({len(each) for each in kept}) > 1:
+        raise UserError(
+            f"the experts of {first.output.name} are to keep {sorted({len(each) for each in kept})} neurons; "
+            "one configuration holds one width for all of them"
+        )
+    neurons = first.neurons
+    for part in parts_of(first):
         part.set_(part.of(kept, neurons))
-    _state_sizes(mlp)
+    _state_sizes(first)
 
 
 def forget_gradients_(mlps: Sequence[Mlp]) -> None:
@@ -197,16 +162,21 @@ def forget_gradients_(mlps: Sequence[Mlp]) -> None:
             part.parameter.grad = None
 
 
-def _put_back_(mlp: Mlp, kept: Int[Tensor, "kept"], rest: Int[Tensor, "rest"], removed: list[Tensor]) -> None:
-    neurons = len(kept) + len(rest)
+def _put_back_(
+    mlp: Mlp, kept: Sequence[Int[Tensor, "kept"]], rest: Sequence[Int[Tensor, "rest"]], removed: list[Tensor]
+) -> None:
+    neurons = len(kept[0]) + len(rest[0])
     for part, gone in zip(parts_of(mlp), removed, strict=True):
-        present, size = part.parameter, list(part.parameter.shape)
-        size[part.dim] = neurons * part.linear.parts
+        present = part.parameter
+        places = [part.places(chosen, neurons) for chosen in (kept, rest)]
+        size = places[0].shape(present.shape, neurons * part.linear.parts)
         if list(present.shape) == size:
             continue  # it was not cut, or nothing of it
         whole = present.detach().new_empty(size)
-        for chosen, values in ((kept, present), (rest, gone)):
-            whole.index_copy_(part.dim, part.places(chosen, neurons).to(whole.device), values)
+        for place, values in zip(places, (present, gone), strict=True):
+            sources = [*values] if place.stacked else [values]
+            for (matrix, rows), source in zip(place.matrices(whole), sources, strict=True):
+                matrix.index_copy_(place.dim, rows, source.detach())
         part.set_(whole)
     _state_sizes(mlp)
 
@@ -215,7 +185,9 @@ def _state_sizes(mlp: Mlp) -> None:
     """Have the modules say how large they are."""
     for each in mlp.maps:
         module: Any = each.module
-        if each.flipped:
+        if mlp.is_expert:
+            module.intermediate_dim = mlp.neurons
+        elif each.flipped:
             module.nx, module.nf = module.weight.shape
         else:
             module.out_features, module.in_features = module.weight.shape
@@ -225,16 +197,30 @@ def state_widths(model: PreTrainedModel, widths: Sequence[int]) -> None:
     """Say in the configuration how wide the MLPs are; where they differ, the model becomes one that reads them there.
 
     A stock configuration holds one width for all layers, so models of several are saved with their own code.
+
+    Raises:
+        UserError: widths that the configuration states by one name differ in a model with experts.
     """
-    family = family_of(model.config.model_type)
+    mlps = locate_mlps(model)
+    stated = {mlp.stated[0]: 0 for mlp in mlps if len(mlp.stated) == 1}
+    for mlp, width in zip(mlps, widths, strict=True):
+        if len(mlp.stated) == 1:
+            stated[mlp.stated[0]] = max(stated[mlp.stated[0]], width)
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-        if family.width and hasattr(config, family.width):
-            setattr(config, family.width, max(widths))
+        for name, width in stated.items():
+            if hasattr(config, name):
+                setattr(config, name, width)
         for name in ("mlp_widths", "mlp_maps"):
             config.__dict__.pop(name, None)
         if getattr(config, "auto_map", {}).get("AutoModelForCausalLM", "").startswith("modeling_pruned."):
             del config.auto_map
-    mixed = {*widths} != {width_of(model.config.get_text_config())}
+    config = model.config.get_text_config()
+    mixed = any(stated_width(config, mlp.stated) != width for mlp, width in zip(mlps, widths, strict=True))
+    family = family_of(model.config.model_type)
+    if mixed and family.experts:
+        raise UserError(
+            f"the experts are to be {sorted({*widths})} wide, and one configuration holds one width for all of them"
+        )
     if mixed:
         model.config.mlp_widths, model.config.mlp_maps = list(widths), family.maps
     model.__class__ = pruned_class(type(model), mixed=mixed)

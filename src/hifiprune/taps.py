@@ -3,15 +3,15 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hifiprune.head import precise
-from hifiprune.neurons import LinearMap
+from hifiprune.neurons import LinearMap, Mlp, siblings
 
 
 @dataclass
@@ -27,6 +27,32 @@ class MapPass:
     linear: LinearMap
     input: Tensor
     output: Tensor
+
+
+@dataclass
+class MlpPass:
+    """One MLP in a run of its block.
+
+    Attributes:
+        number: of the MLP.
+        maps: what went through its maps, the output map last.
+        tokens: of an expert those that it saw, by their numbers in the batch, one row of its maps each; else None.
+    """
+
+    number: int
+    maps: list[MapPass]
+    tokens: Int[Tensor, "rows"] | None = None
+
+    def spread(self, rows: Tensor, hidden: Float[Tensor, "windows positions hidden"]) -> Tensor:
+        """Rows as `[windows, positions, ...]`, zero where the MLP did not see a token."""
+        if self.tokens is None:
+            return rows
+        whole = rows.new_zeros(hidden.shape[:-1].numel(), rows.shape[-1])
+        return whole.index_copy_(0, self.tokens, rows).view(*hidden.shape[:-1], -1)
+
+    def activation(self, hidden: Float[Tensor, "windows positions hidden"]) -> Tensor:
+        """What goes into the output map, as `[windows, positions, neurons]`."""
+        return self.spread(self.maps[-1].input.detach(), hidden)
 
 
 @dataclass
@@ -69,16 +95,64 @@ class BlockCall:
 
 @dataclass
 class Trace:
-    """One block's run: its input and, with the graph between them, its MLP's maps (output map last) and its output."""
+    """One block's run: its input and, with the graph between them, its MLPs and its output."""
 
     input: Tensor
-    maps: list[MapPass]
+    mlps: list[MlpPass]
     output: Tensor
 
 
-def without(linear: LinearMap, removed: Tensor | None, activation: Tensor) -> Tensor:
-    """What `linear` makes of an activation whose `removed` columns are zero."""
-    return linear(activation if removed is None else activation.index_fill(-1, removed, 0))
+Write = Callable[[int, Tensor, Tensor | None], Tensor]
+"""From an MLP's number, its activation and the tokens that it sees to what its output map makes of that."""
+Read = Callable[[int, Sequence[LinearMap], Tensor], Tensor]
+"""From an MLP's number, input maps that share a parameter and their input to what they make of it, side by side."""
+Tap = tuple[nn.Module, Callable[..., Any]]
+"""A module, and what takes the place of its forward."""
+
+
+def taps_on(mlps: Sequence[Mlp], first: int, hidden: Tensor, write: Write, read: Read | None = None) -> list[Tap]:
+    """What has the MLPs of a block, the first of them of that number, go through `write`, and `read` if given."""
+    found: list[Tap] = []
+    for place, group in siblings(mlps):
+        if group[0].is_expert:
+            found.append((group[0].output.module, partial(_routed, group, first + place, write, read)))
+        else:
+            found += _plain_taps(group[0], first + place, hidden, write, read)
+    return found
+
+
+def _plain_taps(mlp: Mlp, number: int, hidden: Tensor, write: Write, read: Read | None) -> Iterator[Tap]:
+    def reading(linears: Sequence[LinearMap], values: Tensor) -> Tensor:
+        assert read
+        return as_rows(read(number, linears, in_windows(values, hidden)), values)
+
+    yield mlp.output.module, lambda values: as_rows(write(number, in_windows(values, hidden), None), values)
+    if read:
+        for module in dict.fromkeys(each.module for each in mlp.inputs):
+            yield module, partial(reading, [each for each in mlp.inputs if each.module is module])
+
+
+def _routed(
+    experts: Sequence[Mlp],
+    first: int,
+    write: Write,
+    read: Read | None,
+    hidden: Float[Tensor, "tokens hidden"],
+    chosen: Int[Tensor, "tokens top"],
+    weights: Float[Tensor, "tokens top"],
+) -> Float[Tensor, "tokens hidden"]:
+    """What experts make of the tokens that a router sent each of them, weighed before the output map, not after it."""
+    module: Any = experts[0].output.module
+    total = torch.zeros_like(hidden)
+    for expert, mlp in enumerate(experts):
+        tokens, place = torch.where(chosen == expert)
+        rows = hidden[tokens]
+        both = (
+            read(first + expert, mlp.inputs, rows) if read else torch.cat([linear(rows) for linear in mlp.inputs], -1)
+        )
+        activation = module._apply_gate(both) * weights[tokens, place, None].to(rows.dtype)
+        total = total.index_add(0, tokens, write(first + expert, activation, tokens))
+    return total
 
 
 def in_windows(values: Tensor, hidden: Float[Tensor, "windows positions hidden"]) -> Tensor:

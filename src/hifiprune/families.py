@@ -1,0 +1,162 @@
+"""The architectures that can be pruned: for each a row of data that says where it keeps its MLPs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from hifiprune.errors import UserError, nearest_name
+
+
+@dataclass(frozen=True)
+class Family:
+    """Paths of the modules that pruning needs; those of the MLP are relative to a block, those of its maps to itself.
+
+    Attributes:
+        blocks: the decoder blocks.
+        norm: the last norm, after them.
+        mlp: of a block; empty where its maps lie in the block itself.
+        inputs: the maps that neurons read through; one that holds the rows of the gate and then those of the other
+            is named twice.
+        output: the map that neurons write through.
+        width: name of the MLPs' width in the configuration; there and in it may be nothing, which means four times
+            the hidden size.
+        additive: whether what it writes is added to the residual stream as it is, without a norm or factor between.
+        tuples: whether blocks give a tuple, whose first item is the hidden state.
+        experts: of the module that holds the experts' maps, in the MLP's place, if a block has experts; its maps are
+            `gate_up_proj` and `down_proj`, one matrix an expert.
+        expert_width: name of the experts' width in the configuration.
+        shared: of the MLP beside the experts that sees every token.
+        shared_width: names in the configuration that its width is the product of.
+        stored: part of a name in the model and what stands for it in files, where they differ.
+        stored_experts: names of an expert's input maps and its output map in files that hold each by itself.
+        packs: whether blocks keep examples in one row apart by their positions.
+        models: well-known models of the architecture.
+    """
+
+    blocks: str = "model.layers"
+    norm: str = "model.norm"
+    mlp: str = "mlp"
+    inputs: tuple[str, ...] = ("gate_proj", "up_proj")
+    output: str = "down_proj"
+    width: str = "intermediate_size"
+    additive: bool = True
+    tuples: bool = False
+    experts: str = ""
+    expert_width: str = "moe_intermediate_size"
+    shared: str = ""
+    shared_width: tuple[str, ...] = ()
+    stored: tuple[str, str] = ("", "")
+    stored_experts: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    packs: bool = True
+    models: str = ""
+
+    @property
+    def maps(self) -> list[str]:
+        """Paths in the model of the MLP's maps, the output map last, with a place for the block's number."""
+        names = [*dict.fromkeys(self.inputs), self.output]
+        return [".".join(filter(None, (self.blocks, "{}", self.mlp, name))) for name in names]
+
+    def in_model(self, name: str) -> str:
+        """What a tensor of a file is called in the model."""
+        ours, theirs = self.stored
+        return name.replace(theirs, ours, 1) if theirs else name
+
+    def in_files(self, name: str) -> str:
+        """What a tensor of the model is called in files."""
+        ours, theirs = self.stored
+        return name.replace(ours, theirs, 1) if ours else name
+
+
+FUSED = ("gate_up_proj", "gate_up_proj")
+GPT = Family("transformer.h", "transformer.ln_f", width="n_inner")
+SHARED = Family(experts="experts", shared="shared_experts", shared_width=("moe_intermediate_size", "n_shared_experts"))
+ALIBI = replace(GPT, inputs=("dense_h_to_4h",), output="dense_4h_to_h", tuples=True, packs=False)
+FAMILIES: dict[str, Family] = {
+    "arcee": Family(inputs=("up_proj",), models="Arcee AFM"),
+    "bloom": replace(
+        GPT, inputs=("dense_h_to_4h",), output="dense_4h_to_h", width="", tuples=True, packs=False, models="BLOOM"
+    ),
+    "codegen": replace(GPT, inputs=("fc_in",), output="fc_out", tuples=True, models="CodeGen"),
+    "cohere": Family(models="Command R, Aya"),
+    "cohere2": Family(models="Command A, Command R7B"),
+    "deepseek_v2": replace(SHARED, models="DeepSeek-V2, V2-Lite"),
+    "deepseek_v3": replace(SHARED, models="DeepSeek-V3, R1"),
+    "ernie4_5": Family(models="ERNIE 4.5 (dense)"),
+    "exaone4": Family(additive=False, models="EXAONE 4"),
+    "falcon": replace(ALIBI, width="ffn_hidden_size", models="Falcon"),
+    "gemma": Family(models="Gemma"),
+    "gemma2": Family(additive=False, models="Gemma 2"),
+    "gemma3_text": Family(additive=False, models="Gemma 3 (text)"),
+    "glm": Family(inputs=FUSED, models="GLM-4 9B"),
+    "glm4": Family(inputs=FUSED, additive=False, models="GLM-4-0414"),
+    "glm4_moe": replace(SHARED, models="GLM-4.5, GLM-4.5-Air"),
+    "gpt2": replace(GPT, inputs=("c_fc",), output="c_proj", models="GPT-2, DistilGPT-2"),
+    "gpt_bigcode": replace(GPT, inputs=("c_fc",), output="c_proj", models="StarCoder"),
+    "gpt_neox": Family(
+        "gpt_neox.layers",
+        "gpt_neox.final_layer_norm",
+        inputs=("dense_h_to_4h",),
+        output="dense_4h_to_h",
+        stored=("lm_head.", "embed_out."),
+        models="GPT-NeoX, Pythia",
+    ),
+    "gptj": replace(GPT, inputs=("fc_in",), output="fc_out", tuples=True, models="GPT-J"),
+    "granite": Family(additive=False, models="Granite 3 (dense)"),
+    "helium": Family(models="Helium"),
+    "hunyuan_v1_dense": Family(models="Hunyuan (dense)"),
+    "llama": Family(models="Llama 1 to 3, SmolLM, SmolLM2, Yi, DeepSeek LLM"),
+    "ministral": Family(models="Ministral"),
+    "ministral3": Family(models="Ministral 3 (text)"),
+    "mistral": Family(models="Mistral 7B, Mistral Nemo, Mistral Small (text)"),
+    "mixtral": Family(
+        experts="experts",
+        expert_width="intermediate_size",
+        stored=(".mlp.", ".block_sparse_moe."),
+        stored_experts=("w1", "w3", "w2"),
+        models="Mixtral",
+    ),
+    "nemotron": Family(inputs=("up_proj",), models="Nemotron 4, Minitron"),
+    "olmo": Family(models="OLMo"),
+    "olmo2": Family(additive=False, models="OLMo 2"),
+    "olmo3": Family(additive=False, models="OLMo 3"),
+    "olmoe": Family(experts="experts", expert_width="intermediate_size", models="OLMoE"),
+    "opt": Family(
+        "model.decoder.layers",
+        "model.decoder.final_layer_norm",
+        "",
+        inputs=("fc1",),
+        output="fc2",
+        width="ffn_dim",
+        packs=False,
+        models="OPT",
+    ),
+    "phi": Family(norm="model.final_layernorm", inputs=("fc1",), output="fc2", models="Phi-1, Phi-1.5, Phi-2"),
+    "phi3": Family(inputs=FUSED, models="Phi-3, Phi-4"),
+    "qwen2": Family(models="Qwen 2, Qwen 2.5"),
+    "qwen2_moe": Family(
+        experts="experts",
+        shared="shared_expert",
+        shared_width=("shared_expert_intermediate_size",),
+        models="Qwen1.5-MoE, Qwen2-57B-A14B",
+    ),
+    "qwen3": Family(models="Qwen 3"),
+    "qwen3_moe": Family(experts="experts", models="Qwen3-30B-A3B, Qwen3-235B-A22B"),
+    "seed_oss": Family(models="Seed-OSS"),
+    "smollm3": Family(models="SmolLM3"),
+    "stablelm": Family(models="StableLM"),
+    "starcoder2": Family(inputs=("c_fc",), output="c_proj", models="StarCoder2"),
+}
+
+
+def family_of(model_type: str, architectures: Sequence[str] | None = None) -> Family:
+    """Return the layout of an architecture, or refuse it by name.
+
+    Raises:
+        UserError: the model type is not supported.
+    """
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    found = f" ({', '.join(architectures)})" if architectures else ""
+    raise UserError(
+        f"model type '{model_type}'{found} is not supported; "
+        f"supported are {', '.join(sorted(FAMILIES))}{nearest_name(model_type, FAMILIES)}"
+    )
