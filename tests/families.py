@@ -107,6 +107,10 @@ FORMS = [
     "falcon", "gpt2", "opt", "phi3",
 ]  # fmt: skip
 """Of every form of MLP and block one or more, for tests that take their time."""
+ROUTED = ["mixtral", "deepseek_v2", "qwen2_moe"]
+"""Those with experts: nothing else, plain blocks too, an MLP that they share."""
+MIXED = [name for name in VARIANTS if not FAMILIES[name.split("-", maxsplit=1)[0]].experts]
+"""Those whose MLPs may differ in width: experts may not."""
 
 
 def tiny_config(variant: str, **options: object) -> PretrainedConfig:
@@ -127,6 +131,9 @@ def tiny_model(variant: str, dtype: torch.dtype = torch.float64, seed: int = 0, 
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # of routers
+                buffer.add_(0.2 * torch.randn_like(buffer))
     return model
 
 

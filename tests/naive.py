@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -142,22 +142,29 @@ def taylor_products(model: PreTrainedModel, tokens: Tensor, losses: Sequence[Los
     return [torch.stack(layer) for layer in zip(*found, strict=True)]
 
 
-def summed(mlp: Mlp, products: dict[nn.Module, Tensor]) -> Tensor:
-    parts = [products[mlp.output.module].T if not mlp.output.flipped else products[mlp.output.module]]
-    for each in mlp.inputs:
-        product = products[each.module].T if each.flipped else products[each.module]
-        parts.append(product.chunk(each.parts)[each.part])
-    return torch.stack(parts).sum(0).detach()
-
-
 def weight_products(model: PreTrainedModel, tokens: Tensor, losses: Sequence[Loss]) -> list[Tensor]:
     """`down.T * dC/ddown.T + up * dC/dup + gate * dC/dgate`, `[windows, neurons, hidden]` of every MLP."""
     mlps = find_mlps(model)
-    modules: list[Any] = [*dict.fromkeys(each.module for mlp in mlps for each in mlp.maps)]
+    weights = {(each.module, each.weight_name): weight_of(each) for mlp in mlps for each in mlp.maps}
     found = []
     for window, loss in zip(tokens, losses, strict=True):
         value = loss(logits_of(model, window[None])[0], window)
-        slopes = torch.autograd.grad(value, [module.weight for module in modules])
-        products = {module: module.weight * slope for module, slope in zip(modules, slopes, strict=True)}
-        found.append([summed(mlp, products) for mlp in mlps])
+        slopes = torch.autograd.grad(value, list(weights.values()))
+        known = {place: weight * slope for (place, weight), slope in zip(weights.items(), slopes, strict=True)}
+        found.append([summed(mlp, known) for mlp in mlps])
     return [torch.stack(layer) for layer in zip(*found, strict=True)]
+
+
+def weight_of(linear: LinearMap) -> Tensor:
+    weight: Tensor = getattr(linear.module, linear.weight_name)
+    return weight
+
+
+def summed(mlp: Mlp, products: dict[Any, Tensor]) -> Tensor:
+    parts = []
+    for each in mlp.maps:
+        product = products[each.module, each.weight_name]
+        product = product if each.expert is None else product[each.expert]
+        parts.append((product.T if each.flipped else product).chunk(each.parts)[each.part])
+    parts[-1] = parts[-1].T
+    return torch.stack(parts).sum(0).detach()

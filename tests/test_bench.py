@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import hifiprune as hp
 from hifiprune.evaluation.speed import Workload, _timed_or_told, operations, write
 from tests.commands import Interruption, refused, run
-from tests.families import FORMS, tiny_model, tiny_tokens
+from tests.families import FORMS, ROUTED, tiny_model, tiny_tokens
 
 SPEED = "hifiprune.evaluation.speed"
 ABOUT = {"loading": 1.0, "threads": 2, "device": "cpu", "dtype": "float32", "peak_memory_bytes": 10}
@@ -24,7 +24,7 @@ real = subprocess.run
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("variant", FORMS)
+@pytest.mark.parametrize("variant", FORMS + ROUTED)
 def test_what_is_written_is_what_transformers_generates(variant: str, compiled: bool) -> None:
     model, tokens = tiny_model(variant), tiny_tokens(2, 7)
     work = Workload(2, 7, 6, compiled)  # with the cache of a compiled run, not compiled

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hifiprune.evaluation.continuations import likelihoods
-from tests.families import FORMS, tiny_model
+from tests.families import FORMS, ROUTED, tiny_model
 
 
 def naive(model: Any, text: list[int], continuation: list[int], longest: int) -> tuple[float, bool]:
@@ -30,7 +30,7 @@ def questions(chance: random.Random) -> list[tuple[Any, list[int], list[int]]]:
     return found
 
 
-@pytest.mark.parametrize("variant", FORMS)
+@pytest.mark.parametrize("variant", FORMS + ROUTED)
 @pytest.mark.parametrize("longest", [50, 20])
 def test_likelihoods_are_those_of_whole_texts(variant: str, longest: int) -> None:
     model, asked = tiny_model(variant), questions(random.Random(0))

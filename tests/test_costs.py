@@ -13,13 +13,13 @@ from hifiprune import costs
 from hifiprune.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.costs import Estimator, Pace
 from tests.commands import refused, run
-from tests.families import FORMS, VOCABULARY
+from tests.families import FORMS, ROUTED, VOCABULARY
 
 REQUEST = [("hfprune", hp.Options())]
 pytestmark = pytest.mark.stopwatch
 
 
-@pytest.mark.parametrize("variant", FORMS)
+@pytest.mark.parametrize("variant", FORMS + ROUTED)
 def test_a_trial_runs_in_every_family(variant: str, make_checkpoint: Callable[..., Path]) -> None:
     estimator = Estimator(find_checkpoint(str(make_checkpoint(family=variant))), hp.Compute(device="cpu"))
     for criterion in ("hfprune", "fisher", "flap", "self-distillation", "cross-entropy"):

@@ -15,7 +15,7 @@ from hifiprune import CRITERIA, Options, UserError, cut_, find_mlps, score, scor
 from hifiprune.criteria import PRESETS, describe_criteria
 from hifiprune.objectives import SampledLabel
 from hifiprune.passes import Pass
-from tests.families import FORMS, tiny_model, tiny_tokens
+from tests.families import FORMS, ROUTED, tiny_model, tiny_tokens
 from tests.naive import (
     Loss,
     activations_of,
@@ -60,7 +60,7 @@ def weight_square(products: Tensor) -> Tensor:
     return products.square().mean(2).sum(0)
 
 
-@pytest.mark.parametrize("variant", FORMS)
+@pytest.mark.parametrize("variant", FORMS + ROUTED)
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_cross_entropy_weight_equals_weight_gradients_of_the_whole_model(
     variant: str, settings: dict[str, Any]

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from hifiprune import UserError, cut, cut_, find_mlps, parts, score
 from hifiprune.neurons import width_of
 from hifiprune.plan import Plan
-from tests.families import FORMS, tiny_model, tiny_tokens
+from tests.families import FORMS, ROUTED, tiny_model, tiny_tokens
 from tests.naive import logits_of
 from tests.test_families import plan_keeping, random_plan
 
@@ -37,19 +37,19 @@ def assert_unchanged(model: PreTrainedModel, state: dict[str, Tensor], sizes: di
     assert all(torch.equal(after[name], state[name]) for name in state)
 
 
-@pytest.mark.parametrize("variant", FORMS)
+@pytest.mark.parametrize("variant", FORMS + ROUTED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_is_cut_within_and_bitwise_whole_after(variant: str, dtype: torch.dtype) -> None:
     model, tokens = tiny_model(variant, dtype), tiny_tokens()
-    find_mlps(model)[1].inputs[0].module.weight.requires_grad_(False)
+    next(find_mlps(model)[1].output.module.parameters()).requires_grad_(False)
     state, sizes, before = state_of(model), sizes_of(model), logits_of(model, tokens).detach()
     plan = random_plan(model, 17)
     for_good = tiny_model(variant, dtype)
-    find_mlps(for_good)[1].inputs[0].module.weight.requires_grad_(False)
+    next(find_mlps(for_good)[1].output.module.parameters()).requires_grad_(False)
     cut_(for_good, plan)
     with cut(model, plan):
         assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in state.values())
-        assert width_of(model.config) == 17
+        assert [mlp.neurons for mlp in find_mlps(model)] == plan.widths
         assert_unchanged(model, state_of(for_good), sizes_of(for_good))
         assert torch.equal(logits_of(model, tokens), logits_of(for_good, tokens))
         assert not torch.allclose(logits_of(model, tokens), before)

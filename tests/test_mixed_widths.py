@@ -15,7 +15,7 @@ from hifiprune.checkpoint import Checkpoint
 from hifiprune.modeling_pruned import MixedWidths
 from hifiprune.plan import Plan
 from hifiprune.scoring import score
-from tests.families import VARIANTS, tiny_model, tiny_tokens
+from tests.families import MIXED, tiny_model, tiny_tokens
 from tests.naive import logits_of, masked_logits
 from tests.test_families import plan_keeping
 
@@ -27,7 +27,7 @@ def mixed_plan(model: PreTrainedModel) -> Plan:
     return plan_keeping(model, [torch.randperm(40, generator=chance)[:width].sort().values for width in WIDTHS])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXED)
 def test_a_mixed_cut_equals_zero_masking_and_loads_everywhere(variant: str, tmp_path: Path) -> None:
     tiny_model(variant).save_pretrained(tmp_path / "dense")
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float64)

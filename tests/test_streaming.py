@@ -19,7 +19,7 @@ from hifiprune.scratch import Scratch
 from hifiprune.stability import Stability
 from hifiprune.streaming import Shelf, stream
 from tests.commands import refused, run
-from tests.families import FORMS, VARIANTS, tiny_tokens
+from tests.families import FORMS, ROUTED, VARIANTS, tiny_tokens
 
 Pair = tuple[Any, Any]
 
@@ -59,7 +59,7 @@ def test_streamed_scores_equal_resident_ones(
     assert all(parameter.device.type == "meta" for parameter in find_blocks(streamed).parameters())
 
 
-@pytest.mark.parametrize("variant", FORMS)
+@pytest.mark.parametrize("variant", FORMS + ROUTED)
 def test_streamed_states_equal_resident_ones(variant: str, both: Callable[..., Pair]) -> None:
     resident, streamed = both(variant)
     tokens = tiny_tokens(2, 9)
@@ -78,7 +78,7 @@ def test_both_stages_of_self_distillation_stream(variant: str, both: Callable[..
     assert all(torch.equal(one, other) for one, other in zip(ours.values, theirs.values, strict=True))
 
 
-@pytest.mark.parametrize("variant", FORMS)
+@pytest.mark.parametrize("variant", FORMS + ROUTED)
 def test_streamed_repair_equals_resident_repair(variant: str, both: Callable[..., Pair]) -> None:
     resident, streamed = both(variant)
     windows = tiny_tokens(6, 24)

@@ -15,7 +15,7 @@ from hifiprune.objectives import Rows, SoftLabels
 from hifiprune.packing import IGNORED, pack
 from hifiprune.teacher import ROWS_A_FILE, LikeliestTarget, Remembered, Teacher
 from hifiprune.training_loss import sliced_loss
-from tests.families import FORMS, tiny_model, tiny_tokens
+from tests.families import FORMS, ROUTED, tiny_model, tiny_tokens
 
 
 def batch(windows: int = 3, positions: int = 11) -> dict[str, Tensor]:
@@ -48,7 +48,7 @@ def loss_of(model: PreTrainedModel, kernel: SoftLabels, teacher: Teacher | None 
     return loss
 
 
-@pytest.mark.parametrize("variant", FORMS)
+@pytest.mark.parametrize("variant", FORMS + ROUTED)
 @pytest.mark.parametrize("count", [None, 31])
 def test_cross_entropy_is_transformers_own(variant: str, count: int | None) -> None:
     model = tiny_model(variant)
@@ -179,7 +179,7 @@ def test_what_was_kept_on_disk_teaches_as_the_teacher_does(tmp_path: Path, tempe
             torch.testing.assert_close(gradient, expected[name], rtol=0, atol=3e-3 * float(expected[name].abs().max()))
 
 
-@pytest.mark.parametrize("variant", FORMS)
+@pytest.mark.parametrize("variant", FORMS + ROUTED)
 def test_matching_hidden_states_is_the_naive_formula(variant: str) -> None:
     student, dense = tiny_model(variant, intermediate_size=24), tiny_model(variant, seed=4)
     given = batch()

@@ -43,6 +43,8 @@ from hifiprune.shards import Stored
 from hifiprune.streaming import LEAST_ROOM, place, return_what_is_freed
 from hifiprune.taps import Seen
 
+NO_PLAIN_BLOCKS = {"first_k_dense_replace": 0, "mlp_only_layers": [], "decoder_sparse_step": 1}
+"""What the configuration of a model with experts says where all its blocks have them."""
 TRIAL_SECONDS = 0.5
 """What a sweep through one block may take; longer windows are tried by their first positions."""
 ROUNDS = 3
@@ -276,9 +278,13 @@ class Estimator:
         config = self.checkpoint.config()
         text = config.get_text_config()
         text.num_hidden_layers, text.vocab_size = layers, vocabulary
-        if name := family_of(text.model_type).width:
-            setattr(text, name, round(sum(self.widths) / self.layers))
+        family = family_of(text.model_type)
+        if family.width and not family.experts:
+            setattr(text, family.width, round(sum(self.widths) / self.layers))
         config.__dict__.pop("mlp_widths", None)
+        for name, value in NO_PLAIN_BLOCKS.items():
+            if hasattr(text, name):
+                setattr(text, name, value)
         for each in {id(each): each for each in (config, text)}.values():
             each.pad_token_id = each.bos_token_id = each.eos_token_id = None
             if getattr(each, "layer_types", None):

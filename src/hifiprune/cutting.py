@@ -59,8 +59,10 @@ def stored_plainly(checkpoint: Checkpoint) -> bool:
     if checkpoint.gguf:
         return False
     skeleton, stored = checkpoint.skeleton(), checkpoint.tensors()
-    wanted = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
-    known = {name: stored[name] for name in skeleton.state_dict() if name in stored}
+    state = skeleton.state_dict()
+    buffers = {name: buffer for name, buffer in skeleton.named_buffers() if name in state}
+    wanted = {name: tuple(values.shape) for name, values in (*skeleton.named_parameters(), *buffers.items())}
+    known = {name: stored[name] for name in state if name in stored}
     return wanted == {name: each.shape for name, each in known.items() if each.kind in DTYPES}
 
 

@@ -166,7 +166,7 @@ def _start(
 
 
 def _sequential_(
-    chain: BlockChain, block: int, kept: list[Int[Tensor, "kept"]], streams: list[Stream], weighted: bool
+    chain: BlockChain, block: int, kept: list[Int[Tensor, "_"]], streams: list[Stream], weighted: bool
 ) -> list[Refit]:
     """Close what the cut and repaired model's stream lacks after this block, which has one MLP."""
     device, moments, activations = chain.model.device, HeldOut(weighted), []
@@ -195,7 +195,7 @@ def _sequential_(
 
 
 def _parallel_(
-    chain: BlockChain, block: int, kept: list[Int[Tensor, "kept"]], streams: list[Stream], weighted: bool
+    chain: BlockChain, block: int, kept: list[Int[Tensor, "_"]], streams: list[Stream], weighted: bool
 ) -> list[Refit]:
     """Close what the cut of each of this block's MLPs opens in the dense model."""
     own = chain.of_block[block]

@@ -176,7 +176,8 @@ def stream(
         if module._non_persistent_buffers_set:
             model._init_weights(module)  # in float32, as when it is loaded
     for name, buffer in list(model.named_buffers()):
-        place(model, name, buffer.to(device))
+        known = stored[name].whole().to(buffer.dtype) if name in stored else buffer
+        place(model, name, known.to(device))
     model.__dict__["weight_shelf"] = shelf
     table = tables[0]
     nothing = torch.zeros((), dtype=dtype, device=device).expand(table.weight.shape)  # of its shape, but no size
