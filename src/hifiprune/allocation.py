@@ -14,6 +14,7 @@ from hifiprune.plan import Plan, highest
 from hifiprune.scores import Scores
 
 ALLOCATIONS = ("uniform", "global", "searched")
+EXPERT_STEP = 8
 EXPERT = re.compile(r"experts\.\d+$")
 """How the name of an expert ends."""
 
@@ -146,14 +147,20 @@ class Shape:
         gone += sum((neurons - self.width_of(neurons, width)) * each * count for neurons, each, count in self.others)
         return gone / self.total_parameters
 
-    def require_allocation(self, allocation: str) -> None:
-        """Refuse widths that differ where there are experts.
+    def check_experts(self, allocation: str, width: int) -> None:
+        """Refuse what a model with experts cannot become, if this is one.
 
         Raises:
-            UserError: they would differ.
+            UserError: widths would differ, or the products of all experts at once, as most engines and transformers
+                make them, could not read theirs, whose rows must take a multiple of 16 bytes.
         """
         if self.experts and allocation != "uniform":
             raise UserError("experts have one width, which the configuration states for all: --allocation uniform")
+        if self.experts and width % EXPERT_STEP:
+            raise UserError(
+                f"width {width} of experts must be a multiple of {EXPERT_STEP}, as grouped matrix products want it; "
+                f"use --round-to {EXPERT_STEP} or a multiple of it"
+            )
 
     @property
     def removable(self) -> float:
@@ -211,8 +218,8 @@ def allocate(scores: Scores, budget: Budget, *, round_to: int = 128, sharing: Sh
     shape = Shape.of(scores)
     width = shape.width_at(budget, round_to)
     widths = [shape.width_of(len(values), width) for values in scores.values]
-    shape.require_allocation(sharing.allocation)
     if sharing.allocation == "global":
+        shape.check_experts("global", width)
         widths = share_out(scores.values, width, round_to=round_to, floor=sharing.floor)
     return plan_with(scores, widths, budget)
 

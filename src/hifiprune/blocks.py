@@ -28,6 +28,7 @@ from hifiprune.taps import (
     Seen,
     Trace,
     Visit,
+    eager_experts,
     grown,
     overridden,
     taps_on,
@@ -349,7 +350,8 @@ class BlockChain:
         skipped = [(block, lambda hidden, *args, **kwargs: whole(hidden)) for block in self.blocks if self.shelf]
         hidden = self.norm(self.embed(tokens)[0])[0] if self.shelf else self.final_hidden(tokens)[0]
         ours = self.head.logits(hidden)
-        with torch.no_grad(), overridden(skipped), few_rows(self.model, tokens) as numbers, first_rows(self.model):
+        given = few_rows(self.model, tokens)
+        with torch.no_grad(), overridden(skipped), eager_experts(self.model), given as numbers, first_rows(self.model):
             theirs = self.model(input_ids=numbers, use_cache=False).logits[0].float()
         ours = ours[:, : theirs.shape[1]]
         if not theirs.isfinite().all():

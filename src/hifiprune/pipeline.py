@@ -186,10 +186,10 @@ def prune(
     check_shard_size(shard_size)
     checkpoint, target, skeleton = prepare(model, output, [calibration], [path], folder=True, overwrite=overwrite)
     shape = shape_of(skeleton)
-    shape.require_allocation(sharing.allocation)
     if bias_compensation:
         _check_compensation(checkpoint, used, criterion)
     width = shape.width_at(budget, round_to)
+    shape.check_experts(sharing.allocation, width)
     check_space(target, int(checkpoint.dtype().itemsize * shape.total_parameters * (1 - shape.ratio_at(width))))
     voice.say(announce_plan(budget, shape, width, round_to, sharing.allocation))
     ratio = budget.ratio or shape.ratio_at(width)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hifiprune.head import precise
 from hifiprune.neurons import LinearMap, Mlp, siblings
@@ -199,3 +200,17 @@ def overridden(pairs: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterato
             del module.__dict__["forward"]
             if earlier is not None:
                 module.__dict__["forward"] = earlier
+
+
+@contextmanager
+def eager_experts(model: PreTrainedModel) -> Iterator[None]:
+    """Experts run one by one within; all at once they take neither float64 nor any width."""
+    config: Any = model.config.get_text_config()
+    before = getattr(config, "_experts_implementation", None)
+    try:
+        if before is not None:
+            config._experts_implementation = "eager"
+        yield
+    finally:
+        if before is not None:
+            config._experts_implementation = before
