@@ -3,15 +3,23 @@
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hifiprune.costs import Pace
 from hifiprune.demonstration import fetch_gguf, fetch_smollm2
+from hifiprune.families import FAMILIES
 from tests.families import VOCABULARY, tiny_config
 
 ROOT = Path(__file__).parent.parent
@@ -56,7 +64,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def save_checkpoint(folder: Path, family: str = "llama", **options: object) -> Path:
     """Save a tiny random model with a tokenizer; options go to its configuration."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, **{"vocab_size": VOCABULARY, **options}))
+    config = tiny_config(family, **{"vocab_size": VOCABULARY, **options})
+    made: Any = AutoModelForImageTextToText if FAMILIES[config.model_type].sees else AutoModelForCausalLM
+    model = made.from_config(config)
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder

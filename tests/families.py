@@ -4,10 +4,17 @@ Run as a program it prints the table of families for the documentation, and thei
 """
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from hifiprune.families import FAMILIES
 
@@ -32,7 +39,18 @@ LATENT: dict[str, Any] = {
     "kv_lora_rank": 12, "q_lora_rank": 10, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6,
 }  # fmt: skip
 
+MULTIMODAL: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 1]}
+EYES: dict[str, Any] = {
+    "hidden_size": 24, "num_hidden_layers": 1, "depth": 1, "num_attention_heads": 2, "num_heads": 2,
+    "intermediate_size": 20, "embed_dim": 24, "image_size": 28, "patch_size": 14, "out_hidden_size": 24, "head_dim": 12,
+    "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+}  # fmt: skip
+"""Sizes of what vision-language models see with, by the names that each of them knows."""
+IMAGE = 1000
+"""The token that stands for a part of an image: none of the vocabulary."""
+
 VARIANTS: dict[str, dict[str, Any]] = {
+    "internvl": HEADS,
     "llama": HEADS,
     "llama-tied": {**HEADS, "tie_word_embeddings": True},
     "llama-bias": {**HEADS, "mlp_bias": True, "attention_bias": True},
@@ -59,6 +77,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "falcon-multi": {},
     "gemma": HEADS,
     "gemma2": {**HEADS, "sliding_window": 5, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0},
+    "gemma3": {**HEADS, "sliding_window": 5, "query_pre_attn_scalar": 8},
     "gemma3_text": {**HEADS, "sliding_window": 5, "query_pre_attn_scalar": 8},
     "glm": HEADS,
     "glm4": HEADS,
@@ -74,6 +93,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ministral": {**HEADS, "sliding_window": 5},
     "ministral3": HEADS,
     "mistral": {**HEADS, "sliding_window": 5},
+    "llava": HEADS,
+    "mistral3": HEADS,
     "mixtral": {**GROUPED, **EXPERTS, "num_local_experts": 5},
     "nemotron": {**HEADS, "mlp_bias": True},
     "olmo": GROUPED,
@@ -87,6 +108,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "phi3": GROUPED,
     "qwen2": {**HEADS, "use_sliding_window": False},
+    "qwen2_5_vl": {**GROUPED, "rope_parameters": MULTIMODAL},
+    "qwen2_vl": {**GROUPED, "rope_parameters": MULTIMODAL},
     "qwen3": HEADS,
     "qwen2_moe": {
         **GROUPED,
@@ -97,6 +120,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "qwen3_moe": {**HEADS, **EXPERTS, "num_experts": 5, "norm_topk_prob": True, "decoder_sparse_step": 2},
     "seed_oss": HEADS,
+    "qwen3_vl": {**HEADS, "rope_parameters": MULTIMODAL},
+    "smolvlm": HEADS,
     "smollm3": {**HEADS, "no_rope_layers": [1, 0, 1]},
     "stablelm": {**GROUPED, "use_parallel_residual": True},
     "stablelm-serial": {**GROUPED, "use_parallel_residual": False, "qk_layernorm": True},
@@ -109,24 +134,49 @@ FORMS = [
 """Of every form of MLP and block one or more, for tests that take their time."""
 ROUTED = ["mixtral", "deepseek_v2", "qwen2_moe"]
 """Those with experts: nothing else, plain blocks too, an MLP that they share."""
-MIXED = [name for name in VARIANTS if not FAMILIES[name.split("-", maxsplit=1)[0]].experts]
+MIXED = [name for name in VARIANTS if not FAMILIES[name.split("-", maxsplit=1)[0]].one_width]
 """Those whose MLPs may differ in width: experts may not."""
+
+
+def family_name(variant: str) -> str:
+    return variant.split("-", maxsplit=1)[0]
 
 
 def tiny_config(variant: str, **options: object) -> PretrainedConfig:
     """The configuration of a variant."""
-    name = variant.split("-", maxsplit=1)[0]
-    width = {FAMILIES[name].width: options.pop("intermediate_size", WIDTH)} if FAMILIES[name].width else {}
-    config: PretrainedConfig = AutoConfig.for_model(name, **{**SIZES, **width, **VARIANTS[variant], **options})
-    return config
+    name = family_name(variant)
+    family = FAMILIES[name]
+    width = {family.width: options.pop("intermediate_size", WIDTH)} if family.width else {}
+    sizes = {**SIZES, **width, **VARIANTS[variant], **options}
+    if not family.sees:
+        config: PretrainedConfig = AutoConfig.for_model(name, **sizes)
+        return config
+    plain: Any = AutoConfig.for_model(name)
+    eyes = EYES | {"model_type": plain.vision_config.model_type}
+    if isinstance(plain.vision_config.image_size if hasattr(plain.vision_config, "image_size") else 0, (list, tuple)):
+        eyes |= {"image_size": [28, 28], "patch_size": [14, 14]}
+    sizes["model_type"] = plain.get_text_config().model_type
+    known = [key for key in ("image_token_id", "image_token_index", "video_token_id") if hasattr(plain, key)]
+    seeing: PretrainedConfig = AutoConfig.for_model(
+        name, text_config=sizes, vision_config=eyes, tie_word_embeddings=False, **dict.fromkeys(known, IMAGE)
+    )
+    return seeing
+
+
+def load(path: Path | str, **how: Any) -> Any:
+    """A checkpoint by transformers alone, whatever kind of language model it is."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=True)
+    sees = FAMILIES[config.model_type].sees
+    return (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(path, **how)
 
 
 def tiny_model(variant: str, dtype: torch.dtype = torch.float64, seed: int = 0, **options: object) -> PreTrainedModel:
     """A random model of a variant, with random biases and norms too, so that none of them is neutral."""
     torch.manual_seed(seed)
-    eager = {"experts_implementation": "eager"} if FAMILIES[variant.split("-", maxsplit=1)[0]].experts else {}
-    config = tiny_config(variant, **options)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **eager).eval()
+    family = FAMILIES[family_name(variant)]
+    eager = {"experts_implementation": "eager"} if family.experts else {}
+    made: Any = AutoModelForImageTextToText if family.sees else AutoModelForCausalLM
+    model: PreTrainedModel = made.from_config(tiny_config(variant, **options), dtype=dtype, **eager).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

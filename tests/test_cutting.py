@@ -12,7 +12,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 import hifiprune as hp
 from hifiprune.allocation import in_proportion
@@ -22,7 +21,7 @@ from hifiprune.hashing import hash_model
 from hifiprune.plan import Plan
 from hifiprune.shards import Piece, stored_tensors, write_shard
 from tests.commands import Interruption, refused, run
-from tests.families import FORMS, MIXED, VARIANTS, tiny_tokens
+from tests.families import FORMS, MIXED, VARIANTS, load, tiny_tokens
 from tests.naive import logits_of, masked_logits
 
 
@@ -57,7 +56,7 @@ def test_cut_checkpoint_writes_what_a_cut_model_saves(
     variant: str, mixed: bool, make_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     dense = make_checkpoint(family=variant, dtype=torch.bfloat16)
-    model = AutoModelForCausalLM.from_pretrained(dense)
+    model = load(dense)
     plan = a_plan(model, mixed=mixed)
     hp.cut_(model, plan)
     find_checkpoint(str(dense)).save(model, tmp_path / "memory")
@@ -87,7 +86,7 @@ def test_a_checkpoint_has_the_hash_of_its_model(
     path = make_checkpoint(family=variant, dtype=torch.float16)
     monkeypatch.setattr("hifiprune.shards.CHUNK_BYTES", 300)
     assert stored_plainly(find_checkpoint(str(path)))
-    assert hash_stored(find_checkpoint(str(path))) == hash_model(AutoModelForCausalLM.from_pretrained(path))
+    assert hash_stored(find_checkpoint(str(path))) == hash_model(load(path))
 
 
 def test_pieces_are_read_back_by_the_library(tmp_path: Path) -> None:
@@ -129,7 +128,7 @@ def test_what_is_not_stored_as_the_model_has_it_is_not_cut_in_files(smollm2_gguf
 
 
 def test_an_interrupted_cut_leaves_nothing_behind(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = a_plan(AutoModelForCausalLM.from_pretrained(world / "dense"), mixed=False)
+    plan = a_plan(load(world / "dense"), mixed=False)
     chunks, count = hp.shards.Stored.chunks, [0]
 
     def stopping(stored: Any) -> Iterator[Tensor]:
@@ -143,14 +142,14 @@ def test_an_interrupted_cut_leaves_nothing_behind(world: Path, tmp_path: Path, m
         hp.cut_checkpoint(str(world / "dense"), tmp_path / "out", plan)
     assert not any(tmp_path.iterdir())
     hp.cut_checkpoint(str(world / "dense"), tmp_path / "out", plan)
-    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    load(tmp_path / "out")
 
 
 def test_what_cannot_be_cut_is_refused(
     make_checkpoint: Callable[..., Path], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense = make_checkpoint(num_hidden_layers=2)
-    plan = a_plan(AutoModelForCausalLM.from_pretrained(world / "dense"), mixed=False)
+    plan = a_plan(load(world / "dense"), mixed=False)
     with pytest.raises(hp.UserError, match=re.escape("the plan is for 3 MLPs of [40] neurons, the model has 2")):
         hp.cut_checkpoint(str(dense), tmp_path / "out", plan)
     with pytest.raises(hp.UserError, match="exists already"):
@@ -181,7 +180,7 @@ def test_names_without_the_models_prefix_are_known(
     checkpoint = find_checkpoint(str(path))
     assert stored_plainly(checkpoint)
     plan = a_plan(checkpoint.skeleton(), mixed=True)
-    expected = masked_logits(AutoModelForCausalLM.from_pretrained(path), plan, tiny_tokens())
+    expected = masked_logits(load(path), plan, tiny_tokens())
     hp.cut_checkpoint(str(path), tmp_path / "cut", plan)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "cut", trust_remote_code=True)
+    loaded = load(tmp_path / "cut", trust_remote_code=True)
     torch.testing.assert_close(logits_of(loaded, tiny_tokens()), expected, rtol=1e-4, atol=1e-5)

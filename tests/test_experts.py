@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 import hifiprune as hp
 from hifiprune.allocation import Shape, in_proportion
@@ -18,7 +17,7 @@ from hifiprune.hashing import hash_model
 from hifiprune.repair import HELD_OUT, cut_and_repair_
 from tests.commands import refused, run
 from tests.conftest import save_checkpoint
-from tests.families import ROUTED, tiny_model, tiny_tokens
+from tests.families import ROUTED, load, tiny_model, tiny_tokens
 from tests.naive import logits_of, masked_logits, recorded_activations
 from tests.test_families import random_plan
 from tests.test_repair import ridge
@@ -74,7 +73,7 @@ def test_an_expert_that_saw_too_little_stays_as_it_is() -> None:
 def stack(folder: Path) -> None:
     """Store the experts of a checkpoint as the model has them, in two tensors a block."""
     tensors = load_file(folder / "model.safetensors")
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = load(folder)
     stacked = {name: values.contiguous() for name, values in model.state_dict().items() if "experts." in name}
     ours = {name for name in stacked if "shared" not in name}
     others = {name: values for name, values in tensors.items() if ".experts." not in name}
@@ -98,7 +97,7 @@ def test_experts_may_be_stored_in_one_tensor(
     plan = random_plan(model, 24)
     hp.cut_checkpoint(str(path), tmp_path / "cut", plan)
     expected = masked_logits(model, plan, tiny_tokens())
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
+    loaded = load(tmp_path / "cut")
     torch.testing.assert_close(logits_of(loaded, tiny_tokens()), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -109,7 +108,7 @@ def test_the_command_cuts_every_expert_to_one_width(variant: str, more: list[str
     text = ("--calibration", world / "calibration.txt", "--num-samples", 8, "--seq-len", 24)
     result = run("prune", dense, "--output", tmp_path / "out", "--neuron-ratio", 0.4, "--round-to", 8, *text, *more)
     assert result.code == 0, result.err
-    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model: Any = load(tmp_path / "out")
     plan = hp.Plan.load(tmp_path / "out" / "hifiprune" / "plan.json")
     assert [mlp.neurons for mlp in hp.find_mlps(model)] == plan.widths
     assert {mlp.neurons for mlp in hp.find_mlps(model) if mlp.is_expert} == {24}
@@ -119,7 +118,7 @@ def test_the_command_cuts_every_expert_to_one_width(variant: str, more: list[str
     total = sum(values.numel() for values in load_file(tmp_path / "out" / "model.safetensors").values())
     assert total == plan.parameters_after
     if "--repair" in more:
-        expected = masked_logits(AutoModelForCausalLM.from_pretrained(dense), plan, tiny_tokens())
+        expected = masked_logits(load(dense), plan, tiny_tokens())
         torch.testing.assert_close(logits_of(model, tiny_tokens()), expected, rtol=1e-4, atol=1e-5)
     assert model.generate(tiny_tokens(1), max_new_tokens=3, do_sample=False).shape[1] > tiny_tokens().shape[1]
 
@@ -129,7 +128,10 @@ def test_experts_that_would_differ_in_width_are_refused(allocation: str, world: 
     dense = save_checkpoint(tmp_path / "dense", "mixtral", max_position_embeddings=128)
     text = ("--calibration", world / "calibration.txt", "--num-samples", 8, "--seq-len", 24)
     words = ("prune", dense, "--output", tmp_path / "out", "--allocation", allocation, *text)
-    refused(run(*words, "--width", 24), "experts have one width, which the configuration states for all: --allocation uniform")
+    refused(
+        run(*words, "--width", 24),
+        "experts have one width, which the configuration states for all: --allocation uniform",
+    )
     odd = ("prune", dense, "--output", tmp_path / "out", "--width", 30, *text)
     refused(
         run(*odd), "width 30 of experts must be a multiple of 8, as grouped matrix products want it; use --round-to"
@@ -147,7 +149,7 @@ def test_a_pruned_model_with_experts_is_trained(world: Path, tmp_path: Path) -> 
     words = ("--data", world / "calibration.txt", "--max-steps", 4, "--seq-len", 24, "--output", tmp_path / "out")
     result = run("recover", tmp_path / "small", *words)
     assert result.code == 0, result.err
-    before, after = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("small", "out"))
+    before, after = (load(tmp_path / name) for name in ("small", "out"))
     assert type(after) is type(before)
     assert [mlp.neurons for mlp in hp.find_mlps(after)] == [mlp.neurons for mlp in hp.find_mlps(before)]
 

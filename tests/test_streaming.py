@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 import hifiprune as hp
 from hifiprune.blocks import BlockChain
@@ -19,7 +18,7 @@ from hifiprune.scratch import Scratch
 from hifiprune.stability import Stability
 from hifiprune.streaming import Shelf, stream
 from tests.commands import refused, run
-from tests.families import FORMS, ROUTED, VARIANTS, tiny_tokens
+from tests.families import FORMS, ROUTED, VARIANTS, load, tiny_tokens
 
 Pair = tuple[Any, Any]
 
@@ -31,7 +30,7 @@ def both(make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pyte
 
     def made(variant: str, dtype: torch.dtype = torch.float32, **options: Any) -> Pair:
         path = make_checkpoint(family=variant, dtype=torch.bfloat16, **options)
-        resident = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+        resident = load(path, dtype=dtype).eval()
         scratch = Scratch(tmp_path) if dtype == torch.float32 else None
         return resident, stream(find_checkpoint(str(path)), dtype, scratch=scratch)
 

@@ -21,6 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoTokenizer,
     GenerationConfig,
@@ -39,7 +40,7 @@ from hifiprune.shards import Stacked, Stored, stack_experts, stored_tensors
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 COMPANIONS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "chat_template*",
-    "additional_chat_templates", "generation_config.json", "LICENSE*", "NOTICE*",
+    "additional_chat_templates", "generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 LIBRARY_ERRORS = (
     OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError, SafetensorError,
@@ -180,8 +181,7 @@ class Checkpoint:
     @property
     def model_class(self) -> type[PreTrainedModel]:
         """Its stock class, or ours where its MLPs differ in width; never one from code of the checkpoint."""
-        stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(self._config)]
-        return pruned_class(stock, mixed=hasattr(self._config, "mlp_widths"))
+        return pruned_class(stock_class(self._config), mixed=hasattr(self._config, "mlp_widths"))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer.
@@ -249,6 +249,12 @@ class Checkpoint:
                     shutil.copytree(file, folder / file.name, dirs_exist_ok=True)
                 else:
                     shutil.copyfile(file, folder / file.name)
+
+
+def stock_class(config: PretrainedConfig) -> Any:
+    """The class of transformers for a language model of this configuration, or one that sees images too."""
+    kind = type(config)
+    return MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None) or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[kind]
 
 
 def find_checkpoint(name: str) -> Checkpoint:

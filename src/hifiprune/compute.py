@@ -87,8 +87,8 @@ def estimate_seconds(
 ) -> float:
     """Rough time of passes over `tokens`: their operations over the speed of a matrix product here."""
     text = config.get_text_config()
-    layers, hidden, width = text.num_hidden_layers, text.hidden_size, width_of(text)
-    maps, heads = len(family_of(text.model_type).inputs) + 1, text.num_attention_heads
+    layers, hidden, width = text.num_hidden_layers, text.hidden_size, width_of(config)
+    maps, heads = len(family_of(config.model_type).inputs) + 1, text.num_attention_heads
     head_width = getattr(text, "head_dim", None) or hidden // heads
     keys = getattr(text, "num_key_value_heads", None) or heads
     weights = layers * (maps * hidden * width + 2 * hidden * head_width * (heads + keys)) + hidden * text.vocab_size

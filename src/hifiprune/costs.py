@@ -12,10 +12,10 @@ import psutil
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hifiprune.blocks import BlockChain
-from hifiprune.checkpoint import Checkpoint
+from hifiprune.checkpoint import Checkpoint, stock_class
 from hifiprune.compute import Compute, product_speed
 from hifiprune.criteria import find_criterion
 from hifiprune.cutting import stored_plainly
@@ -278,7 +278,7 @@ class Estimator:
         config = self.checkpoint.config()
         text = config.get_text_config()
         text.num_hidden_layers, text.vocab_size = layers, vocabulary
-        family = family_of(text.model_type)
+        family = family_of(config.model_type)
         if family.width and not family.experts:
             setattr(text, family.width, round(sum(self.widths) / self.layers))
         config.__dict__.pop("mlp_widths", None)
@@ -289,7 +289,7 @@ class Estimator:
             each.pad_token_id = each.bos_token_id = each.eos_token_id = None
             if getattr(each, "layer_types", None):
                 each.layer_types = each.layer_types[:layers]
-        stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        stock = stock_class(config)
         config.dtype = self.dtype
         with init_empty_weights(include_buffers=False):
             model: Any = stock._from_config(config, attn_implementation=self.compute.attention)

@@ -26,7 +26,8 @@ class Family:
         expert_width: name of the experts' width in the configuration.
         shared: of the MLP beside the experts that sees every token.
         shared_width: names in the configuration that its width is the product of.
-        stored: part of a name in the model and what stands for it in files, where they differ.
+        sees: whether the model reads images too; what it sees them with is left as it is.
+        stored: how names in the model begin, or what they hold after a dot, and what stands for it in files.
         stored_experts: names of an expert's input maps and its output map in files that hold each by itself.
         packs: whether blocks keep examples in one row apart by their positions.
         models: well-known models of the architecture.
@@ -44,7 +45,8 @@ class Family:
     expert_width: str = "moe_intermediate_size"
     shared: str = ""
     shared_width: tuple[str, ...] = ()
-    stored: tuple[str, str] = ("", "")
+    sees: bool = False
+    stored: tuple[tuple[str, str], ...] = ()
     stored_experts: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     packs: bool = True
     models: str = ""
@@ -55,20 +57,44 @@ class Family:
         names = [*dict.fromkeys(self.inputs), self.output]
         return [".".join(filter(None, (self.blocks, "{}", self.mlp, name))) for name in names]
 
+    @property
+    def one_width(self) -> str:
+        """Why all MLPs must have the width that the configuration states; nothing if they need not."""
+        if self.experts:
+            return "experts have one width, which the configuration states for all"
+        return "vision-language models are saved with one width" if self.sees else ""
+
     def in_model(self, name: str) -> str:
         """What a tensor of a file is called in the model."""
-        ours, theirs = self.stored
-        return name.replace(theirs, ours, 1) if theirs else name
+        if any(_holds(name, ours) for ours, _ in self.stored):
+            return name
+        found = next(((ours, theirs) for ours, theirs in self.stored if _holds(name, theirs)), None)
+        return name.replace(found[1], found[0], 1) if found else name
 
     def in_files(self, name: str) -> str:
         """What a tensor of the model is called in files."""
-        ours, theirs = self.stored
-        return name.replace(ours, theirs, 1) if ours else name
+        found = next(((ours, theirs) for ours, theirs in self.stored if _holds(name, ours)), None)
+        return name.replace(*found, 1) if found else name
+
+
+def _holds(name: str, part: str) -> bool:
+    return part in name if part.startswith(".") else name.startswith(part)
 
 
 FUSED = ("gate_up_proj", "gate_up_proj")
 GPT = Family("transformer.h", "transformer.ln_f", width="n_inner")
 SHARED = Family(experts="experts", shared="shared_experts", shared_width=("moe_intermediate_size", "n_shared_experts"))
+SEEING = Family("model.language_model.layers", "model.language_model.norm", sees=True)
+QWEN_VL = replace(SEEING, packs=False, stored=(("model.visual.", "visual."), ("model.language_model.", "model.")))
+TOWER = replace(
+    SEEING,
+    stored=(
+        ("model.language_model.", "language_model.model."),
+        ("lm_head.", "language_model.lm_head."),
+        ("model.vision_tower.", "vision_tower."),
+        ("model.multi_modal_projector.", "multi_modal_projector."),
+    ),
+)
 ALIBI = replace(GPT, inputs=("dense_h_to_4h",), output="dense_4h_to_h", tuples=True, packs=False)
 FAMILIES: dict[str, Family] = {
     "arcee": Family(inputs=("up_proj",), models="Arcee AFM"),
@@ -85,6 +111,7 @@ FAMILIES: dict[str, Family] = {
     "falcon": replace(ALIBI, width="ffn_hidden_size", models="Falcon"),
     "gemma": Family(models="Gemma"),
     "gemma2": Family(additive=False, models="Gemma 2"),
+    "gemma3": replace(TOWER, additive=False, models="Gemma 3 (with images)"),
     "gemma3_text": Family(additive=False, models="Gemma 3 (text)"),
     "glm": Family(inputs=FUSED, models="GLM-4 9B"),
     "glm4": Family(inputs=FUSED, additive=False, models="GLM-4-0414"),
@@ -96,21 +123,24 @@ FAMILIES: dict[str, Family] = {
         "gpt_neox.final_layer_norm",
         inputs=("dense_h_to_4h",),
         output="dense_4h_to_h",
-        stored=("lm_head.", "embed_out."),
+        stored=(("lm_head.", "embed_out."),),
         models="GPT-NeoX, Pythia",
     ),
     "gptj": replace(GPT, inputs=("fc_in",), output="fc_out", tuples=True, models="GPT-J"),
     "granite": Family(additive=False, models="Granite 3 (dense)"),
     "helium": Family(models="Helium"),
     "hunyuan_v1_dense": Family(models="Hunyuan (dense)"),
+    "internvl": replace(TOWER, models="InternVL3 (on Qwen 2.5)"),
     "llama": Family(models="Llama 1 to 3, SmolLM, SmolLM2, Yi, DeepSeek LLM"),
+    "llava": replace(TOWER, models="LLaVA 1.5 (on Llama)"),
     "ministral": Family(models="Ministral"),
     "ministral3": Family(models="Ministral 3 (text)"),
     "mistral": Family(models="Mistral 7B, Mistral Nemo, Mistral Small (text)"),
+    "mistral3": replace(TOWER, models="Mistral Small 3.1, 3.2 (with images)"),
     "mixtral": Family(
         experts="experts",
         expert_width="intermediate_size",
-        stored=(".mlp.", ".block_sparse_moe."),
+        stored=((".mlp.", ".block_sparse_moe."),),
         stored_experts=("w1", "w3", "w2"),
         models="Mixtral",
     ),
@@ -132,16 +162,20 @@ FAMILIES: dict[str, Family] = {
     "phi": Family(norm="model.final_layernorm", inputs=("fc1",), output="fc2", models="Phi-1, Phi-1.5, Phi-2"),
     "phi3": Family(inputs=FUSED, models="Phi-3, Phi-4"),
     "qwen2": Family(models="Qwen 2, Qwen 2.5"),
+    "qwen2_5_vl": replace(QWEN_VL, models="Qwen2.5-VL"),
     "qwen2_moe": Family(
         experts="experts",
         shared="shared_expert",
         shared_width=("shared_expert_intermediate_size",),
         models="Qwen1.5-MoE, Qwen2-57B-A14B",
     ),
+    "qwen2_vl": replace(QWEN_VL, models="Qwen2-VL"),
     "qwen3": Family(models="Qwen 3"),
     "qwen3_moe": Family(experts="experts", models="Qwen3-30B-A3B, Qwen3-235B-A22B"),
+    "qwen3_vl": replace(SEEING, models="Qwen3-VL"),
     "seed_oss": Family(models="Seed-OSS"),
     "smollm3": Family(models="SmolLM3"),
+    "smolvlm": Family("model.text_model.layers", "model.text_model.norm", sees=True, models="SmolVLM"),
     "stablelm": Family(models="StableLM"),
     "starcoder2": Family(inputs=("c_fc",), output="c_proj", models="StarCoder2"),
 }

@@ -178,14 +178,14 @@ def stated_width(config: PretrainedConfig, names: Sequence[str]) -> int:
 
 
 def width_of(config: PretrainedConfig) -> int:
-    """How wide a text configuration says that MLPs are, or the widest; of experts, all those that a token sees."""
-    family, mixed = family_of(config.model_type), getattr(config, "mlp_widths", None)
-    if mixed:
+    """How wide a configuration says that MLPs are, or the widest; of experts, all those that a token sees."""
+    family, text = family_of(config.model_type), config.get_text_config()
+    if mixed := getattr(text, "mlp_widths", None):
         return int(max(mixed))
     if not family.experts:
-        return stated_width(config, (family.width,) * bool(family.width))
-    shared = stated_width(config, family.shared_width) if family.shared else 0
-    return int(config.num_experts_per_tok * stated_width(config, (family.expert_width,)) + shared)
+        return stated_width(text, (family.width,) * bool(family.width))
+    shared = stated_width(text, family.shared_width) if family.shared else 0
+    return int(text.num_experts_per_tok * stated_width(text, (family.expert_width,)) + shared)
 
 
 def find_blocks(model: PreTrainedModel) -> nn.ModuleList:

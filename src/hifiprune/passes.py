@@ -228,7 +228,7 @@ def working_bytes(
     """
     config, state, graph = model.config.get_text_config(), state_bytes(model, tokens), graph_bytes(model, tokens)
     kept = 2 * graph + 2 * config.num_hidden_layers * state if recompute else config.num_hidden_layers * graph
-    products = 3 * 4 * width_of(config) * config.hidden_size if maps else 0
+    products = 3 * 4 * width_of(model.config) * config.hidden_size if maps else 0
     return int(kept + (objectives - 1) * state + slice_bytes(model) + products)
 
 
@@ -240,7 +240,7 @@ def state_bytes(model: PreTrainedModel, tokens: int) -> int:
 def graph_bytes(model: PreTrainedModel, tokens: int) -> int:
     """Bytes that the graph of one block keeps for so many tokens."""
     config = model.config.get_text_config()
-    return int(tokens * (4 * width_of(config) + 14 * config.hidden_size) * model.dtype.itemsize)
+    return int(tokens * (4 * width_of(model.config) + 14 * config.hidden_size) * model.dtype.itemsize)
 
 
 def slice_bytes(model: PreTrainedModel) -> int:

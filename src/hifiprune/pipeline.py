@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hifiprune import DEFAULT_CRITERION
-from hifiprune.allocation import Budget, Sharing
+from hifiprune.allocation import Budget, Shape, Sharing
 from hifiprune.announcements import announce_plan, remark_on_options, remark_on_unused
 from hifiprune.calibration import Calibration
 from hifiprune.cards import write_card
@@ -13,6 +13,7 @@ from hifiprune.checkpoint import Checkpoint
 from hifiprune.compute import Compute
 from hifiprune.criteria import Options, find_criterion
 from hifiprune.errors import UserError, unknown
+from hifiprune.families import Family, family_of
 from hifiprune.inspection import shape_of
 from hifiprune.neurons import find_mlps
 from hifiprune.output import check_shard_size, check_space, replacing
@@ -189,7 +190,7 @@ def prune(
     if bias_compensation:
         _check_compensation(checkpoint, used, criterion)
     width = shape.width_at(budget, round_to)
-    shape.check_experts(sharing.allocation, width)
+    _check_widths(shape, width, sharing, family_of(skeleton.config.model_type))
     check_space(target, int(checkpoint.dtype().itemsize * shape.total_parameters * (1 - shape.ratio_at(width))))
     voice.say(announce_plan(budget, shape, width, round_to, sharing.allocation))
     ratio = budget.ratio or shape.ratio_at(width)
@@ -242,6 +243,12 @@ def _write_decisions(
     record.results["weight_bytes"] = {"before": checkpoint.weight_bytes, "after": after}
     record.save(folder / "run.json")
     write_card(folder, record.to_dict(), checkpoint, target.name)
+
+
+def _check_widths(shape: Shape, width: int, sharing: Sharing, family: Family) -> None:
+    shape.check_experts(sharing.allocation, width)
+    if sharing.allocation != "uniform" and family.one_width:
+        raise UserError(f"{family.one_width}: --allocation uniform")
 
 
 def _check_data(criterion: str, calibration: Calibration | None) -> None:

@@ -199,7 +199,7 @@ def state_widths(model: PreTrainedModel, widths: Sequence[int]) -> None:
     A stock configuration holds one width for all layers, so models of several are saved with their own code.
 
     Raises:
-        UserError: widths that the configuration states by one name differ in a model with experts.
+        UserError: they differ where one width must be stated for all, as with experts.
     """
     mlps = locate_mlps(model)
     stated = {mlp.stated[0]: 0 for mlp in mlps if len(mlp.stated) == 1}
@@ -217,10 +217,8 @@ def state_widths(model: PreTrainedModel, widths: Sequence[int]) -> None:
     config = model.config.get_text_config()
     mixed = any(stated_width(config, mlp.stated) != width for mlp, width in zip(mlps, widths, strict=True))
     family = family_of(model.config.model_type)
-    if mixed and family.experts:
-        raise UserError(
-            f"the experts are to be {sorted({*widths})} wide, and one configuration holds one width for all of them"
-        )
+    if mixed and family.one_width:
+        raise UserError(f"MLPs of {sorted({*widths})} neurons cannot be saved together: {family.one_width}")
     if mixed:
         model.config.mlp_widths, model.config.mlp_maps = list(widths), family.maps
     model.__class__ = pruned_class(type(model), mixed=mixed)
