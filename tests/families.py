@@ -156,9 +156,10 @@ def tiny_config(variant: str, **options: object) -> PretrainedConfig:
     if isinstance(plain.vision_config.image_size if hasattr(plain.vision_config, "image_size") else 0, (list, tuple)):
         eyes |= {"image_size": [28, 28], "patch_size": [14, 14]}
     sizes["model_type"] = plain.get_text_config().model_type
+    whole = {key: sizes.pop(key) for key in ("dtype",) if key in sizes}
     known = [key for key in ("image_token_id", "image_token_index", "video_token_id") if hasattr(plain, key)]
     seeing: PretrainedConfig = AutoConfig.for_model(
-        name, text_config=sizes, vision_config=eyes, tie_word_embeddings=False, **dict.fromkeys(known, IMAGE)
+        name, text_config=sizes, vision_config=eyes, tie_word_embeddings=False, **whole, **dict.fromkeys(known, IMAGE)
     )
     return seeing
 

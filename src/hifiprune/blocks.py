@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hifiprune.discovery import family_of
 from hifiprune.errors import RunError, UserError
-from hifiprune.families import family_of
 from hifiprune.head import Head
 from hifiprune.neurons import LinearMap, Mlp, by_block, find_blocks, find_mlps, find_norm
 from hifiprune.objectives import Kernel, mean_over_positions
@@ -70,7 +70,7 @@ class BlockChain:
     """
 
     def __init__(self, model: PreTrainedModel):
-        self.family = family_of(model.config.model_type, [type(model).__name__])
+        self.family = family_of(model.config)
         self.model = model
         self.shelf = shelf_of(model)
         self.scratch = self.shelf.scratch if self.shelf else None

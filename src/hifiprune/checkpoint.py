@@ -20,8 +20,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    CONFIG_MAPPING,
     AutoConfig,
     AutoTokenizer,
     GenerationConfig,
@@ -31,8 +30,9 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from hifiprune.discovery import family_of, stock_class
 from hifiprune.errors import RunError, UserError
-from hifiprune.families import family_of
+from hifiprune.families import known_family
 from hifiprune.modeling_pruned import pruned_class
 from hifiprune.output import local_path
 from hifiprune.shards import Stacked, Stored, stack_experts, stored_tensors
@@ -114,9 +114,10 @@ class Checkpoint:
         with _explained(self.name, "the configuration"):
             if not self.gguf:  # before transformers refuses a type that it does not know
                 facts = json.loads((self.folder / "config.json").read_text())
-                family_of(facts.get("model_type", "none"), facts.get("architectures"))
+                if facts.get("model_type") not in CONFIG_MAPPING:
+                    known_family(facts.get("model_type", "none"), facts.get("architectures"))
             config: PretrainedConfig = AutoConfig.from_pretrained(self.folder, gguf_file=self.gguf)
-        family_of(config.model_type, config.architectures)
+        family_of(config)
         quantization = getattr(config, "quantization_config", None)
         if quantization is not None and not self.gguf:
             facts = quantization if isinstance(quantization, dict) else quantization.to_dict()
@@ -162,7 +163,7 @@ class Checkpoint:
 
     def tensors(self) -> dict[str, Stored | Stacked]:
         """What the weight files hold, by the model's names, in the order of their bytes."""
-        family, skeleton = family_of(self._config.model_type), self.skeleton()
+        family, skeleton = family_of(self._config), self.skeleton()
         known, start = skeleton.state_dict().keys(), f"{skeleton.base_model_prefix}."
         found = {family.in_model(name): each for name, each in stored_tensors(self.weight_files).items()}
         named = {start + name if start + name in known else name: each for name, each in found.items()}
@@ -209,7 +210,7 @@ class Checkpoint:
         arguments: dict[str, Any] = {"config": config}
         if self.gguf:
             arguments = {"gguf_file": self.gguf, "quantization_config": GgufConfig(dequantize=True)}
-        if family_of(config.model_type).experts and dtype == torch.float64:
+        if family_of(config).experts and dtype == torch.float64:
             arguments["experts_implementation"] = "eager"  # the others do not know it
         with _explained(self.name, "the weights"):
             loaded: Any = self.model_class.from_pretrained(
@@ -249,12 +250,6 @@ class Checkpoint:
                     shutil.copytree(file, folder / file.name, dirs_exist_ok=True)
                 else:
                     shutil.copyfile(file, folder / file.name)
-
-
-def stock_class(config: PretrainedConfig) -> Any:
-    """The class of transformers for a language model of this configuration, or one that sees images too."""
-    kind = type(config)
-    return MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None) or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[kind]
 
 
 def find_checkpoint(name: str) -> Checkpoint:

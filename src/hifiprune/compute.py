@@ -8,8 +8,8 @@ import torch
 from transformers import PretrainedConfig
 
 from hifiprune.checkpoint import DTYPES, Checkpoint
+from hifiprune.discovery import family_of
 from hifiprune.errors import UserError, nearest_name
-from hifiprune.families import family_of
 from hifiprune.neurons import width_of
 from hifiprune.output import local_path
 from hifiprune.parallel import local_rank
@@ -88,7 +88,7 @@ def estimate_seconds(
     """Rough time of passes over `tokens`: their operations over the speed of a matrix product here."""
     text = config.get_text_config()
     layers, hidden, width = text.num_hidden_layers, text.hidden_size, width_of(config)
-    maps, heads = len(family_of(config.model_type).inputs) + 1, text.num_attention_heads
+    maps, heads = len(family_of(config).inputs) + 1, text.num_attention_heads
     head_width = getattr(text, "head_dim", None) or hidden // heads
     keys = getattr(text, "num_key_value_heads", None) or heads
     weights = layers * (maps * hidden * width + 2 * hidden * head_width * (heads + keys)) + hidden * text.vocab_size

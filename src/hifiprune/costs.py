@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hifiprune.blocks import BlockChain
-from hifiprune.checkpoint import Checkpoint, stock_class
+from hifiprune.checkpoint import Checkpoint
 from hifiprune.compute import Compute, product_speed
 from hifiprune.criteria import find_criterion
 from hifiprune.cutting import stored_plainly
-from hifiprune.families import family_of
+from hifiprune.discovery import family_of, stock_class
 from hifiprune.guards import frozen, memory_explained
 from hifiprune.hashing import hash_chunks
 from hifiprune.head import rows_of_slice
@@ -278,7 +278,7 @@ class Estimator:
         config = self.checkpoint.config()
         text = config.get_text_config()
         text.num_hidden_layers, text.vocab_size = layers, vocabulary
-        family = family_of(config.model_type)
+        family = family_of(config)
         if family.width and not family.experts:
             setattr(text, family.width, round(sum(self.widths) / self.layers))
         config.__dict__.pop("mlp_widths", None)

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hifiprune.checkpoint import INDEX, Checkpoint, find_checkpoint
+from hifiprune.discovery import family_of
 from hifiprune.errors import UserError
-from hifiprune.families import family_of
 from hifiprune.hashing import hash_chunks
 from hifiprune.modeling_pruned import MixedWidths
 from hifiprune.neurons import find_mlps
@@ -85,7 +85,7 @@ def write_cut(
     cut_(skeleton.to(checkpoint.dtype()), plan)  # of the meta device: sizes alone
     checkpoint.save(skeleton, folder, state_dict={})
     if not isinstance(skeleton, MixedWidths):
-        family = family_of(skeleton.config.model_type)
+        family = family_of(skeleton.config)
         pieces = {family.in_files(name): piece for name, piece in pieces.items()}
     split = split_state_dict_into_shards_factory(
         pieces, get_storage_size=lambda piece: piece.bytes, filename_pattern=PATTERN, max_shard_size=shard_size

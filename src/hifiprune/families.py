@@ -31,6 +31,7 @@ class Family:
         stored_experts: names of an expert's input maps and its output map in files that hold each by itself.
         packs: whether blocks keep examples in one row apart by their positions.
         models: well-known models of the architecture.
+        found: whether this was found out from a model's structure, and is to be proved on its weights.
     """
 
     blocks: str = "model.layers"
@@ -50,6 +51,7 @@ class Family:
     stored_experts: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     packs: bool = True
     models: str = ""
+    found: bool = False
 
     @property
     def maps(self) -> list[str]:
@@ -181,11 +183,11 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family_of(model_type: str, architectures: Sequence[str] | None = None) -> Family:
-    """Return the layout of an architecture, or refuse it by name.
+def known_family(model_type: str, architectures: Sequence[str] | None = None) -> Family:
+    """Return the layout of an architecture of the table, or refuse it by name.
 
     Raises:
-        UserError: the model type is not supported.
+        UserError: the model type is not in the table.
     """
     if model_type in FAMILIES:
         return FAMILIES[model_type]

@@ -19,8 +19,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
+from hifiprune.discovery import family_of
 from hifiprune.errors import UserError
-from hifiprune.families import Family, family_of
+from hifiprune.families import Family
 
 STACKED = ("gate_up_proj", "down_proj")
 """The maps of all experts of a block, as transformers stacks them."""
@@ -149,7 +150,7 @@ def find_mlps(model: PreTrainedModel) -> list[Mlp]:
 
 def locate_mlps(model: PreTrainedModel) -> list[Mlp]:
     """The same, whatever the configuration says of their widths."""
-    family = family_of(model.config.model_type, [type(model).__name__])
+    family = family_of(model.config)
     return [
         mlp for index, block in enumerate(find_blocks(model)) for mlp in _mlps_of(block, _path(family, index), family)
     ]
@@ -179,7 +180,7 @@ def stated_width(config: PretrainedConfig, names: Sequence[str]) -> int:
 
 def width_of(config: PretrainedConfig) -> int:
     """How wide a configuration says that MLPs are, or the widest; of experts, all those that a token sees."""
-    family, text = family_of(config.model_type), config.get_text_config()
+    family, text = family_of(config), config.get_text_config()
     if mixed := getattr(text, "mlp_widths", None):
         return int(max(mixed))
     if not family.experts:
@@ -194,7 +195,7 @@ def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
     Raises:
         UserError: the architecture is not supported, or `model` is not its causal language model.
     """
-    blocks = _module_of(model, family_of(model.config.model_type, [type(model).__name__]).blocks)
+    blocks = _module_of(model, family_of(model.config).blocks)
     assert isinstance(blocks, nn.ModuleList)
     return blocks
 
@@ -205,7 +206,7 @@ def find_norm(model: PreTrainedModel) -> nn.Module:
     Raises:
         UserError: there is none, as in some variants of a supported architecture.
     """
-    return _module_of(model, family_of(model.config.model_type).norm)
+    return _module_of(model, family_of(model.config).norm)
 
 
 def _module_of(model: PreTrainedModel, path: str) -> nn.Module:

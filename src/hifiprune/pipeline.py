@@ -12,8 +12,9 @@ from hifiprune.cards import write_card
 from hifiprune.checkpoint import Checkpoint
 from hifiprune.compute import Compute
 from hifiprune.criteria import Options, find_criterion
+from hifiprune.discovery import family_of
 from hifiprune.errors import UserError, unknown
-from hifiprune.families import Family, family_of
+from hifiprune.families import Family
 from hifiprune.inspection import shape_of
 from hifiprune.neurons import find_mlps
 from hifiprune.output import check_shard_size, check_space, replacing
@@ -190,7 +191,7 @@ def prune(
     if bias_compensation:
         _check_compensation(checkpoint, used, criterion)
     width = shape.width_at(budget, round_to)
-    _check_widths(shape, width, sharing, family_of(skeleton.config.model_type))
+    _check_widths(shape, width, sharing, family_of(skeleton.config))
     check_space(target, int(checkpoint.dtype().itemsize * shape.total_parameters * (1 - shape.ratio_at(width))))
     voice.say(announce_plan(budget, shape, width, round_to, sharing.allocation))
     ratio = budget.ratio or shape.ratio_at(width)

@@ -20,9 +20,9 @@ from hifiprune.announcements import duration
 from hifiprune.cards import write_card
 from hifiprune.checkpoint import Checkpoint
 from hifiprune.compute import Compute, estimate_seconds
+from hifiprune.discovery import family_of
 from hifiprune.errors import RunError, UserError, unknown
 from hifiprune.examples import Example, read_examples
-from hifiprune.families import family_of
 from hifiprune.guards import memory_explained
 from hifiprune.lineage import check_origin, record_of
 from hifiprune.objectives import SoftLabels
@@ -117,8 +117,9 @@ def recover(
             seed=training.seed,
             track=voice.track("reading the data, rows"),
         )
-        text = started.config().get_text_config()
-        rows, held = _split(examples, training, text.vocab_size, family_of(text.model_type).packs)
+        config = started.config()
+        vocabulary = config.get_text_config().vocab_size
+        rows, held = _split(examples, training, vocabulary, family_of(config).packs)
     unfinished = Unfinished.beside(target, "recover", voice)
     taught, guide, guide_hash = _guide(model, teacher, dense, training, rows, compute, record, unfinished)
     student, model_hash = load_hashed(started, compute, record, _training_dtype(started, training, compute))

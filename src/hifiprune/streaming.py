@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hifiprune.checkpoint import Checkpoint
-from hifiprune.families import family_of
+from hifiprune.discovery import family_of
 from hifiprune.neurons import Mlp, find_blocks
 from hifiprune.parts import Places
 from hifiprune.scratch import Kept, Scratch, set_aside
@@ -162,7 +162,7 @@ def stream(
     with init_empty_weights(include_buffers=False):
         model: Any = checkpoint.model_class._from_config(config, attn_implementation=attention)
     return_what_is_freed()
-    stored, family = checkpoint.tensors(), family_of(config.model_type)
+    stored, family = checkpoint.tensors(), family_of(config)
     model.eval().requires_grad_(False)
     model.tie_weights()
     tables, blocks = [model.get_input_embeddings(), model.get_output_embeddings()], find_blocks(model)

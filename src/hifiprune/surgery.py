@@ -9,8 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hifiprune.discovery import family_of
 from hifiprune.errors import UserError
-from hifiprune.families import family_of
 from hifiprune.head import precise
 from hifiprune.modeling_pruned import pruned_class
 from hifiprune.neurons import Mlp, find_mlps, locate_mlps, siblings, stated_width
@@ -216,7 +216,7 @@ def state_widths(model: PreTrainedModel, widths: Sequence[int]) -> None:
             del config.auto_map
     config = model.config.get_text_config()
     mixed = any(stated_width(config, mlp.stated) != width for mlp, width in zip(mlps, widths, strict=True))
-    family = family_of(model.config.model_type)
+    family = family_of(model.config)
     if mixed and family.one_width:
         raise UserError(f"MLPs of {sorted({*widths})} neurons cannot be saved together: {family.one_width}")
     if mixed:
