@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hifiprune.discovery import family_of
-from hifiprune.errors import RunError, UserError
+from hifiprune.errors import RunError
 from hifiprune.head import Head
 from hifiprune.neurons import LinearMap, Mlp, by_block, find_blocks, find_mlps, find_norm
 from hifiprune.objectives import Kernel, mean_over_positions
+from hifiprune.proving import check_head, prove, with_outputs
 from hifiprune.scratch import Kept, set_aside
-from hifiprune.streaming import few_rows, first_rows, shelf_of, walk
+from hifiprune.streaming import few_rows, shelf_of, walk
 from hifiprune.taps import (
     BlockCall,
     KnownProduct,
@@ -28,7 +29,6 @@ from hifiprune.taps import (
     Seen,
     Trace,
     Visit,
-    eager_experts,
     grown,
     overridden,
     taps_on,
@@ -70,7 +70,8 @@ class BlockChain:
     """
 
     def __init__(self, model: PreTrainedModel):
-        self.family = family_of(model.config)
+        family = family_of(model.config)
+        self.family = with_outputs(family, model) if family.found else family
         self.model = model
         self.shelf = shelf_of(model)
         self.scratch = self.shelf.scratch if self.shelf else None
@@ -79,7 +80,9 @@ class BlockChain:
         self.blocks = list(find_blocks(model))
         self.norm = find_norm(model)
         self.head = Head.of(model)
-        self._check_head()
+        check_head(self)
+        if family.found:
+            prove(self)
 
     def embed(self, tokens: Int[Tensor, "windows positions"]) -> tuple[Tensor, list[BlockCall]]:
         """The first block's input, and the call of every block, as the model's own forward makes them."""
@@ -147,7 +150,7 @@ class BlockChain:
             if inputs is not None:
                 inputs[index] = hidden
             with overridden(taps_on(self._mlps(index), self.of_block[index].start, hidden, write)):
-                hidden = self._block(index, hidden, calls[index])
+                hidden = self.run_block(index, hidden, calls[index])
             if check_each and not hidden.isfinite().all():
                 raise RunError(
                     f"the activations of decoder block {index} of {len(self.blocks)} are NaN or infinite in "
@@ -301,7 +304,7 @@ class BlockChain:
             return passes[-1].maps[-1].output
 
         with overridden(taps_on(self._mlps(index), self.of_block[index].start, hidden, write)):
-            output = self._block(index, hidden, call)
+            output = self.run_block(index, hidden, call)
         return output, sorted(passes, key=lambda each: each.number)
 
     def _mlps(self, index: int) -> list[Mlp]:
@@ -309,7 +312,7 @@ class BlockChain:
         own = self.of_block[index]
         return self.mlps[own.start : own.stop]
 
-    def _block(self, index: int, hidden: Tensor, call: BlockCall) -> Tensor:
+    def run_block(self, index: int, hidden: Tensor, call: BlockCall) -> Tensor:
         """Output of a block as its modules are now."""
         output = self.blocks[index](hidden, *call.args, **call.kwargs)
         state: Tensor = output[0] if self.family.tuples else output
@@ -340,30 +343,8 @@ class BlockChain:
 
         taps = taps_on(self._mlps(index), own.start, hidden, write, read if maps else None)
         with overridden(taps), torch.enable_grad():
-            output = self._block(index, hidden, call)
+            output = self.run_block(index, hidden, call)
         return Trace(hidden, [*passes.values()], output)
-
-    def _check_head(self) -> None:
-        """Prove on a few tokens that the logits follow from the final hidden state as `Head` says."""
-        tokens = torch.arange(8, device=self.model.device).unsqueeze(0) % self.head.vocabulary
-        whole = (lambda hidden: (hidden,)) if self.family.tuples else (lambda hidden: hidden)
-        skipped = [(block, lambda hidden, *args, **kwargs: whole(hidden)) for block in self.blocks if self.shelf]
-        hidden = self.norm(self.embed(tokens)[0])[0] if self.shelf else self.final_hidden(tokens)[0]
-        ours = self.head.logits(hidden)
-        given = few_rows(self.model, tokens)
-        with torch.no_grad(), overridden(skipped), eager_experts(self.model), given as numbers, first_rows(self.model):
-            theirs = self.model(input_ids=numbers, use_cache=False).logits[0].float()
-        ours = ours[:, : theirs.shape[1]]
-        if not theirs.isfinite().all():
-            raise RunError(f"the logits of {type(self.model).__name__} are NaN or infinite; check the checkpoint")
-        errors = (ours - theirs).abs().amax(1)
-        error = (errors.median() if self.family.experts else errors.max()).item()  # a near tie is routed otherwise
-        size = theirs.abs().max().item()
-        if not error <= 0.02 * size + 1e-4:
-            raise UserError(
-                f"the logits of {type(self.model).__name__} cannot be rebuilt from its final hidden state: error "
-                f"{error:.3g} where logits reach {size:.3g}; its head has a step that hifiprune does not know"
-            )
 
 
 def scale_in(tensor: Tensor) -> int:

@@ -1,9 +1,7 @@
 """Layouts of architectures that are not in the table, found by the shapes of their maps and proved on their weights."""
 
 import json
-import re
 from collections.abc import Iterator
-from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -20,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from hifiprune.errors import UserError
 from hifiprune.families import FAMILIES, Family, known_family
 
-Maps = dict[str, tuple[int, int]]
-"""Outputs and inputs of linear maps, by their names in their parent."""
+Layout = tuple[str, tuple[str, ...], str]
+"""Path of an MLP in its block, and names of its input maps and its output map."""
 STEP = 8
 """By how much a configuration's width is changed to see which maps follow."""
 
@@ -34,7 +32,7 @@ def family_of(config: PretrainedConfig) -> Family:
     """
     if config.model_type in FAMILIES:
         return FAMILIES[config.model_type]
-    if not isinstance(CONFIG_MAPPING.get(config.model_type, 0), type) or stock_class(config) is None:
+    if config.model_type not in CONFIG_MAPPING or stock_class(config) is None:
         return known_family(config.model_type, config.architectures)
     plain = config.to_dict()
     plain.pop("mlp_widths", None)
@@ -49,6 +47,7 @@ def stock_class(config: PretrainedConfig) -> Any:
 
 @cache
 def _discovered(text: str) -> Family:
+    """Change each number of the configuration, and see which one widens maps that can only be those of MLPs."""
     facts = json.loads(text)
     config: Any = CONFIG_MAPPING[facts["model_type"]].from_dict(facts)
     model, sizes = _skeleton(config), config.get_text_config()
@@ -60,21 +59,23 @@ def _discovered(text: str) -> Family:
     if len(lists) != 1:
         raise _unknown(config, f"{len(lists)} lists of {sizes.num_hidden_layers} blocks were found")
     ((blocks, found),) = lists
-    layouts = {tuple(_mlps_in(block, sizes.hidden_size)) for block in found}
-    if len(layouts) != 1 or len(next(iter(layouts))) != 1:
-        seen = sorted(
-            {
-                f"{mlp or 'the block'}: {', '.join(inputs)} to {output}"
-                for each in layouts
-                for mlp, inputs, output in each
-            }
+    known = dict(model.named_parameters())
+    numbers = {size for name, values in known.items() if name.startswith(f"{blocks}.") for size in values.shape}
+    layouts: dict[Layout, str] = {}
+    for name in [name for name, value in sizes.to_dict().items() if type(value) is int and value in numbers]:
+        changes = _changes(config, name, known)
+        if layout := changes and _layout(changes, blocks, found, sizes.hidden_size):
+            layouts.setdefault(layout, name)
+    if len(layouts) != 1:
+        maps = [f"{name} {each.weight.shape[0]} x {each.weight.shape[1]}" for name, each in _linears(found[0])]
+        raise _unknown(
+            config,
+            f"{len(layouts)} numbers of its configuration widen maps that look like an MLP's in every block; "
+            f"the first block holds {', '.join(maps) or 'no linear maps'}",
         )
-        raise _unknown(config, f"not one MLP like the others in each block, but {'; '.join(seen) or 'none'}")
-    ((mlp, inputs, output),) = next(iter(layouts))
-    width = _width_name(config, blocks, mlp, output)
-    return Family(
-        blocks, _norm_of(config, model, blocks), mlp, inputs, output, width, additive=False, packs=False, found=True
-    )
+    (((mlp, inputs, output), width),) = layouts.items()
+    norm = _norm_of(config, model, blocks)
+    return Family(blocks, norm, mlp, inputs, output, width, additive=False, packs=False, found=True)
 
 
 def _unknown(config: PretrainedConfig, seen: str) -> UserError:
@@ -89,24 +90,51 @@ def _skeleton(config: PretrainedConfig) -> Any:
         return stock_class(config)._from_config(config)
 
 
-def _mlps_in(block: nn.Module, hidden: int) -> Iterator[tuple[str, tuple[str, ...], str]]:
-    """Modules all of whose linear maps are those of an MLP: its path, its input maps and its output map."""
-    for path, module in block.named_modules():
-        maps = {name: _sizes(each) for name, each in module.named_children() if isinstance(each, nn.Linear | Conv1D)}
-        outputs = [name for name, (rows, columns) in maps.items() if rows == hidden and columns != hidden]
-        inputs = [name for name in maps if name not in outputs]
-        if len(outputs) != 1 or not inputs:
-            continue
-        width = maps[outputs[0]][1]
-        if all(maps[name] == (width, hidden) for name in inputs) and len(inputs) <= 2:
-            yield path, tuple(inputs), outputs[0]
-        elif [maps[name] for name in inputs] == [(2 * width, hidden)]:
-            yield path, (inputs[0], inputs[0]), outputs[0]
+def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
+    return ((name, each) for name, each in module.named_modules() if isinstance(each, nn.Linear | Conv1D))
 
 
-def _sizes(module: Any) -> tuple[int, int]:
-    first, second = module.weight.shape
-    return (first, second) if isinstance(module, nn.Linear) else (second, first)
+def _changes(config: PretrainedConfig, name: str, known: dict[str, nn.Parameter]) -> dict[str, tuple[int, ...]]:
+    """By how much each dimension of the parameters grows with a number; nothing if no such model can be."""
+    other = type(config).from_dict(config.to_dict())
+    sizes = other.get_text_config()
+    setattr(sizes, name, getattr(sizes, name) + STEP)
+    try:
+        found = dict(_skeleton(other).named_parameters())
+    except (ValueError, RuntimeError, TypeError, AttributeError, AssertionError):  # others must divide it
+        return {}
+    if found.keys() != known.keys():
+        return {}
+    grown = {key: tuple(a - b for a, b in zip(found[key].shape, known[key].shape, strict=True)) for key in known}
+    return {key: sizes for key, sizes in grown.items() if any(sizes)}
+
+
+def _layout(changes: dict[str, tuple[int, ...]], blocks: str, found: nn.ModuleList, hidden: int) -> Layout | None:
+    """Path, input maps and output map of the MLP of every block, if that is what changed, and nothing else did."""
+    layouts = set()
+    for index, block in enumerate(found):
+        start, linears = f"{blocks}.{index}.", dict(_linears(block))
+        own = {key.removeprefix(start): sizes for key, sizes in changes.items() if key.startswith(start)}
+        maps = {key.rpartition(".")[0]: sizes for key, sizes in own.items() if len(sizes) == 2}
+        parents = {name.rpartition(".")[0] for name in maps}
+        strangers = [key for key in own if key.rpartition(".")[0] not in maps.keys() & linears.keys()]
+        if len(parents) != 1 or strangers:
+            return None
+        rows = {name: sizes if isinstance(linears[name], nn.Linear) else sizes[::-1] for name, sizes in maps.items()}
+        outputs = [name for name, sizes in rows.items() if sizes == (0, STEP)]
+        inputs = [name for name in rows if name not in outputs]
+        if [rows[name] for name in inputs] == [(2 * STEP, 0)]:
+            inputs *= 2
+        elif {rows[name] for name in inputs} != {(STEP, 0)} or len(inputs) > 2:
+            return None
+        ends = {linears[name].weight.shape[int(isinstance(linears[name], nn.Linear))] for name in inputs}
+        ends |= {linears[name].weight.shape[int(isinstance(linears[name], Conv1D))] for name in outputs}
+        if len(outputs) != 1 or ends != {hidden}:
+            return None
+        short = [name.rpartition(".")[2] for name in (*inputs, *outputs)]
+        layouts.add((parents.pop(), tuple(short[:-1]), short[-1]))
+    starts = tuple(f"{blocks}.{index}." for index in range(len(found)))
+    return layouts.pop() if len(layouts) == 1 and all(key.startswith(starts) for key in changes) else None
 
 
 def _norm_of(config: PretrainedConfig, model: nn.Module, blocks: str) -> str:
@@ -119,19 +147,3 @@ def _norm_of(config: PretrainedConfig, model: nn.Module, blocks: str) -> str:
     if len(norms) != 1:
         raise _unknown(config, f"{len(norms)} norms were found after the blocks, where one was looked for")
     return ".".join(filter(None, (parent, norms[0])))
-
-
-def _width_name(config: PretrainedConfig, blocks: str, mlp: str, output: str) -> str:
-    """What the configuration calls the width: the number that changes the shapes of the MLPs, and of nothing else."""
-    sizes, known = config.get_text_config(), dict(_skeleton(config).named_parameters())
-    ours = re.compile(re.escape(f"{blocks}.") + r"\d+\." + re.escape(f"{mlp}." if mlp else ""))
-    width = known[".".join(filter(None, (blocks, "0", mlp, output, "weight")))]
-    for name in [name for name, value in sizes.to_dict().items() if type(value) is int and value in width.shape]:
-        other = type(config).from_dict(config.to_dict())
-        setattr(other.get_text_config(), name, getattr(sizes, name) + STEP)
-        with suppress(ValueError, RuntimeError, TypeError, AttributeError):  # a number that others must divide
-            found = dict(_skeleton(other).named_parameters())
-            changed = [key for key in known if key not in found or found[key].shape != known[key].shape]
-            if changed and all(ours.match(key) for key in changed):
-                return name
-    raise _unknown(config, f"nothing in the configuration states the width of {blocks}.0.{mlp} alone")

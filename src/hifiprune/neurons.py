@@ -242,7 +242,8 @@ def _checked_mlp(module: nn.Module, name: str, family: Family) -> Mlp:
     maps = [replace(each, part=family.inputs[:place].count(family.inputs[place])) for place, each in enumerate(inputs)]
     widths = {each.out_features for each in maps} | {output.in_features}
     ours = {id(parameter) for each in (*inputs, output) for parameter in each.module.parameters()}
-    strangers = [key for key, parameter in module.named_parameters() if id(parameter) not in ours and family.mlp]
+    others = ((key, each) for key, each in module.named_parameters() if id(each) not in ours and family.mlp)
+    strangers = [key for key, each in others if each.numel() > 1]  # a number that all neurons share is none
     if len(widths) != 1 or strangers:
         raise UserError(f"{name} is not an MLP of one width: widths {sorted(widths)}, other parameters {strangers}")
     return Mlp(name, tuple(maps), output)

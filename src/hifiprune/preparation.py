@@ -12,6 +12,7 @@ from hifiprune.calibration import Calibration, check_source
 from hifiprune.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.compute import Compute
 from hifiprune.cutting import hash_stored, stored_plainly
+from hifiprune.discovery import family_of
 from hifiprune.errors import UserError
 from hifiprune.hashing import hash_model
 from hifiprune.neurons import count_parameters, find_mlps
@@ -120,6 +121,13 @@ def streams(checkpoint: Checkpoint, compute: Compute, dtype: torch.dtype, voice:
     Raises:
         UserError: it is asked for, but they are not stored in a way that allows it.
     """
+    if family_of(checkpoint.config()).found:
+        if compute.stream:
+            raise UserError(
+                f"model type '{checkpoint.config().model_type}' is not in the table of families: its layout is proved "
+                "with weights in memory only; leave out --stream"
+            )
+        return False
     plainly = not checkpoint.is_here or stored_plainly(checkpoint)
     if compute.stream is not None:
         if compute.stream and not plainly:

@@ -152,7 +152,7 @@ def keep_(group: Sequence[Mlp], kept: Sequence[Int[Tensor, "kept"]]) -> None:
     neurons = first.neurons
     for part in parts_of(first):
         part.set_(part.of(kept, neurons))
-    _state_sizes(first)
+    state_sizes(first)
 
 
 def forget_gradients_(mlps: Sequence[Mlp]) -> None:
@@ -178,10 +178,10 @@ def _put_back_(
             for (matrix, rows), source in zip(place.matrices(whole), sources, strict=True):
                 matrix.index_copy_(place.dim, rows, source.detach())
         part.set_(whole)
-    _state_sizes(mlp)
+    state_sizes(mlp)
 
 
-def _state_sizes(mlp: Mlp) -> None:
+def state_sizes(mlp: Mlp) -> None:
     """Have the modules say how large they are."""
     for each in mlp.maps:
         module: Any = each.module
