@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -89,18 +89,19 @@ def _cut(chain: "BlockChain", index: int, hidden: Tensor, call: BlockCall, kept:
     before = [part.parameter.data for part in parts_of(mlp)]
     try:
         keep_([mlp], [kept])
-        output = chain.run_block(index, hidden, call)
+        output: Tensor = chain.run_block(index, hidden, call)
     except RuntimeError as error:
         raise _refused(chain.model, mlp, f"cut to {len(kept)} neurons it fails: {error}") from error
     finally:
         for part, values in zip(parts_of(mlp), before, strict=True):
             part.set_(values)
         state_sizes(mlp)
-    return cast(Tensor, output)
+    return output
 
 
 def _tokens(model: PreTrainedModel) -> Tensor:
-    return torch.arange(TOKENS, device=model.device).unsqueeze(0) % model.config.get_text_config().vocab_size
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    return torch.arange(TOKENS, device=model.device).unsqueeze(0) % vocabulary
 
 
 def _refused(model: PreTrainedModel, mlp: Mlp, seen: str) -> UserError:
