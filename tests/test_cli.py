@@ -250,7 +250,7 @@ MODELS = [
     (_break_empty, "holds no config.json (found: nothing)"),
     (_break_truncated, "model.safetensors is truncated or damaged"),
     (_break_config, "the configuration of"),
-    (_break_architecture, "model type 'mamba' (MambaForCausalLM) is not supported; supported are arcee"),
+    (_break_architecture, "model type 'mamba' is not in the table of families, and its MLPs could not be told"),
     (_break_model_type, "did you mean 'llama'"),
     (_break_quantized, "is quantized (gptq) and cannot be cut; prune the original checkpoint"),
     (_break_tokenizer, "has no tokenizer files"),

@@ -143,11 +143,12 @@ def test_experts_that_would_differ_in_width_are_refused(allocation: str, world: 
         hp.cut_(model, plan)
 
 
-def test_a_pruned_model_with_experts_is_trained(world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_pruned_model_with_experts_is_trained(method: str, world: Path, tmp_path: Path) -> None:
     dense = save_checkpoint(tmp_path / "dense", "qwen2_moe", max_position_embeddings=128)
     hp.prune(str(dense), tmp_path / "small", hp.Budget(width=24), criterion="magnitude")
     words = ("--data", world / "calibration.txt", "--max-steps", 4, "--seq-len", 24, "--output", tmp_path / "out")
-    result = run("recover", tmp_path / "small", *words)
+    result = run("recover", tmp_path / "small", *words, "--method", method)
     assert result.code == 0, result.err
     before, after = (load(tmp_path / name) for name in ("small", "out"))
     assert type(after) is type(before)

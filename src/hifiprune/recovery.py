@@ -230,15 +230,15 @@ def _split(
 def _with_adapter(model: PreTrainedModel, training: Training) -> nn.Module:
     if training.method == "full":
         return model.requires_grad_(True)
-    names = {name for name, _ in linears_of(model)}
+    paths = {path: path.rpartition(".")[2] for path, _ in linears_of(model)}
     for name in training.target_modules:
-        if name not in names:
-            raise unknown("target module", name, sorted(names))
+        if name not in paths.values():
+            raise unknown("target module", name, sorted({*paths.values()}))
     config = LoraConfig(
         r=training.lora_r,
         lora_alpha=training.lora_alpha,
         lora_dropout=training.lora_dropout,
-        target_modules=sorted(training.target_modules or names),
+        target_modules=[path for path, name in paths.items() if name in (training.target_modules or (name,))],
         bias="none",
         task_type="CAUSAL_LM",
     )
@@ -250,7 +250,8 @@ def _with_adapter(model: PreTrainedModel, training: Training) -> nn.Module:
 def _merged(trained: nn.Module, checkpoint: Checkpoint) -> PreTrainedModel:
     """The model itself, in the dtype and with the configuration of the checkpoint."""
     whole: Any = trained.merge_and_unload() if isinstance(trained, PeftModel) else trained
-    whole.config.use_cache = checkpoint.config().use_cache  # which is off while a model is trained
+    whole.config.__dict__.pop("use_cache", None)  # which is off while a model is trained
+    whole.config.get_text_config().use_cache = checkpoint.config().get_text_config().use_cache
     model: PreTrainedModel = whole.type(checkpoint.dtype())
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise RunError(f"the trained weights are not all finite in {checkpoint.dtype()}; use a smaller --lr")

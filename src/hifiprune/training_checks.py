@@ -12,9 +12,10 @@ from transformers.pytorch_utils import Conv1D
 
 from hifiprune.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.compute import Compute
+from hifiprune.discovery import family_of
 from hifiprune.errors import UserError, unknown
 from hifiprune.lineage import dense_of, record_of
-from hifiprune.neurons import count_parameters
+from hifiprune.neurons import count_parameters, find_blocks
 from hifiprune.parallel import check_launcher
 from hifiprune.training import Training
 
@@ -93,14 +94,13 @@ def needed_bytes(checkpoint: Checkpoint, training: Training) -> int:
     total = trained = count_parameters(skeleton)
     if training.method == "lora":
         chosen = training.target_modules
-        linears = [module for name, module in linears_of(skeleton) if not chosen or name in chosen]
+        linears = [module for name, module in linears_of(skeleton) if not chosen or name.rpartition(".")[2] in chosen]
         trained = sum(training.lora_r * sum(linear.weight.shape) for linear in linears)
     return checkpoint.dtype().itemsize * total + 3 * 3 * 4 * trained
 
 
-def linears_of(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
-    """The last part of the name of each linear map in the blocks, and the map."""
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
-            yield name.rpartition(".")[2], module
+def linears_of(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
+    """Path and map of each linear map in the decoder blocks."""
+    for name, module in find_blocks(model).named_modules(prefix=family_of(model.config).blocks):
+        if isinstance(module, (nn.Linear, Conv1D)):
+            yield name, module
