@@ -49,7 +49,9 @@ def config_of(method: str) -> TorchAoConfig:
         "int8": Int8WeightOnlyConfig(),
         "int8, activations too": Int8DynamicActivationInt8WeightConfig(),
         "int4": IntxWeightOnlyConfig(
-            weight_dtype=torch.int4, granularity=PerGroup(GROUP), mapping_type=MappingType.ASYMMETRIC
+            weight_dtype=torch.int4,
+            granularity=PerGroup(GROUP),
+            mapping_type=MappingType.ASYMMETRIC,  # type: ignore[attr-defined]
         ),
     }
     return TorchAoConfig(made[method])
@@ -63,7 +65,7 @@ def weight_bytes(model: PreTrainedModel, *, packed: bool = False) -> int:
             total += weight.nbytes
             continue
         for name in weight.__tensor_flatten__()[0]:
-            halved = packed and name == "qdata" and getattr(weight, "target_dtype", None) is torch.int4
+            halved = packed and name == "qdata" and getattr(weight, "target_dtype", None) is torch.int4  # type: ignore[attr-defined]
             total += getattr(weight, name).nbytes // (2 if halved else 1)
     return total
 
@@ -155,7 +157,7 @@ def sizes(model: PreTrainedModel) -> dict[str, int]:
 def table(facts: dict[str, Any]) -> str:
     """Results as Markdown, a row for each method."""
     rows = {(row["model"], row["method"]): row for row in facts["results"]}
-    head = "| | dense | KL | MB | pruned | KL | MB | beyond the sum: ln perplexity | KL |"
+    head = "| | dense: perplexity | KL | MB | pruned: perplexity | KL | MB | beyond the sum: ln perplexity | KL |"
     lines = [head, "|" + "---|" * 9]
     for method in ("none", *METHODS):
         cells = [{"none": "float32"}.get(method, method)]
@@ -167,6 +169,17 @@ def table(facts: dict[str, Any]) -> str:
         cells += [_interval(beyond[metric]) if beyond else "" for metric in ("perplexity", "kl")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def sentences(facts: dict[str, Any]) -> list[str]:
+    """Other figures, as the page on quantization says them."""
+    rows = {(row["model"], row["method"]): row for row in facts["results"]}
+    dense, pruned = rows["dense", "int4"], rows["pruned", "int4"]
+    return [
+        f"two to a byte they would take {dense['packed_bytes'] / 1e6:.0f} and {pruned['packed_bytes'] / 1e6:.0f} MB",
+        f"rounds the weights of the MLPs by {dense['weight_error']:.1%} of their norm in the dense model and by "
+        f"{pruned['weight_error']:.1%} in the pruned one",
+    ]
 
 
 def _interval(estimate: dict[str, float]) -> str:

@@ -1,6 +1,7 @@
 """Pruning, then quantizing: torchao's int8 of a cut model is that model rounded, and is no input for another cut."""
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def test_rounding_activations_too_adds_an_error_of_the_same_size(small: Path) ->
     [
         Int8WeightOnlyConfig(),
         Int8DynamicActivationInt8WeightConfig(),
-        IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(8)),
+        IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(8)),  # type: ignore[attr-defined]
     ],
     ids=lambda config: type(config).__name__,
 )
@@ -139,7 +140,7 @@ def test_a_quantized_model_in_memory_can_be_measured_but_not_cut(small: Path, ch
 
 def test_groups_that_do_not_divide_the_width(small: Path, caplog: pytest.LogCaptureFixture) -> None:
     """What the page on quantization warns of: one configuration fails, another leaves the weight as it is."""
-    groups = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(16))
+    groups = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(16))  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError, match="automatic conversion of the weights"):
         load(small, groups)
     linear = nn.Linear(WIDTH, 16)
@@ -148,3 +149,19 @@ def test_groups_that_do_not_divide_the_width(small: Path, caplog: pytest.LogCapt
     with caplog.at_level(logging.INFO):
         quantize_(linear, Int4WeightOnlyConfig(group_size=32))
     assert type(linear.weight) is nn.Parameter
+
+
+def test_the_code_of_the_page_runs(
+    small: Path, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "quantization.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    checkpoint.rename("MODEL")
+    text.rename("heldout.jsonl")
+    names: dict[str, Any] = {}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(code.replace("heldout.txt", "heldout.jsonl").replace("seq_len=512", "seq_len=32"), names)
+    again = AutoModelForCausalLM.from_pretrained("small-int8")
+    assert torch.equal(logits(again), logits(names["quantized"]))
+    assert names["found"]["kl"].value > 1e-3
+    assert type(again.model.layers[0].mlp.down_proj.weight).__name__ == "Int8Tensor"
