@@ -11,6 +11,7 @@ import json
 import math
 import tempfile
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,9 @@ def config_of(method: str) -> TorchAoConfig:
         "int8": Int8WeightOnlyConfig(),
         "int8, activations too": Int8DynamicActivationInt8WeightConfig(),
         "int4": IntxWeightOnlyConfig(
-            weight_dtype=torch.int4,
+            weight_dtype=torch.int4,  # type: ignore[attr-defined]
             granularity=PerGroup(GROUP),
-            mapping_type=MappingType.ASYMMETRIC,  # type: ignore[attr-defined]
+            mapping_type=MappingType.ASYMMETRIC,
         ),
     }
     return TorchAoConfig(made[method])
@@ -122,6 +123,7 @@ def main() -> None:
     calibration = json.loads((pruned / "run.json").read_text())["arguments"]["calibration"]
     facts = {
         "environment": describe_environment(),
+        "torchao": version("torchao"),
         "windows": len(windows),
         "calibration": {"source": Path(calibration["source"]).name}
         | {key: calibration[key] for key in ("num_samples", "seq_len", "seed")},
@@ -175,7 +177,15 @@ def sentences(facts: dict[str, Any]) -> list[str]:
     """Other figures, as the page on quantization says them."""
     rows = {(row["model"], row["method"]): row for row in facts["results"]}
     dense, pruned = rows["dense", "int4"], rows["pruned", "int4"]
+    factors = {
+        key: row["perplexity"]["value"] / rows[key[0], "none"]["perplexity"]["value"] for key, row in rows.items()
+    }
     return [
+        *(
+            f"{method} multiplies the perplexity of the dense model by {factors['dense', method]:.3f} and that of the "
+            f"pruned one by {factors['pruned', method]:.3f}"
+            for method in ("int8", "int4")
+        ),
         f"two to a byte they would take {dense['packed_bytes'] / 1e6:.0f} and {pruned['packed_bytes'] / 1e6:.0f} MB",
         f"rounds the weights of the MLPs by {dense['weight_error']:.1%} of their norm in the dense model and by "
         f"{pruned['weight_error']:.1%} in the pruned one",
