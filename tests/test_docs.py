@@ -11,7 +11,7 @@ import pytest
 import typer
 
 import hifiprune
-from benchmarks import quality, recovery, scale, speed, zero_shot
+from benchmarks import quality, quantization, recovery, scale, speed, zero_shot
 from benchmarks.criteria import readme_table
 from hifiprune.cli import app
 from hifiprune.printing import demo_rows
@@ -19,6 +19,7 @@ from tests import families
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", "docs/method.md", "docs/findings.md", "docs/scale.md", "docs/families.md"]
+PAGES += ["docs/quantization.md"]
 
 
 def commands(page: str) -> list[list[str]]:
@@ -28,7 +29,7 @@ def commands(page: str) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines if line.startswith("hifiprune ")]
 
 
-@pytest.mark.parametrize("words", commands("README.md"), ids=" ".join)
+@pytest.mark.parametrize("words", commands("README.md") + commands("docs/quantization.md"), ids=" ".join)
 def test_commands_exist_and_parse(words: list[str]) -> None:
     group: Any = typer.main.get_command(app)
     command = group.commands[words[1]]
@@ -105,6 +106,13 @@ def test_the_readmes_zero_shot_accuracies_are_the_recorded_ones() -> None:
 def test_the_readmes_table_of_recovery_is_the_recorded_one() -> None:
     facts = json.loads((ROOT / "benchmarks" / "results" / "recovery.json").read_text())
     assert recovery.table(facts) in (ROOT / "README.md").read_text()
+
+
+def test_the_table_of_quantization_is_the_recorded_one() -> None:
+    facts = json.loads((ROOT / "benchmarks" / "results" / "quantization.json").read_text())
+    assert quantization.table(facts) in (ROOT / "README.md").read_text()
+    page = " ".join((ROOT / "docs" / "quantization.md").read_text().split())
+    assert [words for words in quantization.sentences(facts) if words not in page] == []
 
 
 def test_the_readmes_speed_of_pruned_models_is_the_recorded_one() -> None:

@@ -35,6 +35,7 @@ from hifiprune.errors import RunError, UserError
 from hifiprune.families import known_family
 from hifiprune.modeling_pruned import pruned_class
 from hifiprune.output import local_path
+from hifiprune.refusals import ADAPTER, METHOD_FILES, refuse_adapter, refuse_quantized
 from hifiprune.shards import Stacked, Stored, stack_experts, stored_tensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -112,20 +113,14 @@ class Checkpoint:
     @cached_property
     def _config(self) -> PretrainedConfig:
         with _explained(self.name, "the configuration"):
-            if not self.gguf:  # before transformers refuses a type that it does not know
+            if not self.gguf:  # before transformers refuses what it does not know or has no library for
                 facts = json.loads((self.folder / "config.json").read_text())
                 if facts.get("model_type") not in CONFIG_MAPPING:
                     known_family(facts.get("model_type", "none"), facts.get("architectures"))
+                refuse_quantized(self.name, self.folder, facts)
             config: PretrainedConfig = AutoConfig.from_pretrained(self.folder, gguf_file=self.gguf)
         family_of(config)
-        quantization = getattr(config, "quantization_config", None)
-        if quantization is not None and not self.gguf:
-            facts = quantization if isinstance(quantization, dict) else quantization.to_dict()
-            raise UserError(
-                f"{self.name} is quantized ({facts.get('quant_method', 'unknown method')}) and cannot be cut; "
-                "prune the original checkpoint and quantize the result"
-            )
-        if quantization is not None:
+        if getattr(config, "quantization_config", None) is not None:  # a GGUF file's, whose weights are dequantized
             del config.quantization_config
         return config
 
@@ -256,7 +251,7 @@ def find_checkpoint(name: str) -> Checkpoint:
     """Find a model by local folder, GGUF file or hub id; of a hub id all but the weights is downloaded.
 
     Raises:
-        UserError: there is no such model.
+        UserError: there is no such model, or it is an adapter of one.
     """
     path = local_path(name)
     on_hub = not path.exists() and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) is not None
@@ -266,7 +261,9 @@ def find_checkpoint(name: str) -> Checkpoint:
         return Checkpoint(name, path.parent, path.name)
     if not path.exists() and not on_hub:
         raise UserError(f"there is no model folder or .gguf file {name}")
-    folder = _download(name, ["config.json", INDEX, "README.md", *COMPANIONS]) if on_hub else path
+    asked = ["config.json", INDEX, "README.md", ADAPTER, *METHOD_FILES, *COMPANIONS]
+    folder = _download(name, asked) if on_hub else path
+    refuse_adapter(name, folder)
     if not (folder / "config.json").is_file():
         found = sorted(file.name for file in folder.iterdir())[:5]
         raise UserError(f"{name} holds no config.json (found: {', '.join(found) or 'nothing'}); is it a model folder?")

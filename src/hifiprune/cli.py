@@ -56,7 +56,7 @@ from hifiprune.options import (
 )
 from hifiprune.parallel import check_command
 from hifiprune.study import ablate, compare, criteria
-from hifiprune.terminal import show, voice
+from hifiprune.terminal import hush_torchao, show, voice
 from hifiprune.training_command import recover
 
 app = typer.Typer(
@@ -247,6 +247,7 @@ def main() -> None:
     """Run the command line; a failure is one message and an exit code: 2 for the user's mistakes, 1 for the rest."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
+    hush_torchao()
     try:
         check_command(sys.argv)
         app()

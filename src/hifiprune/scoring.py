@@ -23,6 +23,7 @@ from hifiprune.objectives import CrossEntropy
 from hifiprune.parallel import check_share
 from hifiprune.passes import Job, Pass, Track, choose_recompute, free_bytes, group_of, moment_bytes, needs
 from hifiprune.plan import Plan, highest
+from hifiprune.refusals import refuse_altered
 from hifiprune.resuming import Keeper
 from hifiprune.scores import Scores
 from hifiprune.stability import Stability, looks
@@ -99,6 +100,7 @@ def score_all(
     Returns:
         scores in the order of the requests.
     """
+    refuse_altered(model)
     asked = [Asked(find_criterion(name), options.for_ratio(min(PRESETS))) for name, options in requests]
     needing = [each.criterion.name for each in asked if each.criterion.statistic]
     if stability:

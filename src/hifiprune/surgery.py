@@ -16,6 +16,7 @@ from hifiprune.modeling_pruned import pruned_class
 from hifiprune.neurons import Mlp, find_mlps, locate_mlps, siblings, stated_width
 from hifiprune.parts import Places, parts_of
 from hifiprune.plan import Plan
+from hifiprune.refusals import refuse_altered
 from hifiprune.streaming import shelf_of
 
 
@@ -115,8 +116,9 @@ def matching_mlps(model: PreTrainedModel, plan: Plan) -> list[Mlp]:
     """The MLPs of `model`, for which `plan` must have been made.
 
     Raises:
-        UserError: it was made for a model of another shape.
+        UserError: it was made for a model of another shape, or the model holds adapters or quantized weights.
     """
+    refuse_altered(model)
     mlps = find_mlps(model)
     found = [(mlp.name, mlp.neurons) for mlp in mlps]
     planned = list(zip(plan.names, plan.neurons, strict=True))

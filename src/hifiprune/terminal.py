@@ -1,6 +1,7 @@
 """What commands say: remarks and progress on standard error, results on standard output."""
 
 import json
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +12,18 @@ from hifiprune.parallel import rank
 from hifiprune.voice import SILENT, Voice
 
 
+def hush_torchao() -> None:
+    """Where it is installed transformers imports it, and it warns of GPU kernels that a CPU does not miss."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def voice() -> Voice:
     """Speak on standard error, if this is the first process, and keep transformers from speaking too."""
-    from transformers.utils import logging
+    from transformers.utils import logging as theirs
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
     return Voice(Console(stderr=True)) if rank() == 0 else SILENT
 
 

@@ -1,0 +1,81 @@
+"""Models that cannot be cut as they are, adapters and quantized weights, each with what to do instead."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from hifiprune.errors import UserError
+
+ADAPTER = "adapter_config.json"
+METHOD_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+"""Where tools tell of quantization beside a `config.json` that does not, and the method that each stands for."""
+
+
+def refuse_adapter(name: str, folder: Path) -> None:
+    """Refuse a folder that holds an adapter, alone or beside a model: transformers would load another model from it.
+
+    Raises:
+        UserError: it does.
+    """
+    if not (folder / ADAPTER).is_file() and not (folder / "adapter_model.safetensors").is_file():
+        return
+    try:
+        base = json.loads((folder / ADAPTER).read_text())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    raise UserError(
+        f"{name} is an adapter of {base or 'a model that it does not name'}, not a model; merge it first, with peft: "
+        f"AutoPeftModelForCausalLM.from_pretrained({name!r}).merge_and_unload().save_pretrained('merged'), and "
+        "save the base model's tokenizer there too"
+    )
+
+
+def refuse_quantized(name: str, folder: Path, config: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose `config`, or a file beside it, says that the weights are quantized.
+
+    Looks at no weights and asks no library, so the one that made them need not be installed.
+
+    Raises:
+        UserError: it says so.
+    """
+    method = _stated_method(config) or next(
+        (how for file, how in METHOD_FILES.items() if (folder / file).is_file()), None
+    )
+    if method is not None:
+        raise UserError(
+            f"{name} is quantized ({method}) and cannot be cut; prune the original checkpoint and quantize the result"
+        )
+
+
+def _stated_method(config: dict[str, Any]) -> str | None:
+    """What `config` calls the method, if it tells of one."""
+    facts = [config[key] for key in ("quantization_config", "compression_config") if config.get(key) is not None]
+    if facts and isinstance(facts[0], dict):
+        bits = next((bits for bits in (4, 8) if facts[0].get(f"load_in_{bits}bit")), None)
+        return str(facts[0].get("quant_method") or (f"bitsandbytes, {bits} bits" if bits else "unknown method"))
+    if facts:
+        return "unknown method"
+    return "mlx" if isinstance(config.get("quantization"), dict) else None
+
+
+def refuse_altered(model: nn.Module) -> None:
+    """Refuse a model in memory that holds adapters or quantized weights.
+
+    Raises:
+        UserError: it does.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer"):  # what every layer of peft calls the one that it changes
+            raise UserError(
+                f"{type(model).__name__} has an adapter at {name}; merge it first: model = model.merge_and_unload()"
+            )
+    for name, weight in model.named_parameters():
+        # torchao's weights are of classes of their own and claim the dtype that they were made from.
+        if type(weight) not in (nn.Parameter, Tensor) or weight.element_size() < 2:
+            kind = f"{type(weight).__name__}, {weight.dtype}"
+            raise UserError(
+                f"{type(model).__name__} is quantized ({name} is a {kind}) and cannot be cut; prune the original "
+                "model and quantize the result"
+            )
