@@ -6,7 +6,7 @@ from typing import Any
 
 from hifiprune import DEFAULT_CRITERION
 from hifiprune.allocation import Budget, Sharing
-from hifiprune.announcements import announce_plan, remark_on_options, remark_on_unused
+from hifiprune.announcements import announce_plan, remark_on_blocks, remark_on_options, remark_on_unused
 from hifiprune.calibration import Calibration
 from hifiprune.cards import write_card
 from hifiprune.checkpoint import Checkpoint
@@ -191,6 +191,7 @@ def prune(
     width = shape.width_at(budget, round_to)
     check_space(target, int(checkpoint.dtype().itemsize * shape.total_parameters * (1 - shape.ratio_at(width))))
     voice.say(announce_plan(budget, shape, width, round_to, sharing.allocation))
+    remark_on_blocks(budget, shape, width, sharing, voice)
     ratio = budget.ratio or shape.ratio_at(width)
     if used:
         remark_on_options(used, ratio, voice)
