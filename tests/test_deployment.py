@@ -154,7 +154,12 @@ def test_a_type_without_a_row_is_not_known() -> None:
         ("falcon", "vLLM", "its model of the type 'falcon' is 96 wide, four times the hidden size; here it is 24"),
         ("phi", "SGLang", "its model of the type 'phi' is 96 wide, four times the hidden size; here it is 24"),
         ("gptj", "MLX (mlx-lm)", "its model of the type 'gptj' is 96 wide, four times the hidden size; here it is 24"),
-        ("gpt2", "llama.cpp", "its model of the type 'gpt2' is 96 wide, four times the hidden size; here it is 24"),
+        (
+            "gpt2",
+            "llama.cpp",
+            "its model of the type 'gpt2' is 96 wide, four times the hidden size; here it is 24: "
+            "set the file's feed_forward_length to 24 after the conversion, with gguf_set_metadata",
+        ),
     ],
 )
 def test_refusals_of_pruned_models(variant: str, engine: str, why: str, tmp_path: Path) -> None:
@@ -212,12 +217,15 @@ def test_scaled_angles_are_missed_too(tmp_path: Path) -> None:
     assert (verdict, '"rope_scaling": {' in why) == ("no", True)
 
 
-def test_keys_that_the_converter_needs(tmp_path: Path) -> None:
-    ((verdict, why),) = whys(save_pruned(tmp_path, "gpt_neox"), "llama.cpp")
-    assert (verdict, why.rpartition("; ")[2]) == ("no", 'write there "rotary_pct": 0.25')
+@pytest.mark.parametrize(("variant", "share", "stated"), [("gpt_neox", 0.5, 0.5), ("cohere2", None, 1.0)])
+def test_keys_that_the_converter_needs(variant: str, share: float | None, stated: float, tmp_path: Path) -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4} | ({"partial_rotary_factor": share} if share else {})
+    ((verdict, why),) = whys(save_pruned(tmp_path, variant, rope_parameters=rope), "llama.cpp")
+    assert (verdict, why.rpartition("; ")[2]) == ("no", f'write there "rotary_pct": {stated}')
     facts = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(facts | {"rotary_pct": 0.25}))
+    (tmp_path / "config.json").write_text(json.dumps(facts | {"rotary_pct": stated}))
     assert ("yes", "") in whys(tmp_path, "llama.cpp")
+    assert "no" not in {verdict for verdict, _ in whys(save_pruned(tmp_path / "usual", "gpt_neox"), "llama.cpp")}
 
 
 def test_the_command_tells_it_and_what_to_do_next(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -299,3 +307,17 @@ def test_the_page_shows_the_rules() -> None:
     for title, table in engines.TABLES.items():
         assert f"## {title}\n" in page
         assert table() in page, title
+
+
+def test_the_readme_shows_what_is_printed(
+    smollm2_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = json.loads((smollm2_folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(facts | {"intermediate_size": 1024}))
+    monkeypatch.setenv("COLUMNS", "118")
+    told = run("inspect", tmp_path, "--deploy").out
+    table = "\n".join(line.rstrip() for line in told.splitlines() if line.startswith(("┏", "┃", "┡", "│", "└")))
+    readme = (ROOT / "README.md").read_text()
+    assert table in readme
+    (note,) = (line for line in told.splitlines() if line.startswith("As their source"))
+    assert note in " ".join(readme.split())

@@ -18,7 +18,8 @@ from hifiprune.printing import demo_rows
 from tests import families
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "CONTRIBUTING.md", "docs/method.md", "docs/findings.md", "docs/scale.md", "docs/families.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "docs/method.md", "docs/findings.md", "docs/scale.md", "docs/families.md",
+         "docs/deployment.md"]  # fmt: skip
 
 
 def commands(page: str) -> list[list[str]]:

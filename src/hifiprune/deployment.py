@@ -150,7 +150,8 @@ def _at_all(facts: Facts, key: str) -> tuple[str, str, str]:
         return "unknown", f"nothing was found about the type {name}", engine.models
     if kind == "fixed" and {*facts.widths} != {4 * facts.hidden}:
         what = f"its model of the type {name} is {4 * facts.hidden:,} wide, four times the hidden size"
-        return "no", f"{what}; here it is {width_range([*facts.widths])}", engine.fixed
+        mend = f": {engine.mend.format(facts.widths[0])}" if engine.mend else ""
+        return "no", f"{what}; here it is {width_range([*facts.widths])}{mend}", engine.fixed
     if missing := missing_keys(facts, key):
         stated = ", ".join(f'"{name}": {json.dumps(value)}' for name, value in missing.items())
         taken = ", ".join(f"{value:g}" for name in missing if (value := KEYS[key][facts.model_type].get(name)))

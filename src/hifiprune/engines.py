@@ -25,6 +25,7 @@ class Engine:
         mixed: its answer to MLPs that differ in width, as `prune` saves them.
         why: of that answer.
         code: address of what tells so.
+        mend: what helps where it fixes the width; takes the width that the checkpoint has.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Engine:
     mixed: str
     why: str
     code: str
+    mend: str = ""
 
 
 ENGINES = {
@@ -88,6 +90,7 @@ ENGINES = {
         "the converter knows architectures by name and not this one; GGUF can hold a width for each layer, but most "
         "architectures read one",
         f"{LLAMA_CPP}/conversion/base.py",
+        "set the file's feed_forward_length to {} after the conversion, with gguf_set_metadata",
     ),
 }
 
@@ -233,7 +236,7 @@ KEYS: dict[str, dict[str, dict[str, float | None]]] = {
         "qwen3_moe": {THETA: None}, "seed_oss": {THETA: 1e4}, "smollm3": {THETA: 1e4},
         "stablelm": {THETA: None, "partial_rotary_factor": None}, "starcoder2": {THETA: 1e5},
     },
-    "llama.cpp": {"cohere2": {"rotary_pct": None}, "gpt2": {"n_ctx": None}, "gpt_neox": {"rotary_pct": None}},
+    "llama.cpp": {"cohere2": {"rotary_pct": None}, "gpt2": {"n_ctx": None}, "gpt_neox": {"rotary_pct": 0.25}},
 }  # fmt: skip
 """What engines read at the top of `config.json`, and take where it is not there; `None` if they fail then.
 
