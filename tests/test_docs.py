@@ -19,7 +19,7 @@ from tests import families
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", "docs/method.md", "docs/findings.md", "docs/scale.md", "docs/families.md"]
-PAGES += ["docs/quantization.md"]
+PAGES += ["docs/quantization.md", "docs/deployment.md"]
 
 
 def commands(page: str) -> list[list[str]]:

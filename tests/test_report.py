@@ -19,6 +19,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 import hifiprune as hp
+from hifiprune.deployment import remark_on_mixed
 from hifiprune.evaluation.passages import in_place, read_passage
 from hifiprune.plan import Plan
 from hifiprune.scores import Scores
@@ -99,6 +100,15 @@ def test_a_report_is_one_file_that_tells_of_all_runs(runs: dict[str, Path], tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     refused(run("report", *runs.values(), "--output", tmp_path / "report.html"), "exists already")
     refused(run("report", tmp_path, "--output", tmp_path / "other.html"), "has no run.json of hifiprune")
+
+
+def test_mixed_widths_come_with_who_runs_them(runs: dict[str, Path], tmp_path: Path) -> None:
+    pages = {}
+    for name in ("plain", "mixed"):
+        pages[name] = " ".join(Page(hp.report([runs[name]], tmp_path / f"{name}.html").read_text()).texts)
+    assert remark_on_mixed() in pages["mixed"]
+    assert "trust_remote_code" in remark_on_mixed()
+    assert remark_on_mixed() not in pages["plain"]
 
 
 def test_plots_show_what_was_found(runs: dict[str, Path], tmp_path: Path) -> None:

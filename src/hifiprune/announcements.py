@@ -13,6 +13,7 @@ from hifiprune.allocation import Budget, Shape, Sharing
 from hifiprune.compute import Compute, estimate_seconds
 from hifiprune.costs import Cost, Estimator, total_disk
 from hifiprune.criteria import CRITERIA, Options, find_criterion
+from hifiprune.engines import K_BLOCK
 from hifiprune.parallel import processes
 from hifiprune.scores import Scores
 from hifiprune.scoring import Request, count_passes
@@ -29,6 +30,18 @@ def announce_plan(budget: Budget, shape: Shape, width: int, round_to: int, alloc
         return f"Plan: {budget}; {allocation} allocation, mean width {width} of {shape.neurons}, removes {reached}."
     asked = f"{budget.ratio:.2%} of all parameters" if budget.ratio else f"{budget.neuron_ratio:.2%} of the neurons"
     return f"Plan: asked {asked}; width {shape.neurons} -> {width}, a multiple of {round_to}, removes {reached}."
+
+
+def remark_on_blocks(budget: Budget, shape: Shape, width: int, sharing: Sharing, voice: Voice) -> None:
+    """Say where k-quants took the dense model's width and will not take the one that all MLPs get."""
+    if sharing.allocation != "uniform" or shape.neurons % K_BLOCK or not width % K_BLOCK:
+        return  # widths that differ are not for llama.cpp at all
+    flag, best = ("--width", width // K_BLOCK * K_BLOCK) if budget.width else ("--round-to", K_BLOCK)
+    remedy = f"; {flag} {best} spares it" if width > K_BLOCK else ""
+    voice.say(
+        f"Width {width} does not divide by {K_BLOCK}: k-quants of llama.cpp fall back to other types for the down maps"
+        f"{remedy}."
+    )
 
 
 def announce_scoring(

@@ -47,6 +47,8 @@ LIBRARY_ERRORS = (
     OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError, SafetensorError,
     struct.error,
 )  # fmt: skip
+ROPE = ("rope_theta", "rope_scaling", "rotary_emb_base", "rotary_pct", "partial_rotary_factor")
+"""What configurations stated at their top before transformers 5, and other readers still look for there."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -236,6 +238,7 @@ class Checkpoint:
             # Copied below as it is: transformers refuses to save settings that many models ship with.
             model.generation_config = GenerationConfig()
         model.save_pretrained(folder, max_shard_size=shard_size, **how)
+        self._state_rope(folder)
         if self.gguf:
             self.tokenizer().save_pretrained(folder)
             return
@@ -245,6 +248,21 @@ class Checkpoint:
                     shutil.copytree(file, folder / file.name, dirs_exist_ok=True)
                 else:
                     shutil.copyfile(file, folder / file.name)
+
+    def _state_rope(self, folder: Path) -> None:
+        path, own = folder / "config.json", self.folder / "config.json"
+        dense = {} if self.gguf else json.loads(own.read_text())
+        facts = _rope_at_the_top(json.loads(path.read_text()), dense)
+        path.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
+
+
+def _rope_at_the_top(facts: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with what readers look for at its top, who do not know `rope_parameters` of transformers 5."""
+    rope = facts.get("rope_parameters")
+    stated = {name: dense[name] for name in ROPE if name in dense}
+    if isinstance(rope, dict) and isinstance(rope.get("rope_theta"), int | float):
+        stated.setdefault("rope_theta", rope["rope_theta"])
+    return facts | {name: value for name, value in stated.items() if name not in facts}
 
 
 def find_checkpoint(name: str) -> Checkpoint:

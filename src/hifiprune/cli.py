@@ -199,13 +199,20 @@ def score(
 
 
 @app.command()
-def inspect(model: Model, as_json: AsJson = False, debug: Debug = False) -> None:
+def inspect(
+    model: Model,
+    deploy: Annotated[bool, Option("--deploy", help="Tell which inference engines take it, and in which formats.")] = (
+        False
+    ),
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
     """Show a model's MLPs and the widths that ratios would give, without loading weights."""
     import hifiprune as hp
-    from hifiprune import printing
+    from hifiprune import engine_table, printing
 
-    facts = hp.inspect(model)
-    show(facts, as_json, lambda: printing.inspected(facts))
+    facts = hp.inspect(model, deploy=deploy)
+    show(facts, as_json, partial(engine_table.deployable if deploy else printing.inspected, facts))
 
 
 @app.command()

@@ -6,13 +6,25 @@ from transformers import PreTrainedModel
 
 from hifiprune.allocation import Budget, Shape
 from hifiprune.checkpoint import find_checkpoint
+from hifiprune.deployment import deployment
 from hifiprune.errors import UserError
+from hifiprune.lineage import dense_of, record_of
 from hifiprune.neurons import count_parameters, find_mlps
 
 
-def inspect(model: str) -> dict[str, Any]:
-    """Architecture, MLPs, parameters by part and the width at 10-50%, without loading weights."""
+def inspect(model: str, *, deploy: bool = False) -> dict[str, Any]:
+    """Architecture, MLPs, parameters by part and the width at 10-50%, without loading weights.
+
+    Args:
+        model: local folder, hub id or GGUF file.
+        deploy: tell also, as `deployment`, which inference engines take it and in which formats; see
+            `hifiprune.deployment`.
+
+    Raises:
+        UserError: it cannot be read, is not supported, or is a GGUF file where engines are asked for.
+    """
     checkpoint = find_checkpoint(model)
+    engines = {"deployment": deployment(checkpoint)} if deploy else {}
     skeleton = checkpoint.skeleton()
     mlps = find_mlps(skeleton)
     neurons = [mlp.neurons for mlp in mlps]
@@ -37,6 +49,9 @@ def inspect(model: str) -> dict[str, Any]:
         },
         "weight_bytes": checkpoint.weight_bytes,
         "widths": _possible_widths(shape_of(skeleton)) if equal or any(mlp.is_expert for mlp in mlps) else {},
+        "heads": skeleton.config.get_text_config().num_attention_heads,
+        "pruned_from": dense_of(record_of(checkpoint)),
+        **engines,
     }
 
 

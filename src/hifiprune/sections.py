@@ -13,6 +13,7 @@ from plotly.colors import qualitative
 from torch import Tensor
 
 from hifiprune.announcements import accuracies, asked_of, megabytes, short, width_range
+from hifiprune.deployment import remark_on_mixed
 from hifiprune.evaluation.fidelity import METRICS
 from hifiprune.runs import Run
 from hifiprune.watch import perplexity
@@ -208,6 +209,8 @@ def layers(runs: Sequence[Run]) -> Section:
                 curves.add_trace(go.Scatter(x=numbers, y=values, line=line, legendgroup=run.name, **how))
     if not widths.data:
         return section
+    if any(run.plan and {*run.plan.widths} != {run.plan.widths[0]} for run in runs):
+        section.texts.append(remark_on_mixed())
     widths.update_yaxes(title="neurons kept").update_xaxes(title="layer")
     curves.update_yaxes(title="score, to the median", type="log", dtick=1).update_xaxes(title="layer")
     kept = "Neurons that each layer keeps."

@@ -1,0 +1,244 @@
+"""What inference engines take, as data: looked up in the source of the versions named, not promised by anyone.
+
+Every rule carries the address of what was read. Where nothing was found, the answer is `unknown`.
+"""
+
+from dataclasses import dataclass
+
+VLLM = "https://github.com/vllm-project/vllm/blob/v0.33.0"
+TENSORRT = "https://github.com/NVIDIA/TensorRT-LLM/blob"
+SGLANG = "https://github.com/sgl-project/sglang/blob/v0.5.23/python/sglang/srt"
+MLX = "https://github.com/ml-explore/mlx-lm/blob/v0.32.2/mlx_lm"
+LLAMA_CPP = "https://github.com/ggml-org/llama.cpp/blob/0c1e57098bba43ac29e6e3b677cdceebdd22334f"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An inference engine.
+
+    Attributes:
+        name: what it is called.
+        version: that was looked at.
+        models: address of what tells its architectures.
+        fixed: address of an example of a model that takes the MLP to be four times the hidden size.
+        splits: address of what divides a width among GPUs; empty where the engine does not.
+        mixed: its answer to MLPs that differ in width, as `prune` saves them.
+        why: of that answer.
+        code: address of what tells so.
+        mend: what helps where it fixes the width; takes the width that the checkpoint has.
+    """
+
+    name: str
+    version: str
+    models: str
+    fixed: str
+    splits: str
+    mixed: str
+    why: str
+    code: str
+    mend: str = ""
+
+
+ENGINES = {
+    "vllm": Engine(
+        "vLLM",
+        "0.33.0",
+        f"{VLLM}/vllm/model_executor/models/registry.py",
+        f"{VLLM}/vllm/model_executor/models/falcon.py",
+        f"{VLLM}/vllm/model_executor/layers/linear.py",
+        "no",
+        "takes a checkpoint's own code only in its base model (auto_map.AutoModel), and here it is in the causal model",
+        f"{VLLM}/docs/models/supported_models.md#custom-models",
+    ),
+    "tensorrt-llm": Engine(
+        "TensorRT-LLM",
+        "main at 065ff9e",
+        f"{TENSORRT}/065ff9e93780bc0bdbfdbc7156a306ca14f5850c/tensorrt_llm/_torch/models/_arch_index.py",
+        "",
+        f"{TENSORRT}/00bbf71e796406ea8593a77cbfb828356182db16/tensorrt_llm/_torch/modules/linear.py",
+        "unknown",
+        "the PyTorch backend knows architectures by name and not this one; whether AutoDeploy takes it was not tried",
+        f"{TENSORRT}/01bffee125e24ebe5b4a63437840a9422eb70868/tensorrt_llm/_torch/models/modeling_auto.py",
+    ),
+    "sglang": Engine(
+        "SGLang",
+        "0.5.23",
+        f"{SGLANG.replace('blob', 'tree', 1)}/models",
+        f"{SGLANG}/models/phi.py",
+        f"{SGLANG}/layers/linear.py",
+        "no",
+        "asks a checkpoint with its own code for auto_map.AutoModel, and here only the causal model is named",
+        f"{SGLANG}/model_loader/utils.py",
+    ),
+    "mlx": Engine(
+        "MLX (mlx-lm)",
+        "0.32.2",
+        f"{MLX.replace('blob', 'tree', 1)}/models",
+        f"{MLX}/models/gptj.py",
+        "",
+        "no",
+        "builds its own model of the type, with one width for all layers",
+        f"{MLX}/utils.py",
+    ),
+    "llama.cpp": Engine(
+        "llama.cpp",
+        "0c1e570",
+        f"{LLAMA_CPP}/conversion/__init__.py",
+        f"{LLAMA_CPP}/conversion/gpt2.py",
+        "",
+        "no",
+        "the converter knows architectures by name and not this one; GGUF can hold a width for each layer, but most "
+        "architectures read one",
+        f"{LLAMA_CPP}/conversion/base.py",
+        "set the file's feed_forward_length to {} after the conversion, with gguf_set_metadata",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """A number format in which an engine runs or makes weights.
+
+    Attributes:
+        engine: key of `ENGINES`.
+        name: of the format.
+        multiple: what the sizes of the maps that it reads in groups, or each GPU's shares of them, must divide by.
+        otherwise: the answer where it does not.
+        then: what happens then, or what is in the way.
+        source: address of what was read.
+    """
+
+    engine: str
+    name: str
+    multiple: int = 1
+    otherwise: str = "no"
+    then: str = ""
+    source: str = ""
+
+
+K_BLOCK, BLOCK = 256, 32
+"""What k-quants need, and the types that llama-quantize falls back to; other maps become f16."""
+GROUPS, BLOCKS, FP8 = "int4, groups of 128 (GPTQ, AWQ)", "FP8, blocks of 128 x 128", "FP8, a scale a tensor or channel"
+QUANTIZE = f"{LLAMA_CPP}/src/llama-quant.cpp"
+FORMS = [
+    Form("vllm", "16 bits"),
+    Form(
+        "vllm", GROUPS, 128, "no", "Marlin takes whole groups only",
+        f"{VLLM}/vllm/model_executor/kernels/linear/mixed_precision/marlin.py",
+    ),
+    Form(
+        "vllm", BLOCKS, 128, "no", "blocks must be whole",
+        f"{VLLM}/vllm/model_executor/layers/quantization/utils/fp8_utils.py",
+    ),
+    Form(
+        "vllm", FP8, 16, "partly", "the CUTLASS kernel pads such maps",
+        f"{VLLM}/vllm/model_executor/kernels/linear/scaled_mm/cutlass.py",
+    ),
+    Form("tensorrt-llm", "16 bits"),
+    Form(
+        "tensorrt-llm", "int4, groups of 128 (AWQ)", 128, "no", "groups must be whole",
+        ENGINES["tensorrt-llm"].splits,
+    ),
+    Form("sglang", "16 bits"),
+    Form(
+        "sglang", GROUPS, 128, "no", "groups must be whole",
+        f"{SGLANG}/layers/quantization/gptq/schemes/gptq_linear.py",
+    ),
+    Form(
+        "sglang", BLOCKS, 128, "no", "blocks must be whole",
+        f"{SGLANG}/layers/quantization/fp8.py",
+    ),
+    Form(
+        "sglang", FP8, 16, "unknown", "the CUTLASS kernel leaves such maps out; what else runs them was not looked up",
+        f"{SGLANG}/layers/quantization/fp8_utils.py",
+    ),
+    Form("mlx", "16 bits"),
+    Form(
+        "mlx", "quantized in groups of 64 (mlx_lm.convert -q)", 64, "partly",
+        "such maps stay in 16 bits; --q-group-size 32 takes more sizes", f"{MLX}/utils.py",
+    ),
+    Form("llama.cpp", "f32, f16, bf16"),
+    Form("llama.cpp", "q4_0, q4_1, q5_0, q5_1, q8_0", BLOCK, "partly", "such maps become f16", QUANTIZE),
+    Form(
+        "llama.cpp", "k-quants", K_BLOCK, "partly",
+        "such maps fall back: q4_K to q5_0, q5_K to q5_1, q6_K to q8_0, q2_K and q3_K to q4_0", QUANTIZE,
+    ),
+    Form("llama.cpp", "i-quants", K_BLOCK, "partly", "such maps fall back to iq4_nl", QUANTIZE),
+]  # fmt: skip
+"""In the order in which they are told."""
+
+Y, B, F, N, U, A = "yes", "backend", "fixed", "no", "unknown", "autodeploy"
+SUPPORT = {
+    "arcee": (B, U, Y, N, Y),
+    "bloom": (F, U, N, N, F),
+    "codegen": (N, U, N, N, N),
+    "cohere": (Y, U, Y, Y, Y),
+    "cohere2": (Y, Y, Y, Y, Y),
+    "ernie4_5": (Y, U, B, Y, Y),
+    "exaone4": (Y, Y, Y, Y, Y),
+    "falcon": (F, U, N, N, F),
+    "gemma": (Y, U, Y, Y, Y),
+    "gemma2": (Y, U, Y, Y, Y),
+    "gemma3": (Y, Y, Y, Y, Y),
+    "gemma3_text": (Y, Y, Y, Y, Y),
+    "glm": (B, U, B, U, Y),
+    "glm4": (Y, U, Y, Y, Y),
+    "gpt2": (Y, U, Y, F, F),
+    "gpt_bigcode": (B, U, Y, Y, F),
+    "gpt_neox": (B, U, B, F, Y),
+    "gptj": (Y, U, Y, F, N),
+    "granite": (Y, A, Y, Y, Y),
+    "helium": (B, U, B, Y, N),
+    "hunyuan_v1_dense": (B, Y, Y, Y, Y),
+    "llama": (Y, Y, Y, Y, Y),
+    "ministral": (B, U, B, N, N),
+    "ministral3": (Y, U, Y, Y, Y),
+    "mistral": (Y, Y, Y, Y, Y),
+    "mixtral": (Y, Y, Y, Y, Y),
+    "nemotron": (Y, Y, B, Y, Y),
+    "olmo": (B, U, Y, N, Y),
+    "olmo2": (B, U, Y, Y, Y),
+    "olmo3": (B, A, B, Y, Y),
+    "olmoe": (Y, U, Y, Y, Y),
+    "opt": (Y, U, Y, N, N),
+    "phi": (B, U, F, Y, F),
+    "phi3": (Y, Y, Y, Y, Y),
+    "qwen2": (Y, Y, Y, Y, Y),
+    "qwen2_moe": (Y, Y, Y, Y, Y),
+    "qwen2_vl": (Y, Y, Y, Y, Y),
+    "qwen3": (Y, Y, Y, Y, Y),
+    "qwen3_moe": (Y, Y, Y, Y, Y),
+    "seed_oss": (B, Y, B, Y, Y),
+    "smollm3": (B, A, B, Y, Y),
+    "stablelm": (Y, U, Y, Y, Y),
+    "starcoder2": (B, Y, Y, Y, Y),
+}
+"""Of every model type, how each of `ENGINES` in their order runs it.
+
+`yes` with a model of its own, `backend` by its Transformers backend, `autodeploy` by TensorRT-LLM's AutoDeploy as its
+list of models says, `fixed` with a model that takes the MLP to be four times the hidden size, `no`, or `unknown`.
+"""
+
+MIXTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+"""Whose experts other kernels run; those were not looked up."""
+
+THETA = "rope_theta"
+KEYS: dict[str, dict[str, dict[str, float | None]]] = {
+    "mlx": {
+        "cohere": {THETA: 8e6}, "cohere2": {THETA: 5e4}, "ernie4_5": {THETA: None},
+        "exaone4": {THETA: None, "head_dim": None}, "gemma": {THETA: 1e4}, "gemma2": {THETA: 1e4},
+        "glm4": {THETA: None, "partial_rotary_factor": None}, "gpt2": {"n_ctx": None}, "granite": {THETA: None},
+        "gpt_neox": {"rotary_emb_base": None, "rotary_pct": None},
+        "helium": {THETA: None}, "hunyuan_v1_dense": {THETA: 1e4}, "llama": {THETA: 1e4}, "mistral": {THETA: 1e4},
+        "mixtral": {THETA: 1e6}, "nemotron": {THETA: 1e4, "partial_rotary_factor": 0.5}, "olmo2": {THETA: 1e4},
+        "olmo3": {THETA: None}, "olmoe": {THETA: 1e4}, "phi": {THETA: 1e4, "partial_rotary_factor": 0.4},
+        "phi3": {THETA: 1e4, "partial_rotary_factor": 1.0}, "qwen2": {THETA: 1e6}, "qwen2_moe": {THETA: 1e6},
+        "qwen3_moe": {THETA: None}, "seed_oss": {THETA: 1e4}, "smollm3": {THETA: 1e4},
+        "stablelm": {THETA: None, "partial_rotary_factor": None}, "starcoder2": {THETA: 1e5},
+    },
+    "llama.cpp": {"cohere2": {"rotary_pct": None}, "gpt2": {"n_ctx": None}, "gpt_neox": {"rotary_pct": 0.25}},
+}  # fmt: skip
+"""What engines read at the top of `config.json`, and take where it is not there; `None` if they fail then.
+
+Transformers 5 writes these into `rope_parameters`, or not at all, and most of mlx-lm does not look there.
+"""

@@ -1,0 +1,323 @@
+"""What is said about inference engines: rules against independent truth, on tiny checkpoints, and as told."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+from hifiprune import cut_, find_mlps, inspect
+from hifiprune.deployment import TENSOR_PARALLEL, Facts, answer, remark_on_mixed
+from hifiprune.engines import BLOCKS, ENGINES, FORMS, KEYS, SUPPORT, Form
+from hifiprune.families import FAMILIES
+from tests import engines
+from tests.commands import refused, run
+from tests.families import tiny_model
+from tests.test_families import plan_keeping, random_plan
+
+ROOT = Path(__file__).parent.parent
+LLAMA = Facts("llama", (1024,), hidden=1024, heads=8, key_heads=8, head=128)
+Answers = dict[tuple[str, str], dict[str, Any]]
+
+
+def form_of(engine: str, start: str) -> Form:
+    return next(form for form in FORMS if form.engine == engine and form.name.startswith(start))
+
+
+def answers_of(folder: Path) -> Answers:
+    return {(row["engine"], row["form"]): row for row in inspect(str(folder), deploy=True)["deployment"]}
+
+
+def whys(folder: Path, engine: str) -> set[tuple[str, str]]:
+    """Verdicts and reasons of one engine."""
+    return {(row["verdict"], row["why"]) for (name, _), row in answers_of(folder).items() if name == engine}
+
+
+def save_pruned(folder: Path, variant: str, width: int | None = 24, **options: Any) -> Path:
+    """A tiny checkpoint, cut if a width is given."""
+    model = tiny_model(variant, torch.float32, **options)
+    model.save_pretrained(folder)
+    if width:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        cut_(model, random_plan(model, width))
+        model.save_pretrained(folder)
+    return folder
+
+
+def whole_groups(row: int, gpus: int, group: int) -> bool:
+    """Whether places 0, 1, ... of a row, dealt out evenly in turn, make whole groups on every GPU."""
+    if row % gpus:
+        return False
+    share = row // gpus
+    shares = [range(gpu * share, (gpu + 1) * share) for gpu in range(gpus)]
+    groups = [own[start : start + group] for own in shares for start in range(0, share, group)]
+    return all(len(each) == group for each in groups)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form.multiple > 1], ids=lambda form: form.name)
+def test_widths_are_taken_where_every_group_is_whole(form: Form) -> None:
+    found = {"yes": 0, form.otherwise: 0}
+    for width in range(8, 2049, 8):
+        told = answer(replace(LLAMA, widths=(width,)), form)
+        gpus = TENSOR_PARALLEL if ENGINES[form.engine].splits else (1,)
+        fitting = [size for size in gpus if whole_groups(width, size, form.multiple)]
+        assert (told.verdict == "yes") == bool(fitting), width
+        assert told.verdict in ("yes", form.otherwise)
+        if told.verdict == "yes" and len(gpus) > 1:
+            assert list(told.tensor_parallel) == fitting, width
+        if told.verdict != "yes":
+            assert f"the width {width:,} does not divide by {form.multiple}" in told.why
+        found[told.verdict] += 1
+    assert all(found.values()), "both happen"
+
+
+def test_sixteen_bits_need_no_groups_but_even_shares() -> None:
+    for engine, name in (("vllm", "16 bits"), ("tensorrt-llm", "16 bits"), ("sglang", "16 bits")):
+        for width in range(1, 300):
+            told = answer(replace(LLAMA, widths=(width,)), form_of(engine, name))
+            assert told.verdict == "yes"
+            assert [*told.tensor_parallel] == [gpus for gpus in (1, 2, 4, 8) if math.gcd(width, gpus) == gpus]
+    nine = replace(LLAMA, heads=9, key_heads=3, head=64)
+    assert answer(nine, form_of("vllm", "16 bits")).tensor_parallel == (1,), "nine heads cannot be shared by two"
+
+
+def test_other_maps_than_the_mlps_count_too() -> None:
+    odd = replace(LLAMA, hidden=576, heads=9, key_heads=3, head=64)
+    why = answer(odd, form_of("vllm", "int4")).why
+    assert why.startswith("the hidden size 576 and the width of attention 576 do not divide by 128")
+    why = answer(odd, form_of("sglang", "FP8, blocks")).why
+    assert why.startswith("the width of queries 576 and the width of keys 192 do not divide by 128")
+    assert answer(odd, form_of("vllm", "FP8, a scale")).verdict == "yes"
+    told = answer(replace(odd, widths=(1000,)), form_of("llama.cpp", "k-quants"))
+    assert (told.verdict, "f16 for the width" in told.why) == ("partly", True), "1,000 is not 32 x 31.25, but 576 is"
+
+
+def test_blocks_on_one_gpu_matter_behind_a_gate_only() -> None:
+    form, odd = form_of("vllm", BLOCKS), replace(LLAMA, widths=(1000,))
+    assert answer(odd, form).verdict == "no"
+    told = answer(replace(odd, gated=False), form)
+    assert (told.verdict, told.tensor_parallel) == ("yes", (1,))
+
+
+def test_blocks_of_gguf_are_those_of_its_library() -> None:
+    def sizes(*names: str) -> set[int]:
+        return {gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]][0] for name in names}
+
+    assert sizes("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL") == {form_of("llama.cpp", "q4_0").multiple}
+    assert sizes("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K") == {form_of("llama.cpp", "k-quants").multiple}
+    assert sizes("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ3_S", "IQ4_XS") == {form_of("llama.cpp", "i-quants").multiple}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_has_a_row_and_backends_run_what_transformers_lets_them(name: str) -> None:
+    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[name]]
+    support = dict(zip(ENGINES, SUPPORT[name], strict=True))
+    if "backend" in (support["vllm"], support["sglang"]):
+        assert model.is_backend_compatible()
+    if "no" in (support["vllm"], support["sglang"]):
+        assert not model.is_backend_compatible(), "the Transformers backend would run it"
+
+
+def test_rules_are_complete_and_name_their_sources() -> None:
+    kinds = {"vllm": {"autodeploy"}, "sglang": {"autodeploy"}, "mlx": {"autodeploy", "backend"}}
+    kinds |= {"tensorrt-llm": {"backend", "fixed"}, "llama.cpp": {"autodeploy", "backend"}}
+    for name, row in SUPPORT.items():
+        assert len(row) == len(ENGINES), name
+        for engine, kind in zip(ENGINES, row, strict=True):
+            assert kind in {"yes", "backend", "fixed", "no", "unknown", "autodeploy"} - kinds[engine], (name, engine)
+            assert kind != "fixed" or ENGINES[engine].fixed, (name, engine)
+    assert {form.engine for form in FORMS} == {*ENGINES}
+    assert all(form.source for form in FORMS if form.multiple > 1)
+    assert {*KEYS} < {*ENGINES}
+    for key, types in KEYS.items():
+        told = {name for name, row in SUPPORT.items() if row[[*ENGINES].index(key)] in ("yes", "fixed")}
+        assert {*types} <= told, key
+
+
+def test_a_type_without_a_row_is_not_known() -> None:
+    for form in FORMS:
+        told = answer(replace(LLAMA, model_type="new"), form)
+        assert (told.verdict, told.why) == ("unknown", "nothing was found about the type 'new'")
+
+
+@pytest.mark.parametrize(
+    ("variant", "engine", "why"),
+    [
+        ("codegen", "vLLM", "has no model of the type 'codegen'"),
+        ("helium", "llama.cpp", "has no model of the type 'helium'"),
+        ("falcon", "vLLM", "its model of the type 'falcon' is 96 wide, four times the hidden size; here it is 24"),
+        ("phi", "SGLang", "its model of the type 'phi' is 96 wide, four times the hidden size; here it is 24"),
+        ("gptj", "MLX (mlx-lm)", "its model of the type 'gptj' is 96 wide, four times the hidden size; here it is 24"),
+        (
+            "gpt2",
+            "llama.cpp",
+            "its model of the type 'gpt2' is 96 wide, four times the hidden size; here it is 24: "
+            "set the file's feed_forward_length to 24 after the conversion, with gguf_set_metadata",
+        ),
+    ],
+)
+def test_refusals_of_pruned_models(variant: str, engine: str, why: str, tmp_path: Path) -> None:
+    assert whys(save_pruned(tmp_path, variant), engine) == {("no", why)}
+
+
+@pytest.mark.parametrize(("variant", "engine"), [("falcon", "vLLM"), ("phi", "llama.cpp"), ("phi", "SGLang")])
+def test_a_dense_model_of_the_usual_width_is_not_refused(variant: str, engine: str, tmp_path: Path) -> None:
+    save_pruned(tmp_path, variant, width=None, intermediate_size=96)
+    assert "yes" in {verdict for verdict, _ in whys(tmp_path, engine)}
+
+
+@pytest.mark.parametrize("variant", ["llama", "bloom"])
+def test_own_code_is_refused_or_not_known(variant: str, tmp_path: Path) -> None:
+    model = tiny_model(variant, torch.float32)
+    kept = [torch.arange(width) for width in ((7, 40, 23) if variant == "llama" else (16, 16, 16))]
+    cut_(model, plan_keeping(model, kept))
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert [*saved["auto_map"]] == ["AutoModelForCausalLM"], "what vLLM and SGLang ask for is not there"
+    assert saved["architectures"][0].startswith("Pruned")
+    for engine in ENGINES.values():
+        assert whys(tmp_path, engine.name) == {(engine.mixed, engine.why)}
+        assert all(
+            engine.code in row["sources"] for (name, _), row in answers_of(tmp_path).items() if name == engine.name
+        )
+    assert f"not by {', '.join(['vLLM', 'SGLang', 'MLX (mlx-lm)'])} and llama.cpp" in remark_on_mixed()
+    assert "of TensorRT-LLM it is not known" in remark_on_mixed()
+
+
+ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 5e5}
+
+
+def test_angles_that_an_engine_would_not_find(tmp_path: Path) -> None:
+    save_pruned(tmp_path, "llama", rope_parameters=ROPE)
+    ((verdict, why),) = whys(tmp_path, "MLX (mlx-lm)")
+    assert verdict == "no"
+    assert why.endswith('computes with 10000 in place of it; write there "rope_theta": 500000.0')
+    facts = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(facts | {"rope_theta": 500000.0}))
+    assert ("yes", "") in whys(tmp_path, "MLX (mlx-lm)")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.rope_parameters["rope_theta"] == 5e5, "transformers reads the mended file as before"
+
+
+def test_angles_that_an_engine_takes_unasked(tmp_path: Path) -> None:
+    for variant, theta in (("llama", 1e4), ("qwen3", 5e5)):
+        save_pruned(tmp_path / variant, variant, rope_parameters=ROPE | {"rope_theta": theta})
+        assert ("yes", "") in whys(tmp_path / variant, "MLX (mlx-lm)")
+
+
+def test_scaled_angles_are_missed_too(tmp_path: Path) -> None:
+    scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    ((verdict, why),) = whys(save_pruned(tmp_path, "llama", rope_parameters=scaled), "MLX (mlx-lm)")
+    assert (verdict, '"rope_scaling": {' in why) == ("no", True)
+
+
+@pytest.mark.parametrize(("variant", "share", "stated"), [("gpt_neox", 0.5, 0.5), ("cohere2", None, 1.0)])
+def test_keys_that_the_converter_needs(variant: str, share: float | None, stated: float, tmp_path: Path) -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4} | ({"partial_rotary_factor": share} if share else {})
+    ((verdict, why),) = whys(save_pruned(tmp_path, variant, rope_parameters=rope), "llama.cpp")
+    assert (verdict, why.rpartition("; ")[2]) == ("no", f'write there "rotary_pct": {stated}')
+    facts = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(facts | {"rotary_pct": stated}))
+    assert ("yes", "") in whys(tmp_path, "llama.cpp")
+    assert "no" not in {verdict for verdict, _ in whys(save_pruned(tmp_path / "usual", "gpt_neox"), "llama.cpp")}
+
+
+def test_the_command_tells_it_and_what_to_do_next(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    dense = make_checkpoint(intermediate_size=512)
+    for width, words in ((300, "--round-to 256"), (256, f"push {tmp_path / '256'} OWNER/NAME")):
+        output = tmp_path / str(width)
+        assert run("prune", dense, "--output", output, "--width", width, "--criterion", "magnitude").code == 0
+        told = run("inspect", output, "--deploy")
+        assert told.code == 0, told.err
+        assert words in told.out[told.out.rindex("Next: hifiprune") :]
+    assert "4 attention heads" in told.out
+    assert "k-quants" in told.out
+    assert "Next: hifiprune prune" in run("inspect", dense, "--deploy").out
+    facts = run("inspect", output, "--deploy", "--json").json
+    assert facts == json.loads(json.dumps(inspect(str(output), deploy=True)))
+    assert len(facts["deployment"]) == len(FORMS)
+    for row in facts["deployment"]:
+        assert [*row] == ["engine", "version", "form", "verdict", "why", "tensor_parallel", "sources"]
+        assert row["verdict"] in ("yes", "partly", "no", "unknown")
+        assert row["why"] or row["verdict"] == "yes"
+        assert row["sources"]
+        assert all(source.startswith("https://") for source in row["sources"])
+    assert "deployment" not in run("inspect", output, "--json").json
+
+
+def test_mixed_widths_are_told_what_to_do(tmp_path: Path, world: Path) -> None:
+    text = ("--calibration", world / "calibration.txt", "--num-samples", 2, "--seq-len", 16)
+    output = tmp_path / "mixed"
+    made = run("prune", world / "dense", "--output", output, "--width", 24, "--allocation", "global", *text)
+    assert made.code == 0, made.err
+    assert "k-quants" not in made.err
+    assert len({mlp.neurons for mlp in find_mlps(tiny_skeleton(output))}) > 1
+    told = run("inspect", output, "--deploy")
+    assert told.code == 0
+    assert "--allocation uniform" in told.out[told.out.rindex("Next:") :]
+
+
+def tiny_skeleton(folder: Path) -> Any:
+    from hifiprune.checkpoint import Checkpoint
+
+    return Checkpoint("pruned", folder).skeleton()
+
+
+def test_what_the_command_refuses(tmp_path: Path, checkpoint: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    refused(run("inspect", tmp_path / "model.gguf", "--deploy"), "is a GGUF file: whether engines take it is told of")
+    refused(run("inspect", tmp_path / "none", "--deploy"), "there is no model folder")
+    facts = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(facts | {"model_type": "mamba"}))
+    refused(run("inspect", checkpoint, "--deploy"), "model type 'mamba'")
+
+
+@pytest.mark.parametrize(
+    ("dense", "options", "remark"),
+    [
+        (1024, ("--width", 700), "Width 700 does not divide by 256: k-quants of llama.cpp fall back to other types for "
+         "the down maps; --width 512 spares it."),
+        (1024, ("--neuron-ratio", 0.37), "Width 640 does not divide by 256: k-quants of llama.cpp fall back to other "
+         "types for the down maps; --round-to 256 spares it."),
+        (512, ("--width", 200), "Width 200 does not divide by 256: k-quants of llama.cpp fall back to other types for "
+         "the down maps."),
+        (1024, ("--width", 768), ""),
+        (1024, ("--neuron-ratio", 0.37, "--round-to", 256), ""),
+        (1000, ("--width", 700), ""),
+    ],
+)  # fmt: skip
+def test_prune_says_before_where_k_quants_are_lost(
+    dense: int, options: tuple[object, ...], remark: str, make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = make_checkpoint(intermediate_size=dense)
+    told = run("prune", model, "--output", tmp_path / "o", "--criterion", "magnitude", "--dry-run", *options)
+    assert told.code == 0, told.err
+    assert told.err.count("k-quants") == bool(remark)
+    assert remark in told.err
+
+
+def test_the_page_shows_the_rules() -> None:
+    page = (ROOT / "docs" / "deployment.md").read_text()
+    for title, table in engines.TABLES.items():
+        assert f"## {title}\n" in page
+        assert table() in page, title
+
+
+def test_the_readme_shows_what_is_printed(
+    smollm2_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = json.loads((smollm2_folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(facts | {"intermediate_size": 1024}))
+    monkeypatch.setenv("COLUMNS", "118")
+    told = run("inspect", tmp_path, "--deploy").out
+    table = "\n".join(line.rstrip() for line in told.splitlines() if line.startswith(("┏", "┃", "┡", "│", "└")))
+    readme = (ROOT / "README.md").read_text()
+    assert table in readme
+    (note,) = (line for line in told.splitlines() if line.startswith("As their source"))
+    assert note in " ".join(readme.split())
