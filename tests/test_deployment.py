@@ -10,10 +10,12 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from hifiprune import cut_, find_mlps, inspect
+from hifiprune import cut_, cut_checkpoint, find_mlps, inspect
+from hifiprune.checkpoint import find_checkpoint
 from hifiprune.deployment import TENSOR_PARALLEL, Facts, answer, remark_on_mixed
+from hifiprune.discovery import stock_class
 from hifiprune.engines import BLOCKS, ENGINES, FORMS, KEYS, SUPPORT, Form
 from hifiprune.families import FAMILIES
 from tests import engines
@@ -116,7 +118,7 @@ def test_blocks_of_gguf_are_those_of_its_library() -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_has_a_row_and_backends_run_what_transformers_lets_them(name: str) -> None:
-    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[name]]
+    model: Any = stock_class(AutoConfig.for_model(name))
     support = dict(zip(ENGINES, SUPPORT[name], strict=True))
     if "backend" in (support["vllm"], support["sglang"]):
         assert model.is_backend_compatible()
@@ -203,6 +205,25 @@ def test_angles_that_an_engine_would_not_find(tmp_path: Path) -> None:
     assert ("yes", "") in whys(tmp_path, "MLX (mlx-lm)")
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert again.config.rope_parameters["rope_theta"] == 5e5, "transformers reads the mended file as before"
+
+
+def test_what_prune_writes_states_the_angles_at_the_top(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    dense = make_checkpoint(rope_parameters=ROPE)
+    config = json.loads((dense / "config.json").read_text())
+    assert "rope_theta" not in config
+    (dense / "config.json").write_text(json.dumps(config | {"partial_rotary_factor": 1.0}))
+    for how in ("files", "memory"):
+        plan = random_plan(AutoModelForCausalLM.from_pretrained(dense), 24)
+        if how == "files":
+            cut_checkpoint(str(dense), tmp_path / how, plan)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(dense)
+            cut_(model, plan)
+            find_checkpoint(str(dense)).save(model, tmp_path / how)
+        facts = json.loads((tmp_path / how / "config.json").read_text())
+        assert (facts["rope_theta"], facts["partial_rotary_factor"], facts["intermediate_size"]) == (5e5, 1.0, 24)
+        assert AutoConfig.from_pretrained(tmp_path / how).rope_parameters["rope_theta"] == 5e5
+        assert ("yes", "") in whys(tmp_path / how, "MLX (mlx-lm)")
 
 
 def test_angles_that_an_engine_takes_unasked(tmp_path: Path) -> None:

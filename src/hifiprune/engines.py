@@ -174,6 +174,8 @@ SUPPORT = {
     "codegen": (N, U, N, N, N),
     "cohere": (Y, U, Y, Y, Y),
     "cohere2": (Y, Y, Y, Y, Y),
+    "deepseek_v2": (Y, U, Y, Y, Y),
+    "deepseek_v3": (Y, U, Y, Y, Y),
     "ernie4_5": (Y, U, B, Y, Y),
     "exaone4": (Y, Y, Y, Y, Y),
     "falcon": (F, U, N, N, F),
@@ -183,6 +185,7 @@ SUPPORT = {
     "gemma3_text": (Y, Y, Y, Y, Y),
     "glm": (B, U, B, U, Y),
     "glm4": (Y, U, Y, Y, Y),
+    "glm4_moe": (Y, U, Y, Y, Y),
     "gpt2": (Y, U, Y, F, F),
     "gpt_bigcode": (B, U, Y, Y, F),
     "gpt_neox": (B, U, B, F, Y),
@@ -190,10 +193,13 @@ SUPPORT = {
     "granite": (Y, A, Y, Y, Y),
     "helium": (B, U, B, Y, N),
     "hunyuan_v1_dense": (B, Y, Y, Y, Y),
+    "internvl": (Y, U, U, N, N),
     "llama": (Y, Y, Y, Y, Y),
+    "llava": (Y, U, Y, N, Y),
     "ministral": (B, U, B, N, N),
     "ministral3": (Y, U, Y, Y, Y),
     "mistral": (Y, Y, Y, Y, Y),
+    "mistral3": (Y, U, Y, Y, Y),
     "mixtral": (Y, Y, Y, Y, Y),
     "nemotron": (Y, Y, B, Y, Y),
     "olmo": (B, U, Y, N, Y),
@@ -204,12 +210,15 @@ SUPPORT = {
     "phi": (B, U, F, Y, F),
     "phi3": (Y, Y, Y, Y, Y),
     "qwen2": (Y, Y, Y, Y, Y),
+    "qwen2_5_vl": (Y, U, Y, U, Y),
     "qwen2_moe": (Y, Y, Y, Y, Y),
     "qwen2_vl": (Y, Y, Y, Y, Y),
     "qwen3": (Y, Y, Y, Y, Y),
     "qwen3_moe": (Y, Y, Y, Y, Y),
+    "qwen3_vl": (Y, U, Y, Y, Y),
     "seed_oss": (B, Y, B, Y, Y),
     "smollm3": (B, A, B, Y, Y),
+    "smolvlm": (Y, U, U, N, Y),
     "stablelm": (Y, U, Y, Y, Y),
     "starcoder2": (B, Y, Y, Y, Y),
 }
@@ -219,7 +228,7 @@ SUPPORT = {
 list of models says, `fixed` with a model that takes the MLP to be four times the hidden size, `no`, or `unknown`.
 """
 
-MIXTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+MIXTURES = ("deepseek_v2", "deepseek_v3", "glm4_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 """Whose experts other kernels run; those were not looked up."""
 
 THETA = "rope_theta"
