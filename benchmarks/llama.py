@@ -1,0 +1,227 @@
+"""Whether llama.cpp computes with an exported model what transformers computes with the checkpoint, and how nearly.
+
+Prunes SmolLM2-135M-Instruct by 20%, exports it by llama.cpp's converter, loads it in llama-cpp-python and compares
+token ids, greedy continuations, logits and perplexity. Ends with an error unless continuations in f32 and f16 are the
+same, token for token. Writes `results/llama_cpp.json`. `make test-llama-cpp` builds the engine first and runs this.
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import log_softmax
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+import hifiprune as hp
+from hifiprune.checkpoint import find_checkpoint
+from hifiprune.conversion import SCRIPT
+from hifiprune.demonstration import fetch_smollm2, write_texts
+from hifiprune.errors import RunError
+from hifiprune.output import replacing
+from hifiprune.terminal import voice
+
+ROOT = Path(__file__).parent.parent
+SDIST = "llama-cpp-python==0.3.36"
+SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+PARTS = (SCRIPT, "LICENSE", "conversion/", "gguf-py/gguf/")
+"""What the converter consists of, in llama.cpp's folder."""
+TYPES = ("f32", "f16", "bf16", "q8_0", "q4_k_m")
+EXACT = ("f32", "f16")
+NEW, WINDOWS, LENGTH = 32, 8, 256
+PROMPTS = (
+    "The capital of France is",
+    "To make a good cup of tea, first",
+    "def fibonacci(n):\n    ",
+    "In 1969, the first people",
+    "Water boils at 100 degrees, and",
+    "<|im_start|>user\nWhat is a tree?<|im_end|>\n<|im_start|>assistant\n",
+    "Naïve “café”, 你好",
+    "3.14159 + 2 = ",
+)
+
+
+def fetch_converter(folder: Path) -> Path:
+    """Get llama.cpp's converter (MIT), which llama-cpp-python's source package carries, into `folder`.
+
+    The package is downloaded, not built.
+
+    Raises:
+        RunError: it cannot be had, or is not the one expected.
+    """
+    if (folder / SCRIPT).is_file():
+        return folder
+    with replacing(folder) as new:
+        scratch = new.parent
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary"]
+        command += ["llama-cpp-python", "--dest", str(scratch), SDIST]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        archives = list(scratch.glob("*.tar.gz"))
+        if done.returncode or not archives:
+            reason = (done.stderr.strip().splitlines() or ["no file came"])[-1]
+            raise RunError(f"{SDIST} could not be downloaded ({reason})")
+        found = hashlib.sha256(archives[0].read_bytes()).hexdigest()
+        if found != SDIST_SHA256:
+            raise RunError(f"{archives[0].name} has SHA-256 {found[:12]}, not {SDIST_SHA256[:12]}")
+        with tarfile.open(archives[0]) as archive:
+            for member in archive:
+                path = member.name.partition("vendor/llama.cpp/")[2]
+                if path.startswith(PARTS) and member.isfile():
+                    member.name = path
+                    archive.extract(member, new, filter="data")
+    return folder
+
+
+class Engine:
+    """A GGUF file in llama-cpp-python: its tokens, its logits, its greedy continuations."""
+
+    def __init__(self, path: Path):
+        import llama_cpp
+
+        kind = llama_cpp.GGML_TYPE_F32 if path.stem == "f32" else llama_cpp.GGML_TYPE_F16  # of keys and values
+        self.llama = llama_cpp.Llama(
+            str(path), n_ctx=LENGTH, n_batch=LENGTH, n_threads=2, logits_all=True, type_k=kind, type_v=kind,
+            verbose=False,
+        )  # fmt: skip
+
+    def tokens(self, text: str) -> list[int]:
+        """What the engine makes of a text, with special tokens in it."""
+        return [*self.llama.tokenize(text.encode(), add_bos=True, special=True)]
+
+    def logits(self, ids: list[int]) -> torch.Tensor:
+        """Of every position."""
+        self.llama.reset()
+        self.llama.eval(ids)
+        return torch.from_numpy(np.array(self.llama.scores[: len(ids)]))
+
+    def greedy(self, ids: list[int]) -> list[int]:
+        """The likeliest token, and so on."""
+        made = [int(self.logits(ids)[-1].argmax())]
+        while len(made) < NEW:
+            self.llama.eval(made[-1:])
+            made.append(int(np.argmax(self.llama.scores[self.llama.n_tokens - 1])))
+        return made
+
+
+class Reference:
+    """The same by transformers, in float32."""
+
+    def __init__(self, folder: Path):
+        checkpoint = find_checkpoint(str(folder))
+        self.model: PreTrainedModel = checkpoint.load(torch.float32)
+        self.tokenizer: PreTrainedTokenizerBase = checkpoint.tokenizer()
+
+    def tokens(self, text: str) -> list[int]:
+        """What the tokenizer makes of a text."""
+        return [*self.tokenizer(text).input_ids]
+
+    @torch.no_grad()
+    def logits(self, ids: list[int]) -> torch.Tensor:
+        """Of every position."""
+        found: torch.Tensor = self.model(input_ids=torch.tensor([ids])).logits[0]
+        return found
+
+    def greedy(self, ids: list[int]) -> list[int]:
+        """The likeliest token, and so on, past ends of text."""
+        made: list[int] = []
+        while len(made) < NEW:
+            made.append(int(self.logits(ids + made)[-1].argmax()))
+        return made
+
+
+def main() -> None:
+    """Prune, export, compare."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        converter = fetch_converter(ROOT / ".cache" / "llama.cpp")
+        dense = fetch_smollm2(ROOT / ".cache" / "smollm2")
+        calibration = hp.Calibration("python-docs", num_samples=2, seq_len=128)
+        pruned = hp.prune(str(dense), folder / "pruned", hp.Budget(ratio=0.2), calibration, voice=voice())
+        reference = Reference(folder / "pruned")
+        texts = [json.loads(line)["text"] for line in write_texts(folder)[1].read_text().splitlines()]
+        stream = reference.tokens("\n\n".join(texts))
+        windows = [stream[start : start + LENGTH] for start in range(0, WINDOWS * LENGTH, LENGTH)]
+        expected = [reference.greedy(reference.tokens(prompt)) for prompt in PROMPTS]
+        logits = [reference.logits(window) for window in windows]
+        facts: dict[str, Any] = {
+            "versions": {
+                package: version(package)
+                for package in ("hifiprune", "llama-cpp-python", "transformers", "torch", "gguf", "sentencepiece")
+            },
+            "width": pruned.results["width"],
+            "new_tokens": NEW,
+            "windows": [WINDOWS, LENGTH],
+            "perplexity": perplexity(logits, windows),
+            "types": {},
+        }
+        paragraphs = [*PROMPTS, *(part for text in texts for part in text.split("\n\n"))]
+        for kind in TYPES:
+            path = folder / f"{kind}.gguf"
+            made = hp.export(str(folder / "pruned"), path, type=kind, converter=converter, voice=voice())
+            engine = Engine(path)
+            if "tokenization" not in facts:
+                equal = sum(engine.tokens(text) == reference.tokens(text) for text in paragraphs)
+                facts["tokenization"] = {"texts": len(paragraphs), "equal": equal}
+            same = [shared(engine.greedy(engine.tokens(p)), each) for p, each in zip(PROMPTS, expected, strict=True)]
+            ours = [engine.logits(window) for window in windows]
+            facts["types"][kind] = {
+                **{part: made[part] for part in ("bytes", "tensors", "remarks")},
+                "tokens_until_another": same,
+                **closeness(logits, ours),
+                "perplexity": perplexity(ours, windows),
+            }
+            path.unlink()
+    sys.stdout.write(f"{table(facts)}\n")
+    (ROOT / "benchmarks" / "results" / "llama_cpp.json").write_text(json.dumps(facts, indent=1) + "\n")
+    if any(facts["types"][kind]["tokens_until_another"] != [NEW] * len(PROMPTS) for kind in EXACT):
+        raise SystemExit("llama.cpp continued a prompt otherwise than transformers")
+    if facts["tokenization"]["equal"] != facts["tokenization"]["texts"]:
+        raise SystemExit("llama.cpp made other tokens of a text than transformers")
+
+
+def shared(one: list[int], other: list[int]) -> int:
+    """How many tokens two continuations have in common from their start."""
+    return next((number for number, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1]), len(one))
+
+
+def perplexity(logits: list[torch.Tensor], windows: list[list[int]]) -> float:
+    """Of all tokens but the first of each window."""
+    losses = [
+        -log_softmax(each[:-1].double(), -1).gather(1, torch.tensor(window[1:])[:, None])
+        for each, window in zip(logits, windows, strict=True)
+    ]
+    return float(torch.cat(losses).mean().exp())
+
+
+def closeness(theirs: list[torch.Tensor], ours: list[torch.Tensor]) -> dict[str, float]:
+    """Mean KL divergence from transformers in nats, and the share of positions with the same likeliest token."""
+    divergences, agreements = [], []
+    for expected, found in zip(theirs, ours, strict=True):
+        before, after = (log_softmax(each.double(), -1) for each in (expected, found))
+        divergences.append((before.exp() * (before - after)).sum(-1))
+        agreements.append((before.argmax(-1) == after.argmax(-1)).double())
+    return {"kl": float(torch.cat(divergences).mean()), "top1_agreement": float(torch.cat(agreements).mean())}
+
+
+def table(facts: dict[str, Any]) -> str:
+    """The README's table."""
+    rows = ["| `--type` | file | the same continuations | same top token | KL, nats | perplexity |"]
+    rows += ["|---|---|---|---|---|---|", f"| transformers, float32 | | | | | {facts['perplexity']:.3f} |"]
+    for kind, found in facts["types"].items():
+        same = found["tokens_until_another"]
+        cells = [f"`{kind}`", f"{found['bytes'] / 1e6:.1f} MB", f"{same.count(facts['new_tokens'])} of {len(same)}"]
+        cells += [f"{found['top1_agreement']:.2%}", f"{found['kl']:.2g}", f"{found['perplexity']:.3f}"]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    main()
