@@ -124,15 +124,15 @@ def test_rows_that_a_type_cannot_hold_are_told_before_and_kept_larger(
     exact = model.model.layers[1].mlp.up_proj.weight.detach()
     read = torch.tensor(dequantize(written.numpy(), tensors["blk.1.ffn_up.weight"].tensor_type))
     step = exact.abs().amax(-1, keepdim=True) / 127  # a block is a row here
-    assert ((read - exact).abs() <= 0.51 * step).all()
+    assert ((read - exact).abs() <= (0.5 + 127 / 2**11) * step).all()  # rounded to steps, which are rounded to float16
     assert (read != exact).any()
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_bigcode", "phi"])
+@pytest.mark.parametrize(("family", "options"), [("gpt2", {"n_ctx": 64}), ("phi", {})])
 def test_widths_that_the_converter_guesses_are_put_right(
-    family: str, converter: Path, cut: Callable[..., Path], tmp_path: Path
+    family: str, options: dict[str, int], converter: Path, cut: Callable[..., Path], tmp_path: Path
 ) -> None:
-    facts = hp.export(str(cut(family)), tmp_path / "small.gguf", converter=converter)
+    facts = hp.export(str(cut(family, **options)), tmp_path / "small.gguf", converter=converter)
     reader = GGUFReader(tmp_path / "small.gguf")
     architecture = reader.fields["general.architecture"].contents()
     assert reader.fields[f"{architecture}.feed_forward_length"].contents() == WIDTH
