@@ -161,7 +161,7 @@ def main() -> None:
             "windows": [WINDOWS, LENGTH],
             **compared(folder, fetch_converter(ROOT / ".cache" / "llama.cpp")),
         }
-    sys.stdout.write(f"{table(facts)}\n{tokens(facts)}\n")
+    sys.stdout.write(f"{table(facts)}\n{words(facts)}\n")
     (ROOT / "benchmarks" / "results" / "llama_cpp.json").write_text(json.dumps(facts, indent=1) + "\n")
     if any(facts["types"][kind]["same_tokens"] != [NEW] * len(PROMPTS) for kind in EXACT):
         raise SystemExit("llama.cpp continued a prompt otherwise than transformers")
@@ -253,10 +253,16 @@ def table(facts: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def tokens(facts: dict[str, Any]) -> str:
-    """The README's words on tokens."""
-    found = facts["tokenization"]
-    return f"{found['equal']:,} of {found['texts']:,} texts become the same tokens"
+def words(facts: dict[str, Any]) -> list[str]:
+    """What the README says beside its table."""
+    found, (before, after) = facts["tokenization"], (facts["width"][when] for when in ("before", "after"))
+    return [
+        f"cut from {before:,} to {after:,} neurons a layer",
+        f"{facts['new_tokens']} tokens each",
+        f"the perplexity in transformers is {facts['perplexity']:.3f}",
+        f"{found['equal']:,} of {found['texts']:,} texts become the same tokens",
+        f"llama-cpp-python {facts['versions']['llama-cpp-python']}, transformers {facts['versions']['transformers']}",
+    ]
 
 
 if __name__ == "__main__":
