@@ -146,6 +146,11 @@ class Reference:
             made.append(int(self.logits(ids + made)[-1].argmax()))
         return made
 
+    def gap(self, ids: list[int]) -> float:
+        """How much likelier the likeliest next token is than the second, in nats."""
+        first, second = self.logits(ids)[-1].double().topk(2).values.tolist()
+        return float(first - second)
+
 
 def main() -> None:
     """Prune, export, compare."""
@@ -181,17 +186,24 @@ def compared(folder: Path, converter: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {"perplexity": perplexity(logits, windows), "types": {}}
     for kind in TYPES:
         path = folder / f"{kind}.gguf"
-        made = hp.export(str(folder / "pruned"), path, type=kind, converter=converter, voice=voice())
+        written = hp.export(str(folder / "pruned"), path, type=kind, converter=converter, voice=voice())
         with Engine(path) as engine, Engine(path, "F16") as usual:
             if "tokenization" not in facts:
                 paragraphs = [*PROMPTS, *(part for text in texts for part in text.split("\n\n"))]
                 facts["tokenization"] = tokenization(engine, reference, paragraphs)
             found = [engine.logits(window) for window in windows]
+            same, usually = (
+                [shared(each.greedy(prompt), made) for prompt, made in zip(prompts, expected, strict=True)]
+                for each in (engine, usual)
+            )
             facts["types"][kind] = {
-                **{part: made[part] for part in ("bytes", "tensors", "remarks")},
-                "same_tokens": [shared(engine.greedy(p), each) for p, each in zip(prompts, expected, strict=True)],
-                "same_with_f16_cache": [
-                    shared(usual.greedy(p), each) for p, each in zip(prompts, expected, strict=True)
+                **{part: written[part] for part in ("bytes", "tensors", "remarks")},
+                "same_tokens": same,
+                "same_with_f16_cache": usually,
+                "gaps_with_f16_cache": [
+                    reference.gap(prompt + made[:number])
+                    for prompt, made, number in zip(prompts, expected, usually, strict=True)
+                    if number < NEW
                 ],
                 **closeness(logits, found),
                 "perplexity": perplexity(found, windows),
@@ -261,6 +273,7 @@ def words(facts: dict[str, Any]) -> list[str]:
         f"{facts['new_tokens']} tokens each",
         f"the perplexity in transformers is {facts['perplexity']:.3f}",
         f"{found['equal']:,} of {found['texts']:,} texts become the same tokens",
+        f"two likeliest tokens are {max(facts['types']['f16']['gaps_with_f16_cache']):.3f} nats apart",
         f"llama-cpp-python {facts['versions']['llama-cpp-python']}, transformers {facts['versions']['transformers']}",
     ]
 

@@ -214,7 +214,7 @@ def test_other_types_go_through_the_quantizer(
 
 
 def test_what_cannot_be_exported_is_refused_before_the_converter_runs(
-    fake: Callable[..., Path], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fake: Callable[..., Path], world: Path, smollm2_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("--output", tmp_path / "small.gguf", "--converter", fake())
     refused(run("export", world / "dense", *words, "--type", "q4_k"), "type 'q4_k' is not known")
@@ -223,8 +223,10 @@ def test_what_cannot_be_exported_is_refused_before_the_converter_runs(
     how = ("--neuron-ratio", 0.4, "--round-to", 1, "--criterion", "magnitude", "--allocation", "global")
     assert run("prune", world / "dense", "--output", tmp_path / "mixed", *how).code == 0
     refused(run("export", tmp_path / "mixed", *words), "reads one width for all layers of a llama model")
-    (tmp_path / "other.gguf").touch()
-    refused(run("export", tmp_path / "other.gguf", *words), "")
+    refused(run("export", smollm2_gguf, *words), "is a GGUF file already; llama-quantize changes its type")
+    save_checkpoint(tmp_path / "bloom", "bloom")
+    assert run("prune", tmp_path / "bloom", "--output", tmp_path / "cut", "--width", 16, *how[2:6]).code == 0
+    refused(run("export", tmp_path / "cut", *words), "the configuration of a bloom model has no place for a width")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1000))
     refused(run("export", world / "dense", *words), "0.00 GB free", code=1)
     assert not (tmp_path / "told.json").exists()

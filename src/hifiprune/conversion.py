@@ -108,7 +108,7 @@ def run(command: list[str], what: str, voice: Voice = SILENT) -> None:
             raise
     if process.returncode:
         last = " / ".join(said)[-400:] or "it said nothing"
-        raise RunError(f"{what} failed with exit code {process.returncode}: {last}")
+        raise RunError(f"{what} failed with exit code {process.returncode}: {last}; a newer llama.cpp may do better")
 
 
 def _keep(line: str, said: deque[str]) -> None:

@@ -11,7 +11,7 @@ from gguf import GGUFReader
 from hifiprune.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.conversion import find_converter, find_quantizer, run
 from hifiprune.errors import RunError, UserError, unknown
-from hifiprune.neurons import count_parameters, find_mlps
+from hifiprune.neurons import count_parameters, family_of, find_mlps
 from hifiprune.output import check_space, check_target, replacing
 from hifiprune.voice import SILENT, Voice
 
@@ -134,10 +134,14 @@ def _sizes(checkpoint: Checkpoint) -> tuple[int, int, int]:
     config, skeleton = checkpoint.config(), checkpoint.skeleton()
     widths = sorted({mlp.neurons for mlp in find_mlps(skeleton)})
     if hasattr(config, "mlp_widths"):
+        reason = (
+            f"its MLPs are {widths[0]:,} to {widths[-1]:,} neurons wide, and llama.cpp reads one width for all layers "
+            f"of a {config.model_type} model; prune with --allocation uniform"
+            if family_of(config.model_type).width
+            else f"the configuration of a {config.model_type} model has no place for a width"
+        )
         raise UserError(
-            f"{checkpoint.name} loads with code of its own, which llama.cpp's converter does not know: its MLPs are "
-            f"{widths[0]:,} to {widths[-1]:,} neurons wide, and llama.cpp reads one width for all layers of a "
-            f"{config.model_type} model; prune with --allocation uniform"
+            f"{checkpoint.name} loads with code of its own, which llama.cpp's converter does not know: {reason}"
         )
     return count_parameters(skeleton), widths[0], config.hidden_size
 
