@@ -1,9 +1,11 @@
-# Targets: demo, test, test-browser, chromium, check, bench, wheel-test. Those that need the environment make it first.
+# Targets: demo, test, test-browser, test-llama-cpp, chromium, check, bench, wheel-test. Those that need an environment
+# make it first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+ENGINE := $(VENV)-llama-cpp
 
-.PHONY: demo test test-browser chromium check bench wheel-test
+.PHONY: demo test test-browser test-llama-cpp chromium check bench wheel-test
 
 demo: $(VENV)/.installed
 	@$(BIN)/hifiprune demo --output demo-out
@@ -13,6 +15,9 @@ test: $(VENV)/.dev
 
 test-browser: $(VENV)/.dev chromium
 	HIFIPRUNE_BROWSER=1 $(BIN)/python -m pytest tests/test_report.py
+
+test-llama-cpp: $(ENGINE)/.installed
+	$(ENGINE)/bin/python benchmarks/llama.py
 
 chromium:
 	@command -v chromium > /dev/null || (apt-get update && apt-get install --yes --no-install-recommends chromium)
@@ -45,4 +50,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.installed
 	@$(BIN)/pip install --quiet --constraint constraints.txt --editable .[dev]
+	@touch $@
+
+$(ENGINE)/.installed: pyproject.toml constraints.txt benchmarks/llama.py
+	@echo "Building llama.cpp from source in $(ENGINE) (20 minutes on 2 cores) ..."
+	@test -x $(ENGINE)/bin/python || $(PYTHON) -m venv $(ENGINE)
+	@$(ENGINE)/bin/pip install --quiet --constraint constraints.txt --editable .[gguf]
+	@CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAMA_CURL=OFF -DLLAVA_BUILD=OFF" $(ENGINE)/bin/pip install --quiet \
+		--constraint constraints.txt --no-binary llama-cpp-python \
+		$$(sed -n 's/^SDIST = "\(.*\)"/\1/p' benchmarks/llama.py)
 	@touch $@

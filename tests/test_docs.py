@@ -11,15 +11,16 @@ import pytest
 import typer
 
 import hifiprune
-from benchmarks import quality, quantization, recovery, scale, speed, zero_shot
+from benchmarks import llama, quality, quantization, recovery, scale, speed, zero_shot
 from benchmarks.criteria import readme_table
 from hifiprune.cli import app
+from hifiprune.exporting import TYPES
 from hifiprune.printing import demo_rows
 from tests import families
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", "docs/method.md", "docs/findings.md", "docs/scale.md", "docs/families.md"]
-PAGES += ["docs/quantization.md", "docs/deployment.md"]
+PAGES += ["docs/quantization.md", "docs/deployment.md", "docs/export.md"]
 
 
 def commands(page: str) -> list[list[str]]:
@@ -125,6 +126,22 @@ def test_the_readmes_speed_of_pruned_models_is_the_recorded_one() -> None:
     for phase, words in (("reading", "of the time of reading"), ("writing", "of that of writing one token")):
         share = dense[phase]["attention"] / sum(dense[phase].values())
         assert f"{share:.0%} {words}" in " ".join(readme.split())
+
+
+def test_what_the_readme_says_of_llama_cpp_was_measured() -> None:
+    facts = json.loads((ROOT / "benchmarks" / "results" / "llama_cpp.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    assert llama.table(facts) in readme
+    for words in llama.words(facts):
+        assert words in " ".join(readme.split()), words
+    prompts = len(llama.PROMPTS)
+    for kind in llama.EXACT:
+        assert facts["types"][kind]["same_tokens"] == [facts["new_tokens"]] * prompts
+
+
+def test_the_page_on_export_names_all_types() -> None:
+    page = (ROOT / "docs" / "export.md").read_text()
+    assert {*re.findall(r"`(auto|b?f\d+|i?q\d\w+)`", page.partition("## Types")[2].partition("## What")[0])} == {*TYPES}
 
 
 def test_what_the_page_on_scale_says_was_measured() -> None:

@@ -153,9 +153,7 @@ def test_unknown_criteria_and_architectures_are_refused_by_name() -> None:
     with pytest.raises(UserError, match=r"criterion 'entrpy' is not known.*did you mean 'entropy'"):
         score(tiny_model("llama"), tiny_tokens(), "entrpy")
     mamba: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", num_hidden_layers=1, hidden_size=24))
-    with pytest.raises(
-        UserError, match=r"model type 'mamba' is not in the table .* holds mixer.in_proj "
-    ):
+    with pytest.raises(UserError, match=r"model type 'mamba' is not in the table .* holds mixer.in_proj "):
         score(mamba, tiny_tokens())
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hifiprune.cutting import cut_checkpoint
     from hifiprune.errors import HifipruneError, RunError, UserError
     from hifiprune.evaluation import Estimate, Reference, Tasks, measure, zero_shot
+    from hifiprune.exporting import export
     from hifiprune.inspection import inspect
     from hifiprune.measurement import evaluate
     from hifiprune.neurons import Mlp, find_mlps
@@ -63,6 +64,7 @@ __all__ = [
     "cut_and_repair_",
     "cut_checkpoint",
     "evaluate",
+    "export",
     "find_mlps",
     "inspect",
     "load_windows",
@@ -106,6 +108,7 @@ _HOMES = {
     "cut_checkpoint": "cutting",
     "cut_and_repair_": "repair",
     "evaluate": "measurement",
+    "export": "exporting",
     "find_mlps": "neurons",
     "inspect": "inspection",
     "load_windows": "calibration",

@@ -14,6 +14,7 @@ from typer import Option
 from hifiprune import DEFAULT_CRITERION, __version__
 from hifiprune.errors import HifipruneError
 from hifiprune.evidence import bench, evaluate, push, report
+from hifiprune.export_command import export
 from hifiprune.options import (
     SCORING_FLAGS,
     SOURCES,
@@ -238,7 +239,7 @@ def _root(version: Annotated[bool, Option("--version", help="Show the version.")
         raise typer.Exit
 
 
-for command in (evaluate, criteria, compare, ablate, recover, bench, report, push):
+for command in (evaluate, criteria, compare, ablate, recover, bench, report, export, push):
     app.command()(command)
 
 

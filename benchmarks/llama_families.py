@@ -1,0 +1,106 @@
+"""Which families llama.cpp's converter takes and llama.cpp computes as transformers does: tiny random models, cut.
+
+Every variant of `tests/families.py` gets SmolLM2's tokenizer, is cut, exported in f32 and run on 20 random tokens. The
+converter knows tokenizers one by one, so those families that must have their own end there. Writes
+`results/llama_families.json`. Needs llama-cpp-python, as `make test-llama-cpp` builds it; takes 10 minutes.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import hifiprune as hp  # noqa: E402
+from benchmarks.llama import fetch_converter  # noqa: E402
+from hifiprune.demonstration import fetch_smollm2  # noqa: E402
+from tests.families import VARIANTS, tiny_config  # noqa: E402
+
+WIDTH = 24
+SIZES: dict[str, Any] = {"vocab_size": 49152, "hidden_size": 32}
+SPECIAL: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_ctx": 64},  # which the real one's configuration has
+    "opt": {"word_embed_proj_dim": 32},
+    "phi": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+}
+SAME, CLOSE = 1e-4, 1e-2
+"""Largest difference of logits, as a share of their standard deviation."""
+
+
+def main() -> None:
+    """Try them all."""
+    converter = fetch_converter(ROOT / ".cache" / "llama.cpp")
+    tokenizer: Any = AutoTokenizer.from_pretrained(fetch_smollm2(ROOT / ".cache" / "smollm2"))
+    facts = {}
+    for variant in VARIANTS:
+        with tempfile.TemporaryDirectory() as name:
+            try:
+                facts[variant] = tried(variant, Path(name), converter, tokenizer)
+            except hp.HifipruneError as error:
+                facts[variant] = {"refused": str(error).rpartition(" / ")[2].replace(name, "")}
+        sys.stdout.write(f"{variant}: {facts[variant]}\n")
+        sys.stdout.flush()
+    (ROOT / "benchmarks" / "results" / "llama_families.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def tried(variant: str, folder: Path, converter: Path, tokenizer: Any) -> dict[str, Any]:
+    """Largest difference of logits, or why there are none."""
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(tiny_config(variant, **SIZES, **SPECIAL.get(variant, {})))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(folder / "dense")
+    tokenizer.save_pretrained(folder / "dense")
+    how: dict[str, Any] = {"round_to": 1, "criterion": "magnitude", "repair": "none"}
+    hp.prune(str(folder / "dense"), folder / "cut", hp.Budget(width=WIDTH), **how)
+    hp.export(str(folder / "cut"), folder / "cut.gguf", type="f32", converter=converter)
+    cut: Any = AutoModelForCausalLM.from_pretrained(folder / "cut", dtype=torch.float32).eval()
+    ids = torch.randint(1000, 40000, (1, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = cut(ids).logits[0].numpy()
+    words = [sys.executable, __file__, str(folder / "cut.gguf"), json.dumps(ids[0].tolist()), str(folder / "found.npy")]
+    if subprocess.run(words, capture_output=True, check=False).returncode:
+        return {"refused": "llama.cpp cannot load it"}
+    found = np.load(folder / "found.npy")
+    agreement = float((found.argmax(-1) == expected.argmax(-1)).mean())
+    return {"difference": float(np.abs(found - expected).max() / expected.std()), "top1_agreement": agreement}
+
+
+def run(path: str, ids: str, output: str) -> None:
+    """The logits by llama.cpp, which may end the process."""
+    import llama_cpp
+
+    kind = llama_cpp.GGML_TYPE_F32
+    llama = llama_cpp.Llama(path, n_ctx=64, n_batch=64, logits_all=True, type_k=kind, type_v=kind, verbose=False)
+    llama.eval(json.loads(ids))
+    np.save(output, np.array(llama.scores[: len(json.loads(ids))]))
+    llama.close()
+
+
+def table(facts: dict[str, Any]) -> str:
+    """The table of the page on export."""
+    rows = ["| variant | largest difference of logits, in their standard deviations |", "|---|---|"]
+    for variant, found in facts.items():
+        if "refused" in found:
+            text = found["refused"].replace("|", "\\|")[:120]
+        else:
+            size = found["difference"]
+            text = f"{size:.0e}" + (
+                ", the same" if size < SAME else ", close" if size < CLOSE else ", **another model**"
+            )
+        rows.append(f"| `{variant}` | {text} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    run(*sys.argv[1:]) if sys.argv[1:] else main()

