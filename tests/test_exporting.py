@@ -24,6 +24,7 @@ from hifiprune.errors import RunError
 from hifiprune.voice import Voice
 from tests.commands import Interruption, leftovers, refused, run
 from tests.conftest import ROOT, save_checkpoint
+from tests.families import load
 
 WIDTH = 24
 FAKE = """
@@ -134,6 +135,23 @@ def test_a_width_that_the_converter_guesses_is_put_right(
     facts = hp.export(str(cut("gpt2", n_ctx=64)), tmp_path / "small.gguf", converter=converter)
     assert GGUFReader(tmp_path / "small.gguf").fields["gpt2.feed_forward_length"].contents() == WIDTH
     assert "the width of the dense family, 128" in facts["remarks"][0]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "gemma3", "qwen2_vl"])
+def test_experts_and_text_parts_are_held(
+    family: str, converter: Path, cut: Callable[..., Path], tmp_path: Path
+) -> None:
+    small = cut(family, 32)
+    result = run("export", small, "--output", tmp_path / "x.gguf", "--type", "f32", "--converter", converter)
+    assert result.code == 0, result.err
+    held = {tensor.name: tensor.data for tensor in GGUFReader(tmp_path / "x.gguf").tensors}
+    for mlp in hp.find_mlps(load(small)):
+        ours = mlp.output.weight.detach().numpy()
+        if mlp.is_expert:
+            theirs = held[f"blk.{mlp.block}.ffn_down_exps.weight"][mlp.output.expert]
+        else:
+            theirs = held[f"blk.{mlp.block}.ffn_down{'_shexp' if 'shared' in mlp.name else ''}.weight"]
+        assert (ours == theirs).all(), mlp.name
 
 
 def test_the_converters_own_trouble_is_one_message(converter: Path, make_checkpoint: Any, tmp_path: Path) -> None:

@@ -185,9 +185,10 @@ def _check(path: Path, widths: list[int]) -> list[str]:
     found = {int(tensor.shape[0]) for tensor in reader.tensors if DOWN.search(tensor.name)}
     field = next((field for name, field in reader.fields.items() if name.endswith(".feed_forward_length")), None)
     stated = field.contents() if field else None
+    wanted = " and ".join(map(str, widths))
     if found != {*widths} or field is None or not isinstance(stated, int):
         raise RunError(
-            f"the converter wrote MLPs of width {sorted(found)}, stated as {stated}, not {widths}: it does not know "
+            f"the converter wrote MLPs of width {sorted(found)}, stated as {stated}, not {wanted}: it does not know "
             "this model; try another version of llama.cpp"
         )
     if stated == widths[0] or len(widths) > 1 or EXPERTS.search(" ".join(tensor.name for tensor in reader.tensors)):
