@@ -123,6 +123,19 @@ def test_the_command_cuts_every_expert_to_one_width(variant: str, more: list[str
     assert model.generate(tiny_tokens(1), max_new_tokens=3, do_sample=False).shape[1] > tiny_tokens().shape[1]
 
 
+def test_experts_that_saw_nothing_are_counted(world: Path, tmp_path: Path) -> None:
+    dense = save_checkpoint(tmp_path / "dense", "mixtral")
+    words = ("--calibration", world / "calibration.txt", "--num-samples", 1, "--criterion", "hfprune")
+    few = run("score", dense, "--output", tmp_path / "few", *words, "--seq-len", 2)
+    assert few.code == 0, few.err
+    scores = hp.Scores.load(tmp_path / "few")
+    unseen = sum(bool((values == 0).all()) for values in scores.values)
+    assert unseen >= 3, "two tokens go to four of five experts at most"
+    assert f"{unseen} of 15 experts saw no token of the text" in few.err
+    many = run("score", dense, "--output", tmp_path / "many", *words, "--seq-len", 60)
+    assert "saw no token" not in many.err
+
+
 @pytest.mark.parametrize("allocation", ["global", "searched"])
 def test_experts_that_would_differ_in_width_are_refused(allocation: str, world: Path, tmp_path: Path) -> None:
     dense = save_checkpoint(tmp_path / "dense", "mixtral", max_position_embeddings=128)

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune.allocation import Budget, Shape, Sharing
+from hifiprune.allocation import EXPERT, Budget, Shape, Sharing
 from hifiprune.compute import Compute, estimate_seconds
 from hifiprune.costs import Cost, Estimator, total_disk
 from hifiprune.criteria import CRITERIA, Options, find_criterion
@@ -108,6 +108,17 @@ def remark_on_scale(scores: Scores, sharing: Sharing, voice: Voice) -> None:
     known = CRITERIA.get(scores.criterion)
     if sharing.allocation == "global" and known and not known.across_layers:
         voice.say(f"Scores by '{scores.criterion}' are not on one scale in all layers; widths by them mean little.")
+
+
+def remark_on_unseen(scores: Scores, voice: Voice) -> None:
+    """Say how many experts no token of the text was sent to, whose scores are all alike."""
+    experts = [values for name, values in zip(scores.names, scores.values, strict=True) if EXPERT.search(name)]
+    unseen = sum(bool((values == values[0]).all()) for values in experts)
+    if unseen:
+        voice.say(
+            f"{unseen} of {len(experts)} experts saw no token of the text: which of their neurons stay is arbitrary. "
+            "Give more text, or text of more kinds."
+        )
 
 
 def remark_on_unused(options: Options | None, criterion: str, sharing: Sharing, voice: Voice) -> None:

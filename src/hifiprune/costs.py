@@ -23,7 +23,7 @@ from hifiprune.discovery import family_of, stock_class
 from hifiprune.guards import frozen, memory_explained
 from hifiprune.hashing import hash_chunks
 from hifiprune.head import rows_of_slice
-from hifiprune.neurons import count_parameters, find_blocks, find_mlps
+from hifiprune.neurons import count_parameters, find_blocks, find_mlps, seen_mlps
 from hifiprune.parallel import processes
 from hifiprune.passes import (
     Job,
@@ -101,6 +101,7 @@ class Estimator:
         self.skeleton: PreTrainedModel = skeleton.to(self.dtype)
         self.config = self.skeleton.config.get_text_config()
         self.layers = len(find_blocks(self.skeleton))
+        self.mlps, self.seen = ceil(len(find_mlps(self.skeleton)) / self.layers), seen_mlps(self.skeleton.config)
         if streamed:
             return_what_is_freed()
         self.weights = 0 if streamed or loaded else count_parameters(self.skeleton) * self.dtype.itemsize
@@ -162,14 +163,14 @@ class Estimator:
         batches, kept = ceil(windows / size), min(width, SOLVED)
         pace = self._pace([], positions, recompute=False)
         adding, solving = self._moments(size * positions, width), self._solution(kept) * (width / kept) ** 3
-        per_block = batches * (2.3 * pace.block + adding) + solving
+        per_block = batches * (2.3 * pace.block + self.seen * adding) + self.mlps * solving
         seconds = self._streamed(self.layers * per_block, 1)
         states = windows * positions * (2 * hidden + width) * self.dtype.itemsize
-        sums = 8 * (8 * width * width + 4 * width * hidden)
+        sums = self.mlps * 8 * (8 * width * width + 4 * width * hidden)
         spilled = self.streamed and self.compute.scratch is not None
         more = (0 if spilled else states * self.on_cpu) + sums
         more += (self._two_blocks if self.streamed else 0) + graph_bytes(self.skeleton, size * positions)
-        maps = self.layers * width * hidden * self.checkpoint.dtype().itemsize
+        maps = self.layers * self.mlps * width * hidden * self.checkpoint.dtype().itemsize
         return Cost("cutting and repairing", seconds, self.base + more, states + maps if spilled else 0)
 
     def recomputes(self, positions: int) -> bool:

@@ -189,6 +189,12 @@ def width_of(config: PretrainedConfig) -> int:
     return int(text.num_experts_per_tok * stated_width(text, (family.expert_width,)) + shared)
 
 
+def seen_mlps(config: PretrainedConfig) -> int:
+    """How many MLPs of a block a token goes through."""
+    family = family_of(config)
+    return int(config.get_text_config().num_experts_per_tok) + bool(family.shared) if family.experts else 1
+
+
 def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
     """Return the decoder blocks.
 

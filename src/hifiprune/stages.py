@@ -19,6 +19,7 @@ from hifiprune.announcements import (
     announce_scoring,
     announce_search,
     remark_on_scale,
+    remark_on_unseen,
 )
 from hifiprune.calibration import Calibration, load_windows, sample_windows
 from hifiprune.checkpoint import Checkpoint
@@ -197,6 +198,7 @@ class Stages:
         if stability:
             self.record.results["stability"] = stability.curve
         self.record.reused_parts = len(self.unfinished.reused)
+        remark_on_unseen(scores, self.voice)
         return scores
 
     def check(self, scores: Scores) -> None:
