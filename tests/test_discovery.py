@@ -79,6 +79,11 @@ def test_the_whole_command_works_on_what_is_found(world: Path, tmp_path: Path) -
             "the first block holds self_attn.q_proj 24 x 24",
         ),
         ("bitnet", {"intermediate_size": 40, "num_key_value_heads": 2}, "mlp.down_proj 24 x 40"),  # a norm of neurons
+        (
+            "qwen3_next",
+            {"intermediate_size": 40, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 48},
+            "mlp.shared_expert looks like an MLP, but holds",
+        ),
         ("mpt", {"d_model": 24, "n_heads": 4, "n_layers": 3}, "ffn.up_proj 96 x 24"),
     ],
 )

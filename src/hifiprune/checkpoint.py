@@ -121,7 +121,7 @@ class Checkpoint:
                     known_family(facts.get("model_type", "none"), facts.get("architectures"))
                 refuse_quantized(self.name, self.folder, facts)
             config: PretrainedConfig = AutoConfig.from_pretrained(self.folder, gguf_file=self.gguf)
-        family_of(config)
+            family_of(config)
         if getattr(config, "quantization_config", None) is not None:  # a GGUF file's, whose weights are dequantized
             del config.quantization_config
         return config

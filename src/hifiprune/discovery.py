@@ -1,7 +1,7 @@
 """Layouts of architectures that are not in the table, found by the shapes of their maps and proved on their weights."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cache
 from typing import Any
 
@@ -20,6 +20,8 @@ from hifiprune.families import FAMILIES, Family, known_family
 
 Layout = tuple[str, tuple[str, ...], str]
 """Path of an MLP in its block, and names of its input maps and its output map."""
+LEAST_SHARE = 0.25
+"""Of the blocks' parameters that MLPs hold; a shared expert beside a hundred others holds less."""
 STEP = 8
 """By how much a configuration's width is changed to see which maps follow."""
 
@@ -50,7 +52,10 @@ def _discovered(text: str) -> Family:
     """Change each number of the configuration, and see which one widens maps that can only be those of MLPs."""
     facts = json.loads(text)
     config: Any = CONFIG_MAPPING[facts["model_type"]].from_dict(facts)
-    model, sizes = _skeleton(config), config.get_text_config()
+    sizes = config.get_text_config()
+    if missing := [name for name in ("num_hidden_layers", "hidden_size") if not hasattr(sizes, name)]:
+        raise _unknown(config, f"its configuration has no {' and no '.join(missing)}")
+    model = _skeleton(config)
     lists = [
         (path, module)
         for path, module in model.named_modules()
@@ -74,6 +79,9 @@ def _discovered(text: str) -> Family:
             f"the first block holds {', '.join(maps) or 'no linear maps'}",
         )
     (((mlp, inputs, output), width),) = layouts.items()
+    held = _share(found, mlp, {*inputs, output})
+    if held < LEAST_SHARE:
+        raise _unknown(config, f"{mlp or 'what'} looks like an MLP, but holds {held:.0%} of the blocks' parameters")
     norm = _norm_of(config, model, blocks)
     return Family(blocks, norm, mlp, inputs, output, width, additive=False, packs=False, found=True)
 
@@ -86,8 +94,11 @@ def _unknown(config: PretrainedConfig, seen: str) -> UserError:
 
 
 def _skeleton(config: PretrainedConfig) -> Any:
-    with torch.device("meta"):
-        return stock_class(config)._from_config(config)
+    try:
+        with torch.device("meta"):
+            return stock_class(config)._from_config(config)
+    except Exception as error:  # whatever code that is not known to us raises
+        raise _unknown(config, f"the model cannot be made ({type(error).__name__}: {error})") from error
 
 
 def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
@@ -101,7 +112,7 @@ def _changes(config: PretrainedConfig, name: str, known: dict[str, nn.Parameter]
     setattr(sizes, name, getattr(sizes, name) + STEP)
     try:
         found = dict(_skeleton(other).named_parameters())
-    except (ValueError, RuntimeError, TypeError, AttributeError, AssertionError):  # others must divide it
+    except UserError:  # another number must divide it
         return {}
     if found.keys() != known.keys():
         return {}
@@ -135,6 +146,17 @@ def _layout(changes: dict[str, tuple[int, ...]], blocks: str, found: nn.ModuleLi
         layouts.add((parents.pop(), tuple(short[:-1]), short[-1]))
     starts = tuple(f"{blocks}.{index}." for index in range(len(found)))
     return layouts.pop() if len(layouts) == 1 and all(key.startswith(starts) for key in changes) else None
+
+
+def _share(found: nn.ModuleList, mlp: str, maps: Collection[str]) -> float:
+    """The fraction of the blocks' parameters that maps hold."""
+    held = sum(
+        parameter.numel()
+        for block in found
+        for name in maps
+        for parameter in block.get_submodule(mlp).get_submodule(name).parameters()
+    )
+    return held / sum(parameter.numel() for parameter in found.parameters())
 
 
 def _norm_of(config: PretrainedConfig, model: nn.Module, blocks: str) -> str:
