@@ -2,7 +2,8 @@
 
 Every variant of `tests/families.py` gets SmolLM2's tokenizer, is cut, exported in f32 and run on 20 random tokens. The
 converter knows tokenizers one by one, so those families that must have their own end there. Writes
-`results/llama_families.json`. Needs llama-cpp-python, as `make test-llama-cpp` builds it; takes 10 minutes.
+`results/llama_families.json`. Needs llama-cpp-python: run `.venv-llama-cpp/bin/python -m benchmarks.llama_families`,
+which takes 10 minutes, after `make test-llama-cpp`.
 """
 
 import json
@@ -16,13 +17,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-import hifiprune as hp  # noqa: E402
-from benchmarks.llama import fetch_converter  # noqa: E402
-from hifiprune.demonstration import fetch_smollm2  # noqa: E402
-from tests.families import VARIANTS, tiny_config  # noqa: E402
+import hifiprune as hp
+from benchmarks.llama import ROOT, fetch_converter
+from hifiprune.demonstration import fetch_smollm2
+from tests.families import VARIANTS, tiny_config
 
 WIDTH = 24
 SIZES: dict[str, Any] = {"vocab_size": 49152, "hidden_size": 32}
@@ -45,7 +43,8 @@ def main() -> None:
             try:
                 facts[variant] = tried(variant, Path(name), converter, tokenizer)
             except hp.HifipruneError as error:
-                facts[variant] = {"refused": str(error).rpartition(" / ")[2].replace(name, "")}
+                last = str(error).partition("; a newer")[0].rpartition(" / ")[2]
+                facts[variant] = {"refused": last.replace(f"{name}/", "")}
         sys.stdout.write(f"{variant}: {facts[variant]}\n")
         sys.stdout.flush()
     (ROOT / "benchmarks" / "results" / "llama_families.json").write_text(json.dumps(facts, indent=1) + "\n")
@@ -68,8 +67,9 @@ def tried(variant: str, folder: Path, converter: Path, tokenizer: Any) -> dict[s
     ids = torch.randint(1000, 40000, (1, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = cut(ids).logits[0].numpy()
-    words = [sys.executable, __file__, str(folder / "cut.gguf"), json.dumps(ids[0].tolist()), str(folder / "found.npy")]
-    if subprocess.run(words, capture_output=True, check=False).returncode:
+    files = str(folder / "cut.gguf"), json.dumps(ids[0].tolist()), str(folder / "found.npy")
+    words = [sys.executable, "-m", "benchmarks.llama_families", *files]
+    if subprocess.run(words, capture_output=True, check=False, cwd=ROOT).returncode:
         return {"refused": "llama.cpp cannot load it"}
     found = np.load(folder / "found.npy")
     agreement = float((found.argmax(-1) == expected.argmax(-1)).mean())

@@ -11,7 +11,7 @@ import pytest
 import typer
 
 import hifiprune
-from benchmarks import llama, quality, quantization, recovery, scale, speed, zero_shot
+from benchmarks import llama, llama_families, quality, quantization, recovery, scale, speed, zero_shot
 from benchmarks.criteria import readme_table
 from hifiprune.cli import app
 from hifiprune.exporting import TYPES
@@ -137,6 +137,12 @@ def test_what_the_readme_says_of_llama_cpp_was_measured() -> None:
     prompts = len(llama.PROMPTS)
     for kind in llama.EXACT:
         assert facts["types"][kind]["same_tokens"] == [facts["new_tokens"]] * prompts
+
+
+def test_the_page_on_exports_table_of_families_is_the_recorded_one() -> None:
+    facts = json.loads((ROOT / "benchmarks" / "results" / "llama_families.json").read_text())
+    assert set(facts) == set(families.VARIANTS)
+    assert llama_families.table(facts) in (ROOT / "docs" / "export.md").read_text()
 
 
 def test_the_page_on_export_names_all_types() -> None:
