@@ -1,6 +1,6 @@
 """Which families llama.cpp's converter takes and llama.cpp computes as transformers does: tiny random models, cut.
 
-Every variant of `tests/families.py` gets SmolLM2's tokenizer, is cut, exported in f32 and run on 20 random tokens. The
+Every variant of `tests/families.py` without experts or images gets SmolLM2's tokenizer, is cut, exported in f32 and run on 20 random tokens. The
 converter knows tokenizers one by one, so those families that must have their own end there. Writes
 `results/llama_families.json`. Needs llama-cpp-python: run `.venv-llama-cpp/bin/python -m benchmarks.llama_families`,
 which takes 10 minutes, after `make test-llama-cpp`.
@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hifiprune as hp
 from benchmarks.llama import ROOT, fetch_converter
 from hifiprune.demonstration import fetch_smollm2
-from tests.families import VARIANTS, tiny_config
+from tests.families import MIXED, tiny_config
 
 WIDTH = 24
 SIZES: dict[str, Any] = {"vocab_size": 49152, "hidden_size": 32}
@@ -38,7 +38,7 @@ def main() -> None:
     converter = fetch_converter(ROOT / ".cache" / "llama.cpp")
     tokenizer: Any = AutoTokenizer.from_pretrained(fetch_smollm2(ROOT / ".cache" / "smollm2"))
     facts = {}
-    for variant in VARIANTS:
+    for variant in MIXED:
         with tempfile.TemporaryDirectory() as name:
             try:
                 facts[variant] = tried(variant, Path(name), converter, tokenizer)
