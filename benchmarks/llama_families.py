@@ -1,9 +1,9 @@
 """Which families llama.cpp's converter takes and llama.cpp computes as transformers does: tiny random models, cut.
 
-Every variant of `tests/families.py` without experts or images gets SmolLM2's tokenizer, is cut, exported in f32 and run on 20 random tokens. The
-converter knows tokenizers one by one, so those families that must have their own end there. Writes
-`results/llama_families.json`. Needs llama-cpp-python: run `.venv-llama-cpp/bin/python -m benchmarks.llama_families`,
-which takes 10 minutes, after `make test-llama-cpp`.
+Every variant of `tests/families.py` without experts or images gets SmolLM2's tokenizer, is cut, exported in f32 and run
+on 20 random tokens. The converter knows tokenizers one by one, so those families that must have their own end there.
+Writes `results/llama_families.json`. Needs llama-cpp-python: run `.venv-llama-cpp/bin/python -m
+benchmarks.llama_families`, which takes 10 minutes, after `make test-llama-cpp`.
 """
 
 import json
