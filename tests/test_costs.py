@@ -13,14 +13,20 @@ from hifiprune import costs
 from hifiprune.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.costs import Estimator, Pace
 from tests.commands import refused, run
-from tests.families import FORMS, ROUTED, VOCABULARY
+from tests.families import FORMS, ROUTED, VARIANTS, VOCABULARY
 
 REQUEST = [("hfprune", hp.Options())]
 pytestmark = pytest.mark.stopwatch
 
 
-@pytest.mark.parametrize("variant", FORMS + ROUTED)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_trial_runs_in_every_family(variant: str, make_checkpoint: Callable[..., Path]) -> None:
+    estimator = Estimator(find_checkpoint(str(make_checkpoint(family=variant))), hp.Compute(device="cpu"))
+    assert estimator.scoring(REQUEST, 3, 20).seconds > 0
+
+
+@pytest.mark.parametrize("variant", FORMS + ROUTED)
+def test_a_trial_runs_for_every_kind_of_criterion(variant: str, make_checkpoint: Callable[..., Path]) -> None:
     estimator = Estimator(find_checkpoint(str(make_checkpoint(family=variant))), hp.Compute(device="cpu"))
     for criterion in ("hfprune", "fisher", "flap", "self-distillation", "cross-entropy"):
         cost = estimator.scoring([(criterion, hp.Options())], 3, 20)

@@ -5,20 +5,23 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import hifiprune as hp
+from hifiprune.checkpoint import find_checkpoint
+from hifiprune.costs import Estimator
 from hifiprune.discovery import family_of
 from hifiprune.families import FAMILIES
 from tests.commands import refused, run
 from tests.conftest import byte_tokenizer
-from tests.families import LATENT, SIZES, VOCABULARY, tiny_tokens
+from tests.families import LATENT, SIZES, VOCABULARY, tiny_config, tiny_tokens
 from tests.naive import logits_of, masked_logits
 from tests.test_families import chain_sweep, naive_sweep, random_plan
 
 FOUND: dict[str, dict[str, Any]] = {
     "apertus": {"intermediate_size": 40, "num_key_value_heads": 2},
     "biogpt": {"intermediate_size": 40},
+    "cwm": {"intermediate_size": 40, "num_key_value_heads": 2, "head_dim": 6, "sliding_window": 5},
     "internlm3": {"intermediate_size": 40, "num_key_value_heads": 2, "head_dim": 6},
     "minicpm3": {"intermediate_size": 40, "num_key_value_heads": 4, **LATENT},
     "persimmon": {"intermediate_size": 40, "num_attention_heads": 3},
@@ -55,6 +58,28 @@ def test_what_is_found_keeps_the_contract(name: str, tmp_path: Path) -> None:
     again: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(again) is type(model)
     torch.testing.assert_close(logits_of(again, tokens), logits_of(model, tokens))
+
+
+@pytest.mark.stopwatch
+@pytest.mark.parametrize("name", FOUND)
+def test_what_it_will_cost_is_tried(name: str, tmp_path: Path) -> None:
+    tiny(name).float().save_pretrained(tmp_path)
+    estimator = Estimator(find_checkpoint(str(tmp_path)), hp.Compute(device="cpu"))
+    assert estimator.scoring([("hfprune", hp.Options())], 3, 20).seconds > 0
+
+
+def test_what_sees_is_taken_for_what_it_is(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = tiny_config("llava").to_dict()
+    sizes.pop("model_type")
+    config = AutoConfig.for_model("llava_next", **sizes)
+    model = AutoModelForImageTextToText.from_config(config)
+    model.save_pretrained(tmp_path / "dense")
+    assert family_of(config).sees
+    hp.prune(str(tmp_path / "dense"), tmp_path / "out", hp.Budget(width=24), criterion="magnitude")
+    assert "AutoModelForImageTextToText" in (tmp_path / "out" / "README.md").read_text()
+    words = ("prune", tmp_path / "dense", "--output", tmp_path / "no", "--width", 24, "--allocation", "global")
+    refused(run(*words, "--criterion", "magnitude"), "vision-language models are saved with one width")
 
 
 def test_the_whole_command_works_on_what_is_found(world: Path, tmp_path: Path) -> None:

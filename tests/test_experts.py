@@ -1,5 +1,6 @@
 """Models with experts: repaired expert by expert, read from files of either form, cut to one width by commands."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,11 +162,25 @@ def test_a_pruned_model_with_experts_is_trained(method: str, world: Path, tmp_pa
     dense = save_checkpoint(tmp_path / "dense", "qwen2_moe", max_position_embeddings=128)
     hp.prune(str(dense), tmp_path / "small", hp.Budget(width=24), criterion="magnitude")
     words = ("--data", world / "calibration.txt", "--max-steps", 4, "--seq-len", 24, "--output", tmp_path / "out")
-    result = run("recover", tmp_path / "small", *words, "--method", method)
+    how = ("--method", method, "--distill-weight", 0)  # the dense model itself is random
+    result = run("recover", tmp_path / "small", *words, *how)
     assert result.code == 0, result.err
     before, after = (load(tmp_path / name) for name in ("small", "out"))
     assert type(after) is type(before)
     assert [mlp.neurons for mlp in hp.find_mlps(after)] == [mlp.neurons for mlp in hp.find_mlps(before)]
+    trained = json.loads((tmp_path / "out" / "run.json").read_text())["results"]["held_out_perplexity"]
+    assert trained["after"] < trained["before"]
+    kept, name = dict(before.named_parameters()), "model.layers.0.mlp.experts.down_proj"
+    assert torch.equal(dict(after.named_parameters())[name], kept[name]) == (method == "lora")
+
+
+def test_layers_that_predict_further_tokens_are_not_stated(tmp_path: Path) -> None:
+    dense = save_checkpoint(tmp_path / "dense", "glm4_moe", num_mtp_layers=1)
+    hp.prune(str(dense), tmp_path / "out", hp.Budget(width=24), criterion="magnitude")
+    stated = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not any("layers.3" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
+    assert not stated.get("num_mtp_layers")
+    assert not stated.get("num_nextn_predict_layers")
 
 
 def test_other_mlps_follow_the_experts() -> None:

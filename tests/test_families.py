@@ -164,10 +164,8 @@ def test_a_cut_model_reloads_without_our_code(variant: str, dtype: torch.dtype, 
 
 def test_only_where_it_is_said_a_norm_or_factor_follows_the_mlp(variant: str) -> None:
     model, tokens = tiny_model(variant), tiny_tokens()
-    chain, more = (
-        BlockChain(model),
-        0.1 * torch.arange(1.0, 1 + model.config.get_text_config().hidden_size, dtype=torch.float64),
-    )
+    chain, hidden_size = BlockChain(model), model.config.get_text_config().hidden_size
+    more = 0.1 * torch.arange(1.0, 1 + hidden_size, dtype=torch.float64)
     hidden, calls = chain.embed(tokens)
     before, _ = chain.run(1, hidden, calls[1])
     writes = chain.blocks[1].get_submodule(chain.family.mlp) if chain.family.mlp else chain.mlps[1].output.module

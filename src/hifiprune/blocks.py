@@ -267,10 +267,11 @@ class BlockChain:
             batch.gradients[number], mlps = self._back(entry, gradient, index > 0, maps=shown, more=more)
             for each, (slope, slopes) in zip(entry.mlps, mlps, strict=True):
                 own = [
-                    MapPass(one.linear, each.spread(one.input.detach(), entry.input), at)
+                    MapPass(one.linear, each.spread(one.input.detach(), entry.input), each.spread(at, entry.input))
                     for one, at in zip(each.maps, slopes, strict=False)
                 ]
-                visit(Seen(each.number, number, each.activation(entry.input), slope, own, batch.first_window))
+                activation, spread = each.activation(entry.input), each.spread(slope, entry.input)
+                visit(Seen(each.number, number, activation, spread, own, batch.first_window))
 
     def _back(
         self, trace: Trace, gradient: Tensor, further: bool, *, maps: bool, more: bool
@@ -288,10 +289,7 @@ class BlockChain:
         if (scale := scale_in(gradient)) != 1:
             found = [each.float() / scale for each in found]
         late = iter(found[len(wanted) :])
-        return rest, [
-            (each.spread(slope, trace.input), [each.spread(next(late), trace.input) for _ in outputs])
-            for each, slope, outputs in zip(trace.mlps, found, behind, strict=False)
-        ]
+        return rest, [(slope, [next(late) for _ in outputs]) for slope, outputs in zip(found, behind, strict=False)]
 
     @torch.no_grad()
     def run(self, index: int, hidden: Tensor, call: BlockCall) -> tuple[Tensor, list[MlpPass]]:

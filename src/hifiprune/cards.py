@@ -1,6 +1,5 @@
 """The model card that every output carries: `README.md` in the hub's format, with what was done and measured."""
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,9 +9,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hifiprune.announcements import accuracies, asked_of, width_range, with_error, with_interval
 from hifiprune.checkpoint import Checkpoint
+from hifiprune.discovery import family_of
 from hifiprune.errors import UserError
 from hifiprune.evaluation.fidelity import METRICS
-from hifiprune.families import FAMILIES
 from hifiprune.lineage import pruning_of
 from hifiprune.output import replacing
 
@@ -153,8 +152,8 @@ def _use(folder: Path) -> str:
     mixed = (folder / "modeling_pruned.py").is_file()
     why = "Its layers differ in width, so it carries a modeling file of its own.\n\n" if mixed else ""
     trust = ", trust_remote_code=True" if mixed else ""
-    family = FAMILIES.get(json.loads((folder / "config.json").read_text())["model_type"])
-    kind = "AutoModelForImageTextToText" if family and family.sees else "AutoModelForCausalLM"
+    family = family_of(Checkpoint(str(folder), folder).config())
+    kind = "AutoModelForImageTextToText" if family.sees else "AutoModelForCausalLM"
     return (
         f"## How to use it\n\n{why}```python\nfrom transformers import {kind}, AutoTokenizer\n\n"
         f'model = {kind}.from_pretrained("DIR"{trust})\n'

@@ -47,6 +47,8 @@ LIBRARY_ERRORS = (
     OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError, SafetensorError,
     struct.error,
 )  # fmt: skip
+FURTHER = ("num_nextn_predict_layers", "num_mtp_layers")
+"""Numbers of layers that predict further tokens, which transformers does not load."""
 ROPE = ("rope_theta", "rope_scaling", "rotary_emb_base", "rotary_pct", "partial_rotary_factor")
 """What configurations stated at their top before transformers 5, and other readers still look for there."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -238,7 +240,7 @@ class Checkpoint:
             # Copied below as it is: transformers refuses to save settings that many models ship with.
             model.generation_config = GenerationConfig()
         model.save_pretrained(folder, max_shard_size=shard_size, **how)
-        self._state_rope(folder)
+        self._rewrite_config(folder)
         if self.gguf:
             self.tokenizer().save_pretrained(folder)
             return
@@ -249,20 +251,24 @@ class Checkpoint:
                 else:
                     shutil.copyfile(file, folder / file.name)
 
-    def _state_rope(self, folder: Path) -> None:
+    def _rewrite_config(self, folder: Path) -> None:
         path, own = folder / "config.json", self.folder / "config.json"
         dense = {} if self.gguf else json.loads(own.read_text())
-        facts = _rope_at_the_top(json.loads(path.read_text()), dense)
+        facts = _for_all_readers(json.loads(path.read_text()), dense)
         path.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
 
 
-def _rope_at_the_top(facts: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
-    """A configuration with what readers look for at its top, who do not know `rope_parameters` of transformers 5."""
+def _for_all_readers(facts: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with what readers look for at its top, who do not know `rope_parameters` of transformers 5.
+
+    Layers that transformers leaves out, it does not state either.
+    """
     rope = facts.get("rope_parameters")
     stated = {name: dense[name] for name in ROPE if name in dense}
     if isinstance(rope, dict) and isinstance(rope.get("rope_theta"), int | float):
         stated.setdefault("rope_theta", rope["rope_theta"])
-    return facts | {name: value for name, value in stated.items() if name not in facts}
+    absent = {name: 0 for name in FURTHER if facts.get(name)}
+    return facts | {name: value for name, value in stated.items() if name not in facts} | absent
 
 
 def find_checkpoint(name: str) -> Checkpoint:

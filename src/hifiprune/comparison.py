@@ -84,6 +84,8 @@ def compare(
     shape = shape_of(skeleton)
     unfinished = Unfinished.beside(target, "compare", voice)
     widths = {ratio: shape.width_at(Budget(ratio=ratio), round_to) for ratio in ratios}
+    for width in widths.values():
+        shape.check_experts("uniform", width)
     draws = [replace(calibration, seed=calibration.seed + number) for number in range(seeds)]
     tokenizer = checkpoint.tokenizer()
     with record.stage("reading the texts"):

@@ -19,7 +19,7 @@ from hifiprune.checkpoint import Checkpoint
 from hifiprune.compute import Compute, product_speed
 from hifiprune.criteria import find_criterion
 from hifiprune.cutting import stored_plainly
-from hifiprune.discovery import family_of, stock_class
+from hifiprune.discovery import settled_family, stock_class
 from hifiprune.guards import frozen, memory_explained
 from hifiprune.hashing import hash_chunks
 from hifiprune.head import rows_of_slice
@@ -277,9 +277,9 @@ class Estimator:
     def _miniature(self, layers: int, vocabulary: int) -> PreTrainedModel:
         """A model of a few blocks of the true sizes, which share their weights: one small number everywhere."""
         config = self.checkpoint.config()
+        family = settled_family(config)
         text = config.get_text_config()
         text.num_hidden_layers, text.vocab_size = layers, vocabulary
-        family = family_of(config)
         if family.width and not family.experts:
             setattr(text, family.width, round(sum(self.widths) / self.layers))
         config.__dict__.pop("mlp_widths", None)
@@ -287,18 +287,18 @@ class Estimator:
             if hasattr(text, name):
                 setattr(text, name, value)
         for each in {id(each): each for each in (config, text)}.values():
-            each.pad_token_id = each.bos_token_id = each.eos_token_id = None
+            each.pad_token_id = each.bos_token_id = each.eos_token_id = 0  # which is in any vocabulary
             if getattr(each, "layer_types", None):
                 each.layer_types = each.layer_types[:layers]
         stock = stock_class(config)
         config.dtype = self.dtype
         with init_empty_weights(include_buffers=False):
             model: Any = stock._from_config(config, attn_implementation=self.compute.attention)
-        known: dict[str, Tensor] = {}
+        known: dict[tuple[str, torch.Size], Tensor] = {}
         for name, parameter in list(model.named_parameters()):
             small = 1 / parameter.shape[-1]  # so that nothing grows on its way
             values = torch.full(parameter.shape, small, dtype=self.dtype, device=self.device)
-            place(model, name, known.setdefault(re.sub(r"\.\d+\.", ".", name), values))
+            place(model, name, known.setdefault((re.sub(r"\.\d+\.", ".", name), parameter.shape), values))
         model.tie_weights()
         miniature: PreTrainedModel = model.to(self.device).eval()
         return miniature

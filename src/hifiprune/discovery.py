@@ -20,6 +20,8 @@ from hifiprune.families import FAMILIES, Family, known_family
 
 Layout = tuple[str, tuple[str, ...], str]
 """Path of an MLP in its block, and names of its input maps and its output map."""
+SETTLED = "hifiprune_family"
+"""Where a configuration in memory remembers what was found out for another."""
 LEAST_SHARE = 0.25
 """Of the blocks' parameters that MLPs hold; a shared expert beside a hundred others holds less."""
 STEP = 8
@@ -34,6 +36,9 @@ def family_of(config: PretrainedConfig) -> Family:
     """
     if config.model_type in FAMILIES:
         return FAMILIES[config.model_type]
+    if SETTLED in config.__dict__:
+        settled: Family = config.__dict__[SETTLED]
+        return settled
     if config.model_type not in CONFIG_MAPPING or stock_class(config) is None:
         return known_family(config.model_type, config.architectures)
     plain = config.to_dict()
@@ -41,8 +46,16 @@ def family_of(config: PretrainedConfig) -> Family:
     return _discovered(json.dumps(plain, sort_keys=True, default=str))
 
 
+def settled_family(config: PretrainedConfig) -> Family:
+    """The same, and have the configuration remember it, before it is changed to that of no real model."""
+    family = family_of(config)
+    if family.found:
+        config.__dict__[SETTLED] = family
+    return family
+
+
 def stock_class(config: PretrainedConfig) -> Any:
-    """The class of transformers for a language model of this configuration, or one that sees images too, if any."""
+    """The class registered for a language model of this configuration, or one that sees images too, if any."""
     kind = type(config)
     return MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None) or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(kind, None)
 
@@ -67,7 +80,8 @@ def _discovered(text: str) -> Family:
     known = dict(model.named_parameters())
     numbers = {size for name, values in known.items() if name.startswith(f"{blocks}.") for size in values.shape}
     layouts: dict[Layout, str] = {}
-    for name in [name for name, value in sizes.to_dict().items() if type(value) is int and value in numbers]:
+    stated = {name for name, value in sizes.to_dict().items() if type(value) is int and value in numbers}
+    for name in sorted(stated - {"num_hidden_layers"}):
         changes = _changes(config, name, known)
         if layout := changes and _layout(changes, blocks, found, sizes.hidden_size):
             layouts.setdefault(layout, name)
@@ -82,8 +96,9 @@ def _discovered(text: str) -> Family:
     held = _share(found, mlp, {*inputs, output})
     if held < LEAST_SHARE:
         raise _unknown(config, f"{mlp or 'what'} looks like an MLP, but holds {held:.0%} of the blocks' parameters")
+    sees = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) is None
     norm = _norm_of(config, model, blocks)
-    return Family(blocks, norm, mlp, inputs, output, width, additive=False, packs=False, found=True)
+    return Family(blocks, norm, mlp, inputs, output, width, additive=False, sees=sees, packs=False, found=True)
 
 
 def _unknown(config: PretrainedConfig, seen: str) -> UserError:
@@ -165,6 +180,7 @@ def _norm_of(config: PretrainedConfig, model: nn.Module, blocks: str) -> str:
     children = dict(model.get_submodule(parent).named_children())
     after = list(children)[list(children).index(name) + 1 :]
     size = (config.get_text_config().hidden_size,)
+    after = [each for each in after if "emb" not in each]
     norms = [each for each in after if (own := [*children[each].parameters()]) and all(p.shape == size for p in own)]
     if len(norms) != 1:
         raise _unknown(config, f"{len(norms)} norms were found after the blocks, where one was looked for")

@@ -107,7 +107,7 @@ FAMILIES: dict[str, Family] = {
     "cohere": Family(models="Command R, Aya"),
     "cohere2": Family(models="Command A, Command R7B"),
     "deepseek_v2": replace(SHARED, models="DeepSeek-V2, V2-Lite"),
-    "deepseek_v3": replace(SHARED, models="DeepSeek-V3, R1"),
+    "deepseek_v3": replace(SHARED, models="DeepSeek-V3, R1 (in bfloat16)"),
     "ernie4_5": Family(models="ERNIE 4.5 (dense)"),
     "exaone4": Family(additive=False, models="EXAONE 4"),
     "falcon": replace(ALIBI, width="ffn_hidden_size", models="Falcon"),

@@ -77,6 +77,8 @@ def _possible_widths(shape: Shape) -> dict[str, dict[str, Any]]:
 
 def _possible_width(shape: Shape, budget: Budget, round_to: int) -> int | None:
     try:
-        return shape.width_at(budget, round_to)
+        width = shape.width_at(budget, round_to)
+        shape.check_experts("uniform", width)
+        return width
     except UserError:
         return None

@@ -167,8 +167,8 @@ def by_block(mlps: Sequence[Mlp]) -> list[range]:
     """The numbers of the MLPs of each block."""
     found = []
     for _, group in groupby(range(len(mlps)), key=lambda number: mlps[number].block):
-        first, *rest = group
-        found.append(range(first, [first, *rest][-1] + 1))
+        numbers = list(group)
+        found.append(range(numbers[0], numbers[-1] + 1))
     return found
 
 

@@ -200,10 +200,8 @@ def prune(
     if used:
         remark_on_options(used, ratio, voice)
 
-    unfinished, resident = (
-        Unfinished.beside(target, "prune", voice),
-        kept_resident(calibration, course, bias_compensation),
-    )
+    unfinished = Unfinished.beside(target, "prune", voice)
+    resident = kept_resident(calibration, course, bias_compensation)
     stages = Stages(checkpoint, calibration, compute, record, voice, unfinished, resident)
     stages.read()
     settled = options or Options(seed=calibration.seed if calibration else 0)

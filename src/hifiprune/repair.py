@@ -177,11 +177,8 @@ def _sequential_(
     linear = mlp.output
     for stream in streams:
         output, (tap,) = chain.run(block, stream.cut().to(device), stream.calls[block])
-        stream.cut, dense, activation = (
-            set_aside(chain.scratch, output.cpu()),
-            stream.dense().to(device),
-            tap.maps[0].input,
-        )
+        stream.cut = set_aside(chain.scratch, output.cpu())
+        dense, activation = stream.dense().to(device), tap.maps[0].input
         moments.add(with_one(activation, linear), dense - output, dense, stream.held)
         activations.append(set_aside(chain.scratch, activation.cpu()))
     change, refit = moments.refit(mlp.name)
