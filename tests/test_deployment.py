@@ -334,7 +334,8 @@ def test_the_readme_shows_what_is_printed(
     smollm2_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     facts = json.loads((smollm2_folder / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(facts | {"intermediate_size": 1024}))
+    stated = {"intermediate_size": 1024, "rope_theta": facts["rope_parameters"]["rope_theta"]}  # as prune writes it
+    (tmp_path / "config.json").write_text(json.dumps(facts | stated))
     monkeypatch.setenv("COLUMNS", "118")
     told = run("inspect", tmp_path, "--deploy").out
     table = "\n".join(line.rstrip() for line in told.splitlines() if line.startswith(("┏", "┃", "┡", "│", "└")))
