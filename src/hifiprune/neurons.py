@@ -79,10 +79,14 @@ class LinearMap:
         """Outputs."""
         return len(self.weight)
 
-    def state(self) -> dict[str, Tensor]:
-        """The parameters that hold the map, by their names in the model."""
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Those that hold the map, by their names in the model; they stay the same objects when neurons are cut."""
         names = (self.weight_name, *(("bias",) if self.bias is not None else ()))
-        return {f"{self.name}.{name}": getattr(self.module, name).detach() for name in names}
+        return {f"{self.name}.{name}": getattr(self.module, name) for name in names}
+
+    def state(self) -> dict[str, Tensor]:
+        """Their values as they are now."""
+        return {name: parameter.detach() for name, parameter in self.parameters().items()}
 
     def __call__(self, values: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
         """What the map makes of its input."""

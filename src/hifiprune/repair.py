@@ -100,8 +100,8 @@ def cut_and_repaired(
 
     What is cut away, and a copy of each output map, is set aside.
     """
-    maps = [values for _, group in siblings(find_mlps(model)) for values in group[0].output.state().values()]
-    before = [values.clone() for values in maps]
+    maps = [each for _, group in siblings(find_mlps(model)) for each in group[0].output.parameters().values()]
+    before = [parameter.detach().clone() for parameter in maps]
     try:
         with put_back(model, plan):
             yield cut_and_repair_(model, plan, windows, **how)
