@@ -1,6 +1,7 @@
 """Model cards and what goes to the hub: read again by the hub's own library."""
 
 import json
+import re
 from collections.abc import Callable
 from functools import partialmethod
 from pathlib import Path
@@ -75,6 +76,8 @@ def test_what_is_measured_goes_into_the_card_and_the_hubs_index(pruned: Path, wo
     assert "On 5 windows of 24 tokens of held.txt" in card.text
     assert "On 3 windows" not in card.text
     assert card.text.count("KL divergence, nats") == 1
+    (row,) = (line for line in card.text.splitlines() if line.startswith("| KL divergence"))
+    assert len(re.findall(r"(?<!\\)\|", row)) == 4, "three cells, whatever stands in them"
     refused(run("evaluate", dense, "--text", text, "--seq-len", 24, "--card"), "that hifiprune made; leave out --card")
 
 

@@ -191,7 +191,8 @@ def _tables(row: dict[str, Any], results: dict[str, Any], source: str) -> Iterat
         lines = [f"On {results['windows']} windows of {results['positions']} tokens of {source}, with 95% intervals:\n"]
         lines += ["| metric | value | |\n|---|---|---|"]
         for metric, estimate in row["metrics"].items():
-            lines.append(f"| {METRICS[metric][0]} | {with_interval(estimate, '.4g')} | {METRICS[metric][1]} |")
+            title, meaning = (text.replace("|", "\\|") for text in METRICS[metric][:2])  # a bar would end the cell
+            lines.append(f"| {title} | {with_interval(estimate, '.4g')} | {meaning} |")
         yield "text", "\n".join([*lines, ""])
     if "tasks" in row:
         reference = Path(results["reference"]).name

@@ -89,8 +89,8 @@ def _discovered(text: str) -> Family:
         maps = [f"{name} {each.weight.shape[0]} x {each.weight.shape[1]}" for name, each in _linears(found[0])]
         raise _unknown(
             config,
-            f"{len(layouts)} numbers of its configuration widen maps that look like an MLP's in every block; "
-            f"the first block holds {', '.join(maps) or 'no linear maps'}",
+            f"{len(layouts) or 'none'} of the numbers in its configuration widen an MLP in every block, where one was "
+            f"looked for; the first block holds {', '.join(maps) or 'no linear maps'}",
         )
     (((mlp, inputs, output), width),) = layouts.items()
     held = _share(found, mlp, {*inputs, output})
@@ -104,7 +104,7 @@ def _discovered(text: str) -> Family:
 def _unknown(config: PretrainedConfig, seen: str) -> UserError:
     return UserError(
         f"model type '{config.model_type}' is not in the table of families, and its MLPs could not be told from its "
-        f"structure: {seen}"
+        f"structure: {seen}; docs/families.md says what can be cut"
     )
 
 
