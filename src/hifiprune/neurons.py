@@ -160,11 +160,12 @@ def locate_mlps(model: PreTrainedModel) -> list[Mlp]:
     ]
 
 
-def siblings(mlps: Sequence[Mlp]) -> Iterator[tuple[int, list[Mlp]]]:
-    """MLPs whose weights lie in the same parameters, the experts of a block or one alone, and the first's number."""
-    for _, group in groupby(enumerate(mlps), key=lambda each: id(each[1].output.module)):
-        numbers, found = zip(*group, strict=True)
-        yield numbers[0], list(found)
+def siblings(mlps: Sequence[Mlp]) -> Iterator[tuple[slice, list[Mlp]]]:
+    """MLPs whose weights lie in the same parameters, the experts of a block or one alone, and their places."""
+    start = 0
+    for _, group in groupby(mlps, key=lambda mlp: id(mlp.output.module)):
+        found = list(group)
+        yield slice(start, start := start + len(found)), found
 
 
 def by_block(mlps: Sequence[Mlp]) -> list[range]:

@@ -212,8 +212,7 @@ def _parallel_(
                 held = stream.held.repeat_interleave(dense.shape[1])[tap.tokens.cpu()]
                 activation, residual = activation.unsqueeze(1), residual.unsqueeze(1)
             sums[place].add(with_one(activation[..., kept[place]], linear), residual, seen, held)
-    for first, group in siblings(mlps):
-        keep_(group, kept[first : first + len(group)])
+    keep_(mlps, kept)
     refits = []
     for mlp, moments in zip(mlps, sums, strict=True):
         change, refit = moments.refit(mlp.name)

@@ -41,8 +41,7 @@ def cut_(model: PreTrainedModel, plan: Plan, means: Sequence[Float[Tensor, "_"]]
         require_bias(mlps)
         for mlp, kept, mean in zip(mlps, plan.kept, means, strict=True):
             _compensate_(mlp, others(kept, mlp.neurons), mean)
-    for first, group in siblings(mlps):
-        keep_(group, plan.kept[first : first + len(group)])
+    keep_(mlps, plan.kept)
     forget_gradients_(mlps)
     state_widths(model, plan.widths)
 
@@ -59,8 +58,7 @@ def cut(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
     """
     with put_back(model, plan):
         with torch.no_grad():
-            for first, group in siblings(find_mlps(model)):
-                keep_(group, plan.kept[first : first + len(group)])
+            keep_(find_mlps(model), plan.kept)
         state_widths(model, plan.widths)
         if shelf := shelf_of(model):
             shelf.cuts.update(cuts_of(model, plan))
@@ -72,13 +70,13 @@ def put_back(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
     """Whatever of `model` is cut away within, as `plan` says, is set aside and back in its place after."""
     mlps = matching_mlps(model, plan)
     rests = [others(kept, mlp.neurons) for mlp, kept in zip(mlps, plan.kept, strict=True)]
-    groups = [(group, slice(first, first + len(group))) for first, group in siblings(mlps)]
-    removed = [[part.of(rests[own], group[0].neurons) for part in parts_of(group[0])] for group, own in groups]
+    groups = list(siblings(mlps))
+    removed = [[part.of(rests[own], group[0].neurons) for part in parts_of(group[0])] for own, group in groups]
     try:
         yield
     finally:
         with torch.no_grad():
-            for (group, own), gone in zip(groups, removed, strict=True):
+            for (own, group), gone in zip(groups, removed, strict=True):
                 _put_back_(group[0], plan.kept[own], rests[own], gone)
         state_widths(model, plan.neurons)
         if shelf := shelf_of(model):
@@ -133,34 +131,35 @@ def matching_mlps(model: PreTrainedModel, plan: Plan) -> list[Mlp]:
 def cuts_of(model: PreTrainedModel, plan: Plan) -> dict[str, Places]:
     """Of every tensor that a cut changes, by its name: what is kept of it."""
     return {
-        f"{part.linear.name}.{part.name}": part.places(plan.kept[first : first + len(group)], plan.neurons[first])
-        for first, group in siblings(find_mlps(model))
+        f"{part.linear.name}.{part.name}": part.places(plan.kept[own], plan.neurons[own.start])
+        for own, group in siblings(find_mlps(model))
         for part in parts_of(group[0])
     }
 
 
-def keep_(group: Sequence[Mlp], kept: Sequence[Int[Tensor, "kept"]]) -> None:
-    """Remove all other neurons from an MLP, or from all experts of a block.
+def keep_(mlps: Sequence[Mlp], kept: Sequence[Int[Tensor, "_"]]) -> None:
+    """Remove all other neurons from MLPs, from all experts of a block at once.
 
     Raises:
         UserError: experts would differ in width.
     """
-    first = group[0]
-    if len({len(each) for each in kept}) > 1:
-        raise UserError(
-            f"the experts of {first.output.name} are to keep {sorted({len(each) for each in kept})} neurons; "
-            "one configuration holds one width for all of them"
-        )
-    neurons = first.neurons
-    for part in parts_of(first):
-        part.set_(part.of(kept, neurons))
-    state_sizes(first)
+    for own, (first, *_) in siblings(mlps):
+        widths = {len(each) for each in kept[own]}
+        if len(widths) > 1:
+            raise UserError(
+                f"the experts of {first.output.name} are to keep {sorted(widths)} neurons; "
+                "one configuration holds one width for all of them"
+            )
+        neurons = first.neurons
+        for part in parts_of(first):
+            part.set_(part.of(kept[own], neurons))
+        state_sizes(first)
 
 
 def forget_gradients_(mlps: Sequence[Mlp]) -> None:
     """Leave no gradient of the shape before a cut."""
-    for mlp in mlps:
-        for part in parts_of(mlp):
+    for _, (first, *_) in siblings(mlps):
+        for part in parts_of(first):
             part.parameter.grad = None
 
 

@@ -116,9 +116,9 @@ def taps_on(mlps: Sequence[Mlp], first: int, hidden: Tensor, write: Write, read:
     found: list[Tap] = []
     for place, group in siblings(mlps):
         if group[0].is_expert:
-            found.append((group[0].output.module, partial(_routed, group, first + place, write, read)))
+            found.append((group[0].output.module, partial(_routed, group, first + place.start, write, read)))
         else:
-            found += _plain_taps(group[0], first + place, hidden, write, read)
+            found += _plain_taps(group[0], first + place.start, hidden, write, read)
     return found
 
 
