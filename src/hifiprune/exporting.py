@@ -12,6 +12,7 @@ from gguf import GGUFReader
 from hifiprune.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.conversion import find_converter, find_quantizer, run
 from hifiprune.discovery import family_of
+from hifiprune.engines import BLOCK, K_BLOCK
 from hifiprune.errors import RunError, UserError, unknown
 from hifiprune.neurons import count_parameters, find_mlps
 from hifiprune.output import check_space, check_target, replacing
@@ -46,10 +47,10 @@ TYPES = {
     "f32": Kind(32.0),
     "f16": Kind(16.0),
     "bf16": Kind(16.0),
-    "q8_0": Kind(8.5, 32),
-    **{name: Kind(8.5, 32, True) for name in ("q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl")},
+    "q8_0": Kind(8.5, BLOCK),
+    **{name: Kind(8.5, BLOCK, True) for name in ("q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl")},
     **{
-        name: Kind(8.5, 256, True)
+        name: Kind(8.5, K_BLOCK, True)
         for name in (
             "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k", "iq4_xs",
         )
