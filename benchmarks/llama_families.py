@@ -36,7 +36,7 @@ SAME, CLOSE = 1e-4, 1e-2
 def main() -> None:
     """Try them all."""
     converter = fetch_converter(ROOT / ".cache" / "llama.cpp")
-    tokenizer: Any = AutoTokenizer.from_pretrained(fetch_smollm2(ROOT / ".cache" / "smollm2"))
+    tokenizer: Any = AutoTokenizer.from_pretrained(fetch_smollm2(ROOT / ".cache" / "smollm2"), trust_remote_code=False)
     facts = {}
     for variant in MIXED:
         with tempfile.TemporaryDirectory() as name:
@@ -53,7 +53,9 @@ def main() -> None:
 def tried(variant: str, folder: Path, converter: Path, tokenizer: Any) -> dict[str, Any]:
     """Largest difference of logits, or why there are none."""
     torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(tiny_config(variant, **SIZES, **SPECIAL.get(variant, {})))
+    model: Any = AutoModelForCausalLM.from_config(
+        tiny_config(variant, **SIZES, **SPECIAL.get(variant, {})), trust_remote_code=False
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -63,7 +65,7 @@ def tried(variant: str, folder: Path, converter: Path, tokenizer: Any) -> dict[s
     how: dict[str, Any] = {"round_to": 1, "criterion": "magnitude", "repair": "none"}
     hp.prune(str(folder / "dense"), folder / "cut", hp.Budget(width=WIDTH), **how)
     hp.export(str(folder / "cut"), folder / "cut.gguf", type="f32", converter=converter)
-    cut: Any = AutoModelForCausalLM.from_pretrained(folder / "cut", dtype=torch.float32).eval()
+    cut: Any = AutoModelForCausalLM.from_pretrained(folder / "cut", dtype=torch.float32, trust_remote_code=False).eval()
     ids = torch.randint(1000, 40000, (1, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = cut(ids).logits[0].numpy()

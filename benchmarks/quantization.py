@@ -114,7 +114,10 @@ def main() -> None:
             own = plain
             if method != "none":
                 own = AutoModelForCausalLM.from_pretrained(
-                    folder, dtype=torch.float32, quantization_config=config_of(method)
+                    folder,
+                    dtype=torch.float32,
+                    quantization_config=config_of(method),
+                    trust_remote_code=False,
                 )
             cells[name, method] = measure_windows(own, windows, reference)
             row = {"model": name, "method": method} | summary(cells[name, method]) | sizes(own)

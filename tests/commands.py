@@ -41,6 +41,7 @@ def run(*arguments: object) -> Result:
     try:
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
             patch.setattr(sys, "argv", ["hifiprune", *map(str, arguments)])
+            patch.setattr(sys, "stdin", sys.stdin)
             with pytest.raises(SystemExit) as stopped:
                 main()
     finally:

@@ -140,17 +140,17 @@ def test_hub_data_sets_are_streamed_by_id_config_and_split(monkeypatch: pytest.M
 
     asked = []
 
-    def load(name: str, config: str | None, split: str, *, streaming: bool) -> object:
-        asked.append((name, config, split, streaming))
+    def load(name: str, config: str | None, split: str, *, streaming: bool, trust_remote_code: bool) -> object:
+        asked.append((name, config, split, streaming, trust_remote_code))
         return Dataset.from_dict({"text": DOCUMENTS}).to_iterable_dataset()
 
     monkeypatch.setattr("datasets.load_dataset", load)
     for source in ("org/data", "org/data:validation", "org/data:en:test"):
         assert sorted(read_documents(source)) == sorted(DOCUMENTS)
     assert asked == [
-        ("org/data", None, "train", True),
-        ("org/data", None, "validation", True),
-        ("org/data", "en", "test", True),
+        ("org/data", None, "train", True, False),
+        ("org/data", None, "validation", True, False),
+        ("org/data", "en", "test", True, False),
     ]
     with pytest.raises(UserError, match="is written id"):
         read_documents("a:b:c:d")

@@ -35,7 +35,7 @@ from hifiprune.errors import RunError, UserError
 from hifiprune.families import known_family
 from hifiprune.modeling_pruned import pruned_class
 from hifiprune.output import local_path
-from hifiprune.refusals import ADAPTER, METHOD_FILES, refuse_adapter, refuse_quantized
+from hifiprune.refusals import ADAPTER, METHOD_FILES, refuse_adapter, refuse_kernels, refuse_quantized
 from hifiprune.shards import Stacked, Stored, stack_experts, stored_tensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -122,7 +122,10 @@ class Checkpoint:
                 if facts.get("model_type") not in CONFIG_MAPPING:
                     known_family(facts.get("model_type", "none"), facts.get("architectures"))
                 refuse_quantized(self.name, self.folder, facts)
-            config: PretrainedConfig = AutoConfig.from_pretrained(self.folder, gguf_file=self.gguf)
+                refuse_kernels(self.name, facts)
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                self.folder, gguf_file=self.gguf, trust_remote_code=False
+            )
             family_of(config)
         if getattr(config, "quantization_config", None) is not None:  # a GGUF file's, whose weights are dequantized
             del config.quantization_config
@@ -192,7 +195,9 @@ class Checkpoint:
         if not self.gguf and not _has_tokenizer(self.folder):
             raise UserError(f"{self.name} has no tokenizer files; copy those of the original model to {self.folder}")
         with _explained(self.name, "the tokenizer"):
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder, gguf_file=self.gguf)
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                self.folder, gguf_file=self.gguf, trust_remote_code=False
+            )
         return tokenizer
 
     def load(
@@ -217,6 +222,7 @@ class Checkpoint:
                 dtype=dtype or self.dtype(),
                 attn_implementation=attention,
                 use_safetensors=True,
+                trust_remote_code=False,
                 output_loading_info=True,
                 **arguments,
             )
@@ -321,6 +327,11 @@ def _explained(name: str, what: str) -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise RunError(f"not enough memory for {what} of {name}; try --dtype bfloat16") from error
     except LIBRARY_ERRORS as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{what} of {name} is code that comes with it (auto_map), and hifiprune runs no code of a checkpoint; "
+                "where you trust that code, write a plain checkpoint with it in Python first, with a tokenizer.json"
+            ) from error
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         if "allocate memory" in first:
             raise RunError(f"not enough memory for {what} of {name}; try --dtype bfloat16") from error

@@ -1,5 +1,6 @@
 """The command line: parses, calls the pipeline, prints."""
 
+import os
 import signal
 import sys
 from functools import partial
@@ -256,6 +257,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     hush_torchao()
+    sys.stdin = open(os.devnull)  # noqa: SIM115 - no library asks: whoever does gets no answer
     try:
         check_command(sys.argv)
         app()

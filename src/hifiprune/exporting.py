@@ -16,6 +16,7 @@ from hifiprune.engines import BLOCK, K_BLOCK
 from hifiprune.errors import RunError, UserError, unknown
 from hifiprune.neurons import count_parameters, find_mlps
 from hifiprune.output import check_space, check_target, replacing
+from hifiprune.refusals import refuse_own_tokenizer
 from hifiprune.voice import SILENT, Voice
 
 FORMATS = ("gguf", "onnx")
@@ -95,6 +96,7 @@ def export(
         raise unknown("type", type, TYPES)
     target, kind = check_target(output, folder=False, overwrite=overwrite, inputs=[model]), TYPES[wanted]
     checkpoint = find_checkpoint(model)
+    refuse_own_tokenizer(model, checkpoint.folder)
     parameters, widths, hidden = _sizes(checkpoint)
     command = find_converter(converter)
     quantizer = find_quantizer(command, wanted) if kind.quantized else None

@@ -150,7 +150,8 @@ def _hub_rows(source: str, seed: int, most: int | None) -> Iterator[Row]:
     config = rest[0] if len(rest) == 2 else None
     split = rest[-1] if rest else "train"
     try:
-        yield from islice(load_dataset(name, config, split=split, streaming=True).shuffle(seed=seed), most)
+        rows = load_dataset(name, config, split=split, streaming=True, trust_remote_code=False)
+        yield from islice(rows.shuffle(seed=seed), most)
     except Exception as error:  # the hub client raises errors of many libraries
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"there is no file {source} here, and the data hub could not give it: {first}") from error

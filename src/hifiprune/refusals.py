@@ -49,6 +49,44 @@ def refuse_quantized(name: str, folder: Path, config: dict[str, Any]) -> None:
         )
 
 
+def refuse_kernels(name: str, config: dict[str, Any]) -> None:
+    """Refuse a `config` that names compute kernels of the hub, which transformers would download and run.
+
+    Raises:
+        UserError: it, or a part of it, does.
+    """
+    for key in ("attn_implementation", "experts_implementation"):
+        stated = config.get(key)
+        for kernel in stated.values() if isinstance(stated, dict) else [stated]:
+            if isinstance(kernel, str) and "/" in kernel:
+                raise UserError(
+                    f"{name}: its config.json names code of the hub, {kernel}, as {key}, and hifiprune runs no code of "
+                    f"a checkpoint; remove {key} from it"
+                )
+    for part in config.values():
+        if isinstance(part, dict):
+            refuse_kernels(name, part)
+
+
+def refuse_own_tokenizer(name: str, folder: Path) -> None:
+    """Refuse a tokenizer that is code of the checkpoint, for programs that would run it, as llama.cpp's converter.
+
+    Raises:
+        UserError: `tokenizer_config.json` names such code, or cannot be read.
+    """
+    try:
+        facts = json.loads((folder / "tokenizer_config.json").read_bytes())
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{name}: tokenizer_config.json cannot be read: {error}") from error
+    if isinstance(facts, dict) and "auto_map" in facts:
+        raise UserError(
+            f"{name}: tokenizer_config.json names code of the checkpoint (auto_map), which llama.cpp's converter may "
+            "run; where its tokenizer.json does without, remove auto_map"
+        )
+
+
 def _stated_method(config: dict[str, Any]) -> str | None:
     """What `config` calls the method, if it tells of one."""
     facts = [config[key] for key in ("quantization_config", "compression_config") if config.get(key) is not None]

@@ -155,7 +155,7 @@ def _check_numbers(numbers: dict[str, Sequence[int]], new_tokens: int) -> None:
 def _timed(name: str, asked: str) -> dict[str, Any]:
     """What a fresh process finds."""
     command = [sys.executable, "-m", "hifiprune.evaluation.speed", asked]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise (UserError if done.returncode == UserError.exit_code else RunError)(

@@ -151,7 +151,10 @@ class Exam:
 
         with quiet(), seeded(), as_it_is(model), explained(self.tasks.names, batch_size):
             # the tokenizer gets a padding token, hence the copy
-            asked = HFLM(model, "causal", tokenizer=deepcopy(tokenizer), batch_size=batch_size, softmax_dtype="float32")
+            asked = HFLM(
+                model, "causal", tokenizer=deepcopy(tokenizer), batch_size=batch_size, softmax_dtype="float32",
+                trust_remote_code=False,
+            )  # fmt: skip
             done = iter(track(range(sum(len(task.instances) for task in self._tasks.values()))))
             answer: Any = asked._model_call
 
