@@ -20,8 +20,10 @@ from transformers.integrations import integration_utils
 from transformers.pytorch_utils import Conv1D
 
 import hifiprune as hp
+from hifiprune.adapters import with_adapter
 from hifiprune.checkpoint import find_checkpoint
 from hifiprune.examples import Example
+from hifiprune.families import FAMILIES
 from hifiprune.hashing import hash_model
 from hifiprune.record import RunRecord
 from hifiprune.recovery import _split, recover
@@ -32,7 +34,7 @@ from hifiprune.watch import Watch
 from tests.commands import Interruption, leftovers, refused
 from tests.commands import run as run_command
 from tests.conftest import save_checkpoint
-from tests.families import tiny_tokens
+from tests.families import VARIANTS, family_name, load, tiny_model, tiny_tokens
 from tests.naive import logits_of
 
 QUICK = Training(
@@ -107,6 +109,54 @@ def test_maps_of_every_form_are_trained(family: str, pruned: Path, tmp_path: Pat
         module = after.get_submodule(name.rpartition(".")[0])
         map_weight = isinstance(module, (nn.Linear, Conv1D)) and values.ndim == 2 and "head" not in name
         assert torch.equal(values, named[name]) != map_weight, name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_adapter_is_put_on_every_plain_map_of_the_blocks_and_on_nothing_else(variant: str) -> None:
+    model = tiny_model(variant, torch.float32)
+    wanted = {name for name, module in blocks_of(model).items() if isinstance(module, (nn.Linear, Conv1D))}
+    adapted = with_adapter(model, Training())
+    assert {name for name, module in blocks_of(model).items() if hasattr(module, "lora_A")} == wanted
+    assert {kind for layer in adapted.modules() if hasattr(layer, "lora_dropout") for kind in dropouts(layer)} == {0.05}
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 2 * len(wanted)
+    assert all(".lora_" in name for name in trained)
+
+
+def blocks_of(model: Any) -> dict[str, nn.Module]:
+    start = f"{FAMILIES[model.config.model_type].blocks}."
+    return {name: module for name, module in model.named_modules() if name.startswith(start)}
+
+
+def dropouts(layer: Any) -> set[float]:
+    return {each.p for each in layer.lora_dropout.values()}
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if FAMILIES[family_name(name)].experts])
+def test_experts_stay_as_they_are_and_all_other_maps_learn(variant: str, pruned: Path, tmp_path: Path) -> None:
+    dense, small = save_checkpoint(tmp_path / "dense", variant), tmp_path / "small"
+    hp.prune(str(dense), small, hp.Budget(width=24), criterion="magnitude")
+    training = Training(max_steps=2, seq_len=32, held_out=0.2, distill_weight=0.0, gradient_accumulation=1)
+    recover(str(small), tmp_path / "out", str(pruned / "data.jsonl"), training)
+    before, after = (load(path).state_dict() for path in (small, tmp_path / "out"))
+    start = f"{FAMILIES[variant].blocks}."
+    changed = {name for name, values in after.items() if not torch.equal(values, before[name])}
+    assert changed == {
+        f"{name}.weight" for name, module in blocks_of(load(small)).items() if isinstance(module, (nn.Linear, Conv1D))
+    }
+    assert any(".experts." in name for name in before if name.startswith(start))
+
+
+def test_an_adapter_that_peft_would_put_on_experts_is_not_kept(pruned: Path, tmp_path: Path) -> None:
+    model = str(save_checkpoint(tmp_path / "dense", "deepseek_v2"))
+    training, data = replace(QUICK, distill_weight=0.0, max_steps=2), str(pruned / "data.jsonl")
+    with pytest.raises(
+        hp.UserError, match="peft loads no adapter for gate_proj, up_proj or down_proj of a deepseek_v2"
+    ):
+        recover(model, tmp_path / "out", data, training, keep_adapter=True)
+    attention = replace(training, target_modules=("kv_b_proj", "o_proj"))
+    recover(model, tmp_path / "out", data, attention, keep_adapter=True)
+    PeftModel.from_pretrained(load(Path(model)), str(tmp_path / "out" / "adapter"))
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -3,7 +3,6 @@
 import json
 import math
 import random
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -11,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerState, set_seed
 
+from hifiprune.adapters import check_adapter, with_adapter
 from hifiprune.announcements import duration
 from hifiprune.cards import write_card
 from hifiprune.checkpoint import Checkpoint
 from hifiprune.compute import Compute, estimate_seconds
 from hifiprune.discovery import family_of
-from hifiprune.errors import RunError, UserError, unknown
+from hifiprune.errors import RunError, UserError
 from hifiprune.examples import Example, read_examples
 from hifiprune.guards import memory_explained
 from hifiprune.lineage import check_origin, record_of
@@ -34,7 +34,7 @@ from hifiprune.record import RunRecord
 from hifiprune.teacher import Remembered, Teacher, remember
 from hifiprune.texts import Text
 from hifiprune.training import Training, gathered, last_state, train
-from hifiprune.training_checks import check_compute, check_purpose, check_tracker, find_dense, linears_of, needed_bytes
+from hifiprune.training_checks import check_compute, check_purpose, check_tracker, find_dense, needed_bytes
 from hifiprune.training_loss import sliced_loss
 from hifiprune.unfinished import Unfinished
 from hifiprune.voice import SILENT, Voice
@@ -103,7 +103,8 @@ def recover(
     check_shard_size(shard_size)
     dense = find_dense(model, teacher, training, control=control)
     texts, read = [Text(data, training.seq_len)], [dense.path] if dense else []
-    checkpoint, target, _ = prepare(model, output, texts, read, folder=True, overwrite=overwrite)
+    checkpoint, target, skeleton = prepare(model, output, texts, read, folder=True, overwrite=overwrite)
+    check_adapter(skeleton, training, kept=keep_adapter)
     check_tracker(tracker, target)
     started = dense if dense and control else checkpoint
     check_space(target, needed_bytes(started, training))
@@ -131,7 +132,7 @@ def recover(
         unfinished.write(folder / "facts.json", lambda path: path.write_text(json.dumps(facts)))
     voice.say(_announce(student, training, rows, held, compute))
     set_seed(training.seed)  # LoRA starts at random
-    trained = _with_adapter(student, training)
+    trained = _trainable(student, training)
     watch = Watch(training.max_minutes, _tokens_per_step(training), voice, last_state(folder))
     kernel = SoftLabels(training.distill_weight, training.temperature)
     loss = sliced_loss(student, kernel, guide, match_hidden=training.match_hidden)
@@ -227,24 +228,9 @@ def _split(
     return rows, held.first(HELD_OUT_ROWS)
 
 
-def _with_adapter(model: PreTrainedModel, training: Training) -> nn.Module:
-    if training.method == "full":
-        return model.requires_grad_(True)
-    paths = {path: path.rpartition(".")[2] for path, _ in linears_of(model)}
-    for name in training.target_modules:
-        if name not in paths.values():
-            raise unknown("target module", name, sorted({*paths.values()}))
-    config = LoraConfig(
-        r=training.lora_r,
-        lora_alpha=training.lora_alpha,
-        lora_dropout=training.lora_dropout,
-        target_modules=[path for path, name in paths.items() if name in (training.target_modules or (name,))],
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # about how peft calls transformers
-        return get_peft_model(model, config)
+def _trainable(model: PreTrainedModel, training: Training) -> nn.Module:
+    """The model, all of it to be trained or with an adapter."""
+    return model.requires_grad_(True) if training.method == "full" else with_adapter(model, training)
 
 
 def _merged(trained: nn.Module, checkpoint: Checkpoint) -> PreTrainedModel:
@@ -294,7 +280,7 @@ def _anew(
     if weights is None:
         voice.say("Training did not lower the held-out perplexity: the checkpoint is written as it was.")
         return checkpoint.load(checkpoint.dtype())
-    trained = _with_adapter(load(checkpoint, replace(compute, device="cpu")), training)
+    trained = _trainable(load(checkpoint, replace(compute, device="cpu")), training)
     trained.load_state_dict(weights)
     return trained
 
