@@ -2,17 +2,22 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from functools import partialmethod
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import HfApi, ModelCard
+from rich.console import Console
 
-from hifiprune.cards import UNMEASURED, add_results, check_cards
+from hifiprune.card_metadata import base_metadata
+from hifiprune.cards import UNMEASURED, add_results, check_cards, describe_base, write_card
 from hifiprune.checkpoint import Checkpoint
 from hifiprune.errors import UserError
+from hifiprune.voice import SILENT, Voice
 from tests.commands import refused, run
 
 BASE = """---
@@ -23,6 +28,7 @@ tags: [conversational]
 ---
 # Words of the base
 """
+Make = Callable[..., Path]
 SMALL = ("--num-samples", 4, "--seq-len", 24)
 
 
@@ -129,8 +135,20 @@ def test_a_trained_checkpoint_tells_of_both_runs(pruned: Path, tmp_path: Path) -
     assert result.code == 0, result.err
     card = ModelCard.load(tmp_path / "better" / "README.md")
     assert card.data.license == "apache-2.0"
+    assert "`dense` without 12.3% of its parameters" in card.text, "it is the dense model that lost them"
+    assert "`small`" not in card.text
     assert "MLPs of width 40 ones of 24" in card.text
-    assert "then trained: low-rank changes of rank 32 on the dense model's predictions" in card.text
+    trained = "- then trained: low-rank changes of rank 32 on the dense model's predictions, 2 steps, "
+    assert trained + "the best state that of step 2; perplexity of held-out rows" in card.text
+    words = ("--data", tmp_path / "rows.jsonl", "--max-steps", 1, "--seq-len", 32, "--gradient-accumulation", 1)
+    labels = ("--distill-weight", 0, "--lr", 1e-9)
+    assert run("recover", tmp_path / "better", "--output", tmp_path / "best", *words, *labels).code == 0
+    card = ModelCard.load(tmp_path / "best" / "README.md")
+    assert trained in card.text, "the earlier training is told too"
+    assert "`dense` without 12.3% of its parameters" in card.text
+    looks = json.loads((tmp_path / "best" / "run.json").read_text())["results"]["held_out_losses"]
+    best = "none of which was better than the start" if looks[1][1] >= looks[0][1] else "the best state that of step 1"
+    assert f"- then trained: low-rank changes of rank 32 on labels, 1 steps, {best}" in card.text
 
 
 def test_mixed_widths_say_how_they_are_loaded(world: Path, tmp_path: Path) -> None:
@@ -146,6 +164,7 @@ def test_push_shows_what_would_go_and_uploads_when_told(pruned: Path, monkeypatc
     done: list[tuple[str, dict[str, Any]]] = []
     monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **how: done.append((name, how)))
     monkeypatch.setattr(HfApi, "upload_folder", lambda self, **how: done.append(("folder", how)))
+    monkeypatch.setattr(HfApi, "upload_file", lambda self, **how: done.append(("file", how)))
     shown = run("push", pruned, "someone/small", "--json")
     assert shown.code == 0, shown.err
     assert done == []
@@ -159,6 +178,12 @@ def test_push_shows_what_would_go_and_uploads_when_told(pruned: Path, monkeypatc
     assert done[0] == ("someone/small", {"private": True, "exist_ok": True})
     assert done[1][1]["folder_path"] == pruned
     assert done[1][1]["repo_id"] == "someone/small"
+    assert done[1][1]["ignore_patterns"] == ["README.md"]
+    assert done[2][1]["repo_id"] == "someone/small"
+    uploaded = ModelCard(done[2][1]["path_or_fileobj"].decode())
+    assert uploaded.text.count('from_pretrained("someone/small")') == 2
+    assert 'from_pretrained("small"' not in uploaded.text
+    assert (pruned / "README.md").read_text().count('from_pretrained("small")') == 2
 
     monkeypatch.undo()
     monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "0")
@@ -172,3 +197,94 @@ def test_push_shows_what_would_go_and_uploads_when_told(pruned: Path, monkeypatc
     refused(run("push", pruned, "some one/small"), "is no name of a repository")
     (pruned / "model.safetensors").unlink()
     refused(run("push", pruned, "someone/small"), "lacks model.safetensors; push a whole checkpoint")
+
+
+BROKEN = ("license: mit\ntitle: My model: a test", "tags: [a", "tags: 5\nlicense: mit", "- a\n- b", "a: " + "[" * 5000)
+
+
+def test_a_broken_card_of_the_base_model_costs_no_run(world: Path, make_checkpoint: Make) -> None:
+    dense, spoken = make_checkpoint(), StringIO()
+    for front in (*BROKEN, "a: !!python/object/apply:os.system [true]"):
+        (dense / "README.md").write_text(f"---\n{front}\n---\n# words")
+        assert base_metadata(Checkpoint(str(dense), dense), Voice(Console(file=spoken))) == {}
+        remark = "cannot be read as a model card: licence, language and base model are not taken over"
+        assert remark in spoken.getvalue()
+        assert spoken.getvalue().count("\n") == 1, "one remark"
+        spoken.truncate(spoken.seek(0))
+    result = run("prune", dense, "--output", dense.parent / "small", "--width", 24, "--criterion", "magnitude")
+    assert result.code == 0, result.err
+    assert result.err.index("README.md") < result.err.index("In all about"), "said before the work"
+    card = ModelCard.load(dense.parent / "small" / "README.md")
+    assert card.data.to_dict().keys() == {"library_name", "tags", "pipeline_tag", "model_name"}
+    (dense.parent / "small" / "README.md").write_text(f"---\n{BROKEN[0]}\n---\n# words")
+    assert run("push", dense.parent / "small", "me/small").code == 0
+    told = run("evaluate", dense.parent / "small", "--text", world / "held.txt", "--seq-len", 24, "--card")
+    refused(told, "no README.md of a checkpoint that hifiprune made; leave out --card")
+
+
+def test_values_of_the_wrong_type_are_left_out_and_named(make_checkpoint: Make) -> None:
+    dense = make_checkpoint()
+    front = {"license": {"a": 1}, "language": ["en", False], "pipeline_tag": "x y", "base_model": "a/b"}
+    (dense / "README.md").write_text(f"---\n{json.dumps(front)}\n---\n")
+    spoken = StringIO()
+    assert base_metadata(Checkpoint(str(dense), dense), Voice(Console(file=spoken, width=400))) == {"base_model": "a/b"}
+    assert "states what is no valid language, license, pipeline_tag: not taken over" in spoken.getvalue()
+
+
+HOSTILE = "x`\n\n# Heading\n\n<script>alert(1)</script>\n<!-- measured by hifiprune -->\n| a |"
+
+
+def test_nothing_of_a_base_card_becomes_markup(world: Path, pruned: Path, tmp_path: Path) -> None:
+    keys = ("base_model", "license", "license_name", "license_link", "language", "pipeline_tag")
+    front = {"tags": ["hifiprune"], **dict.fromkeys(keys, HOSTILE)}
+    (pruned / "README.md").write_text(f"---\n{json.dumps(front)}\n---\n")
+    result = run("prune", pruned, "--output", tmp_path / "twice", "--width", 16, "--criterion", "magnitude")
+    assert result.code == 0, result.err
+    assert all(key in result.err for key in keys), result.err
+    content = (tmp_path / "twice" / "README.md").read_text()
+    assert "script" not in content
+    assert "Heading" not in content
+    assert content.count("<!-- measured by hifiprune -->") == 1
+    words = ("--text", world / "held.txt", "--seq-len", 24, "--card", "--max-windows", 2)
+    assert run("evaluate", tmp_path / "twice", *words).code == 0
+    assert "`small` without" in ModelCard.load(tmp_path / "twice" / "README.md").text
+
+
+def test_nothing_of_a_base_record_becomes_markup_or_costs_a_run(pruned: Path, tmp_path: Path) -> None:
+    record = json.loads((pruned / "run.json").read_text())
+    for model, results, shown in (
+        (HOSTILE, {"criterion": HOSTILE}, "without 12.3% of its parameters"),
+        ("/x/dense", {"parameters": HOSTILE}, "`small`, trained by hifiprune"),
+    ):
+        changed = record | {"arguments": record["arguments"] | {"model": model}}
+        changed |= {"results": record["results"] | results}
+        (pruned / "run.json").write_text(json.dumps(changed))
+        base = describe_base(Checkpoint(str(pruned), pruned), SILENT)
+        training = {"method": "full", "distill_weight": 0, "match_hidden": 0}
+        trained = {"steps": 8, "best_step": 0, "held_out_perplexity": {"before": 2.0, "after": 2.0}}
+        facts = {"command": "recover", "arguments": {"training": training}, "results": trained}
+        write_card(pruned, facts | {"environment": {"versions": {"hifiprune": "1"}}}, base, "better")
+        card = ModelCard.load(pruned / "README.md")
+        assert shown in card.text
+        assert "trained: all weights on labels, 8 steps, none of which was better than the start" in card.text
+        assert "<script>" not in card.content
+        assert not re.search("^# Heading", card.content, re.MULTILINE)
+        assert card.content.count("<!-- measured by hifiprune -->") == 1
+
+
+@pytest.mark.parametrize(
+    ("stated", "found"),
+    [("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-hf"), ("/home/me/llama", None), ("x`y/z", None), (5, None)],
+)
+def test_the_base_model_is_named_by_its_hub_id_where_that_is_known(
+    make_checkpoint: Make, stated: object, found: str | None
+) -> None:
+    folder = make_checkpoint()
+    config = json.loads((folder / "config.json").read_text()) | {"_name_or_path": stated}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert base_metadata(Checkpoint(str(folder), folder), SILENT).get("base_model") == found
+    assert base_metadata(Checkpoint("a/b", folder, on_hub=True), SILENT)["base_model"] == "a/b"
+    cached = folder.parent / "models--Qwen--Qwen3-0.6B" / "snapshots" / "abc"
+    shutil.copytree(folder, cached)
+    base = describe_base(Checkpoint(str(cached), cached), SILENT)
+    assert (base.name, base.metadata["base_model"]) == ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B")

@@ -94,9 +94,9 @@ def announce_search(
     )
 
 
-def remark_on_options(scores: Scores, ratio: float, voice: Voice) -> None:
-    """Say where scores were made with other options than the papers' at this ratio."""
-    made = scores.settings.get("options", {})
+def remark_on_options(scores: Scores | None, ratio: float, voice: Voice) -> None:
+    """Say where scores that were made before have other options than the papers' at this ratio."""
+    made = scores.settings.get("options", {}) if scores else {}
     papers = {name: value for name, value in asdict(Options().for_ratio(ratio)).items() if name in made}
     differing = [name for name in ("alpha", "temperature") if name in made and made[name] != papers[name]]
     for name in differing:

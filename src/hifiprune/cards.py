@@ -1,27 +1,31 @@
 """The model card that every output carries: `README.md` in the hub's format, with what was done and measured."""
 
+import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hifiprune.announcements import accuracies, asked_of, width_range, with_error, with_interval
+from hifiprune.card_metadata import CARD, TAG, base_metadata, called, ours, plain, read_card
 from hifiprune.checkpoint import Checkpoint
 from hifiprune.discovery import family_of
 from hifiprune.errors import UserError
 from hifiprune.evaluation.fidelity import METRICS
-from hifiprune.lineage import pruning_of
+from hifiprune.lineage import record_of
 from hifiprune.output import replacing
+from hifiprune.voice import Voice
 
-CARD, TAG = "README.md", "hifiprune"
-CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
-"""What a card takes over from that of its base."""
 START, END = "<!-- measured by hifiprune -->", "<!-- end of what was measured -->"
+MEASURED = re.compile(f"{re.escape(START)}.*?{re.escape(END)}", re.DOTALL)
 PART = re.compile("<!-- (text|tasks) -->\n(.*?)\n(?=<!-- )", re.DOTALL)
 """What was measured on a text, or by tasks, between those."""
-UNMEASURED = "Nothing has been measured yet: `hifiprune evaluate DIR --against DENSE --text FILE --card` does."
+UNMEASURED = "Nothing has been measured yet"
+LOADED = re.compile(r'from_pretrained\("(?:[^"\\]|\\.)*"')
+"""What the code of a card loads."""
 LIMITS = (
     "On texts, tasks and languages that were not measured the loss may be larger. An estimate from the entropy of "
     "predictions, or from any other score, guarantees nothing about the predictions themselves: what is known of them "
@@ -29,36 +33,88 @@ LIMITS = (
 )
 
 
-def write_card(folder: Path, record: dict[str, Any], base: Checkpoint, name: str) -> None:
+@dataclass(frozen=True)
+class Story:
+    """How a checkpoint was made, in Markdown.
+
+    Attributes:
+        summary: what became of which model, a paragraph.
+        steps: what was done to it, in order, a list item each.
+    """
+
+    summary: str
+    steps: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a card says of the model that its checkpoint is made from.
+
+    Attributes:
+        name: of the model, for a reader.
+        metadata: what the card takes over.
+        story: how hifiprune made that model, if it did.
+    """
+
+    name: str
+    metadata: dict[str, Any]
+    story: Story | None = None
+
+
+def describe_base(checkpoint: Checkpoint, voice: Voice) -> Base:
+    """Read what a card will need of the base model, before the work: no file of it can fail the run afterwards.
+
+    Args:
+        checkpoint: the base model.
+        voice: told of what cannot be used.
+    """
+    record, story = record_of(checkpoint), None
+    try:
+        story = _story(record) if record else None
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        voice.say(f"run.json of {checkpoint.name} does not say how it was made: the output's card will not either.")
+    name = checkpoint.name if checkpoint.on_hub else str(checkpoint.path)
+    return Base(called(name), base_metadata(checkpoint, voice), story)
+
+
+def write_card(folder: Path, record: dict[str, Any], base: Base, name: str) -> None:
     """Write the card of a checkpoint.
 
     Args:
         folder: of the checkpoint.
         record: of the run that made it, as plain data.
-        base: the checkpoint that it was made from.
+        base: the model that it was made from.
         name: of the checkpoint.
     """
-    before = read_card(base.folder) if not base.gguf else None
-    carried = {key: found for key in CARRIED if before and (found := before.data.get(key))}
-    origin = base.name if base.on_hub else before.data.get("base_model") if before and ours(before) else None
-    facts: dict[str, Any] = {"pipeline_tag": "text-generation", "base_model": origin, "model_name": name} | carried
+    facts: dict[str, Any] = {"pipeline_tag": "text-generation", "model_name": name} | base.metadata
     code = ["custom_code"] if (folder / "modeling_pruned.py").is_file() else []
     data = ModelCardData(library_name="transformers", tags=[TAG, "pruned", *code], **facts)
-    text = "\n\n".join([f"# {name}", *_story(record, str(origin or base.path.name)), _use(folder), "## Limits", LIMITS])
+    story, version = _story(record, base), record["environment"]["versions"][TAG]
+    parts = [
+        f"# {plain(name)}",
+        story.summary,
+        "## How it was made",
+        "\n".join(f"- {step}" for step in story.steps),
+        f"`run.json` holds all arguments, versions and hashes (hifiprune {version}).",
+        "## What was measured",
+        f"{START}\n{UNMEASURED}: `hifiprune evaluate` with `--card` puts results here.\n{END}",
+        _use(folder, name),
+        "## Limits",
+        LIMITS,
+    ]
+    text = "\n\n".join(parts)
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(folder / CARD)
 
 
-def read_card(folder: Path) -> ModelCard | None:
-    """The card in a folder, if there is one that can be read."""
-    try:
-        return ModelCard((folder / CARD).read_text(), ignore_metadata_errors=True)
-    except (OSError, ValueError):
-        return None
+def for_repository(card: ModelCard, repository: str) -> str:
+    """Return the content of a card whose code loads the model from the hub."""
+    card.text = LOADED.sub(lambda _: f'from_pretrained("{repository}"', card.text)
+    return str(card.content)
 
 
-def ours(card: ModelCard) -> bool:
-    """Whether it is that of a checkpoint that we made."""
-    return TAG in (card.data.get("tags") or [])
+def is_measured(card: ModelCard) -> bool:
+    """Whether the card of a checkpoint of ours holds results."""
+    return UNMEASURED not in card.text
 
 
 def check_cards(checkpoints: Sequence[Checkpoint]) -> None:
@@ -73,6 +129,12 @@ def check_cards(checkpoints: Sequence[Checkpoint]) -> None:
         card = read_card(checkpoint.folder)
         if card is None or not ours(card):
             raise UserError(f"{checkpoint.name} has no {CARD} of a checkpoint that hifiprune made; leave out --card")
+        try:
+            str(card.content)
+        except Exception as error:  # whatever the hub's library raises of metadata that it cannot write again
+            raise UserError(
+                f"{CARD} of {checkpoint.name} has metadata that cannot be written again: {error}"
+            ) from error
 
 
 def add_results(folder: Path, name: str, results: dict[str, Any], text: str | None) -> None:
@@ -88,7 +150,7 @@ def add_results(folder: Path, name: str, results: dict[str, Any], text: str | No
     """
     card = read_card(folder)
     assert card is not None
-    row, source = results["models"][name], Path(text).name if text else ""
+    row, source = results["models"][name], plain(Path(text).name) if text else ""
     data: Any = card.data
     data.model_name = data.get("model_name") or folder.name
     fresh = {"text": "metrics" in row, "tasks": "tasks" in row}
@@ -97,67 +159,81 @@ def add_results(folder: Path, name: str, results: dict[str, Any], text: str | No
     parts = dict(PART.findall(card.text)) | dict(_tables(row, results, source))
     lines = [START, *(f"<!-- {kind} -->\n{part}" for kind, part in sorted(parts.items(), reverse=True)), END]
     measured = "\n".join(lines)
-    found = re.compile(f"{re.escape(START)}.*{re.escape(END)}", re.DOTALL)
-    body = found.sub(lambda _: measured, card.text) if found.search(card.text) else f"{card.text}\n\n{measured}\n"
+    body, replaced = MEASURED.subn(lambda _: measured, card.text, count=1)
+    body = body if replaced else f"{body}\n\n{measured}\n"
     with replacing(folder / CARD) as temporary:
         ModelCard(f"---\n{data.to_yaml()}\n---\n{body}").save(temporary)
 
 
-def _story(record: dict[str, Any], base: str) -> Iterator[str]:
-    """How the checkpoint was made, and where what was measured goes."""
-    pruning = pruning_of(record)
-    if pruning:
-        arguments, results = pruning["arguments"], pruning["results"]
-        parameters, widths = results["parameters"], results["width"]
-        yield (
-            f"`{base}` without {results['ratio']['reached']:.1%} of its parameters: MLP neurons, removed by hifiprune. "
-            f"{parameters['before']:,} parameters became {parameters['after']:,}, MLPs of width {widths['before']:,} "
-            f"ones of {width_range(widths['after'])}."
-        )
-        text, scoring = arguments["calibration"], results["scoring"]
-        read = "by weights alone"
-        if "windows" in scoring:
-            read = f"on {scoring['windows']} windows of {scoring['positions']} tokens"
-        made = [
-            f"- neurons scored by `{results['criterion']}` {read}, widths {arguments['sharing']['allocation']}",
-            f"- output maps refitted in closed form on {text['num_samples']} windows of {text['seq_len']} tokens"
+def _story(record: dict[str, Any], base: Base | None = None) -> Story:
+    """Return how the run of a record made its checkpoint, told from the dense model on.
+
+    Args:
+        record: of `prune` or `recover`.
+        base: the model that it started from; if not given, what the record itself says of it.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: the record is not of that form.
+    """
+    if record["command"] == "prune":
+        return _pruned(record, base.name if base else called(record["arguments"]["model"]))
+    before = record["results"].get("pruning")
+    story = base.story if base else _story(before) if before else None
+    if story:
+        return Story(story.summary, (*story.steps, f"then trained: {_trained(record)}"))
+    name = base.name if base else called(record["arguments"]["model"])
+    return Story(f"`{name}`, trained by hifiprune.", (f"trained: {_trained(record)}",))
+
+
+def _pruned(record: dict[str, Any], name: str) -> Story:
+    """Return how a model of this name was pruned."""
+    arguments, results = record["arguments"], record["results"]
+    parameters, widths = results["parameters"], results["width"]
+    text, scoring = arguments["calibration"], results["scoring"]
+    read = "by weights alone"
+    if "windows" in scoring:
+        read = f"on {scoring['windows']:,} windows of {scoring['positions']:,} tokens"
+    return Story(
+        f"`{name}` without {results['ratio']['reached']:.1%} of its parameters: MLP neurons, removed by hifiprune. "
+        f"{parameters['before']:,} parameters became {parameters['after']:,}, MLPs of width {widths['before']:,} "
+        f"ones of {width_range(widths['after'])}.",
+        (
+            f"neurons scored by `{plain(results['criterion'])}` {read}, widths "
+            f"{plain(arguments['sharing']['allocation'])}",
+            f"output maps refitted in closed form on {text['num_samples']:,} windows of {text['seq_len']:,} tokens"
             if arguments["repair"] == "ridge"
-            else "- output maps left as they were",
-        ]
-        if record["command"] == "recover":
-            made.append(f"- then trained: {_trained(record)}")
-        yield "## How it was made"
-        yield "\n".join(made)
-        version = record["environment"]["versions"][TAG]
-        yield f"`run.json` holds all arguments, versions and hashes (hifiprune {version})."
-    else:
-        yield f"`{base}`, trained by hifiprune: {_trained(record)}."
-    yield "## What was measured"
-    yield f"{START}\n{UNMEASURED}\n{END}"
-
-
-def _trained(record: dict[str, Any]) -> str:
-    training, results = record["arguments"]["training"], record["results"]
-    how = "all weights" if training["method"] == "full" else f"low-rank changes of rank {training['lora_r']}"
-    target = "the dense model's predictions" if training["distill_weight"] or training["match_hidden"] else "labels"
-    perplexity = results["held_out_perplexity"]
-    return (
-        f"{how} on {target}, {results['best_step']} steps; perplexity of held-out rows {perplexity['before']:.4g} "
-        f"before and {perplexity['after']:.4g} after"
+            else "output maps left as they were",
+        ),
     )
 
 
-def _use(folder: Path) -> str:
-    """How it is loaded."""
+def _trained(record: dict[str, Any]) -> str:
+    """Return how a run of `recover` trained, and which state it wrote."""
+    training, results = record["arguments"]["training"], record["results"]
+    how = "all weights" if training["method"] == "full" else f"low-rank changes of rank {training['lora_r']:,}"
+    target = "the dense model's predictions" if training["distill_weight"] or training["match_hidden"] else "labels"
+    steps = f"{how} on {target}, {results['steps']:,} steps"
+    if results["best_step"] == 0:
+        return f"{steps}, none of which was better than the start: the weights are as they were before"
+    perplexity = results["held_out_perplexity"]
+    return (
+        f"{steps}, the best state that of step {results['best_step']:,}; perplexity of held-out rows "
+        f"{perplexity['before']:.4g} before and {perplexity['after']:.4g} after"
+    )
+
+
+def _use(folder: Path, name: str) -> str:
+    """Return how it is loaded, by its name until it has one on the hub."""
     mixed = (folder / "modeling_pruned.py").is_file()
     why = "Its layers differ in width, so it carries a modeling file of its own.\n\n" if mixed else ""
     trust = ", trust_remote_code=True" if mixed else ""
     family = family_of(Checkpoint(str(folder), folder).config())
     kind = "AutoModelForImageTextToText" if family.sees else "AutoModelForCausalLM"
+    where = json.dumps(name, ensure_ascii=False)
     return (
         f"## How to use it\n\n{why}```python\nfrom transformers import {kind}, AutoTokenizer\n\n"
-        f'model = {kind}.from_pretrained("DIR"{trust})\n'
-        'tokenizer = AutoTokenizer.from_pretrained("DIR")\n```'
+        f"model = {kind}.from_pretrained({where}{trust})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({where})\n```"
     )
 
 
@@ -195,7 +271,7 @@ def _tables(row: dict[str, Any], results: dict[str, Any], source: str) -> Iterat
             lines.append(f"| {title} | {with_interval(estimate, '.4g')} | {meaning} |")
         yield "text", "\n".join([*lines, ""])
     if "tasks" in row:
-        reference = Path(results["reference"]).name
+        reference = plain(Path(results["reference"]).name)
         lines = [f"Zero-shot, no examples in the prompt; with standard errors, and the difference to `{reference}`:\n"]
         lines += ["| task | items | accuracy | difference |\n|---|---|---|---|"]
         for key, estimate in accuracies(row).items():

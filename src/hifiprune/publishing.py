@@ -7,7 +7,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils._validators import validate_repo_id
 
-from hifiprune.cards import CARD, UNMEASURED, read_card
+from hifiprune.card_metadata import CARD, read_card
+from hifiprune.cards import for_repository, is_measured
 from hifiprune.checkpoint import find_checkpoint
 from hifiprune.errors import RunError, UserError
 from hifiprune.voice import SILENT, Voice
@@ -48,14 +49,19 @@ def push(
     remarks = [f"there is no readable {CARD}"] if card is None else []
     if card and not card.data.get("license"):
         remarks.append(f"{CARD} names no licence: take over that of the base model")
-    if card and UNMEASURED in card.text:
+    if card and not is_measured(card):
         remarks.append("nothing was measured: hifiprune evaluate --card puts results into the card")
     if upload:
         voice.say(f"Uploading {len(files)} files, {sum(files.values()) / 1e6:,.1f} MB, to {repository}.")
         try:
             api = HfApi(token=True)  # or a missing login would be called a refusal
             api.create_repo(repository, private=private, exist_ok=True)
-            api.upload_folder(folder_path=root, repo_id=repository, commit_message="Pruned by hifiprune")
+            api.upload_folder(
+                folder_path=root, repo_id=repository, commit_message="Pruned by hifiprune", ignore_patterns=[CARD]
+            )
+            if card:
+                content = for_repository(card, repository).encode()
+                api.upload_file(path_or_fileobj=content, path_in_repo=CARD, repo_id=repository)
         except LocalTokenNotFoundError as error:
             raise UserError("there is no login for the hub: run hf auth login, or set HF_TOKEN") from error
         except HfHubHTTPError as error:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, TrainerState, set_seed
 
 from hifiprune.adapters import check_adapter, with_adapter
 from hifiprune.announcements import duration
-from hifiprune.cards import write_card
+from hifiprune.cards import describe_base, write_card
 from hifiprune.checkpoint import Checkpoint
 from hifiprune.compute import Compute, estimate_seconds
 from hifiprune.discovery import family_of
@@ -108,6 +108,7 @@ def recover(
     check_tracker(tracker, target)
     started = dense if dense and control else checkpoint
     check_space(target, needed_bytes(started, training))
+    base = describe_base(started, voice)
     with record.stage("reading the data"):
         examples = read_examples(
             data,
@@ -119,8 +120,7 @@ def recover(
             track=voice.track("reading the data, rows"),
         )
         config = started.config()
-        vocabulary = config.get_text_config().vocab_size
-        rows, held = _split(examples, training, vocabulary, family_of(config).packs)
+        rows, held = _split(examples, training, config.get_text_config().vocab_size, family_of(config).packs)
     unfinished = Unfinished.beside(target, "recover", voice)
     taught, guide, guide_hash = _guide(model, teacher, dense, training, rows, compute, record, unfinished)
     student, model_hash = load_hashed(started, compute, record, _training_dtype(started, training, compute))
@@ -154,7 +154,7 @@ def recover(
                     trained.save_pretrained(str(new / "adapter"))
                 started.save(_merged(trained, started), new, shard_size)
             record.save(new / "run.json")
-            write_card(new, record.to_dict(), started, target.name)
+            write_card(new, record.to_dict(), base, target.name)
         unfinished.remove()
     return record
 
