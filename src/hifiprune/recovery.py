@@ -94,12 +94,14 @@ def recover(
     if control:  # from itself it has nothing to learn
         training = replace(training, distill_weight=0.0, match_hidden=0.0, cache_teacher=None)
     check_purpose(training, teacher, control=control, keep_adapter=keep_adapter)
-    arguments = plain_arguments(
-        model=model, output=output, data=data, training=training, teacher=teacher, control=control,
-        learn_prompts=learn_prompts, text_column=text_column, max_rows=max_rows, keep_adapter=keep_adapter,
-        compute=compute,
+    record = RunRecord(
+        "recover",
+        plain_arguments(
+            model=model, output=output, data=data, training=training, teacher=teacher, control=control,
+            learn_prompts=learn_prompts, text_column=text_column, max_rows=max_rows, keep_adapter=keep_adapter,
+            compute=compute,
+        ),
     )  # fmt: skip
-    record = RunRecord("recover", arguments)
     check_shard_size(shard_size)
     dense = find_dense(model, teacher, training, control=control)
     texts, read = [Text(data, training.seq_len)], [dense.path] if dense else []
