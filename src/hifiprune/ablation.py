@@ -22,7 +22,7 @@ from hifiprune.guards import check_seed, check_windows, frozen, memory_explained
 from hifiprune.hashing import hash_tokens
 from hifiprune.head import Head
 from hifiprune.output import replacing
-from hifiprune.preparation import load_hashed, plain_arguments, prepare
+from hifiprune.preparation import check_tokens, load_hashed, plain_arguments, prepare
 from hifiprune.record import RunRecord
 from hifiprune.scores import Scores
 from hifiprune.taps import BlockCall
@@ -85,6 +85,7 @@ def ablate(
     unfinished = Unfinished.beside(target, "ablate", voice)
     trials = sample(next(iter(loaded_scores.values())), neurons, groups, group_size, seed)
     windows = text.held(checkpoint.tokenizer()).windows
+    check_tokens(checkpoint, windows)
     checkpoint.fetch()
     dense, model_hash = load_hashed(checkpoint, compute, record)
     for each in loaded_scores.values():

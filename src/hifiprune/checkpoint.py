@@ -36,13 +36,24 @@ from hifiprune.families import known_family
 from hifiprune.modeling_pruned import pruned_class
 from hifiprune.output import local_path
 from hifiprune.refusals import ADAPTER, METHOD_FILES, refuse_adapter, refuse_kernels, refuse_quantized
-from hifiprune.shards import Stacked, Stored, stack_experts, stored_tensors
+from hifiprune.shards import Stacked, Stored
+from hifiprune.weight_files import (
+    Tensors,
+    check_tensors,
+    check_whole,
+    model_tensors,
+    refuse_pointers,
+    tied_once,
+    untie_,
+    untied_names,
+)
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 COMPANIONS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "chat_template*",
     "additional_chat_templates", "generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*",
 )  # fmt: skip
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
 LIBRARY_ERRORS = (
     OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError, SafetensorError,
     struct.error,
@@ -85,6 +96,7 @@ class Checkpoint:
         if self.gguf:
             return [self.path]
         if (self.folder / INDEX).is_file():
+            refuse_pointers(self.name, [self.folder / INDEX])
             try:
                 index = json.loads((self.folder / INDEX).read_text())
                 return sorted({self.folder / shard for shard in index["weight_map"].values()})
@@ -116,6 +128,7 @@ class Checkpoint:
 
     @cached_property
     def _config(self) -> PretrainedConfig:
+        refuse_pointers(self.name, [self.path if self.gguf else self.folder / "config.json"])
         with _explained(self.name, "the configuration"):
             if not self.gguf:  # before transformers refuses what it does not know or has no library for
                 facts = json.loads((self.folder / "config.json").read_text())
@@ -138,44 +151,65 @@ class Checkpoint:
         stated = self._config.dtype
         if isinstance(stated, torch.dtype):
             return stated
-        self.fetch()
+        if not self.is_here:
+            self.fetch()
+        self._check_files()
         with safe_open(self.weight_files[0], "pt") as file:
             tensor: torch.Tensor = file.get_tensor(next(iter(file.keys())))
         return tensor.dtype
 
     def fetch(self) -> None:
-        """Have every weight file on this disk, from the hub if need be, and check by its header that it is whole.
+        """Have every weight file on this disk, from the hub if need be, and check by headers that a model can be made.
 
         Raises:
-            UserError: a file cannot be had, is missing, truncated or damaged.
+            UserError: a file cannot be had, is missing, truncated or damaged, or holds other tensors than the model's.
         """
-        files = self.weight_files
         if self.on_hub:
-            _download(self.name, [file.name for file in files])
+            _download(self.name, [file.name for file in self.weight_files])
+        if self.gguf:
+            self._check_files()
+        else:
+            _ = self._stored
+
+    def _check_files(self) -> None:
+        files = self.weight_files
         for file in files:
             if not file.is_file():
                 raise UserError(f"{self.name} lacks the weight file {file.name}, one of {len(files)}; copy it again")
-            if self.gguf:
-                continue
-            try:
-                with safe_open(file, "pt"):
-                    pass
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{self.name}: {file.name} is truncated or damaged ({error}); copy it again") from error
+        refuse_pointers(self.name, files)
+        for file in files if not self.gguf else ():
+            check_whole(self.name, file)
 
     def tensors(self) -> dict[str, Stored | Stacked]:
-        """What the weight files hold, by the model's names, in the order of their bytes."""
-        family, skeleton = family_of(self._config), self.skeleton()
-        known, start = skeleton.state_dict().keys(), f"{skeleton.base_model_prefix}."
-        found = {family.in_model(name): each for name, each in stored_tensors(self.weight_files).items()}
-        named = {start + name if start + name in known else name: each for name, each in found.items()}
-        if not family.experts:
-            return {**named}
-        *inputs, output = family.stored_experts
-        return stack_experts(named, ".".join(filter(None, (family.mlp, family.experts))), inputs, output)
+        """What the weight files hold, by the model's names, in the order of their bytes; tied tensors once."""
+        return dict(self._stored[0])
+
+    @cached_property
+    def _stored(self) -> tuple[Tensors, frozenset[str]]:
+        """What the files hold, checked, and which parameters they keep apart that the configuration ties."""
+        self._check_files()
+        skeleton = self._as_configured()
+        tensors = model_tensors(self.weight_files, family_of(self._config), skeleton)
+        check_tensors(self.name, skeleton, tensors)
+        apart = untied_names(skeleton, tensors, self.dtype())
+        untie_(skeleton, apart)
+        return tied_once(skeleton, tensors), apart
 
     def skeleton(self) -> PreTrainedModel:
-        """The model on the meta device: all shapes, no weights."""
+        """The model on the meta device: all shapes, no weights.
+
+        Where files are here, what they keep apart is not tied, as in the loaded model.
+        """
+        model = self._as_configured()
+        self.untie_as_stored_(model)
+        return model
+
+    def untie_as_stored_(self, model: PreTrainedModel) -> None:
+        """Have a model on the meta device, made as its configuration says, tied as transformers ties the loaded one."""
+        if not self.gguf and self.is_here:
+            untie_(model, self._stored[1])
+
+    def _as_configured(self) -> PreTrainedModel:
         config = self.config()
         with _explained(self.name, "the configuration"), torch.device("meta"):
             model: PreTrainedModel = self.model_class._from_config(config)
@@ -194,6 +228,7 @@ class Checkpoint:
         """
         if not self.gguf and not _has_tokenizer(self.folder):
             raise UserError(f"{self.name} has no tokenizer files; copy those of the original model to {self.folder}")
+        refuse_pointers(self.name, (file for kind in TOKENIZER for file in self.folder.glob(kind)))
         with _explained(self.name, "the tokenizer"):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 self.folder, gguf_file=self.gguf, trust_remote_code=False
@@ -224,9 +259,13 @@ class Checkpoint:
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # which are refused below, by name
                 **arguments,
             )
         model, report = loaded
+        for tensor, found, wanted in sorted(report["mismatched_keys"]):
+            sizes = f"{list(found)} in the files, where the configuration asks for {list(wanted)}"
+            raise UserError(f"{self.name}: {tensor} is {sizes}; copy the checkpoint again")
         if report["missing_keys"]:
             missing = sorted(report["missing_keys"])
             raise UserError(f"{self.name} lacks {len(missing)} tensors, such as {missing[0]}; copy it again")

@@ -19,7 +19,7 @@ from hifiprune.evaluation import Tasks
 from hifiprune.hashing import hash_tokens
 from hifiprune.inspection import shape_of
 from hifiprune.output import local_path, replacing
-from hifiprune.preparation import load_hashed, plain_arguments, prepare
+from hifiprune.preparation import check_tokens, load_hashed, plain_arguments, prepare
 from hifiprune.reading import SELF, text_files
 from hifiprune.record import RunRecord
 from hifiprune.scores import Scores
@@ -91,6 +91,7 @@ def compare(
     with record.stage("reading the texts"):
         held = [text.held(tokenizer) for text in texts]
         drawn = [] if calibration.source == SELF else [load_windows(draw, tokenizer) for draw in draws]
+    check_tokens(checkpoint, *drawn, *(text.windows for text in held))
     checkpoint.fetch()
     loaded, model_hash = load_hashed(checkpoint, compute, record)
     bench = Workbench(loaded, model, model_hash, tokenizer, unfinished.of(loaded, model_hash), compute, voice)

@@ -31,6 +31,23 @@ def check_windows(model: PreTrainedModel, windows: Tensor, batch_size: int, leas
         raise UserError(f"batch size {batch_size} must be at least 1")
 
 
+def check_vocabulary(largest: int, vocabulary: int) -> None:
+    """Refuse text that a tokenizer writes with tokens that the model does not have.
+
+    Args:
+        largest: largest token id of the text.
+        vocabulary: how many tokens the model has.
+
+    Raises:
+        UserError: it is beyond the vocabulary.
+    """
+    if largest >= vocabulary:
+        raise UserError(
+            f"the tokenizer writes token {largest} where the model's vocabulary has {vocabulary}; give the model its "
+            "own tokenizer, or text without special tokens that were added later"
+        )
+
+
 def check_seed(seed: int) -> None:
     """Refuse seeds that not every generator of random numbers takes.
 

@@ -23,7 +23,7 @@ from hifiprune.guards import check_names
 from hifiprune.hashing import hash_tokens
 from hifiprune.neurons import count_parameters
 from hifiprune.output import check_target, replacing
-from hifiprune.preparation import check_model, load_hashed, plain_arguments
+from hifiprune.preparation import check_model, check_tokens, load_hashed, plain_arguments
 from hifiprune.record import RunRecord
 from hifiprune.texts import Text
 from hifiprune.unfinished import Unfinished, kept
@@ -107,6 +107,8 @@ def evaluate(
     if tasks:
         tasks.check()
     windows = source.held(everyone[0].tokenizer()).windows if source else None
+    if windows is not None:
+        check_tokens(everyone[0], windows)
     exams = {name: Exam(replace(tasks, names=(name,))) for name in tasks.names} if tasks else {}
     for checkpoint in everyone:
         checkpoint.fetch()

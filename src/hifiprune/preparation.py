@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hifiprune.calibration import Calibration, check_source
@@ -14,6 +16,7 @@ from hifiprune.compute import Compute
 from hifiprune.cutting import hash_stored, stored_plainly
 from hifiprune.discovery import family_of
 from hifiprune.errors import UserError
+from hifiprune.guards import check_vocabulary
 from hifiprune.hashing import hash_model
 from hifiprune.neurons import count_parameters, find_mlps
 from hifiprune.output import check_target
@@ -68,6 +71,17 @@ def check_model(checkpoint: Checkpoint, *sources: Calibration | Text | None) -> 
         for each in _parts(source):
             check_source(each.source, each.seq_len, longest)
     return skeleton
+
+
+def check_tokens(checkpoint: Checkpoint, *texts: Int[Tensor, "_ _"]) -> None:
+    """Refuse windows of text with tokens that the model does not have, before its weights are loaded.
+
+    Raises:
+        UserError: the tokenizer is another model's, or was given more tokens than the model.
+    """
+    vocabulary = checkpoint.config().get_text_config().vocab_size
+    for windows in texts:
+        check_vocabulary(int(windows.max()), vocabulary)
 
 
 def _parts(source: Calibration | Text | None) -> Sequence[Calibration | Text]:

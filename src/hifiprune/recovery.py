@@ -23,7 +23,7 @@ from hifiprune.compute import Compute, estimate_seconds
 from hifiprune.discovery import family_of
 from hifiprune.errors import RunError, UserError
 from hifiprune.examples import Example, read_examples
-from hifiprune.guards import memory_explained
+from hifiprune.guards import check_vocabulary, memory_explained
 from hifiprune.lineage import check_origin, record_of
 from hifiprune.objectives import SoftLabels
 from hifiprune.output import check_shard_size, check_space, replacing
@@ -212,12 +212,7 @@ def _split(
 
     An example longer than a row is as many as its pieces.
     """
-    largest = max(max(example.tokens) for example in examples)
-    if largest >= vocabulary:
-        raise UserError(
-            f"the tokenizer writes token {largest} where the model's vocabulary has {vocabulary}; give the tokenizer's "
-            "own model, or data without special tokens that were added later"
-        )
+    check_vocabulary(max(max(example.tokens) for example in examples), vocabulary)
     pieces = [[*cut_to(example, training.seq_len)] for example in examples]
     if training.held_out * len(pieces) < 1:
         pieces = [[piece] for example in pieces for piece in example]

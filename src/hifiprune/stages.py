@@ -29,7 +29,7 @@ from hifiprune.cutting import hash_stored, output_maps, stored_plainly, write_cu
 from hifiprune.errors import UserError
 from hifiprune.neurons import find_mlps
 from hifiprune.plan import Plan
-from hifiprune.preparation import load_hashed, streams
+from hifiprune.preparation import check_tokens, load_hashed, streams
 from hifiprune.reading import SELF
 from hifiprune.record import RunRecord
 from hifiprune.repair import cut_and_repair_
@@ -81,6 +81,7 @@ class Stages:
         if self.calibration and self.calibration.source != SELF:
             with self.record.stage("reading the calibration data"):
                 self.text = load_windows(self.calibration, self.checkpoint.tokenizer())
+            check_tokens(self.checkpoint, self.text)
 
     def finish(self) -> None:
         """The output is there: what was kept for an interrupted run can go."""

@@ -164,7 +164,8 @@ def stream(
     return_what_is_freed()
     stored, family = checkpoint.tensors(), family_of(config)
     model.eval().requires_grad_(False)
-    model.tie_weights()
+    model.tie_weights(recompute_mapping=False)
+    checkpoint.untie_as_stored_(model)
     tables, blocks = [model.get_input_embeddings(), model.get_output_embeddings()], find_blocks(model)
     embedding, head = (stored[_name_of(model, table.weight, stored)].members[0] for table in tables)
     shelf = Shelf(stored, embedding, head, family.blocks, torch.device(device), dtype, scratch)
@@ -182,7 +183,7 @@ def stream(
     table = tables[0]
     nothing = torch.zeros((), dtype=dtype, device=device).expand(table.weight.shape)  # of its shape, but no size
     table.weight = nn.Parameter(nothing, requires_grad=False)  # the first parameter tells where a model is
-    model.tie_weights()
+    model.tie_weights(recompute_mapping=False)
     streamed: PreTrainedModel = model
     return streamed
 

@@ -16,6 +16,7 @@ from hifiprune.errors import UserError
 from hifiprune.evaluation.continuations import Request, likelihoods
 from hifiprune.evaluation.harness import as_it_is, built_once, explained, files_explained, find_tasks, quiet, seeded
 from hifiprune.evaluation.intervals import Estimate, bootstrap_average
+from hifiprune.guards import check_vocabulary
 from hifiprune.hashing import hash_texts
 
 PAPERS = (
@@ -157,16 +158,19 @@ class Exam:
             )  # fmt: skip
             done = iter(track(range(sum(len(task.instances) for task in self._tasks.values()))))
             answer: Any = asked._model_call
+            vocabulary = model.config.get_text_config().vocab_size
 
             def count(prompts: int) -> None:
                 for _ in range(prompts):
                     next(done, None)
 
             def counted(rows: torch.Tensor, *rest: Any, **more: Any) -> Any:
+                check_vocabulary(int(rows.max()), vocabulary)
                 count(len(rows))
                 return answer(rows, *rest, **more)
 
             def continued(requests: list[Request], *_: Any, **__: Any) -> list[tuple[float, bool]]:
+                check_vocabulary(max(max(*text, *answer) for _, text, answer in requests), vocabulary)
                 return likelihoods(model, requests, longest=asked.max_length, batch_size=batch_size, done=count)
 
             asked._model_call = counted
