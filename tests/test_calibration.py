@@ -26,6 +26,11 @@ from tests.conftest import byte_tokenizer
 DOCUMENTS = ["".join(chr(97 + (i * k) % 26) for i in range(30 * k)) for k in range(1, 9)]
 
 
+def texts_of(source: str, column: str | None = None) -> list[str]:
+    """Every document of a source as a whole."""
+    return ["".join(pieces) for pieces in read_documents(source, column)]
+
+
 def write(path: Path, documents: list[str] = DOCUMENTS) -> Path:
     if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(documents)))
@@ -38,10 +43,10 @@ def write(path: Path, documents: list[str] = DOCUMENTS) -> Path:
 
 def test_every_file_kind_holds_the_same_documents(tmp_path: Path) -> None:
     for name in ("a.jsonl", "a.parquet"):
-        assert read_documents(str(write(tmp_path / name))) == DOCUMENTS
-    assert read_documents(str(write(tmp_path / "b.txt"))) == ["\n".join(DOCUMENTS)]
-    assert read_documents(str(write(tmp_path / "b.raw"))) == ["\n".join(DOCUMENTS)]
-    assert sorted(read_documents(str(tmp_path))) == sorted([*DOCUMENTS, *DOCUMENTS, "\n".join(DOCUMENTS)])
+        assert texts_of(str(write(tmp_path / name))) == DOCUMENTS
+    assert texts_of(str(write(tmp_path / "b.txt"))) == ["\n".join(DOCUMENTS)]
+    assert texts_of(str(write(tmp_path / "b.raw"))) == ["\n".join(DOCUMENTS)]
+    assert sorted(texts_of(str(tmp_path))) == sorted([*DOCUMENTS, *DOCUMENTS, "\n".join(DOCUMENTS)])
 
 
 def test_documents_gives_one_window_from_each_long_document(tmp_path: Path) -> None:
@@ -56,7 +61,7 @@ def test_stream_gives_windows_of_the_joined_documents_without_overlap(tmp_path: 
     tokenizer, source = byte_tokenizer(), str(write(tmp_path / "a.jsonl"))
     joined = tokenizer.eos_token.join(DOCUMENTS)
     windows = load_windows(Calibration(source, 5, 100, sampler="stream"), tokenizer)
-    pieces = cut_windows(join_documents(DOCUMENTS, tokenizer), 100)
+    pieces = cut_windows(join_documents([[text] for text in DOCUMENTS], tokenizer), 100)
     assert "".join(str(tokenizer.decode(piece)) for piece in pieces) in joined
     found = {tuple(window.tolist()) for window in windows}
     assert len(found) == 5
@@ -108,27 +113,27 @@ def test_too_little_text_says_how_much_there_is_and_what_to_change(tmp_path: Pat
 def test_unreadable_sources(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
-        read_documents(str(tmp_path / name))
+        texts_of(str(tmp_path / name))
 
 
 def test_text_columns_are_named_or_guessed(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"title": "t", "content": "c"}\n')
-    assert read_documents(str(path)) == ["c"]
-    assert read_documents(str(path), "title") == ["t"]
+    assert texts_of(str(path)) == ["c"]
+    assert texts_of(str(path), "title") == ["t"]
     path.write_text('{"body": "only", "id": 3}\n')
-    assert read_documents(str(path)) == ["only"]
+    assert texts_of(str(path)) == ["only"]
     with pytest.raises(UserError, match="no text column 'nope'"):
-        read_documents(str(path), "nope")
+        texts_of(str(path), "nope")
     path.write_text('\ufeff{"text": null, "url": "u"}\n{"text": "t", "url": "u"}\n{"text": null, "url": "u"}\n')
-    assert read_documents(str(path)) == ["t"]
+    assert texts_of(str(path)) == ["t"]
     path.with_suffix(".JSONL").write_text('{"text": "t"}\n')
-    assert read_documents(str(path.with_suffix(".JSONL"))) == ["t"]
+    assert texts_of(str(path.with_suffix(".JSONL"))) == ["t"]
 
 
 def test_empty_folders_and_missing_files(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no \.txt, \.jsonl, \.parquet files"):
-        read_documents(str(tmp_path))
+    with pytest.raises(UserError, match=r"holds no \.txt, \.jsonl, \.parquet, \.csv, \.tsv files"):
+        texts_of(str(tmp_path))
     with pytest.raises(UserError, match="does not exist"):
         check_source(str(tmp_path / "none.txt"), 1024, None)
     with pytest.raises(UserError, match="seq-len 100 exceeds the model's 64 positions; use --seq-len 64"):
@@ -146,14 +151,14 @@ def test_hub_data_sets_are_streamed_by_id_config_and_split(monkeypatch: pytest.M
 
     monkeypatch.setattr("datasets.load_dataset", load)
     for source in ("org/data", "org/data:validation", "org/data:en:test"):
-        assert sorted(read_documents(source)) == sorted(DOCUMENTS)
+        assert sorted(texts_of(source)) == sorted(DOCUMENTS)
     assert asked == [
         ("org/data", None, "train", True, False),
         ("org/data", None, "validation", True, False),
         ("org/data", "en", "test", True, False),
     ]
     with pytest.raises(UserError, match="is written id"):
-        read_documents("a:b:c:d")
+        texts_of("a:b:c:d")
 
 
 def test_an_unreachable_hub_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +169,7 @@ def test_an_unreachable_hub_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(
         UserError, match=r"there is no file org/data here, and the data hub could not give it: no route$"
     ):
-        read_documents("org/data")
+        texts_of("org/data")
 
 
 def test_python_documentation_is_long_enough_for_the_demo() -> None:

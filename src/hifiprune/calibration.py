@@ -1,8 +1,11 @@
 """Calibration data: token windows drawn from any text, or sampled from the model."""
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -12,11 +15,21 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hifiprune.errors import UserError
 from hifiprune.guards import check_seed
-from hifiprune.output import local_path
-from hifiprune.reading import READERS, SELF, read_documents
+from hifiprune.parallel import processes
+from hifiprune.reading import SELF, check_named, check_there, read_documents
+from hifiprune.spooling import Documents, stored_tokens
+from hifiprune.text_files import is_pipe
+from hifiprune.tokenizing import encode_pieces
 
 SAMPLERS = ("auto", "documents", "stream")
 GENERATED_TOGETHER = 16  # sequences sampled from the model at a time
+Track = Callable[[Iterable[Any]], Iterable[Any]]
+"""Wraps an iterable to show progress; see `hifiprune.voice.Voice.track`."""
+
+
+def untracked(items: Iterable[Any]) -> Iterable[Any]:
+    """Show no progress."""
+    return items
 
 
 @dataclass(frozen=True)
@@ -24,9 +37,10 @@ class Calibration:
     """Which text the model is shown, and how windows are drawn from it.
 
     Attributes:
-        source: a `.jsonl` or `.parquet` file, any other file as plain text, a folder of `.txt` and those,
-            `python-docs` (the language reference that
-            ships inside Python), `self` (text sampled from the model) or a hub data set, `id[:config][:split]`.
+        source: a `.jsonl`, `.csv`, `.tsv` or `.parquet` file, any other file as plain text, one of these as `.gz`,
+            `.bz2`, `.xz` or `.zst`, a folder of `.txt` and those, a pipe (`-` is standard input), `python-docs` (the
+            language reference that ships inside Python), `self` (text sampled from the model) or a hub data set,
+            `id[:config][:split]`.
         num_samples: number of windows.
         seq_len: tokens per window.
         seed: of the choice of documents and windows.
@@ -56,6 +70,8 @@ class Calibration:
         if self.sampler not in SAMPLERS:
             raise UserError(f"sampler '{self.sampler}' is not known; known are {', '.join(SAMPLERS)}")
         check_seed(self.seed)
+        for source in (self.source, *(source for source, _ in self.mixed)):
+            check_named(source)
         if self.mixed and SELF in (self.source, *(source for source, _ in self.mixed)):
             raise UserError(f"'{SELF}' cannot be mixed with other sources")
         for source, share in self.mixed:
@@ -87,56 +103,63 @@ def check_source(source: str, seq_len: int, longest: int | None) -> None:
     """Fail early: check a source's path and that its windows fit the model's `longest` sequence.
 
     Raises:
-        UserError: a local source does not exist, or windows are too long for the model.
+        UserError: a local source does not exist or cannot be read by every process, or windows are too long for the
+            model.
     """
+    check_there(source)
+    if is_pipe(source) and processes() > 1:
+        raise UserError(f"text {source} is a pipe, which {processes()} processes cannot share: write it to a file")
     if longest is not None and seq_len > longest:
         raise UserError(f"seq-len {seq_len} exceeds the model's {longest} positions; use --seq-len {longest}")
-    path = local_path(source)
-    if (path.suffix.lower() in READERS or source.startswith((".", "/", "~"))) and not path.exists():
-        raise UserError(f"text {source} does not exist")
 
 
-def load_windows(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, "windows positions"]:
+def load_windows(
+    calibration: Calibration, tokenizer: PreTrainedTokenizerBase, track: Track = untracked
+) -> Int[Tensor, "windows positions"]:
     """Draw token windows from any source but `self`; the same arguments give the same windows.
 
     Raises:
         UserError: the source cannot be read, or has too little text.
     """
     if calibration.mixed:
-        windows = torch.cat([load_windows(part, tokenizer) for part in calibration.parts])
+        windows = torch.cat([load_windows(part, tokenizer, track) for part in calibration.parts])
         return windows[torch.tensor(random.Random(calibration.seed).sample(range(len(windows)), len(windows)))]
-    documents = read_documents(calibration.source, calibration.text_column, calibration.seed)
-    sampler = calibration.sampler
-    if sampler == "auto":
-        sampler = "stream" if len(documents) == 1 else "documents"
-    draw = draw_documents if sampler == "documents" else draw_stream
-    return draw(documents, tokenizer, calibration)
+    read = read_documents(calibration.source, calibration.text_column, calibration.seed)
+    if calibration.sampler == "stream":
+        return draw_stream(read, tokenizer, calibration, track)
+    documents = Documents(read)
+    if calibration.sampler == "auto" and len(documents) == 1:
+        return draw_stream(documents, tokenizer, calibration, track)
+    return draw_documents(documents, tokenizer, calibration, track)
 
 
 def draw_documents(
-    documents: list[str], tokenizer: PreTrainedTokenizerBase, calibration: Calibration
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, calibration: Calibration, track: Track = untracked
 ) -> Int[Tensor, "windows positions"]:
     """One random window from each of `num_samples` random documents that are longer than a window."""
     chance, length = random.Random(calibration.seed), calibration.seq_len
     windows = []
-    for document in chance.sample(documents, len(documents)):
-        if len(document.encode()) + 2 < length:  # a token is a byte at least, but for a start and an end
+    for number in chance.sample(range(len(documents)), len(documents)):
+        if documents.bytes_of(number) + 2 < length:  # a token is a byte at least, but for a start and an end
             continue
-        tokens = encode(tokenizer, document)
+        tokens = join_documents([documents[number]], tokenizer)
         if len(tokens) > length:
             start = chance.randrange(len(tokens) - length + 1)
-            windows.append(tokens[start : start + length])
+            windows.append(tokens[start : start + length].clone())
         if len(windows) == calibration.num_samples:
-            return torch.tensor(windows)
-    joined = len(join_documents(documents, tokenizer)) // length
+            return torch.stack(windows)
+    joined = len(join_documents(documents, tokenizer, track=track)) // length
     raise _too_little(calibration, len(windows), "documents", joined)
 
 
 def draw_stream(
-    documents: list[str], tokenizer: PreTrainedTokenizerBase, calibration: Calibration
+    documents: Iterable[Iterable[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: Calibration,
+    track: Track = untracked,
 ) -> Int[Tensor, "windows positions"]:
     """`num_samples` random windows of the documents joined into one stream, without overlap."""
-    stream = join_documents(documents, tokenizer)
+    stream = join_documents(documents, tokenizer, track=track)
     if len(stream) < calibration.seq_len:
         asked = f"no window of {calibration.seq_len}"
         raise UserError(
@@ -149,26 +172,40 @@ def draw_stream(
     return windows[torch.tensor(chosen)]
 
 
-def join_documents(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, "tokens"]:
-    """All documents as one stream of tokens, with the end-of-text token between them."""
+def join_documents(
+    documents: Iterable[Iterable[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    most: int | None = None,
+    track: Track = untracked,
+) -> Int[Tensor, "tokens"]:
+    """Tokenize documents into one stream, with the end-of-text token between them.
+
+    Args:
+        documents: documents in pieces, which are read once and in order.
+        tokenizer: tokenizer of the model.
+        most: number of tokens after which no more is read.
+        track: wraps the pieces, to show progress.
+    """
+    return stored_tokens(_joined(documents, tokenizer, track), most)
+
+
+def _joined(
+    documents: Iterable[Iterable[str]], tokenizer: PreTrainedTokenizerBase, track: Track
+) -> Iterator[list[int]]:
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    stream: list[int] = []
-    for document in documents:
-        stream += separator if stream else []
-        stream += encode(tokenizer, document)
-    return torch.tensor(stream, dtype=torch.int64)
+    numbered = ((number, piece) for number, document in enumerate(documents) for piece in document)
+    started = False
+    for _, group in groupby(track(numbered), key=itemgetter(0)):
+        yield separator if started else []
+        for tokens in encode_pieces(tokenizer, map(itemgetter(1), group)):
+            started = started or bool(tokens)
+            yield tokens
 
 
 def cut_windows(stream: Int[Tensor, "tokens"], length: int) -> Int[Tensor, "windows positions"]:
     """Consecutive windows without overlap; a last incomplete one is left out."""
     count = len(stream) // length
     return stream[: count * length].view(count, length)
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of one text as the tokenizer makes them, without its warning about long texts."""
-    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
-    return ids
 
 
 @torch.no_grad()

@@ -3,14 +3,15 @@
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import chain
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hifiprune.errors import UserError
-from hifiprune.reading import TEXT_COLUMNS, Row, read_parts
+from hifiprune.reading import TEXT_COLUMNS, Row, check_text, read_parts
+from hifiprune.tokenizing import encode_plainly
 
 ANSWERS = ("output", "response", "completion", "answer")
 """Columns that hold what is to be learned, where there is an instruction or a prompt."""
@@ -49,7 +50,7 @@ def read_examples(
     text_column: str | None = None,
     max_rows: int | None = None,
     seed: int = 0,
-    track: Callable[[Iterable[Row]], Iterable[Row]] = lambda rows: rows,
+    track: Callable[[Iterable[Any]], Iterable[Any]] = lambda rows: rows,
 ) -> list[Example]:
     """Every row of a source as an example; the columns say of which shape.
 
@@ -70,31 +71,52 @@ def read_examples(
     Raises:
         UserError: there is nothing to learn from, or a row has none of these shapes.
     """
-    examples = []
+    examples: list[Example] = []
     for part in read_parts(source, seed, max_rows):
+        if part.text is not None:
+            pieces = _plain_text(track(part.text), tokenizer)
+            examples.append(encode_pieces(pieces, tokenizer, learn_all=learn_prompts))
         for number, row in enumerate(track(part.rows), 1):
             try:
-                texts = list(_texts(row, tokenizer, None if part.plain else text_column))
+                texts = list(_texts(row, tokenizer, text_column))
             except UserError as error:
                 raise UserError(f"{part.where}, row {number}: {error}") from error
-            found = (encode_pieces(pieces, tokenizer, learn_all=learn_prompts) for pieces in texts)
-            examples += [example for example in found if any(example.learned[1:])]  # nothing predicts the first token
+            examples += (encode_pieces(pieces, tokenizer, learn_all=learn_prompts) for pieces in texts)
+    examples = [example for example in examples if any(example.learned[1:])]  # nothing predicts the first token
     if not examples:
         raise UserError(f"{source} holds nothing to learn from: no row has a text or an answer")
     return examples
 
 
-def encode_pieces(pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase, *, learn_all: bool = False) -> Example:
+def encode_pieces(pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerBase, *, learn_all: bool = False) -> Example:
     """Tokens of the pieces' joined text, tokenized as a whole; learned are those that end in a learned piece."""
-    text = "".join(piece.text for piece in pieces)
-    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, verbose=False)
-    ends = list(accumulate(len(piece.text) for piece in pieces))
-    learned, place = [], 0
-    for _, end in encoded["offset_mapping"]:
-        while place < len(ends) - 1 and end > ends[place]:
-            place += 1
-        learned.append(learn_all or pieces[place].learned)
-    return Example(array("i", encoded["input_ids"]), bytes(learned))
+    read: list[Piece] = []
+    ends: list[int] = []
+
+    def texts() -> Iterator[str]:
+        for piece in pieces:
+            read.append(piece)
+            ends.append(len(piece.text) + (ends[-1] if ends else 0))
+            yield piece.text
+
+    ids, learned, place = array("i"), bytearray(), 0
+    for tokens in encode_plainly(tokenizer, texts()):
+        ids.extend(tokens.ids)
+        for end in tokens.ends:
+            while place < len(ends) - 1 and end > ends[place]:
+                place += 1
+            learned.append(learn_all or read[place].learned)
+    return Example(ids, bytes(learned))
+
+
+def _plain_text(text: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
+    """A text in pieces, all of it learned, with all special tokens written out; nothing of an empty one."""
+    filled = (piece for piece in text if piece)
+    first = next(filled, None)
+    if first is not None:
+        yield Piece(_start(tokenizer), False)
+        yield from (Piece(piece, True) for piece in chain([first], filled))
+        yield Piece(str(tokenizer.eos_token or ""), True)
 
 
 def _texts(row: Row, tokenizer: PreTrainedTokenizerBase, text_column: str | None) -> Iterator[list[Piece]]:
@@ -128,7 +150,7 @@ def _text(row: Row, column: str) -> str:
     found = row[column]
     if found is not None and not isinstance(found, str):
         raise UserError(f"column '{column}' holds {type(found).__name__}, not text; conversations go in 'messages'")
-    return found or ""
+    return check_text(found or "")
 
 
 def _start(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -44,7 +45,8 @@ def hash_chunks(weights: Iterable[tuple[str, Sequence[int], Iterable[Tensor]]]) 
 def hash_tokens(windows: Int[Tensor, "windows positions"]) -> str:
     """SHA-256 of token windows, whatever their integer dtype."""
     digest = hashlib.sha256(f"{list(windows.shape)}\n".encode())
-    digest.update(windows.to("cpu", torch.int64).numpy().tobytes())
+    values: Any = windows.to("cpu", torch.int64).contiguous().numpy()
+    digest.update(values)
     return digest.hexdigest()
 
 

@@ -6,9 +6,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from hifiprune.calibration import cut_windows, join_documents
+from hifiprune.calibration import Track, cut_windows, join_documents, untracked
 from hifiprune.errors import UserError
-from hifiprune.reading import read_documents
+from hifiprune.reading import check_named, read_documents
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,20 @@ class Text:
     text_column: str | None = None
 
     def __post_init__(self) -> None:
+        check_named(self.source)
         if self.seq_len < 2:
             raise UserError(f"seq-len {self.seq_len} must be at least 2")
         if self.max_windows is not None and self.max_windows < 1:
             raise UserError(f"max-windows {self.max_windows} must be at least 1")
 
-    def held(self, tokenizer: PreTrainedTokenizerBase) -> "Held":
-        """The text as one stream of tokens, cut without overlap.
+    def held(self, tokenizer: PreTrainedTokenizerBase, track: Track = untracked) -> "Held":
+        """The text as one stream of tokens, cut without overlap; no more is read than is used.
 
         Raises:
             UserError: there is no text, or too little of it.
         """
-        stream = join_documents(read_documents(self.source, self.text_column), tokenizer)
+        most = self.max_windows and self.max_windows * self.seq_len
+        stream = join_documents(read_documents(self.source, self.text_column), tokenizer, most, track)
         windows = cut_windows(stream, self.seq_len)[: self.max_windows]
         if len(windows) == 0:
             raise UserError(
