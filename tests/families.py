@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from hifiprune.discovery import family_of
 from hifiprune.families import FAMILIES
 
 VOCABULARY = 257
@@ -167,7 +168,7 @@ def tiny_config(variant: str, **options: object) -> PretrainedConfig:
 def load(path: Path | str, **how: Any) -> Any:
     """A checkpoint by transformers alone, whatever kind of language model it is."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=True)
-    sees = FAMILIES[config.model_type].sees
+    sees = family_of(config).sees
     return (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(path, **how)
 
 

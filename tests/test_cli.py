@@ -292,7 +292,7 @@ def test_a_hub_id_is_downloaded_as_far_as_it_is_needed(
 ) -> None:
     asked: list[Any] = []
 
-    def download(name: str, allow_patterns: list[str]) -> str:
+    def download(name: str, allow_patterns: list[str], **_: object) -> str:
         asked.extend(allow_patterns)
         return str(checkpoint)
 

@@ -5,7 +5,6 @@ Weights are read from safetensors or GGUF only: no user's file is ever unpickled
 
 import json
 import re
-import shutil
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +29,8 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from hifiprune.companions import COMPANIONS, WEIGHTS, companions, copy_companions, has_vocabulary
+from hifiprune.configuration import CONFIG, config_text, with_rope_theta
 from hifiprune.discovery import family_of, stock_class
 from hifiprune.errors import RunError, UserError
 from hifiprune.families import known_family
@@ -49,19 +50,10 @@ from hifiprune.weight_files import (
 )
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-COMPANIONS = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "chat_template*",
-    "additional_chat_templates", "generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*",
-)  # fmt: skip
-TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
 LIBRARY_ERRORS = (
     OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError, SafetensorError,
     struct.error,
 )  # fmt: skip
-FURTHER = ("num_nextn_predict_layers", "num_mtp_layers")
-"""Numbers of layers that predict further tokens, which transformers does not load."""
-ROPE = ("rope_theta", "rope_scaling", "rotary_emb_base", "rotary_pct", "partial_rotary_factor")
-"""What configurations stated at their top before transformers 5, and other readers still look for there."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -226,9 +218,9 @@ class Checkpoint:
         Raises:
             UserError: there is none.
         """
-        if not self.gguf and not _has_tokenizer(self.folder):
+        if not self.gguf and not has_vocabulary(self.folder):
             raise UserError(f"{self.name} has no tokenizer files; copy those of the original model to {self.folder}")
-        refuse_pointers(self.name, (file for kind in TOKENIZER for file in self.folder.glob(kind)))
+        refuse_pointers(self.name, (self.folder / file for file in companions(self.folder)))
         with _explained(self.name, "the tokenizer"):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 self.folder, gguf_file=self.gguf, trust_remote_code=False
@@ -281,39 +273,19 @@ class Checkpoint:
 
         `how` goes to its `save_pretrained`.
         """
-        if (self.folder / "generation_config.json").is_file():
-            # Copied below as it is: transformers refuses to save settings that many models ship with.
-            model.generation_config = GenerationConfig()
+        if not self.gguf:
+            model.generation_config = GenerationConfig()  # which transformers may refuse; the source's file is copied
         model.save_pretrained(folder, max_shard_size=shard_size, **how)
-        self._rewrite_config(folder)
+        saved = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if self.gguf:
+            text = json.dumps(with_rope_theta(saved), indent=2, sort_keys=True) + "\n"
             self.tokenizer().save_pretrained(folder)
-            return
-        for pattern in COMPANIONS:
-            for file in self.folder.glob(pattern):
-                if file.is_dir():
-                    shutil.copytree(file, folder / file.name, dirs_exist_ok=True)
-                else:
-                    shutil.copyfile(file, folder / file.name)
-
-    def _rewrite_config(self, folder: Path) -> None:
-        path, own = folder / "config.json", self.folder / "config.json"
-        dense = {} if self.gguf else json.loads(own.read_text())
-        facts = _for_all_readers(json.loads(path.read_text()), dense)
-        path.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
-
-
-def _for_all_readers(facts: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
-    """A configuration with what readers look for at its top, who do not know `rope_parameters` of transformers 5.
-
-    Layers that transformers leaves out, it does not state either.
-    """
-    rope = facts.get("rope_parameters")
-    stated = {name: dense[name] for name in ROPE if name in dense}
-    if isinstance(rope, dict) and isinstance(rope.get("rope_theta"), int | float):
-        stated.setdefault("rope_theta", rope["rope_theta"])
-    absent = {name: 0 for name in FURTHER if facts.get(name)}
-    return facts | {name: value for name, value in stated.items() if name not in facts} | absent
+        else:
+            text = config_text((self.folder / CONFIG).read_bytes().decode(), self.config(), model, saved)
+        (folder / CONFIG).write_bytes(text.encode())
+        if not self.gguf:
+            (folder / "generation_config.json").unlink(missing_ok=True)
+            copy_companions(self.folder, folder)
 
 
 def find_checkpoint(name: str) -> Checkpoint:
@@ -330,8 +302,8 @@ def find_checkpoint(name: str) -> Checkpoint:
         return Checkpoint(name, path.parent, path.name)
     if not path.exists() and not on_hub:
         raise UserError(f"there is no model folder or .gguf file {name}")
-    asked = ["config.json", INDEX, "README.md", ADAPTER, *METHOD_FILES, *COMPANIONS]
-    folder = _download(name, asked) if on_hub else path
+    asked = ["config.json", INDEX, "README.md", ADAPTER, *METHOD_FILES, *COMPANIONS, "*.py"]
+    folder = _download(name, asked, WEIGHTS) if on_hub else path
     refuse_adapter(name, folder)
     if not (folder / "config.json").is_file():
         found = sorted(file.name for file in folder.iterdir())[:5]
@@ -339,13 +311,9 @@ def find_checkpoint(name: str) -> Checkpoint:
     return Checkpoint(name, folder, on_hub=on_hub)
 
 
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-
-
-def _download(name: str, patterns: list[str]) -> Path:
+def _download(name: str, patterns: list[str], never: list[str] | None = None) -> Path:
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=never))
     except HfHubHTTPError as error:
         answer = error.server_message or error
         raise UserError(f"there is no folder {Path(name).absolute()}, and the hub answered: {answer}") from error

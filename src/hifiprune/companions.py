@@ -1,0 +1,91 @@
+"""The files beside the weights that an output needs too: of tokenizers and processors, prompts, licences, code by name.
+
+One list of patterns decides, for folders on this disk and for what is downloaded from the hub.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.utils import filter_repo_objects
+from transformers.dynamic_module_utils import get_relative_import_files
+
+VOCABULARIES = [
+    "tokenizer.*", "*tekken*.json", "*.tiktoken", "*.model", "*.spm", "*.bpe", "*.tokenizer", "*vocab*", "dict.txt",
+    "byte_maps.json",
+]  # fmt: skip
+"""Any one of these can be all that a tokenizer is made from."""
+SETTINGS = [
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "merges*", "*.codes", "emoji.json", "normalizer.json",
+    "*processor_config.json", "*feature_extractor*.json", "generation_config.json", "*chat_template*", "SYSTEM_PROMPT*",
+]  # fmt: skip
+LEGAL = [
+    "license", "licence", "copying", "copyright", "notice", "policy", "terms", "legal", "eula", "disclaimer",
+    "attribution",
+]  # fmt: skip
+COMPANIONS = [*VOCABULARIES, *SETTINGS, *(f"*{case(word)}*" for word in LEGAL for case in (str, str.upper, str.title))]
+WEIGHTS = [
+    "*.safetensors", "*.bin", "*.bin.*", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.ot", "*.onnx*", "*.tflite",
+    "*.npz", "*.pkl", "*.pickle",
+]  # fmt: skip
+"""Weights of any framework and states of training, whatever else they are called."""
+NEVER = [*WEIGHTS, ".*", "*/.*", "README*", "*.py"]
+"""What is not copied for its name: those, hidden files, the card, and code, which `auto_map` tells."""
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy the companions of a checkpoint to an output that has its `config.json` already, and code that both name."""
+    for name in companions(source):
+        _copy(source, target, name)
+    for name in _code(source, target):
+        if not (target / name).exists():  # written with the weights
+            _copy(source, target, name)
+
+
+def has_vocabulary(folder: Path) -> bool:
+    """Whether a folder holds what a tokenizer can be made from."""
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    return any(True for _ in filter_repo_objects(names, allow_patterns=VOCABULARIES, ignore_patterns=NEVER))
+
+
+def companions(folder: Path) -> Iterator[str]:
+    """Find companions among the files of a folder, and all files of folders right in it that are called like one."""
+    names = [path.name for path in folder.iterdir()]
+    for name in filter_repo_objects(names, allow_patterns=COMPANIONS, ignore_patterns=NEVER):
+        inside = [f"{name}/{path.name}" for path in (folder / name).iterdir()] if (folder / name).is_dir() else [name]
+        for file in filter_repo_objects(inside, ignore_patterns=NEVER):
+            if (folder / file).is_file():
+                yield file
+
+
+def _code(source: Path, target: Path) -> Iterator[str]:
+    """Find the modules of a source that the settings of its output name, and those that these import."""
+    for settings in sorted(target.glob("*config.json")):
+        try:
+            references = _strings(json.loads(settings.read_text(encoding="utf-8")).get("auto_map"))
+        except (ValueError, AttributeError):
+            continue  # as it is in the source
+        for reference in references:
+            module = Path(f"{reference.rpartition('.')[0]}.py")
+            if "--" in reference or ".." in module.parts or module.is_absolute() or not (source / module).is_file():
+                continue  # in another repository, or nowhere
+            yield str(module)
+            try:
+                imported = get_relative_import_files(source / module)
+            except (OSError, ValueError):
+                continue  # the source's own code lacks a module
+            yield from (str(Path(path).relative_to(source)) for path in imported)
+
+
+def _strings(value: Any) -> list[str]:
+    """Return every string in lists and dictionaries."""
+    if isinstance(value, dict | list):
+        return [text for item in (value.values() if isinstance(value, dict) else value) for text in _strings(item)]
+    return [value] if isinstance(value, str) else []
+
+
+def _copy(source: Path, target: Path, name: str) -> None:
+    (target / name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source / name, target / name)
