@@ -13,7 +13,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hifiprune import cut_, cut_checkpoint, find_mlps, inspect
-from hifiprune.checkpoint import find_checkpoint
 from hifiprune.deployment import TENSOR_PARALLEL, Facts, answer, remark_on_mixed
 from hifiprune.discovery import stock_class
 from hifiprune.engines import BLOCKS, ENGINES, FORMS, KEYS, SUPPORT, Form
@@ -207,23 +206,19 @@ def test_angles_that_an_engine_would_not_find(tmp_path: Path) -> None:
     assert again.config.rope_parameters["rope_theta"] == 5e5, "transformers reads the mended file as before"
 
 
-def test_what_prune_writes_states_the_angles_at_the_top(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_what_prune_writes_is_taken_where_the_dense_model_is(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
     dense = make_checkpoint(rope_parameters=ROPE)
-    config = json.loads((dense / "config.json").read_text())
-    assert "rope_theta" not in config
-    (dense / "config.json").write_text(json.dumps(config | {"partial_rotary_factor": 1.0}))
-    for how in ("files", "memory"):
-        plan = random_plan(AutoModelForCausalLM.from_pretrained(dense), 24)
-        if how == "files":
-            cut_checkpoint(str(dense), tmp_path / how, plan)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(dense)
-            cut_(model, plan)
-            find_checkpoint(str(dense)).save(model, tmp_path / how)
-        facts = json.loads((tmp_path / how / "config.json").read_text())
-        assert (facts["rope_theta"], facts["partial_rotary_factor"], facts["intermediate_size"]) == (5e5, 1.0, 24)
-        assert AutoConfig.from_pretrained(tmp_path / how).rope_parameters["rope_theta"] == 5e5
-        assert ("yes", "") in whys(tmp_path / how, "MLX (mlx-lm)")
+    facts = json.loads((dense / "config.json").read_text())
+    assert "rope_theta" not in facts, "transformers 5 writes it elsewhere"
+    for name, more, verdict in (("new", {}, "no"), ("old", {"rope_theta": 5e5}, "yes")):
+        (dense / "config.json").write_text(json.dumps(facts | more))
+        cut_checkpoint(str(dense), tmp_path / name, random_plan(AutoModelForCausalLM.from_pretrained(dense), 24))
+        assert json.loads((tmp_path / name / "config.json").read_text()) == facts | more | {"intermediate_size": 24}
+        assert AutoConfig.from_pretrained(tmp_path / name).rope_parameters["rope_theta"] == 5e5
+        for folder in (dense, tmp_path / name):
+            assert verdict in {told for told, _ in whys(folder, "MLX (mlx-lm)")}
 
 
 def test_angles_that_an_engine_takes_unasked(tmp_path: Path) -> None:

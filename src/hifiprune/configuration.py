@@ -127,7 +127,7 @@ def _with_value(text: str, value: Any) -> str:
 def _split(text: str) -> tuple[str, list[tuple[str, str, str]], str]:
     """Split the text of a JSON object into its start, its members, and its end.
 
-    A member is its name, the text before its value, which holds that name, and the text of its value.
+    A member is its name, the text before its value, in which that name stands, and the text of its value.
     """
     start = position = text.index("{") + 1
     members, decode = [], json.JSONDecoder().raw_decode
@@ -136,8 +136,10 @@ def _split(text: str) -> tuple[str, list[tuple[str, str, str]], str]:
         name, colon = decode(text, _after_blank(text, position))
         first = _after_blank(text, _after_blank(text, colon) + 1)
         last = decode(text, first)[1]
+        comma = _after_blank(text, last)
+        last = last if text[comma] == "}" else comma
         members.append((name, text[position:first], text[first:last]))
-        position = last if text[_after_blank(text, last)] == "}" else _after_blank(text, last)
+        position = last
     return text[:start], members, text[position:]
 
 
