@@ -1,11 +1,13 @@
-# Targets: demo, test, test-browser, test-llama-cpp, chromium, check, bench, wheel-test. Those that need an environment
-# make it first.
+# Targets: demo, test, test-browser, test-llama-cpp, test-readers, chromium, check, bench, wheel-test. Those that need an
+# environment make it first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ENGINE := $(VENV)-llama-cpp
+READERS := $(VENV)-readers
+READERS_4 := $(VENV)-readers-4
 
-.PHONY: demo test test-browser test-llama-cpp chromium check bench wheel-test
+.PHONY: demo test test-browser test-llama-cpp test-readers chromium check bench wheel-test
 
 demo: $(VENV)/.installed
 	@$(BIN)/hifiprune demo --output demo-out
@@ -18,6 +20,9 @@ test-browser: $(VENV)/.dev chromium
 
 test-llama-cpp: $(ENGINE)/.installed
 	$(ENGINE)/bin/python benchmarks/llama.py
+
+test-readers: $(READERS)/.installed $(READERS_4)/.installed
+	$(READERS)/bin/python -m benchmarks.readers
 
 chromium:
 	@command -v chromium > /dev/null || (apt-get update && apt-get install --yes --no-install-recommends chromium)
@@ -59,4 +64,16 @@ $(ENGINE)/.installed: pyproject.toml constraints.txt benchmarks/llama.py
 	@CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAMA_CURL=OFF -DLLAVA_BUILD=OFF" $(ENGINE)/bin/pip install --quiet \
 		--constraint constraints.txt --no-binary llama-cpp-python \
 		$$(sed -n 's/^SDIST = "\(.*\)"/\1/p' benchmarks/llama.py)
+	@touch $@
+
+$(READERS)/.installed: pyproject.toml constraints.txt Makefile
+	@echo "Making the environment in $(READERS), with mlx-lm on a CPU ..."
+	@test -x $(READERS)/bin/python || $(PYTHON) -m venv $(READERS)
+	@$(READERS)/bin/pip install --quiet --constraint constraints.txt --editable .[gguf] mlx-lm==0.32.2 'mlx[cpu]==0.32.4'
+	@touch $@
+
+$(READERS_4)/.installed: constraints.txt Makefile
+	@echo "Making the environment in $(READERS_4), with transformers 4.57.6 ..."
+	@test -x $(READERS_4)/bin/python || $(PYTHON) -m venv $(READERS_4)
+	@$(READERS_4)/bin/pip install --quiet transformers==4.57.6 $$(grep -E '^(torch|numpy|safetensors)==' constraints.txt)
 	@touch $@
