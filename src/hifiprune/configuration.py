@@ -100,7 +100,7 @@ def _fits(facts: dict[str, Any], model: PreTrainedModel) -> bool:
     config = type(model.config).from_dict(deepcopy(facts))
     with torch.device("meta"):
         other = type(model)._from_config(config)
-    shapes, wanted = ({name: each.shape for name, each in m.named_parameters()} for m in (other, model))
+    shapes, wanted = ({name: each.shape for name, each in m.state_dict().items()} for m in (other, model))
     return shapes == wanted
 
 
