@@ -65,7 +65,7 @@ def true_divergence(model: PreTrainedModel, tokens: Tensor, layer: int, neurons:
 
 @pytest.fixture(scope="module")
 def scored(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with scores of the tiny model; `kl` are the true divergences of every neuron."""
+    """A folder with scores of the tiny model; `kl`, called obs, are the true divergences of every neuron."""
     folder, dense = tmp_path_factory.mktemp("scored"), str(world / "dense")
     calibration = hp.Calibration(str(world / "calibration.txt"), 3, 24)
     for criterion in ("fisher", "flap", "random"):
@@ -77,7 +77,7 @@ def scored(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.tensor([true_divergence(model, tokens, layer, [neuron]) for neuron in range(40)]).float()
         for layer in range(3)
     ]
-    replace(scores, criterion="kl", values=values).save(folder / "kl")
+    replace(scores, criterion="obs", values=values).save(folder / "kl")
     replace(scores, values=[layer * float("nan") for layer in values]).save(folder / "broken")
     return folder
 
@@ -388,11 +388,11 @@ def test_layers_without_a_correlation_do_not_count() -> None:
 
 def test_where_there_is_no_correlation_there_is_no_number(world: Path, scored: Path, tmp_path: Path) -> None:
     scores = hp.Scores.load(scored / "random")
-    replace(scores, criterion="same", values=[torch.ones(40) for _ in range(3)]).save(tmp_path / "same")
+    replace(scores, criterion="ppm", values=[torch.ones(40) for _ in range(3)]).save(tmp_path / "same")
     words = (*command(world, scored, tmp_path / "out", "random"), "--scores", tmp_path / "same")
     result = run(*words, "--neurons", 40, "--groups", 4)  # in three layers: two groups in one at most
     assert result.code == 0, result.err
-    (row,) = [line for line in result.out.splitlines() if " same " in line]
+    (row,) = [line for line in result.out.splitlines() if " ppm " in line]
     assert row.count(" none ") == 4
     assert "nan" not in result.out
     record = json.loads((tmp_path / "out" / "ablate.json").read_text(), parse_constant=pytest.fail)
@@ -400,7 +400,7 @@ def test_where_there_is_no_correlation_there_is_no_number(world: Path, scored: P
     nothing = {"value": None, "low": None, "high": None}
     assert found["random"]["groups"]["within_layers"] == nothing
     assert found["random"]["groups"]["all_layers"]["value"] is not None
-    assert found["same"] == {kind: {"all_layers": nothing, "within_layers": nothing} for kind in ("single", "groups")}
+    assert found["ppm"] == {kind: {"all_layers": nothing, "within_layers": nothing} for kind in ("single", "groups")}
 
 
 @pytest.mark.usefixtures("no_plots")
@@ -412,11 +412,11 @@ def test_the_true_divergence_ranks_perfectly_and_noise_does_not(world: Path, sco
     results = read(tmp_path / "out")
     assert len({(trial["layer"], *trial["neurons"]) for trial in results["trials"][:120]}) == 120
     found = results["correlations"]
-    assert list(found) == ["kl", "random", "fisher"]
+    assert list(found) == ["obs", "random", "fisher"]
     for where in ("all_layers", "within_layers"):
-        assert found["kl"]["single"][where]["value"] > 0.9999
-        assert found["kl"]["single"][where]["low"] > 0.999
-        assert found["kl"]["groups"][where]["value"] > 0.5
+        assert found["obs"]["single"][where]["value"] > 0.9999
+        assert found["obs"]["single"][where]["low"] > 0.999
+        assert found["obs"]["groups"][where]["value"] > 0.5
         noise = found["random"]["single"][where]
         assert noise["low"] < 0 < noise["high"]
         assert abs(noise["value"]) < 0.2

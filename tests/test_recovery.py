@@ -381,7 +381,7 @@ def test_a_dense_model_that_is_another_by_now_does_not_teach(pruned: Path, tmp_p
     assert found["data_hash"]
 
 
-@pytest.mark.parametrize("text", ["[1]", "{}", '{"format": "hifiprune-run-1"}', "no JSON"])
+@pytest.mark.parametrize("text", ["[1]", "{}", '{"format": "of-another-tool-1"}', "no JSON"])
 def test_a_record_that_says_nothing_is_no_record(pruned: Path, tmp_path: Path, text: str) -> None:
     shutil.copytree(pruned / "pruned", tmp_path / "pruned")
     (tmp_path / "pruned" / "run.json").write_text(text)

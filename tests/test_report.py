@@ -220,7 +220,7 @@ def test_accuracies_have_bars(tmp_path: Path) -> None:
     facts = {"value": 0.5, "low": 0.4, "high": 0.6, "standard_error": 0.05}
     row = {"parameters": 10, "tasks": {"piqa/acc_norm": facts}, "average": facts}
     results = {"models": {"x/a": row, "y/a": row}, "items": {"piqa": [20, 1838]}}
-    record = {"command": "evaluate", "arguments": {}, "results": results, "stages": []}
+    record = {"command": "evaluate", "arguments": {"text": None}, "results": results, "stages": []}
     (tmp_path / "e").mkdir()
     (tmp_path / "e" / "run.json").write_text(json.dumps(record))
     page = Page(hp.report([tmp_path / "e"], tmp_path / "r.html").read_text())

@@ -81,7 +81,9 @@ def ablate(
         | {"neurons": neurons, "groups": groups, "group_size": group_size, "seed": seed},
     )
     loaded_scores = _load_scores(scores)
-    checkpoint, target, _ = prepare(model, output, [text], scores, folder=True, overwrite=overwrite)
+    checkpoint, target, skeleton = prepare(model, output, [text], scores, folder=True, overwrite=overwrite)
+    for layer_scores in loaded_scores.values():
+        layer_scores.require_layout(skeleton)
     unfinished = Unfinished.beside(target, "ablate", voice)
     trials = sample(next(iter(loaded_scores.values())), neurons, groups, group_size, seed)
     windows = text.held(checkpoint.tokenizer()).windows

@@ -193,7 +193,7 @@ def prune(
     if bias_compensation:
         check_compensation(checkpoint, used, criterion)
     base = describe_base(checkpoint, voice)
-    shape, width = width_for(skeleton, budget, round_to, sharing)
+    shape, width = width_for(skeleton, budget, round_to, sharing, used)
     check_space(target, int(checkpoint.dtype().itemsize * shape.total_parameters * (1 - shape.ratio_at(width))))
     voice.say(announce_plan(budget, shape, width, round_to, sharing.allocation))
     remark_on_blocks(budget, shape, width, sharing, voice)

@@ -1,7 +1,7 @@
 """`Plan`: which neurons every MLP keeps, decided before anything is cut."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hifiprune.errors import UserError
 from hifiprune.output import replacing
+from hifiprune.record_shapes import PlanFile, checked, read_text
 
 FORMAT = "hifiprune-plan-1"
 
@@ -48,6 +49,9 @@ class Plan:
     data_hash: str = ""
 
     def __post_init__(self) -> None:
+        if not len(self.names) == len(self.kept) == len(self.neurons):
+            sizes = f"{len(self.names)} names, {len(self.kept)} lists of neurons, {len(self.neurons)} widths"
+            raise UserError(f"a plan must have as many of each, one an MLP: {sizes}")
         for name, kept, neurons in zip(self.names, self.kept, self.neurons, strict=True):
             ascending = len(kept) > 0 and bool((kept.diff() > 0).all())
             if not ascending or not 0 <= int(kept[0]) <= int(kept[-1]) < neurons:
@@ -73,13 +77,12 @@ class Plan:
         """Read a plan that `save` wrote.
 
         Raises:
-            UserError: the file is missing or holds no plan.
+            UserError: the file is missing, holds no plan, or was changed.
         """
-        try:
-            facts = json.loads(Path(path).read_text())
-            if facts.pop("format") != FORMAT:
-                raise KeyError("format")
-            kept = [torch.tensor(indices, dtype=torch.int64) for indices in facts.pop("kept")]
-            return cls(kept=kept, **facts)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is not a readable plan in the format {FORMAT} ({error})") from error
+        text = read_text(Path(path))
+        if f'"{FORMAT}"' not in text:
+            raise UserError(f"{path} is not a readable plan in the format {FORMAT}; 'hifiprune prune' writes one")
+        facts = checked(text, PlanFile, str(path))
+        kept = [torch.tensor(indices, dtype=torch.int64) for indices in facts["kept"]]
+        names = [field.name for field in fields(cls) if field.name != "kept"]
+        return cls(kept=kept, **{name: facts[name] for name in names})

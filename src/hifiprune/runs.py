@@ -1,6 +1,5 @@
 """Outputs of commands, read again."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from hifiprune.errors import UserError
 from hifiprune.lineage import pruning_of
 from hifiprune.measurement import PASSAGES
 from hifiprune.plan import Plan
+from hifiprune.record_shapes import Passages, ReportedRun, checked, read_record, read_text
 from hifiprune.scores import Scores
 
 RECORDS = ("run.json", "compare.json")
@@ -54,17 +54,14 @@ class Run:
             UserError: the folder is not one of ours.
         """
         record = next((path for each in RECORDS if (path := folder / each).is_file()), folder / RECORDS[0])
-        try:
-            facts = json.loads(record.read_text())
-            command = facts["command"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder} has no {record.name} of hifiprune; give outputs of its commands") from error
-        found = cls(name, facts)
-        if command == "prune":
+        if not record.is_file() or '"command"' not in (text := read_text(record)):
+            raise UserError(f"{folder} has no {record.name} of hifiprune; give outputs of its commands")
+        found = cls(name, checked(text, ReportedRun, str(record)))
+        if found.command == "prune":
             found.plan = Plan.load(folder / "hifiprune" / "plan.json")
             found.scores = Scores.load(folder / "hifiprune" / "scores.safetensors")
         if (folder / PASSAGES).is_file():
-            found.passages = json.loads((folder / PASSAGES).read_text())
+            found.passages = read_record(folder / PASSAGES, Passages)
         return found
 
     @property

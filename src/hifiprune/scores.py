@@ -1,7 +1,7 @@
 """`Scores`: the importance of every neuron, with all that is needed to allocate widths and to refuse a wrong model."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,13 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from hifiprune.errors import UserError
+from hifiprune.criteria import CRITERIA
+from hifiprune.errors import UserError, nearest_name
+from hifiprune.neurons import count_parameters, find_mlps
 from hifiprune.output import replacing
+from hifiprune.record_shapes import ScoresFacts, checked
 
 FORMAT = "hifiprune-scores-1"
 
@@ -60,21 +64,26 @@ class Scores:
         """Read scores that `save` wrote.
 
         Raises:
-            UserError: the file is missing, is no safetensors file, or holds no scores.
+            UserError: the file is missing, is no safetensors file, holds no scores, or was changed.
         """
-        if not Path(path).is_file():
+        if not Path(path).exists():
             raise UserError(f"scores file {path} does not exist; make it with 'hifiprune score MODEL --output {path}'")
         try:
             with safe_open(path, "pt") as file:
-                facts = json.loads((file.metadata() or {}).get("hifiprune", "{}"))
-                if facts.pop("format", None) != FORMAT:
+                text = (file.metadata() or {}).get("hifiprune", "")
+                if f'"{FORMAT}"' not in text:
                     raise UserError(f"{path} holds no scores in the format {FORMAT}; make it with 'hifiprune score'")
-                values = [file.get_tensor(name) for name in facts["names"]]
-                named = [f"{name}.mean" for name in facts["names"]]
-                means = [file.get_tensor(name) for name in named] if named[0] in file.keys() else None  # noqa: SIM118
-            return cls(values=values, means=means, **facts)
-        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is no readable scores file ({error}); make it with 'hifiprune score'") from error
+        facts = checked(text, ScoresFacts, str(path))
+        names = facts["names"]
+        mean_names = [f"{name}.mean" for name in names] if f"{names[0]}.mean" in tensors else []
+        if trouble := _trouble(facts, tensors, mean_names):
+            raise UserError(f"{path} was changed since hifiprune wrote it ({trouble}); make it with 'hifiprune score'")
+        values, means = ([tensors[name] for name in order] for order in (names, mean_names))
+        arguments = {field.name: facts[field.name] for field in fields(cls) if field.name in facts}
+        return cls(values=values, means=means or None, **arguments)
 
     def require_model(self, model_hash: str) -> None:
         """Refuse scores of another model.
@@ -88,6 +97,29 @@ class Scores:
                 f"this model's are {model_hash[:12]}; score this model with 'hifiprune score'"
             )
 
+    def require_layout(self, model: PreTrainedModel) -> None:
+        """Refuse scores of other MLPs than those of `model`, which may be on the meta device.
+
+        Raises:
+            UserError: names, widths, parameters of a neuron or the number of all parameters differ.
+        """
+        sizes = [len(values) for values in self.values]
+        scored = [*zip(self.names, sizes, self.parameters_per_neuron, strict=True)]
+        there = [(mlp.name, mlp.neurons, mlp.parameters_per_neuron) for mlp in find_mlps(model)]
+        total, difference = count_parameters(model), ""
+        if len(scored) != len(there):
+            difference = f"{len(scored)} MLPs were scored, this model has {len(there)}"
+        elif scored != there:
+            ours, theirs = next(pair for pair in zip(scored, there, strict=True) if pair[0] != pair[1])
+            described = ("{} of {} neurons with {} parameters each".format(*mlp) for mlp in (ours, theirs))
+            difference = "{} was scored, this model has {}".format(*described)
+        elif self.total_parameters != total:
+            difference = f"a model of {self.total_parameters:,} parameters was scored, this one has {total:,}"
+        if difference:
+            raise UserError(
+                f"these scores belong to another model: {difference}; score this model with 'hifiprune score'"
+            )
+
     def require_finite(self) -> None:
         """Refuse scores that are NaN or infinite.
 
@@ -97,3 +129,21 @@ class Scores:
         for name, values in zip(self.names, self.values, strict=True):
             if not torch.isfinite(values).all():
                 raise UserError(f"the scores of {name} contain NaN or infinite values; score the model again")
+
+
+def _trouble(facts: dict[str, Any], tensors: dict[str, Tensor], mean_names: list[str]) -> str:
+    """Say what of a scores file cannot be; nothing if all of it can."""
+    names, criterion = facts["names"], facts["criterion"]
+    if criterion not in CRITERIA:
+        return f"criterion '{criterion}' is not known{nearest_name(criterion, CRITERIA)}"
+    if len({*names}) != len(names) or len(facts["parameters_per_neuron"]) != len(names):
+        return f"{len({*names})} different names of {len(names)}, {len(facts['parameters_per_neuron'])} sizes"
+    if strange := sorted(tensors.keys() ^ {*names, *mean_names}):
+        return f"the tensor {strange[0]} is {'not named' if strange[0] in tensors else 'missing'}"
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32 or tensor.ndim != 1 or not len(tensor):
+            return f"{name} is {tensor.dtype} {list(tensor.shape)} and should be float32 [neurons]"
+    for name, mean_name in zip(names, mean_names, strict=False):
+        if tensors[name].shape != tensors[mean_name].shape:
+            return f"{mean_name} has {len(tensors[mean_name])} values for {len(tensors[name])} neurons"
+    return ""

@@ -35,12 +35,17 @@ def kept_resident(calibration: Calibration | None, course: Course | None = None,
     return "biases are compensated" if compensate else ""
 
 
-def width_for(skeleton: PreTrainedModel, budget: Budget, round_to: int, sharing: Sharing) -> tuple[Shape, int]:
+def width_for(
+    skeleton: PreTrainedModel, budget: Budget, round_to: int, sharing: Sharing, scores: Scores | None = None
+) -> tuple[Shape, int]:
     """The sizes of a model, and the width of its MLPs, or of most of them.
 
     Raises:
-        UserError: the budget cannot be met, or the widths could not be saved.
+        UserError: the budget cannot be met, the widths could not be saved, or scores made before do not fit the model.
     """
+    if scores:
+        scores.require_finite()
+        scores.require_layout(skeleton)
     shape = shape_of(skeleton)
     width = shape.width_at(budget, round_to)
     shape.check_experts(sharing.allocation, width)

@@ -65,9 +65,10 @@ def check_tracker(name: str, target: Path) -> None:
 
 def find_dense(model: str, teacher: str | None, training: Training, *, control: bool) -> Checkpoint | None:
     """The dense model, where there is something for it to do, checked to fit where it teaches."""
+    made_by = record_of(find_checkpoint(model))  # read in any case: what training makes tells of it too
     if not control and not training.taught:
         return None
-    name = teacher or dense_of(record_of(find_checkpoint(model)))
+    name = teacher or dense_of(made_by)
     wanted = "which --control trains" if control else "to learn its distribution, or --distill-weight 0"
     if name is None:
         raise UserError(f"the dense model is not known from {model}: give --teacher, {wanted}")
@@ -75,6 +76,7 @@ def find_dense(model: str, teacher: str | None, training: Training, *, control: 
         dense = find_checkpoint(name)
     except UserError as error:
         raise UserError(f"{error}; give --teacher, {wanted}") from error
+    record_of(dense)
     if training.taught:
         ours, theirs = (each.config().get_text_config() for each in (find_checkpoint(model), dense))
         if ours.vocab_size != theirs.vocab_size:

@@ -73,7 +73,7 @@ class Workbench:
     ) -> list[tuple[Scores, Path]]:
         """Scores for each request and the file of them; made together unless they are there from before."""
         paths = [self._scores_path(request, windows) for request in requests]
-        found = {path: known for path in paths if (known := self.unfinished.read(path, Scores.load))}
+        found = {path: known for path in paths if (known := self.unfinished.read(path, self._read_scores))}
         missing = {path: request for path, request in zip(paths, requests, strict=True) if path not in found}
         if missing:
             wanted = list(missing.values())
@@ -94,6 +94,11 @@ class Workbench:
                 self.unfinished.write(path, scores.save)
                 found[path] = scores
         return [(found[path], path) for path in paths]
+
+    def _read_scores(self, path: Path) -> Scores:
+        scores = Scores.load(path)
+        scores.require_layout(self.model)
+        return scores
 
     @cached_property
     def _estimator(self) -> Estimator:

@@ -1,0 +1,350 @@
+"""The shape of every file that commands leave and others read again, and the one way to read such a file."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from hifiprune.errors import UserError
+
+Count = Annotated[int, Field(gt=0)]
+Index = Annotated[int, Field(ge=0, lt=2**31)]
+COMMANDS = ("prune", "recover", "evaluate", "bench", "compare")
+
+
+class Estimate(TypedDict):
+    """A value with its interval."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+class Stage(TypedDict):
+    """What a step of a run cost."""
+
+    name: str
+    seconds: float
+    peak_memory_bytes: int
+    peak_gpu_memory_bytes: NotRequired[int]
+
+
+class PlanFile(TypedDict):
+    """`plan.json`."""
+
+    format: Literal["hifiprune-plan-1"]
+    kept: Annotated[list[list[Index]], Field(min_length=1)]
+    neurons: list[Count]
+    names: list[str]
+    ratio_asked: float | None
+    ratio_reached: float
+    parameters_before: Annotated[int, Field(ge=0)]
+    parameters_after: Annotated[int, Field(ge=0)]
+    criterion: str
+    model_hash: str
+    data_hash: str
+
+
+class ScoresFacts(TypedDict):
+    """What scores say of themselves in the metadata of their file."""
+
+    format: Literal["hifiprune-scores-1"]
+    names: Annotated[list[str], Field(min_length=1)]
+    parameters_per_neuron: list[Count]
+    total_parameters: Count
+    criterion: str
+    objective: float | None
+    model_hash: str
+    data_hash: str
+    settings: dict[str, Any]
+
+
+class Sizes(TypedDict):
+    """Numbers before and after."""
+
+    before: int
+    after: int
+
+
+class Widths(TypedDict):
+    """Width before, and after: one for all MLPs, or each by itself."""
+
+    before: int
+    after: int | Annotated[list[int], Field(min_length=1)]
+
+
+class Reached(TypedDict):
+    """Fraction of all parameters that is gone."""
+
+    reached: float
+
+
+class Windows(TypedDict):
+    """Calibration windows."""
+
+    num_samples: int
+    seq_len: int
+
+
+class Allocation(TypedDict):
+    """How layers share the neurons."""
+
+    allocation: str
+
+
+class PruneArguments(TypedDict):
+    """How a checkpoint was pruned."""
+
+    model: str
+    repair: str
+    calibration: Windows | None
+    sharing: Allocation
+
+
+class Scoring(TypedDict):
+    """Windows that were scored on, if any were."""
+
+    windows: NotRequired[int]
+    positions: NotRequired[int]
+
+
+class PruneResults(TypedDict):
+    """What a pruning came to."""
+
+    parameters: Sizes
+    width: Widths
+    ratio: Reached
+    criterion: str
+    scoring: Scoring
+    model_hash: str
+
+
+class PruneRun(TypedDict):
+    """`run.json` of `prune`."""
+
+    command: Literal["prune"]
+    arguments: PruneArguments
+    results: PruneResults
+    stages: Annotated[list[Stage], Field(min_length=1)]
+
+
+class Method(TypedDict):
+    """How a model was trained."""
+
+    method: str
+
+
+class RecoverArguments(TypedDict):
+    """How a checkpoint was trained."""
+
+    training: Method
+
+
+class RecoverResults(TypedDict):
+    """What training came to."""
+
+    best_step: int
+    held_out_losses: list[tuple[int, float]]
+    pruning: "Lineage | None"
+
+
+class RecoverRun(TypedDict):
+    """`run.json` of `recover`."""
+
+    command: Literal["recover"]
+    arguments: RecoverArguments
+    results: RecoverResults
+    stages: Annotated[list[Stage], Field(min_length=1)]
+
+
+Lineage = Annotated[PruneRun | RecoverRun, Field(discriminator="command")]
+"""The record of a run that made a checkpoint."""
+
+
+class Measured(TypedDict):
+    """What was measured of a model."""
+
+    parameters: int
+    metrics: NotRequired[dict[str, Estimate]]
+    tasks: NotRequired[dict[str, Estimate]]
+    average: NotRequired[Estimate]
+
+
+class Dense(TypedDict):
+    """The dense model that others were measured beside."""
+
+    name: str
+    parameters: int
+
+
+class EvaluateResults(TypedDict):
+    """Measurements of every model."""
+
+    models: Annotated[dict[str, Measured], Field(min_length=1)]
+    dense: NotRequired[Dense]
+    windows: NotRequired[int]
+    positions: NotRequired[int]
+    items: NotRequired[dict[str, tuple[int, int]]]
+
+
+class EvaluateArguments(TypedDict):
+    """The text that was measured on."""
+
+    text: str | None
+
+
+class EvaluateRun(TypedDict):
+    """`run.json` of `evaluate`."""
+
+    command: Literal["evaluate"]
+    arguments: EvaluateArguments
+    results: EvaluateResults
+
+
+class Spread(TypedDict):
+    """A figure over several rounds."""
+
+    median: float
+    low: float
+    high: float
+
+
+class Part(TypedDict):
+    """The gain in reading or in writing."""
+
+    speedup: Spread
+    promised: float
+    share: float | None
+
+
+class Timed(TypedDict):
+    """The gains of a model."""
+
+    first: Part
+    later: Part
+
+
+class Work(TypedDict):
+    """What was timed."""
+
+    batch_size: int
+    length: int
+    compiled: bool
+
+
+class Workload(TypedDict):
+    """The gains of every model in one kind of work."""
+
+    workload: Work
+    models: Annotated[dict[str, Timed], Field(min_length=1)]
+
+
+class BenchResults(TypedDict):
+    """Timings of every model."""
+
+    models: dict[str, dict[str, Any]]
+    workloads: list[Workload]
+    remarks: list[str]
+
+
+class BenchRun(TypedDict):
+    """`run.json` of `bench`."""
+
+    command: Literal["bench"]
+    results: BenchResults
+
+
+class Source(TypedDict):
+    """A text."""
+
+    source: str
+
+
+class Summary(TypedDict):
+    """A criterion at a ratio by one metric, over all draws."""
+
+    text: int
+    metric: str
+    criterion: str
+    ratio: float
+    mean: float
+    spread: float | None
+
+
+class CompareResults(TypedDict):
+    """What a comparison came to."""
+
+    texts: list[Source]
+    summary: list[Summary]
+    dense: list[dict[str, Estimate]]
+
+
+class CompareRun(TypedDict):
+    """`compare.json`."""
+
+    command: Literal["compare"]
+    results: CompareResults
+
+
+ReportedRun = Annotated[PruneRun | RecoverRun | EvaluateRun | BenchRun | CompareRun, Field(discriminator="command")]
+"""A record that a report shows."""
+
+
+class Token(TypedDict):
+    """A token of a passage; from the second on, what both models expected there."""
+
+    text: str
+    kl: NotRequired[float]
+    dense: NotRequired[list[tuple[str, float]]]
+    pruned: NotRequired[list[tuple[str, float]]]
+
+
+Passages = dict[str, list[list[Token]]]
+"""`passages.json`, by model."""
+
+
+def read_record(path: Path, shape: Any) -> Any:
+    """Read a JSON file that hifiprune wrote; what is in it fits `shape`, a type of this module, and may be more.
+
+    Raises:
+        UserError: the file cannot be read, or was changed.
+    """
+    return checked(read_text(path), shape, str(path))
+
+
+def read_text(path: Path) -> str:
+    """Read a text file in UTF-8.
+
+    Raises:
+        UserError: the file is not there, is no file, may not be read, or is in another encoding.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not text in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def checked(text: str, shape: Any, name: str) -> Any:
+    """Parse JSON text that hifiprune wrote, and check that it has `shape`.
+
+    Raises:
+        UserError: it has not; the message begins with `name`, says where, and what is wanted there.
+    """
+    try:
+        TypeAdapter(shape).validate_json(text, strict=True)
+        return json.loads(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"] if part not in COMMANDS)
+        value = first["input"]
+        shown = f", not {value!r}"[:60] if isinstance(value, str | int | float | None) and place else ""
+        what = f"{place}: {first['msg']}{shown}" if place else first["msg"]
+    except (ValueError, RecursionError) as error:
+        what = str(error)
+    raise UserError(f"{name} was changed since hifiprune wrote it ({what}); copy it again, or make it again")

@@ -1,0 +1,166 @@
+"""Files that a user or another tool changed, each refused in one message before any work: value, limit, remedy."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import hifiprune as hp
+from tests.commands import leftovers, refused, run
+
+CHANGED = "was changed since hifiprune wrote it"
+FIRST = "model.layers.0.mlp"
+
+
+@pytest.fixture(scope="module")
+def made(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a pruned checkpoint, `pruned`, its scores, and what `evaluate` and `recover` made of it."""
+    folder, dense = tmp_path_factory.mktemp("made"), str(world / "dense")
+    text = hp.Calibration(str(world / "calibration.txt"), 2, 16)
+    hp.score_checkpoint(dense, folder / "scores", text)
+    hp.prune(dense, folder / "pruned", hp.Budget(width=24), text, repair="none")
+    hp.evaluate(
+        str(folder / "pruned"), str(world / "held.txt"), against=dense, seq_len=16, max_windows=1,
+        output=folder / "measured",
+    )  # fmt: skip
+    return folder
+
+
+Metadata = dict[str, Any]
+Edit = Callable[[dict[str, Tensor], Metadata], object]
+SCORES: list[tuple[Edit, str]] = [
+    (lambda tensors, facts: tensors.update({FIRST: tensors[FIRST][:30]}), f"{FIRST} of 30 neurons"),
+    (
+        lambda tensors, facts: (tensors.pop(FIRST), facts["names"].pop(0), facts["parameters_per_neuron"].pop(0)),
+        "2 MLPs were scored, this model has 3; score this model",
+    ),
+    (lambda tensors, facts: facts["names"].pop(), "2 different names of 2, 3 sizes"),
+    (lambda tensors, facts: facts.update(names=[]), "names: List should have at least 1 item"),
+    (lambda tensors, facts: facts.update(names=None), "names: Input should be a valid"),
+    (lambda tensors, facts: facts.update(settings=None), "settings: Input should be an object, not None"),
+    (lambda tensors, facts: facts.update(model_hash=5), "model_hash: Input should be a valid string, not 5"),
+    (lambda tensors, facts: facts.update(model_hash="5" * 64), "from weights 555555555555"),
+    (lambda tensors, facts: facts.update(criterion="entropi"), "'entropi' is not known; did you mean 'entropy'?"),
+    (lambda tensors, facts: facts.update(total_parameters=-1), "total_parameters: Input should be greater than 0"),
+    (lambda tensors, facts: facts.update(total_parameters=5), "a model of 5 parameters was scored"),
+    (lambda tensors, facts: facts.update(parameters_per_neuron=[0] * 3), "parameters_per_neuron.0: Input should be"),
+    (lambda tensors, facts: facts.update(parameters_per_neuron=[7] * 3), f"{FIRST} of 40 neurons with 7 parameters"),
+    (lambda tensors, facts: tensors.update({FIRST: tensors[FIRST].int()}), "torch.int32 [40] and should be float32"),
+    (lambda tensors, facts: tensors.update({FIRST: tensors[FIRST][None]}), "[1, 40] and should be float32 [neurons]"),
+    (lambda tensors, facts: tensors.update({FIRST: tensors[FIRST] / 0}), f"{FIRST} contain NaN or infinite"),
+    (lambda tensors, facts: tensors.pop(FIRST), f"the tensor {FIRST} is missing"),
+    (lambda tensors, facts: tensors.update(more=torch.ones(3)), "the tensor more is not named"),
+    (lambda tensors, facts: tensors.update({f"{FIRST}.mean": torch.ones(3)}), "is missing"),
+    (lambda tensors, facts: facts.pop("format"), "holds no scores in the format"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(SCORES)))
+def test_scores_that_were_changed(
+    world: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: int
+) -> None:
+    edit, message = SCORES[case]
+    with safe_open(made / "scores", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        facts = json.loads(file.metadata()["hifiprune"])
+    edit(tensors, facts)
+    save_file(
+        {name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "s", {"hifiprune": json.dumps(facts)}
+    )
+    monkeypatch.setattr("hifiprune.checkpoint.Checkpoint.load", None)  # refused before weights load
+    monkeypatch.setattr("hifiprune.preparation.Checkpoint.load", None)
+    start = (world / "dense", "--scores", tmp_path / "s", "--output", tmp_path / "out")
+    for words in (("prune", *start, "--width", 24), ("ablate", *start, "--text", world / "held.txt", "--seq-len", 16)):
+        if "from weights" not in message or words[0] == "prune":
+            refused(run(*words), message)
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_scores_in_memory_must_fit_the_model(world: Path, made: Path, tmp_path: Path) -> None:
+    scores = hp.Scores.load(made / "scores")
+    scores.values.pop()
+    scores.names.pop()
+    scores.parameters_per_neuron.pop()
+    with pytest.raises(hp.UserError, match="2 MLPs were scored, this model has 3"):
+        hp.prune(str(world / "dense"), tmp_path / "out", hp.Budget(width=24), scores=scores)
+
+
+RECORDS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
+    (lambda record: record.update(arguments=None), "prune.arguments: Input should be an object, not None"),
+    (lambda record: record.update(results=[]), "results: Input should be an object"),
+    (lambda record: record.update(command=["prune"]), "command"),
+    (lambda record: record.update(command="prume"), "prume"),
+    (lambda record: record.update(stages=[]), "stages: List should have at least 1 item"),
+    (lambda record: record["arguments"].pop("model"), "arguments.model: Field required"),
+    (lambda record: record["arguments"].update(model=7), "arguments.model: Input should be a valid string, not 7"),
+    (lambda record: record["results"].update(width=3), "results.width: Input should be an object, not 3"),
+    (lambda record: record["results"].pop("ratio"), "results.ratio: Field required"),
+    (
+        lambda record: record["stages"][0].update(seconds="long"),
+        "stages.0.seconds: Input should be a valid number, not",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", range(len(RECORDS)))
+def test_records_that_were_changed(made: Path, world: Path, tmp_path: Path, case: int) -> None:
+    edit, message = RECORDS[case]
+    pruned = shutil.copytree(made / "pruned", tmp_path / "pruned")
+    record = json.loads((pruned / "run.json").read_text())
+    edit(record)
+    (pruned / "run.json").write_text(json.dumps(record))
+    data = ("--data", world / "calibration.txt", "--max-steps", 1, "--seq-len", 24)
+    for words in (
+        ("report", pruned, "--output", tmp_path / "r.html"),
+        ("inspect", pruned, "--deploy"),
+        ("recover", pruned, "--output", tmp_path / "r", *data),
+        ("recover", pruned, "--output", tmp_path / "r", *data, "--distill-weight", 0),
+        ("recover", pruned, "--output", tmp_path / "r", *data, "--teacher", world / "dense"),
+    ):
+        refused(run(*words), f"run.json {CHANGED} (")
+        refused(run(*words), message.removeprefix("prune."))
+    assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.98])
+def test_truncated_records(made: Path, tmp_path: Path, keep: float) -> None:
+    pruned = shutil.copytree(made / "pruned", tmp_path / "pruned")
+    measured = shutil.copytree(made / "measured", tmp_path / "measured")
+    for path in (pruned / "run.json", measured / "passages.json", pruned / "hifiprune" / "plan.json"):
+        text = path.read_text()
+        path.write_text(text[: int(keep * len(text))])
+        folder = pruned if path.is_relative_to(pruned) else measured
+        if path.name == "run.json":
+            refused(run("inspect", pruned), f"{path} {CHANGED} (Invalid JSON: EOF")
+        refused(run("report", folder, "--output", tmp_path / "r.html"), f"{path.name} {CHANGED} (Invalid JSON: EOF")
+        path.write_text(text)
+    assert run("report", pruned, measured, "--output", tmp_path / "r.html").code == 0
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda plan: plan.update(kept=[[0, 1]]), "3 names, 1 lists of neurons, 3 widths"),
+        (lambda plan: plan.update(kept=[[10**30]] * 3), "kept.0.0: Input should be less than 2147483648"),
+        (lambda plan: plan.update(kept=[["0"]] * 3), "kept.0.0: Input should be a valid integer, not '0'"),
+        (lambda plan: plan["kept"][0].reverse(), "must keep neurons of 0 to 39 in ascending order"),
+        (lambda plan: plan.update(neurons=None), "neurons: Input should be a valid"),
+        (lambda plan: plan.pop("format"), "is not a readable plan in the format hifiprune-plan-1"),
+    ],
+)
+def test_plans_that_were_changed(
+    made: Path, tmp_path: Path, edit: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    pruned = shutil.copytree(made / "pruned", tmp_path / "pruned")
+    plan = json.loads((pruned / "hifiprune" / "plan.json").read_text())
+    edit(plan)
+    (pruned / "hifiprune" / "plan.json").write_text(json.dumps(plan))
+    refused(run("report", pruned, "--output", tmp_path / "r.html"), message)
+    assert not leftovers(tmp_path)
