@@ -164,3 +164,83 @@ def test_plans_that_were_changed(
     (pruned / "hifiprune" / "plan.json").write_text(json.dumps(plan))
     refused(run("report", pruned, "--output", tmp_path / "r.html"), message)
     assert not leftovers(tmp_path)
+
+
+CONFIGURATIONS: list[tuple[dict[str, Any], str]] = [
+    (
+        {"intermediate_size": 40.0},
+        "intermediate_size is 40.0 and should be something else (Field 'intermediate_size'",
+    ),
+    ({"intermediate_size": -1}, "intermediate_size is -1 and should be a whole number from 1 to 16,777,216"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers is 0 and should be a whole number from 1 to 1,000"),
+    ({"num_hidden_layers": 100_000}, "num_hidden_layers is 100000 and should be a whole number from 1 to 1,000"),
+    ({"num_hidden_layers": "3"}, "num_hidden_layers is '3' and should be something else"),
+    ({"num_hidden_layers": True}, "num_hidden_layers is True and should be something else"),
+    ({"vocab_size": 0}, "vocab_size is 0 and should be a whole number from 1 to 67,108,864"),
+    ({"vocab_size": 10**18}, "vocab_size is 1000000000000000000 and should be"),
+    ({"hidden_size": 0}, "hidden_size is 0 and should be a whole number from 1 to 1,048,576"),
+    ({"max_position_embeddings": 0}, "max_position_embeddings is 0 and should be a whole number from 1"),
+    ({"num_attention_heads": 0}, "num_attention_heads is 0 and should be"),
+    ({"num_attention_heads": 7}, "is not a multiple of the number of attention heads (7)"),
+    ({"num_attention_heads": 4, "num_key_value_heads": 3}, "num_key_value_heads is 3 and should be a divisor of"),
+    ({"num_key_value_heads": 0}, "num_key_value_heads is 0 and should be"),
+    ({"mlp_widths": [8]}, "mlp_widths is [8] and should be 3 whole numbers from 1 to 16,777,216, one a layer"),
+    ({"mlp_widths": [8, 8, 10**9]}, "mlp_widths is [8, 8, 1000000000] and should be 3 whole numbers"),
+    ({"mlp_widths": "wide"}, "mlp_widths is 'wide' and should be 3 whole numbers"),
+    ({"mlp_widths": [8, 8, 8], "mlp_maps": ["mlp"]}, "mlp_maps is ['mlp'] and should be a list of module paths"),
+    ({"hidden_act": "frob"}, "hidden_act is 'frob' and should be something else"),
+    ({"rope_parameters": []}, "rope_parameters is [] and should be something else"),
+    ({"rope_parameters": {"rope_type": "bogus", "rope_theta": 1e4}}, "rope_parameters.rope_type is 'bogus'"),
+    ({"layer_types": 5}, "layer_types is 5 and should be something else ('int' object is not iterable)"),
+    ({"layer_types": ["bogus"] * 3}, "layer_types is ['bogus', 'bogus', 'bogus'] and should be something else"),
+    ({"pad_token_id": 9999}, "pad_token_id is 9999 and should be something else (Padding_idx must be within"),
+    ({"dtype": "frob"}, "dtype is 'frob' and should be something else"),
+    ({"id2label": 5}, "id2label is 5 and should be something else"),
+    ({"architectures": 5}, "architectures is 5 and should be a list of names"),
+    ({"model_type": ["llama"]}, "model_type is ['llama'] and should be a name"),
+    ({"model_type": None}, "model_type is None and should be a name"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), CONFIGURATIONS)
+def test_configurations_that_cannot_be(world: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    facts = json.loads((world / "dense" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(facts | changes))
+    refused(run("inspect", tmp_path), message)
+    refused(run("prune", tmp_path, "--output", tmp_path / "out", "--width", 8, "--criterion", "ppm"), message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"[]", "config.json must hold a JSON object, not []; copy it again"),
+        (b"{", "config.json is no JSON (Expecting property name"),
+        (b"[" * 100_000, "config.json is no JSON (maximum recursion depth exceeded"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "config.json is no JSON (Exceeds the limit"),
+        (b"\xff\xfe{}", "config.json is not text in UTF-8 (invalid start byte at byte 0); save it as UTF-8"),
+    ],
+)
+def test_configurations_that_are_no_json(tmp_path: Path, text: bytes, message: str) -> None:
+    (tmp_path / "config.json").write_bytes(text)
+    refused(run("inspect", tmp_path), message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bos_token_id": 9999}, "begin with token 9999, and its vocabulary has 257; correct bos_token_id"),
+        ({"bos_token_id": -1}, "begin with token -1, and its vocabulary has 257"),
+        ({"bos_token_id": None, "eos_token_id": []}, "the model names no start or end token"),
+        ({"bos_token_id": None, "eos_token_id": [300]}, "begin with token 300"),
+    ],
+)
+def test_text_is_sampled_from_a_start_token_of_the_vocabulary(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    dense = shutil.copytree(world / "dense", tmp_path / "dense")
+    facts = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps(facts | changes))
+    monkeypatch.setattr("hifiprune.preparation.Checkpoint.load", None)  # refused before weights load
+    words = ("--calibration", "self", "--seq-len", 8, "--num-samples", 2, "--output", tmp_path / "out")
+    refused(run("score", dense, *words), message)
+    assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hifiprune.errors import UserError
@@ -208,6 +208,25 @@ def cut_windows(stream: Int[Tensor, "tokens"], length: int) -> Int[Tensor, "wind
     return stream[: count * length].view(count, length)
 
 
+def start_token(config: PretrainedConfig) -> int:
+    """Return the token that text sampled from a model begins with: its start token, or else its first end token.
+
+    Raises:
+        UserError: the configuration names none, or one that is not in the vocabulary.
+    """
+    text = config.get_text_config()
+    ends = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
+    start = next((token for token in (text.bos_token_id, *ends) if token is not None), None)
+    if start is None:
+        raise UserError("the model names no start or end token to sample text from; give a text as --calibration")
+    if not 0 <= start < text.vocab_size:
+        raise UserError(
+            f"text sampled from the model would begin with token {start}, and its vocabulary has {text.vocab_size}; "
+            "correct bos_token_id and eos_token_id in config.json, or give a text as --calibration"
+        )
+    return int(start)
+
+
 @torch.no_grad()
 def sample_windows(
     model: PreTrainedModel,
@@ -221,11 +240,7 @@ def sample_windows(
     Raises:
         UserError: the model names no start or end token to begin with.
     """
-    config = model.config.get_text_config()
-    ends = config.eos_token_id
-    start = config.bos_token_id if config.bos_token_id is not None else ends[0] if isinstance(ends, list) else ends
-    if start is None:
-        raise UserError("the model names no start or end token to sample text from; give a text as --calibration")
+    start = start_token(model.config)
     generator = torch.Generator(model.device).manual_seed(calibration.seed)
     windows = list(torch.full((calibration.num_samples, 1), start, device=model.device).split(GENERATED_TOGETHER))
     steps = calibration.seq_len - 1

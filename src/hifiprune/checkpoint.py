@@ -5,7 +5,6 @@ Weights are read from safetensors or GGUF only: no user's file is ever unpickled
 
 import json
 import re
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -30,9 +29,10 @@ from transformers import (
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hifiprune.companions import COMPANIONS, WEIGHTS, companions, copy_companions, has_vocabulary
+from hifiprune.config_checks import check_sizes, configuration_explained, read_configuration
 from hifiprune.configuration import CONFIG, config_text, with_rope_theta
 from hifiprune.discovery import family_of, stock_class
-from hifiprune.errors import RunError, UserError
+from hifiprune.errors import HifipruneError, RunError, UserError
 from hifiprune.families import known_family
 from hifiprune.modeling_pruned import pruned_class
 from hifiprune.output import local_path
@@ -50,10 +50,6 @@ from hifiprune.weight_files import (
 )
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-LIBRARY_ERRORS = (
-    OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError, SafetensorError,
-    struct.error,
-)  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -121,20 +117,25 @@ class Checkpoint:
     @cached_property
     def _config(self) -> PretrainedConfig:
         refuse_pointers(self.name, [self.path if self.gguf else self.folder / "config.json"])
-        with _explained(self.name, "the configuration"):
-            if not self.gguf:  # before transformers refuses what it does not know or has no library for
-                facts = json.loads((self.folder / "config.json").read_text())
-                if facts.get("model_type") not in CONFIG_MAPPING:
-                    known_family(facts.get("model_type", "none"), facts.get("architectures"))
-                refuse_quantized(self.name, self.folder, facts)
-                refuse_kernels(self.name, facts)
+        facts = None if self.gguf else self._facts
+        if facts:  # before transformers refuses what it does not know or has no library for
+            if facts.get("model_type") not in CONFIG_MAPPING:
+                known_family(facts.get("model_type", "none"), facts.get("architectures"))
+            refuse_quantized(self.name, self.folder, facts)
+            refuse_kernels(self.name, facts)
+        with configuration_explained(self.name, facts, lambda facts: _configured(facts)):
             config: PretrainedConfig = AutoConfig.from_pretrained(
                 self.folder, gguf_file=self.gguf, trust_remote_code=False
             )
+            check_sizes(self.name, config)
             family_of(config)
         if getattr(config, "quantization_config", None) is not None:  # a GGUF file's, whose weights are dequantized
             del config.quantization_config
         return config
+
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
+        return read_configuration(self.folder)
 
     def dtype(self) -> torch.dtype:
         """The dtype of the stored weights; float32 for GGUF, whose blocks are dequantized."""
@@ -202,8 +203,12 @@ class Checkpoint:
             untie_(model, self._stored[1])
 
     def _as_configured(self) -> PreTrainedModel:
-        config = self.config()
-        with _explained(self.name, "the configuration"), torch.device("meta"):
+        facts = None if self.gguf else self._facts
+        with configuration_explained(self.name, facts, lambda facts: self._skeleton_of(_configured(facts))):
+            return self._skeleton_of(self.config())
+
+    def _skeleton_of(self, config: PretrainedConfig) -> PreTrainedModel:
+        with torch.device("meta"):
             model: PreTrainedModel = self.model_class._from_config(config)
         return model
 
@@ -288,6 +293,13 @@ class Checkpoint:
             copy_companions(self.folder, folder)
 
 
+def _configured(facts: dict[str, Any]) -> PretrainedConfig:
+    """The configuration that these facts make, where all of it can be used."""
+    config: PretrainedConfig = CONFIG_MAPPING[facts["model_type"]].from_dict(facts)
+    check_sizes("config.json", config)
+    return config
+
+
 def find_checkpoint(name: str) -> Checkpoint:
     """Find a model by local folder, GGUF file or hub id; of a hub id all but the weights is downloaded.
 
@@ -329,11 +341,11 @@ def _explained(name: str, what: str) -> Iterator[None]:
     """Turn a library's error about a user's file into one line."""
     try:
         yield
-    except UserError:
+    except HifipruneError:
         raise
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise RunError(f"not enough memory for {what} of {name}; try --dtype bfloat16") from error
-    except LIBRARY_ERRORS as error:
+    except Exception as error:  # libraries raise errors of any class about files that they do not expect
         if "trust_remote_code" in str(error):
             raise UserError(
                 f"{what} of {name} is code that comes with it (auto_map), and hifiprune runs no code of a checkpoint; "

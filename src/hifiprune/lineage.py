@@ -4,7 +4,8 @@ from typing import Any
 
 from hifiprune.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.errors import UserError
-from hifiprune.record_shapes import Lineage, checked, read_text
+from hifiprune.json_files import checked, read_text
+from hifiprune.record_shapes import Lineage
 
 MARK = '"hifiprune-run-'
 """What the record of a run of ours holds; another tool's `run.json` is left alone."""

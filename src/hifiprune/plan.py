@@ -9,8 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hifiprune.errors import UserError
+from hifiprune.json_files import checked, read_text
 from hifiprune.output import replacing
-from hifiprune.record_shapes import PlanFile, checked, read_text
+from hifiprune.record_shapes import PlanFile
 
 FORMAT = "hifiprune-plan-1"
 

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune.calibration import Calibration, check_source
+from hifiprune.calibration import Calibration, check_source, start_token
 from hifiprune.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.compute import Compute
 from hifiprune.cutting import hash_stored, stored_plainly
@@ -21,6 +21,7 @@ from hifiprune.hashing import hash_model
 from hifiprune.neurons import count_parameters, find_mlps
 from hifiprune.output import check_target
 from hifiprune.passes import free_bytes
+from hifiprune.reading import SELF
 from hifiprune.record import RunRecord
 from hifiprune.scratch import Scratch
 from hifiprune.streaming import stream
@@ -70,6 +71,8 @@ def check_model(checkpoint: Checkpoint, *sources: Calibration | Text | None) -> 
     for source in sources:
         for each in _parts(source):
             check_source(each.source, each.seq_len, longest)
+            if each.source == SELF and isinstance(source, Calibration):
+                start_token(checkpoint.config())
     return skeleton
 
 

@@ -1,17 +1,12 @@
-"""The shape of every file that commands leave and others read again, and the one way to read such a file."""
+"""The shape of every file that commands leave and others read again, as far as they read it."""
 
-import json
-from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 from typing_extensions import TypedDict
-
-from hifiprune.errors import UserError
 
 Count = Annotated[int, Field(gt=0)]
 Index = Annotated[int, Field(ge=0, lt=2**31)]
-COMMANDS = ("prune", "recover", "evaluate", "bench", "compare")
 
 
 class Estimate(TypedDict):
@@ -303,48 +298,3 @@ class Token(TypedDict):
 
 Passages = dict[str, list[list[Token]]]
 """`passages.json`, by model."""
-
-
-def read_record(path: Path, shape: Any) -> Any:
-    """Read a JSON file that hifiprune wrote; what is in it fits `shape`, a type of this module, and may be more.
-
-    Raises:
-        UserError: the file cannot be read, or was changed.
-    """
-    return checked(read_text(path), shape, str(path))
-
-
-def read_text(path: Path) -> str:
-    """Read a text file in UTF-8.
-
-    Raises:
-        UserError: the file is not there, is no file, may not be read, or is in another encoding.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not text in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def checked(text: str, shape: Any, name: str) -> Any:
-    """Parse JSON text that hifiprune wrote, and check that it has `shape`.
-
-    Raises:
-        UserError: it has not; the message begins with `name`, says where, and what is wanted there.
-    """
-    try:
-        TypeAdapter(shape).validate_json(text, strict=True)
-        return json.loads(text)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"] if part not in COMMANDS)
-        value = first["input"]
-        shown = f", not {value!r}"[:60] if isinstance(value, str | int | float | None) and place else ""
-        what = f"{place}: {first['msg']}{shown}" if place else first["msg"]
-    except (ValueError, RecursionError) as error:
-        what = str(error)
-    raise UserError(f"{name} was changed since hifiprune wrote it ({what}); copy it again, or make it again")

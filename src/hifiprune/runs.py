@@ -7,10 +7,11 @@ from typing import Any
 
 from hifiprune.announcements import short
 from hifiprune.errors import UserError
+from hifiprune.json_files import checked, read_record, read_text
 from hifiprune.lineage import pruning_of
 from hifiprune.measurement import PASSAGES
 from hifiprune.plan import Plan
-from hifiprune.record_shapes import Passages, ReportedRun, checked, read_record, read_text
+from hifiprune.record_shapes import Passages, ReportedRun
 from hifiprune.scores import Scores
 
 RECORDS = ("run.json", "compare.json")

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 
 from hifiprune.criteria import CRITERIA
 from hifiprune.errors import UserError, nearest_name
+from hifiprune.json_files import checked
 from hifiprune.neurons import count_parameters, find_mlps
 from hifiprune.output import replacing
-from hifiprune.record_shapes import ScoresFacts, checked
+from hifiprune.record_shapes import ScoresFacts
 
 FORMAT = "hifiprune-scores-1"
 
