@@ -612,7 +612,7 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--output", "SCORED"), "contains the input"),
     (("--output", "SCORED/kl"), "exists already; choose another name, or replace it with --overwrite"),
     (("--device", "gpu7"), "device 'gpu7' is not known"),
-    (("--batch-size", 0), "batch size 0 must be at least 1"),
+    (("--batch-size", 0), "batch-size 0 must be at least 1"),
 ]
 
 

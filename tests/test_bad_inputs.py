@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import hifiprune as hp
+from hifiprune.compute import check_attention
 from tests.commands import leftovers, refused, run
+from tests.conftest import save_checkpoint
 
 CHANGED = "was changed since hifiprune wrote it"
 FIRST = "model.layers.0.mlp"
@@ -244,3 +247,81 @@ def test_text_is_sampled_from_a_start_token_of_the_vocabulary(
     words = ("--calibration", "self", "--seq-len", 8, "--num-samples", 2, "--output", tmp_path / "out")
     refused(run("score", dense, *words), message)
     assert not (tmp_path / "out").exists()
+
+
+DEVICES = [
+    "cpu:9",
+    "cpu:0",
+    "cuda:x",
+    "cuda:",
+    "cuda:-1",
+    "cuda:99999",
+    "mps",
+    "gpu",
+    "",
+    "CPU",
+    "cuda:\N{ARABIC-INDIC DIGIT THREE}",
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        *(
+            (("--device", device), f"device '{device}' is not known; use auto, cpu, cuda or cuda:0")
+            for device in DEVICES
+        ),
+        (("--attention", "flash_atention_2"), "is not known; known are eager, flash_attention_4"),
+        (("--attention", "flash_atention_2"), "did you mean 'flash_attention_2'?"),
+        (("--attention", ""), "attention '' is not known"),
+        (("--attention", "kernels-community/flash-attn"), "attention 'kernels-community/flash-attn' is not known"),
+        (
+            ("--attention", "flash_attention_2", "--device", "cpu"),
+            "runs on a GPU only, and the device is cpu; leave out",
+        ),
+    ],
+)
+def test_devices_and_attention_are_checked_before_the_work(
+    world: Path, made: Path, tmp_path: Path, words: tuple[str, ...], message: str
+) -> None:
+    dense, text = world / "dense", world / "calibration.txt"
+    sizes = ("--num-samples", 2, "--seq-len", 8)
+    for command in (
+        ("score", dense, "--output", tmp_path / "out", "--calibration", text, *sizes),
+        ("prune", dense, "--output", tmp_path / "out", "--width", 24, "--calibration", text, *sizes),
+        ("evaluate", dense, "--text", text, "--seq-len", 8, "--output", tmp_path / "out"),
+        ("recover", made / "pruned", "--output", tmp_path / "out", "--data", text, "--max-steps", 1, "--seq-len", 24),
+        ("ablate", dense, "--scores", made / "scores", "--text", text, "--seq-len", 8, "--output", tmp_path / "out"),
+        ("bench", dense, made / "pruned", "--output", tmp_path / "out"),
+    ):
+        refused(run(*command, *words), message)
+    assert not any(tmp_path.iterdir())
+
+
+def test_attention_that_needs_a_package() -> None:
+    if find_spec("flash_attn"):
+        pytest.skip("flash-attn is installed")
+    with pytest.raises(
+        hp.UserError, match="'flash_attention_2' needs flash-attn: pip install flash-attn, or leave out"
+    ):
+        check_attention("flash_attention_2", "cuda:0")
+
+
+def test_attention_that_the_model_does_not_take(tmp_path: Path, world: Path) -> None:
+    bloom = save_checkpoint(tmp_path / "bloom", "bloom")
+    words = ("--text", world / "held.txt", "--seq-len", 8, "--attention", "flex_attention")
+    refused(run("evaluate", bloom, *words), "bloom does not run with attention 'flex_attention' (")
+
+
+def test_maps_that_are_not_there_leave_nothing_behind(made: Path, world: Path, tmp_path: Path) -> None:
+    words = ("recover", made / "pruned", "--output", tmp_path / "out", "--data", world / "calibration.txt")
+    more = ("--max-steps", 1, "--seq-len", 24, "--target-modules")
+    refused(run(*words, *more, "q_prj"), "target module 'q_prj' is not known; known are down_proj")
+    refused(run(*words, *more, "q_prj"), "did you mean 'q_proj'?")
+    for empty in ("", " ", ","):
+        refused(run(*words, *more, empty), f"target-modules '{empty}' names no map")
+    refused(
+        run(*words, "--max-steps", 1, "--seq-len", 24, "--lora-r", 33),
+        "lora-r 33 must be at most 24, the smaller side of the largest map",
+    )
+    assert not any(tmp_path.iterdir())

@@ -180,8 +180,7 @@ def test_impossible_budgets(
 def test_a_ratio_that_is_a_word(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
     result = cli("prune", checkpoint, "--output", tmp_path / "out", "--ratio", "fifth", "--calibration", "self")
     assert result.code == 2
-    assert "'--ratio'" in result.err
-    assert "valid" in result.err
+    assert result.err == "error: --ratio 'fifth' is no number (see 'hifiprune prune --help')\n"
 
 
 def _break_missing(folder: Path) -> None:
@@ -249,7 +248,7 @@ MODELS = [
     (_break_missing, "there is no model folder or .gguf file"),
     (_break_empty, "holds no config.json (found: nothing)"),
     (_break_truncated, "model.safetensors is truncated or damaged"),
-    (_break_config, "the configuration of"),
+    (_break_config, "config.json is no JSON"),
     (_break_architecture, "model type 'mamba' is not in the table of families, and its MLPs could not be told"),
     (_break_model_type, "did you mean 'llama'"),
     (_break_quantized, "is quantized (gptq) and cannot be cut; prune the original checkpoint"),
@@ -309,7 +308,7 @@ def test_other_values_out_of_range(cli: Cli, checkpoint: Path, text: Path, tmp_p
     refused(cli(*start, "--seq-len", 65), "seq-len 65 exceeds the model's 64 positions; use --seq-len 64")
     refused(cli(*start, "--seq-len", 1), "seq-len 1 must be at least 2")
     refused(cli(*start, "--num-samples", 0), "num-samples 0 must be at least 1")
-    refused(cli(*start, "--batch-size", 0), "batch size 0 must be at least 1")
+    refused(cli(*start, "--batch-size", 0), "batch-size 0 must be at least 1")
     refused(cli(*start, "--dtype", "float23"), "dtype 'float23' is not known")
     refused(cli(*start, "--device", "gpu7"), "device 'gpu7' is not known")
     refused(cli(*start, "--criterion", "entropi"), "did you mean 'entropy'")

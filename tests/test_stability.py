@@ -121,7 +121,7 @@ def test_commands_stop_when_stable(world: Path, tmp_path: Path) -> None:
     assert run(*cut, "--until-stable", 0.5, "--output", tmp_path / "cut").code == 0
     assert Scores.load(tmp_path / "cut" / "hifiprune" / "scores.safetensors").settings["windows"] == 8
     refused(run(*words, "--output", tmp_path / "out"), "until-stable and ratio go together")
-    refused(run(*cut, "--until-stable", 1, "--output", tmp_path / "out"), "until-stable 1 must lie above 0 and below 1")
+    refused(run(*cut, "--until-stable", 1, "--output", tmp_path / "out"), "until-stable 1 must lie in (0, 1)")
     steps = run(*cut, "--until-stable", 0.9, "--steps", 2, "--output", tmp_path / "out")
     refused(steps, "until-stable is for one scoring of the model")
     two = run(*cut, "--until-stable", 0.9, "--criterion", "self-distillation", "--output", tmp_path / "out")

@@ -236,7 +236,7 @@ def test_what_cannot_be_run_is_said(folder: Path, load: Callable[..., Any], monk
     model, tokenizer = load()
     with pytest.raises(UserError, match="limit 0 must be at least 1"):
         zero_shot(model, tokenizer, Tasks(["hp_piqa"], folder, limit=0))
-    with pytest.raises(UserError, match="batch size 0 must be at least 1"):
+    with pytest.raises(UserError, match="batch-size 0 must be at least 1"):
         zero_shot(model, tokenizer, Tasks(["hp_piqa"], folder), batch_size=0)
     with pytest.raises(UserError, match="no task is named"):
         Tasks([], folder).check()

@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 
 from hifiprune.announcements import duration
 from hifiprune.blocks import BlockChain
+from hifiprune.bounds import check_numbers
 from hifiprune.compute import Compute, estimate_seconds
 from hifiprune.errors import UserError
 from hifiprune.evaluation import Estimate
 from hifiprune.evaluation.ranks import correlation
-from hifiprune.guards import check_seed, check_windows, frozen, memory_explained
+from hifiprune.guards import check_windows, frozen, memory_explained
 from hifiprune.hashing import hash_tokens
 from hifiprune.head import Head
 from hifiprune.output import replacing
@@ -81,7 +82,9 @@ def ablate(
         | {"neurons": neurons, "groups": groups, "group_size": group_size, "seed": seed},
     )
     loaded_scores = _load_scores(scores)
-    checkpoint, target, skeleton = prepare(model, output, [text], scores, folder=True, overwrite=overwrite)
+    checkpoint, target, skeleton = prepare(
+        model, output, [text], scores, compute=compute, folder=True, overwrite=overwrite
+    )
     for layer_scores in loaded_scores.values():
         layer_scores.require_layout(skeleton)
     unfinished = Unfinished.beside(target, "ablate", voice)
@@ -128,10 +131,7 @@ def sample(scores: Scores, neurons: int, groups: int, group_size: int, seed: int
         UserError: there are not as many neurons.
     """
     widths = [len(values) for values in scores.values]
-    check_seed(seed)
-    for what, number, least in (("neurons", neurons, 1), ("groups", groups, 0), ("group-size", group_size, 2)):
-        if number < least and (groups or what != "group-size"):
-            raise UserError(f"{what} {number} must be at least {least}")
+    check_numbers({"seed": seed, "neurons": neurons, "groups": groups, "group_size": group_size if groups else None})
     narrowest = min(widths)
     if neurons > len(widths) * narrowest:
         raise UserError(f"neurons {neurons} is more than the model's {len(widths)} layers of {narrowest}; try fewer")

@@ -45,10 +45,14 @@ def check_adapter(model: PreTrainedModel, training: Training, *, kept: bool) -> 
 
 
 def _settings(model: PreTrainedModel, training: Training) -> LoraConfig:
-    paths = {path: path.rpartition(".")[2] for path, _ in linears_of(model)}
+    sides = {path: min(linear.weight.shape) for path, linear in linears_of(model)}
+    paths = {path: path.rpartition(".")[2] for path in sides}
     for name in training.target_modules:
         if name not in paths.values():
             raise unknown("target module", name, sorted({*paths.values()}))
+    most = max(side for path, side in sides.items() if paths[path] in (training.target_modules or (paths[path],)))
+    if training.lora_r > most:
+        raise UserError(f"lora-r {training.lora_r} must be at most {most}, the smaller side of the largest map")
     return LoraConfig(
         r=training.lora_r,
         lora_alpha=training.lora_alpha,

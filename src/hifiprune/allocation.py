@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from hifiprune.bounds import check_numbers
 from hifiprune.errors import UserError, unknown
 from hifiprune.plan import Plan, highest
 from hifiprune.scores import Scores
@@ -40,10 +41,7 @@ class Sharing:
     def __post_init__(self) -> None:
         if self.allocation not in ALLOCATIONS:
             raise unknown("allocation", self.allocation, ALLOCATIONS)
-        if not 0 <= self.floor <= 1:
-            raise UserError(f"floor {self.floor:g} must lie in [0, 1]")
-        if self.trials < 1:
-            raise UserError(f"trials {self.trials} must be at least 1")
+        check_numbers(vars(self))
 
 
 @dataclass(frozen=True)
@@ -68,14 +66,7 @@ class Budget:
         if len(given) != 1:
             flags = "--ratio, --neuron-ratio, --width"
             raise UserError(f"give exactly one of {flags}; given: {', '.join(given) or 'none'}")
-        for name in ("ratio", "neuron_ratio"):
-            value = given.get(name)
-            if value is not None and not 0 < value < 1:
-                meant = value - 1 if 1 < value < 2 else value / 100
-                hint = f"; did you mean {meant:g}?" if 1 < value < 100 else ""
-                raise UserError(f"{name.replace('_', '-')} {value:g} must lie in (0, 1){hint}")
-        if self.width is not None and self.width < 1:
-            raise UserError(f"width {self.width} must be at least 1")
+        check_numbers(given)
 
     def __str__(self) -> str:
         name, value = next((name, value) for name, value in vars(self).items() if value is not None)
@@ -174,8 +165,7 @@ class Shape:
         Raises:
             UserError: the MLPs cannot give as much, or nothing would be removed.
         """
-        if round_to < 1:
-            raise UserError(f"round-to {round_to} must be at least 1")
+        check_numbers({"round_to": round_to})
         if budget.width is not None:
             if budget.width >= self.neurons:
                 raise UserError(f"width {budget.width} must be below the model's own width {self.neurons}")

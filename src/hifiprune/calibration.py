@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from hifiprune.bounds import check_numbers
 from hifiprune.errors import UserError
-from hifiprune.guards import check_seed
 from hifiprune.parallel import processes
 from hifiprune.reading import SELF, check_named, check_there, read_documents
 from hifiprune.spooling import Documents, stored_tokens
@@ -63,13 +63,9 @@ class Calibration:
     mixed: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.num_samples < 1:
-            raise UserError(f"num-samples {self.num_samples} must be at least 1")
-        if self.seq_len < 2:
-            raise UserError(f"seq-len {self.seq_len} must be at least 2")
+        check_numbers(vars(self))
         if self.sampler not in SAMPLERS:
             raise UserError(f"sampler '{self.sampler}' is not known; known are {', '.join(SAMPLERS)}")
-        check_seed(self.seed)
         for source in (self.source, *(source for source, _ in self.mixed)):
             check_named(source)
         if self.mixed and SELF in (self.source, *(source for source, _ in self.mixed)):

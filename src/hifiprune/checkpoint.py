@@ -212,6 +212,21 @@ class Checkpoint:
             model: PreTrainedModel = self.model_class._from_config(config)
         return model
 
+    def check_attention(self, attention: str) -> None:
+        """Refuse an attention implementation that the model's class does not take.
+
+        Raises:
+            UserError: it does not.
+        """
+        try:
+            with torch.device("meta"):
+                self.model_class._from_config(self.config(), attn_implementation=attention)
+        except (ValueError, ImportError) as error:
+            said = str(error).partition(". ")[0]
+            raise UserError(
+                f"{self.name} does not run with attention '{attention}' ({said}); leave out --attention"
+            ) from error
+
     @property
     def model_class(self) -> type[PreTrainedModel]:
         """Its stock class, or ours where its MLPs differ in width; never one from code of the checkpoint."""

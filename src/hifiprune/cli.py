@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from typer import Option
+from typer.exceptions import TyperException
 
 from hifiprune import DEFAULT_CRITERION, __version__
 from hifiprune.errors import HifipruneError
@@ -60,6 +61,7 @@ from hifiprune.parallel import check_command
 from hifiprune.study import ablate, compare, criteria
 from hifiprune.terminal import hush_torchao, show, voice
 from hifiprune.training_command import recover
+from hifiprune.usage import Command, explain
 
 app = typer.Typer(
     name="hifiprune",
@@ -70,7 +72,7 @@ app = typer.Typer(
 )
 
 
-@app.command()
+@app.command(cls=Command)
 def prune(
     model: Model,
     output: Output,
@@ -150,7 +152,7 @@ def prune(
     show(record.to_dict(), as_json, told)
 
 
-@app.command()
+@app.command(cls=Command)
 def score(
     model: Model,
     output: Output,
@@ -200,7 +202,7 @@ def score(
     show(record.to_dict(), as_json, told)
 
 
-@app.command()
+@app.command(cls=Command)
 def inspect(
     model: Model,
     deploy: Annotated[bool, Option("--deploy", help="Tell which inference engines take it, and in which formats.")] = (
@@ -217,7 +219,7 @@ def inspect(
     show(facts, as_json, partial(engine_table.deployable if deploy else printing.inspected, facts))
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     output: Annotated[Path, Option(help="Folder for the models and the results.")] = Path("demo-out"),
     model: Annotated[str | None, Option(help="Another model than SmolLM2-135M-Instruct.")] = None,
@@ -241,7 +243,7 @@ def _root(version: Annotated[bool, Option("--version", help="Show the version.")
 
 
 for command in (evaluate, criteria, compare, ablate, recover, bench, report, export, push):
-    app.command()(command)
+    app.command(cls=Command)(command)
 
 
 class _Stopped(BaseException):
@@ -260,7 +262,9 @@ def main() -> None:
     sys.stdin = open(os.devnull)  # noqa: SIM115 - no library asks: whoever does gets no answer
     try:
         check_command(sys.argv)
-        app()
+        sys.exit(app(prog_name="hifiprune", standalone_mode=False) or 0)
+    except TyperException as error:
+        _fail(error, explain(error), error.exit_code)
     except HifipruneError as error:
         _fail(error, str(error), error.exit_code)
     except _Stopped as error:

@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from hifiprune.allocation import Budget, allocate
+from hifiprune.bounds import check_numbers
 from hifiprune.calibration import Calibration, load_windows
 from hifiprune.compute import Compute
 from hifiprune.contrasts import Cell, contrast
@@ -80,7 +81,9 @@ def compare(
     _check(criteria, ratios, seeds, calibration, texts)
     if tasks:
         tasks.check()
-    checkpoint, target, skeleton = prepare(model, output, [calibration, *texts], folder=True, overwrite=overwrite)
+    checkpoint, target, skeleton = prepare(
+        model, output, [calibration, *texts], compute=compute, folder=True, overwrite=overwrite
+    )
     shape = shape_of(skeleton)
     unfinished = Unfinished.beside(target, "compare", voice)
     widths = {ratio: shape.width_at(Budget(ratio=ratio), round_to) for ratio in ratios}
@@ -164,8 +167,7 @@ def _check(
             raise UserError(f"{what} {', '.join(values)}: each may be given once")
     for name in criteria:
         find_criterion(name)
-    if seeds < 1:
-        raise UserError(f"seeds {seeds} must be at least 1")
+    check_numbers({"seeds": seeds})
     for text in texts:
         if any(_overlap(part.source, text.source) for part in calibration.parts):
             raise UserError(f"{text.source} is in both calibration and held-out text; measure on another one")

@@ -1,18 +1,29 @@
 """Where and in which arithmetic a run computes, and what it will roughly cost."""
 
 import os
+import re
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from transformers import PretrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hifiprune.bounds import check_numbers
 from hifiprune.checkpoint import DTYPES, Checkpoint
 from hifiprune.discovery import family_of
-from hifiprune.errors import UserError, nearest_name
+from hifiprune.errors import UserError, nearest_name, unknown
 from hifiprune.neurons import width_of
 from hifiprune.output import local_path
 from hifiprune.parallel import local_rank
+
+FLASH_PACKAGES = {
+    "flash_attention_2": ("flash_attn", "flash-attn"),
+    "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
+    "flash_attention_4": ("flash_attn", "flash-attn-4"),
+}
+"""Module and package of the attention implementations that transformers does not bring along."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +55,14 @@ class Compute:
             raise UserError(
                 f"dtype '{self.dtype}' is not known; known are auto, {known}{nearest_name(self.dtype, DTYPES)}"
             )
-        if self.batch_size < 1:
-            raise UserError(f"batch size {self.batch_size} must be at least 1")
+        check_numbers(vars(self))
         if self.scratch and not os.access(local_path(self.scratch), os.W_OK | os.X_OK):
             raise UserError(
                 f"scratch folder {self.scratch} is not there, or cannot be written; choose another --scratch"
             )
-        kind, _, number = self.device.partition(":")
-        if self.device != "auto" and (kind not in ("cpu", "cuda") or (number and not number.isdigit())):
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", self.device):
             raise UserError(f"device '{self.device}' is not known; use auto, cpu, cuda or cuda:0")
+        kind, _, number = self.device.partition(":")
         if kind == "cuda" and not torch.cuda.is_available():
             raise UserError(f"device '{self.device}': torch {torch.__version__} sees no CUDA GPU; use --device cpu")
         if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
@@ -60,6 +70,8 @@ class Compute:
         own = local_rank() or 0
         if self.resolved_device.startswith("cuda") and own >= torch.cuda.device_count():
             raise UserError(f"process {own + 1} of this machine finds {torch.cuda.device_count()} GPUs: start fewer")
+        if self.attention is not None:
+            check_attention(self.attention, self.resolved_device)
 
     @property
     def resolved_device(self) -> str:
@@ -73,6 +85,22 @@ class Compute:
         if self.dtype != "auto":
             return DTYPES[self.dtype]
         return torch.float32 if self.resolved_device == "cpu" else checkpoint.dtype()
+
+
+def check_attention(name: str, device: str) -> None:
+    """Refuse an attention implementation that is not known, or cannot run here.
+
+    Raises:
+        UserError: transformers does not know it, its package is not installed, or it does not run on `device`.
+    """
+    known = ["eager", *(each for each in ALL_ATTENTION_FUNCTIONS.valid_keys() if not each.startswith("paged|"))]
+    if name not in known:
+        raise unknown("attention", name, known)
+    module, package = FLASH_PACKAGES.get(name, ("", ""))
+    if package and not device.startswith("cuda"):
+        raise UserError(f"attention '{name}' runs on a GPU only, and the device is {device}; leave out --attention")
+    if package and find_spec(module) is None:
+        raise UserError(f"attention '{name}' needs {package}: pip install {package}, or leave out --attention")
 
 
 def estimate_seconds(

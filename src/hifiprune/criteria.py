@@ -6,8 +6,8 @@ from typing import Any
 
 from hifiprune import DEFAULT_CRITERION
 from hifiprune import statistics as st
-from hifiprune.errors import UserError, unknown
-from hifiprune.guards import check_seed
+from hifiprune.bounds import check_numbers
+from hifiprune.errors import unknown
 from hifiprune.objectives import CrossEntropy, Distillation, Entropy, Kernel, SampledLabel
 
 HFPRUNE, SDMPRUNE = "arXiv 2603.08083", "arXiv 2506.11120"
@@ -37,15 +37,7 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise UserError(f"alpha {self.alpha:g} must lie in [0, 1]")
-        if self.temperature is not None and not self.temperature > 0:
-            raise UserError(f"temperature {self.temperature:g} must be above 0")
-        if not 0 < self.light_cut < 1:
-            raise UserError(f"light-cut {self.light_cut:g} must lie in (0, 1)")
-        if self.label_samples < 1:
-            raise UserError(f"label-samples {self.label_samples} must be at least 1")
-        check_seed(self.seed)
+        check_numbers(vars(self))
 
     def for_ratio(self, ratio: float) -> "Options":
         """With the papers' alpha and temperature at their nearest ratio, where these are left open."""

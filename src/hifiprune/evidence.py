@@ -33,7 +33,7 @@ def evaluate(
     ] = None,
     against: Annotated[str | None, Option(metavar="DENSE", help="The dense model to compare with.")] = None,
     seq_len: SeqLen = 1024,
-    max_windows: Annotated[int | None, Option(min=1, help="Use only the first windows.")] = None,
+    max_windows: Annotated[int | None, Option(help="Use only the first windows.")] = None,
     text_column: TextColumn = None,
     tasks: TaskNames = None,
     task_path: TaskPath = None,

@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from hifiprune.bounds import check_numbers
 from hifiprune.errors import UserError
 from hifiprune.reading import TEXT_COLUMNS, Row, check_text, read_parts
 from hifiprune.tokenizing import encode_plainly
@@ -72,6 +73,7 @@ def read_examples(
         UserError: there is nothing to learn from, or a row has none of these shapes.
     """
     examples: list[Example] = []
+    check_numbers({"max_rows": max_rows})
     for part in read_parts(source, seed, max_rows):
         if part.text is not None:
             pieces = _plain_text(track(part.text), tokenizer)

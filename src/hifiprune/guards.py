@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hifiprune.bounds import check_numbers
 from hifiprune.errors import RunError, UserError
 
 
@@ -27,8 +28,7 @@ def check_windows(model: PreTrainedModel, windows: Tensor, batch_size: int, leas
     low, high = int(windows.min()), int(windows.max())
     if not 0 <= low <= high < config.vocab_size:
         raise UserError(f"token ids must lie in 0 to {config.vocab_size - 1}; found {low} to {high}")
-    if batch_size < 1:
-        raise UserError(f"batch size {batch_size} must be at least 1")
+    check_numbers({"batch_size": batch_size})
 
 
 def check_vocabulary(largest: int, vocabulary: int) -> None:
@@ -46,16 +46,6 @@ def check_vocabulary(largest: int, vocabulary: int) -> None:
             f"the tokenizer writes token {largest} where the model's vocabulary has {vocabulary}; give the model its "
             "own tokenizer, or text without special tokens that were added later"
         )
-
-
-def check_seed(seed: int) -> None:
-    """Refuse seeds that not every generator of random numbers takes.
-
-    Raises:
-        UserError: it is negative or has more than 32 bits.
-    """
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed {seed} must lie in 0 to {2**32 - 1}")
 
 
 def check_names(names: Sequence[str]) -> None:

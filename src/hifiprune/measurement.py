@@ -90,7 +90,7 @@ def evaluate(
     checkpoints = [find_checkpoint(name) for name in names]
     everyone = [dense, *checkpoints] if dense else checkpoints
     for checkpoint in everyone:
-        check_model(checkpoint, source)
+        check_model(checkpoint, compute, source)
     sizes = {checkpoint.config().get_text_config().vocab_size for checkpoint in everyone}
     if source and len(sizes) > 1:
         found = " and ".join(map(str, sorted(sizes)))

@@ -87,7 +87,9 @@ def score_checkpoint(
         ),
     )  # fmt: skip
     check_data(criterion, calibration)
-    checkpoint, target, skeleton = prepare(model, output, [calibration], folder=False, overwrite=overwrite)
+    checkpoint, target, skeleton = prepare(
+        model, output, [calibration], compute=compute, folder=False, overwrite=overwrite
+    )
     if ratio is not None:
         shape_of(skeleton).width_at(Budget(ratio=ratio), 1)
     unfinished = Unfinished.beside(target, "score", voice)
@@ -189,11 +191,13 @@ def prune(
     )  # fmt: skip
     record = RunRecord("prune", sources | settings)
     check_shard_size(shard_size)
-    checkpoint, target, skeleton = prepare(model, output, [calibration], [path], folder=True, overwrite=overwrite)
+    checkpoint, target, skeleton = prepare(
+        model, output, [calibration], [path], compute=compute, folder=True, overwrite=overwrite
+    )
     if bias_compensation:
         check_compensation(checkpoint, used, criterion)
     base = describe_base(checkpoint, voice)
-    shape, width = width_for(skeleton, budget, round_to, sharing, used)
+    shape, width = width_for(skeleton, course, used)
     check_space(target, int(checkpoint.dtype().itemsize * shape.total_parameters * (1 - shape.ratio_at(width))))
     voice.say(announce_plan(budget, shape, width, round_to, sharing.allocation))
     remark_on_blocks(budget, shape, width, sharing, voice)

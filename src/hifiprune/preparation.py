@@ -38,6 +38,7 @@ def prepare(
     sources: Sequence[Calibration | Text | None],
     files: Sequence[str | Path | None] = (),
     *,
+    compute: Compute,
     folder: bool,
     overwrite: bool,
 ) -> tuple[Checkpoint, Path, PreTrainedModel]:
@@ -48,6 +49,7 @@ def prepare(
         output: what is to be made.
         sources: texts that will be read.
         files: other files that will be read.
+        compute: device and arithmetic.
         folder: whether the output is a folder.
         overwrite: whether an existing output may be replaced.
 
@@ -60,13 +62,15 @@ def prepare(
     checkpoint = find_checkpoint(model)
     inputs = [checkpoint.path, *(each.source for source in sources for each in _parts(source)), *files]
     target = check_target(output, folder=folder, overwrite=overwrite, inputs=inputs)
-    return checkpoint, target, check_model(checkpoint, *sources)
+    return checkpoint, target, check_model(checkpoint, compute, *sources)
 
 
-def check_model(checkpoint: Checkpoint, *sources: Calibration | Text | None) -> PreTrainedModel:
-    """Check family and layout, and that the sources are there and fit its positions; returns the model's skeleton."""
+def check_model(checkpoint: Checkpoint, compute: Compute, *sources: Calibration | Text | None) -> PreTrainedModel:
+    """Check family, layout, attention, and that sources are there and fit its positions; returns its skeleton."""
     skeleton = checkpoint.skeleton()
     find_mlps(skeleton)
+    if compute.attention:
+        checkpoint.check_attention(compute.attention)
     longest = getattr(checkpoint.config().get_text_config(), "max_position_embeddings", None)
     for source in sources:
         for each in _parts(source):

@@ -105,7 +105,9 @@ def recover(
     check_shard_size(shard_size)
     dense = find_dense(model, teacher, training, control=control)
     texts, read = [Text(data, training.seq_len)], [dense.path] if dense else []
-    checkpoint, target, skeleton = prepare(model, output, texts, read, folder=True, overwrite=overwrite)
+    checkpoint, target, skeleton = prepare(
+        model, output, texts, read, compute=compute, folder=True, overwrite=overwrite
+    )
     check_adapter(skeleton, training, kept=keep_adapter)
     check_tracker(tracker, target)
     started = dense if dense and control else checkpoint

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hifiprune.allocation import Budget, Shape, Sharing
+from hifiprune.allocation import Shape
 from hifiprune.calibration import Calibration
 from hifiprune.checkpoint import Checkpoint
 from hifiprune.criteria import find_criterion
@@ -35,21 +35,23 @@ def kept_resident(calibration: Calibration | None, course: Course | None = None,
     return "biases are compensated" if compensate else ""
 
 
-def width_for(
-    skeleton: PreTrainedModel, budget: Budget, round_to: int, sharing: Sharing, scores: Scores | None = None
-) -> tuple[Shape, int]:
+def width_for(skeleton: PreTrainedModel, course: Course, scores: Scores | None) -> tuple[Shape, int]:
     """The sizes of a model, and the width of its MLPs, or of most of them.
 
     Raises:
-        UserError: the budget cannot be met, the widths could not be saved, or scores made before do not fit the model.
+        UserError: the budget cannot be met, the widths could not be saved, steps would remove nothing, or scores made
+            before do not fit the model.
     """
     if scores:
         scores.require_finite()
         scores.require_layout(skeleton)
     shape = shape_of(skeleton)
-    width = shape.width_at(budget, round_to)
-    shape.check_experts(sharing.allocation, width)
-    if sharing.allocation != "uniform" and (reason := family_of(skeleton.config).one_width):
+    width = shape.width_at(course.budget, course.round_to)
+    shape.check_experts(course.sharing.allocation, width)
+    if course.steps > shape.neurons - width:
+        most = shape.neurons - width
+        raise UserError(f"steps {course.steps} must be at most {most}: that many neurons of each MLP go, one a step")
+    if course.sharing.allocation != "uniform" and (reason := family_of(skeleton.config).one_width):
         raise UserError(f"{reason}: --allocation uniform")
     return shape, width
 

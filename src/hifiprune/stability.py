@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hifiprune.allocation import Budget, Sharing, allocate
+from hifiprune.bounds import check_numbers
 from hifiprune.criteria import find_criterion
 from hifiprune.errors import UserError
 from hifiprune.parallel import processes
@@ -47,8 +48,7 @@ class Stability:
     curve: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if not 0 < self.wanted < 1:
-            raise UserError(f"until-stable {self.wanted:g} must lie above 0 and below 1, such as 0.99")
+        check_numbers({"until_stable": self.wanted})
 
     def check(self, criteria: Sequence[str]) -> None:
         """Refuse scoring that it cannot watch.

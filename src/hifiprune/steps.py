@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hifiprune.allocation import Budget, Shape, Sharing, allocate
-from hifiprune.errors import UserError
+from hifiprune.bounds import check_numbers
 from hifiprune.plan import Plan
 from hifiprune.repair import cut_and_repaired
 from hifiprune.resuming import Keeper
@@ -43,8 +43,7 @@ class Course:
     repair: bool = True
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise UserError(f"steps {self.steps} must be at least 1")
+        check_numbers({"steps": self.steps, "round_to": self.round_to})
 
 
 def score_in_steps(

@@ -6,6 +6,7 @@ from typing import Annotated
 from typer import Option
 
 from hifiprune import DEFAULT_CRITERION
+from hifiprune.bounds import meant
 from hifiprune.errors import UserError
 from hifiprune.options import (
     SOURCES,
@@ -61,7 +62,7 @@ def compare(
     perplexity_text: Annotated[
         list[str] | None, Option(help="Text to measure perplexity and entropy alone on, in less time.")
     ] = None,
-    max_windows: Annotated[int | None, Option(min=1, help="Measure on the first windows of each text only.")] = None,
+    max_windows: Annotated[int | None, Option(help="Measure on the first windows of each text only.")] = None,
     tasks: TaskNames = None,
     task_path: TaskPath = None,
     limit: Limit = None,
@@ -117,7 +118,7 @@ def ablate(
     groups: Annotated[int, Option(help="Random groups to remove.")] = 32,
     group_size: Annotated[int, Option(help="Neurons of a group.")] = 32,
     seq_len: SeqLen = 512,
-    max_windows: Annotated[int, Option(min=1, help="Use only the first windows.")] = 4,
+    max_windows: Annotated[int, Option(help="Use only the first windows.")] = 4,
     seed: Annotated[int, Option(help="Seed of the sample.")] = 0,
     text_column: TextColumn = None,
     batch_size: BatchSize = 1,
@@ -152,4 +153,4 @@ def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError as error:
-        raise UserError(f"ratio '{text}' is not a number; give fractions such as 0.2,0.3") from error
+        raise UserError(f"ratio '{text}' is no number{meant(text)}; give fractions such as 0.2,0.3") from error

@@ -6,6 +6,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from hifiprune.bounds import check_numbers
 from hifiprune.calibration import Track, cut_windows, join_documents, untracked
 from hifiprune.errors import UserError
 from hifiprune.reading import check_named, read_documents
@@ -34,10 +35,7 @@ class Text:
 
     def __post_init__(self) -> None:
         check_named(self.source)
-        if self.seq_len < 2:
-            raise UserError(f"seq-len {self.seq_len} must be at least 2")
-        if self.max_windows is not None and self.max_windows < 1:
-            raise UserError(f"max-windows {self.max_windows} must be at least 1")
+        check_numbers(vars(self))
 
     def held(self, tokenizer: PreTrainedTokenizerBase, track: Track = untracked) -> "Held":
         """The text as one stream of tokens, cut without overlap; no more is read than is used.

@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from hifiprune.announcements import short
+from hifiprune.bounds import check_numbers
 from hifiprune.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.compute import Compute
 from hifiprune.errors import RunError, UserError
@@ -76,9 +77,12 @@ def bench(
         ),
     )  # fmt: skip
     check_names(names)
-    _check_numbers({"batch size": batch_sizes, "length": lengths, "rounds": [rounds], "repeats": [repeats]}, new_tokens)
+    check_numbers({"rounds": rounds, "repeats": repeats, "new_tokens": new_tokens})
+    for name, values in {"batch_size": batch_sizes, "length": lengths}.items():
+        for value in values:
+            check_numbers({name: value})
     checkpoints = [find_checkpoint(name) for name in names]
-    skeletons = [check_model(checkpoint) for checkpoint in checkpoints]
+    skeletons = [check_model(checkpoint, compute) for checkpoint in checkpoints]
     for checkpoint, skeleton in zip(checkpoints, skeletons, strict=True):
         most = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
         if most and max(lengths) + new_tokens > most:
@@ -141,15 +145,6 @@ def _trouble(runs: dict[str, list[dict[str, Any]]], number: int) -> str:
 
 def _told(run: dict[str, Any], number: int) -> str:
     return str(run["timings"][number].get("trouble", ""))
-
-
-def _check_numbers(numbers: dict[str, Sequence[int]], new_tokens: int) -> None:
-    for name, values in numbers.items():
-        for value in values:
-            if value < 1:
-                raise UserError(f"{name} {value} must be at least 1")
-    if new_tokens < 2:
-        raise UserError(f"new tokens {new_tokens} must be at least 2")
 
 
 def _timed(name: str, asked: str) -> dict[str, Any]:

@@ -17,19 +17,14 @@ from transformers import (
     TrainingArguments,
 )
 
+from hifiprune.bounds import check_numbers
 from hifiprune.errors import UserError, unknown
-from hifiprune.guards import check_seed
 from hifiprune.packing import Packed
 from hifiprune.teacher import Remembered
 from hifiprune.watch import CLOCK, Watch
 
 METHODS = ("lora", "full")
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw-bf16": "adamw_torch", "8-bit": "adamw_bnb_8bit"}
-LEAST = {
-    "max_steps": 1, "batch_size": 1, "gradient_accumulation": 1, "seq_len": 2, "lora_r": 1, "lora_alpha": 1,
-    "match_hidden": 0, "cache_teacher": 1, "evaluate_every": 1,
-}  # fmt: skip
-"""What numbers must be at least."""
 
 
 @dataclass(frozen=True)
@@ -93,20 +88,7 @@ class Training:
             raise unknown("method", self.method, METHODS)
         if self.optimizer not in OPTIMIZERS:
             raise unknown("optimizer", self.optimizer, OPTIMIZERS)
-        for name in ("learning_rate", "epochs", "temperature", "max_minutes"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"{name.replace('_', '-')} {value:g} must be above 0")
-        for name, least in LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{name.replace('_', '-')} {value} must be at least {least}")
-        for name in ("lora_dropout", "distill_weight"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name.replace('_', '-')} {getattr(self, name):g} must lie in [0, 1]")
-        if not 0 < self.held_out < 1:
-            raise UserError(f"held-out {self.held_out:g} must lie in (0, 1)")
-        check_seed(self.seed)
+        check_numbers(vars(self))
         if self.cache_teacher and (self.match_hidden or not self.distill_weight):
             raise UserError("cache-teacher keeps distributions: give a --distill-weight above 0, and no --match-hidden")
 

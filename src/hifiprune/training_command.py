@@ -7,7 +7,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from hifiprune.errors import UserError
-from hifiprune.options import AsJson, Attention, Debug, Device, Dtype, Output, Overwrite, ShardSize, TextColumn
+from hifiprune.options import AsJson, Attention, Debug, Device, Dtype, Output, Overwrite, ShardSize, TextColumn, listed
 from hifiprune.terminal import show, voice
 
 
@@ -43,7 +43,7 @@ def recover(
     epochs: Annotated[float | None, Option(help="Passes over the data.")] = None,
     max_steps: Annotated[int | None, Option(help="Optimizer steps, in place of epochs.")] = None,
     max_minutes: Annotated[float | None, Option(help="Wall-clock limit.")] = None,
-    lr: Annotated[float | None, Option(help="Learning rate at the start.")] = None,
+    learning_rate: Annotated[float | None, Option("--lr", help="Learning rate at the start.")] = None,
     lora_r: Annotated[int | None, Option(help="Rank of the changes.")] = None,
     lora_alpha: Annotated[int | None, Option(help="Their scale is alpha / r.")] = None,
     lora_dropout: Annotated[float | None, Option(help="Dropout of their input.")] = None,
@@ -67,7 +67,7 @@ def recover(
         bool, Option("--learn-prompts", help="Labels on prompts too, not on answers alone.")
     ] = False,
     text_column: TextColumn = None,
-    max_rows: Annotated[int | None, Option(min=1, help="Rows of a hub data set; all if not given.")] = None,
+    max_rows: Annotated[int | None, Option(help="Rows of a hub data set; all if not given.")] = None,
     control: Annotated[bool, Option("--control", help="Train the dense model instead, on the same data.")] = False,
     keep_adapter: Annotated[bool, Option("--keep-adapter", help="Write the LoRA adapter too.")] = False,
     resume: Annotated[
@@ -91,6 +91,10 @@ def recover(
     from hifiprune import printing
     from hifiprune.training import training_named
 
+    if target_modules is not None and not listed(target_modules):
+        raise UserError(
+            f"target-modules '{target_modules}' names no map; give names such as q_proj,v_proj, or leave it out"
+        )
     given = {
         "method": method,
         "distill_weight": distill_weight,
@@ -100,11 +104,11 @@ def recover(
         "epochs": epochs,
         "max_steps": max_steps,
         "max_minutes": max_minutes,
-        "learning_rate": lr,
+        "learning_rate": learning_rate,
         "lora_r": lora_r,
         "lora_alpha": lora_alpha,
         "lora_dropout": lora_dropout,
-        "target_modules": tuple(name.strip() for name in target_modules.split(",")) if target_modules else None,
+        "target_modules": None if target_modules is None else tuple(listed(target_modules)),
         "seq_len": seq_len,
         "batch_size": batch_size,
         "gradient_accumulation": gradient_accumulation,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hifiprune.errors import UserError
+from hifiprune.bounds import check_numbers
 from hifiprune.evaluation.continuations import Request, likelihoods
 from hifiprune.evaluation.harness import as_it_is, built_once, explained, files_explained, find_tasks, quiet, seeded
 from hifiprune.evaluation.intervals import Estimate, bootstrap_average
@@ -49,8 +49,7 @@ class Tasks:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"limit {self.limit} must be at least 1")
+        check_numbers({"limit": self.limit, "seed": self.seed})
         names = tuple(each for name in self.names for each in (PAPERS if name == "papers" else [name]))
         object.__setattr__(self, "names", names)
 
@@ -145,8 +144,7 @@ class Exam:
             UserError: the batch size or a task cannot be used.
             RunError: memory ran out.
         """
-        if batch_size < 1:
-            raise UserError(f"batch size {batch_size} must be at least 1")
+        check_numbers({"batch_size": batch_size})
         from lm_eval.evaluator import evaluate
         from lm_eval.models.huggingface import HFLM
 

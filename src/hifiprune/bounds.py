@@ -1,0 +1,110 @@
+"""The range of every number that commands take, declared once for the command line and the Python API."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import inf, isfinite
+from numbers import Integral, Real
+from typing import Any
+
+from hifiprune.errors import UserError
+
+LARGEST = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The numbers that an option takes.
+
+    Attributes:
+        least: the smallest, or what all are above.
+        most: the largest, or what all are below.
+        whole: whether they are whole.
+        open: whether the ends themselves are left out.
+    """
+
+    least: int | float
+    most: int | float
+    whole: bool = False
+    open: bool = False
+
+    def __contains__(self, value: Any) -> bool:
+        """Whether an option takes a number."""
+        inside = self.least < value < self.most if self.open else self.least <= value <= self.most
+        return inside and isfinite(value)
+
+    def wanted(self, value: Any) -> str:
+        """Say what a number that is out of range must be."""
+        if self.most == inf and not isfinite(value):
+            return "be a finite number"
+        if self.most == 1:
+            return "lie in (0, 1)" if self.open else "lie in [0, 1]"
+        if value > self.least and isfinite(value):
+            return f"be at most {self.most}"
+        return f"be above {self.least:g}" if self.open else f"be at least {self.least}"
+
+
+SHARE, INNER_SHARE = Bounds(0, 1), Bounds(0, 1, open=True)
+POSITIVE, NOT_NEGATIVE = Bounds(0, inf, open=True), Bounds(0, inf)
+COUNT, PAIR = Bounds(1, LARGEST, whole=True), Bounds(2, LARGEST, whole=True)
+FEW = Bounds(1, 1000, whole=True)
+BOUNDS = {
+    **dict.fromkeys(("alpha", "floor", "distill_weight", "lora_dropout"), SHARE),
+    **dict.fromkeys(("ratio", "neuron_ratio", "light_cut", "held_out", "until_stable"), INNER_SHARE),
+    **dict.fromkeys(("temperature", "learning_rate", "epochs", "max_minutes"), POSITIVE),
+    **dict.fromkeys(("weight_decay", "match_hidden"), NOT_NEGATIVE),
+    **dict.fromkeys(("seeds", "label_samples", "rounds", "repeats"), FEW),
+    **dict.fromkeys(("seq_len", "new_tokens", "group_size"), PAIR),
+    **dict.fromkeys(
+        (
+            "num_samples", "batch_size", "length", "width", "round_to", "steps", "trials", "max_windows", "max_rows",
+            "limit", "neurons", "max_steps", "gradient_accumulation", "lora_r", "lora_alpha", "cache_teacher",
+            "evaluate_every",
+        ),
+        COUNT,
+    ),
+    "groups": Bounds(0, LARGEST, whole=True),
+}  # fmt: skip
+"""By the name of an option, with underscores."""
+SEEDS = 2**32
+"""So many seeds there are that every generator of random numbers takes."""
+
+
+def check_numbers(values: Mapping[str, Any]) -> None:
+    """Refuse numbers that are out of range, by the names of their options; None and other options are left alone.
+
+    Raises:
+        UserError: one is, or is no number.
+    """
+    for name, value in values.items():
+        if value is None or (name not in BOUNDS and name != "seed"):
+            continue
+        option, bounds = name.replace("_", "-"), BOUNDS.get(name, COUNT)
+        kind = Integral if bounds.whole else Real
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise UserError(f"{option} {value!r} must be a {'whole ' * bounds.whole}number{meant(str(value))}")
+        if name == "seed" and not 0 <= value < SEEDS:
+            raise UserError(f"seed {value} must lie in 0 to {SEEDS - 1}")
+        if name != "seed" and value not in bounds:
+            shown = f"{value}" if bounds.whole else f"{value:g}"
+            raise UserError(f"{option} {shown} must {bounds.wanted(value)}{_as_share(bounds, value)}")
+
+
+def _as_share(bounds: Bounds, value: int | float) -> str:
+    """Suggest the fraction for a percentage, or for what is left of the whole."""
+    if bounds is not INNER_SHARE or not 1 < value < 100:
+        return ""
+    return f"; did you mean {value - 1 if value < 2 else value / 100:g}?"
+
+
+def meant(text: str) -> str:
+    """Suggest how to write a number that was written as people do: `0,2`, `20%`, `1/5` or `1,000`."""
+    if re.fullmatch(r"[+-]?[1-9]\d{0,2}(,\d{3})+", text):
+        return f"; write {text.replace(',', '')}"
+    if re.fullmatch(r"[+-]?\d*,\d+", text):
+        return f"; write {float(text.replace(',', '.')):g}"
+    if match := re.fullmatch(r"(\d*\.?\d+) ?%", text):
+        return f"; write {float(match[1]) / 100:g}"
+    if (match := re.fullmatch(r"(\d+)/(\d+)", text)) and int(match[2]):
+        return f"; write {int(match[1]) / int(match[2]):g}"
+    return ""
