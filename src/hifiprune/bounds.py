@@ -80,7 +80,7 @@ def check_numbers(values: Mapping[str, Any]) -> None:
         if value is None or (name not in BOUNDS and name != "seed"):
             continue
         option, bounds = name.replace("_", "-"), BOUNDS.get(name, COUNT)
-        kind = Integral if bounds.whole else Real
+        kind: Any = Integral if bounds.whole else Real
         if not isinstance(value, kind) or isinstance(value, bool):
             raise UserError(f"{option} {value!r} must be a {'whole ' * bounds.whole}number{meant(str(value))}")
         if name == "seed" and not 0 <= value < SEEDS:
