@@ -34,7 +34,7 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/scoring.py
-	$(BIN)/hifiprune demo --output demo-out
+	$(BIN)/hifiprune demo --output demo-out --overwrite
 	cp demo-out/demo.json benchmarks/results/demo.json
 
 wheel-test: $(VENV)/.dev

@@ -168,7 +168,8 @@ def test_push_shows_what_would_go_and_uploads_when_told(pruned: Path, monkeypatc
     shown = run("push", pruned, "someone/small", "--json")
     assert shown.code == 0, shown.err
     assert done == []
-    assert set(shown.json["files"]) == {str(path.relative_to(pruned)) for path in pruned.rglob("*") if path.is_file()}
+    files = {str(path.relative_to(pruned)) for path in pruned.rglob("*") if path.is_file()}
+    assert set(shown.json["files"]) == files - {".hifiprune.json"}
     assert shown.json["files"]["model.safetensors"] == (pruned / "model.safetensors").stat().st_size
     assert any("nothing was measured" in remark for remark in shown.json["remarks"])
     table = run("push", pruned, "someone/small")

@@ -36,6 +36,8 @@ print("first words"); print("Writing:  50%|####", flush=True)
 {ending}
 writer = gguf.GGUFWriter(sys.argv[3], "llama")
 writer.add_feed_forward_length({width})
+for name, value in json.loads(Path(sys.argv[sys.argv.index("--metadata") + 1]).read_text()).items():
+    writer.add_string(name, value)
 writer.add_tensor("blk.0.ffn_down.weight", numpy.zeros((32, {width}), dtype="float32"))
 writer.write_header_to_file(); writer.write_kv_data_to_file(); writer.write_tensors_to_file()
 """
@@ -88,6 +90,9 @@ def test_a_file_in_f32_holds_the_pruned_model(converter: Path, cut: Callable[...
     result = run("export", folder, "--output", tmp_path / "small.gguf", "--type", "f32", "--converter", converter)
     assert result.code == 0, result.err
     assert "Next: llama-cli -m" in result.out
+    maker = GGUFReader(tmp_path / "small.gguf").get_field("general.quantized_by")
+    assert maker is not None
+    assert maker.contents() == f"hifiprune {hp.__version__}"
     reader = GGUFReader(tmp_path / "small.gguf")
     assert reader.fields["llama.feed_forward_length"].contents() == WIDTH
     assert {tensor.tensor_type.name for tensor in reader.tensors} == {"F32"}
@@ -227,6 +232,7 @@ def test_other_types_go_through_the_quantizer(
     assert result.code == 0, result.err
     assert json.loads((tmp_path / "told.json").read_text())[0][-1] == "auto"
     assert result.json["tensors"] == {"F32": 1}
+    assert run(*words, "--overwrite").code == 0, "it is known by what it says of its maker"
     quantizer.write_text(f"#!{sys.executable}\nimport sys; sys.exit('no such type')\n")
     refused(run(*words, "--overwrite"), "quantizing failed with exit code 1: no such type", code=1)
 
@@ -246,7 +252,7 @@ def test_what_cannot_be_exported_is_refused_before_the_converter_runs(
     assert run("prune", tmp_path / "bloom", "--output", tmp_path / "cut", "--width", 16, *how[2:6]).code == 0
     refused(run("export", tmp_path / "cut", *words), "the configuration of a bloom model has no place for a width")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1000))
-    refused(run("export", world / "dense", *words), "0.00 GB free", code=1)
+    refused(run("export", world / "dense", *words), "has 1.0 kB free", code=1)
     assert not (tmp_path / "told.json").exists()
 
 

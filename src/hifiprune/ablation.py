@@ -27,6 +27,7 @@ from hifiprune.preparation import check_tokens, load_hashed, plain_arguments, pr
 from hifiprune.record import RunRecord
 from hifiprune.scores import Scores
 from hifiprune.taps import BlockCall
+from hifiprune.targets import exclusive
 from hifiprune.texts import Text
 from hifiprune.unfinished import Unfinished
 from hifiprune.voice import SILENT, Voice
@@ -36,6 +37,7 @@ Trial = tuple[int, tuple[int, ...]]
 """A layer and the neurons of it that are removed."""
 
 
+@exclusive
 def ablate(
     model: str,
     output: str | Path,
@@ -114,7 +116,7 @@ def ablate(
     record.reused_parts = len(unfinished.reused)
     divergences = [known[trial]["kl"] for trial in trials]
     record.results = {"model_hash": model_hash, **correlate(trials, divergences, loaded_scores)}
-    with replacing(target) as folder:
+    with replacing(target, overwrite=overwrite) as folder:
         from hifiprune.plots import draw_ablation
 
         folder.mkdir()

@@ -16,6 +16,7 @@ from hifiprune.discovery import family_of
 from hifiprune.errors import UserError
 from hifiprune.evaluation.fidelity import METRICS
 from hifiprune.lineage import record_of
+from hifiprune.manifest import is_unchanged, update_manifest
 from hifiprune.output import replacing
 from hifiprune.voice import Voice
 
@@ -148,7 +149,7 @@ def add_results(folder: Path, name: str, results: dict[str, Any], text: str | No
         results: of the run.
         text: that was measured on.
     """
-    card = read_card(folder)
+    card, unchanged = read_card(folder), is_unchanged(folder, CARD)
     assert card is not None
     row, source = results["models"][name], plain(Path(text).name) if text else ""
     data: Any = card.data
@@ -163,6 +164,8 @@ def add_results(folder: Path, name: str, results: dict[str, Any], text: str | No
     body = body if replaced else f"{body}\n\n{measured}\n"
     with replacing(folder / CARD) as temporary:
         ModelCard(f"---\n{data.to_yaml()}\n---\n{body}").save(temporary)
+    if unchanged:
+        update_manifest(folder, CARD)
 
 
 def _story(record: dict[str, Any], base: Base | None = None) -> Story:

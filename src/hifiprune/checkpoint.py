@@ -87,9 +87,15 @@ class Checkpoint:
             refuse_pointers(self.name, [self.folder / INDEX])
             try:
                 index = json.loads((self.folder / INDEX).read_text())
-                return sorted({self.folder / shard for shard in index["weight_map"].values()})
+                shards = {Path(shard) for shard in index["weight_map"].values()}
             except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise UserError(f"{self.name}: {INDEX} is damaged ({error}); copy the checkpoint again") from error
+            for shard in shards:
+                if shard.is_absolute() or ".." in shard.parts:
+                    raise UserError(
+                        f"{self.name}: {INDEX} names {shard}, outside of its folder; no checkpoint does that"
+                    )
+            return sorted(self.folder / shard for shard in shards)
         pickled = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in self.folder.glob(kind))
         if pickled and not (self.folder / SINGLE).is_file():
             hint = f"{pickled[0]} would have to be unpickled: convert it to safetensors first"
@@ -172,6 +178,32 @@ class Checkpoint:
         refuse_pointers(self.name, files)
         for file in files if not self.gguf else ():
             check_whole(self.name, file)
+
+    def check_files(self) -> None:
+        """Check as the loader would, but without reading weights, that the files are whole and fit together.
+
+        Raises:
+            UserError: the configuration or tokenizer cannot be read, or the weights are not the model's.
+        """
+        self.fetch()
+        if (self.folder / "generation_config.json").is_file():
+            with _explained(self.name, "generation_config.json"):
+                GenerationConfig.from_pretrained(self.folder)
+        with _explained(self.name, "the weights"):
+            loaded: Any = self.model_class.from_pretrained(
+                self.folder,
+                config=self.config(),
+                device_map="meta",
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        _, report = loaded
+        if report["missing_keys"]:
+            missing = sorted(report["missing_keys"])
+            raise UserError(f"{self.name} lacks {len(missing)} tensors, such as {missing[0]}; copy it again")
+        if has_vocabulary(self.folder):
+            self.tokenizer()
 
     def tensors(self) -> dict[str, Stored | Stacked]:
         """What the weight files hold, by the model's names, in the order of their bytes; tied tensors once."""

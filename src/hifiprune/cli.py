@@ -57,6 +57,7 @@ from hifiprune.options import (
     UntilStable,
     drawn_from,
 )
+from hifiprune.output import local_path
 from hifiprune.parallel import check_command
 from hifiprune.study import ablate, compare, criteria
 from hifiprune.terminal import hush_torchao, show, voice
@@ -148,7 +149,7 @@ def prune(
         dry_run=dry_run,
         voice=speaker,
     )
-    told = partial(printing.foreseen, record) if dry_run else partial(printing.pruned, record, output)
+    told = partial(printing.foreseen, record) if dry_run else partial(printing.pruned, record, local_path(output))
     show(record.to_dict(), as_json, told)
 
 
@@ -198,7 +199,9 @@ def score(
         dry_run=dry_run,
         voice=voice(),
     )
-    told = partial(printing.foreseen, record) if dry_run else partial(printing.scored, record, model, output)
+    told = (
+        partial(printing.foreseen, record) if dry_run else partial(printing.scored, record, model, local_path(output))
+    )
     show(record.to_dict(), as_json, told)
 
 
@@ -221,18 +224,19 @@ def inspect(
 
 @app.command(cls=Command)
 def demo(
-    output: Annotated[Path, Option(help="Folder for the models and the results.")] = Path("demo-out"),
+    output: Annotated[str, Option(metavar="PATH", help="Folder for the models and the results.")] = "demo-out",
     model: Annotated[str | None, Option(help="Another model than SmolLM2-135M-Instruct.")] = None,
     num_samples: NumSamples = 24,
     seq_len: SeqLen = 512,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Prune a real small model by 20% on this machine and show how faithful it stays."""
     from hifiprune import demonstration, printing
 
-    summary = demonstration.run(output, model, num_samples, seq_len, voice())
-    show(summary, as_json, lambda: printing.demonstrated(summary, output))
+    summary = demonstration.run(output, model, num_samples, seq_len, voice(), overwrite=overwrite)
+    show(summary, as_json, lambda: printing.demonstrated(summary, local_path(output)))
 
 
 @app.callback(invoke_without_command=True)
@@ -268,7 +272,8 @@ def main() -> None:
     except HifipruneError as error:
         _fail(error, str(error), error.exit_code)
     except _Stopped as error:
-        _fail(error, f"interrupted by {error}: no half-written output is left; give the same command again", 1)
+        left = "; ".join(getattr(error, "__notes__", ["give the same command again"]))
+        _fail(error, f"interrupted by {error}: no half-written output is left; {left}", 1)
     except Exception as error:  # noqa: BLE001 - the edge: whatever is left is our bug, said in one line
         _fail(error, f"{type(error).__name__}: {error} (a bug in hifiprune or a library; --debug shows where)", 1)
 

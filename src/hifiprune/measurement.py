@@ -21,10 +21,12 @@ from hifiprune.evaluation import Answers, Estimate, Exam, Tasks, average, differ
 from hifiprune.evaluation.passages import read_passage
 from hifiprune.guards import check_names
 from hifiprune.hashing import hash_tokens
+from hifiprune.lineage import read_with
 from hifiprune.neurons import count_parameters
-from hifiprune.output import check_target, replacing
+from hifiprune.output import replacing
 from hifiprune.preparation import check_model, check_tokens, load_hashed, plain_arguments
 from hifiprune.record import RunRecord
+from hifiprune.targets import check_target, exclusive
 from hifiprune.texts import Text
 from hifiprune.unfinished import Unfinished, kept
 from hifiprune.voice import SILENT, Voice
@@ -36,6 +38,7 @@ PROMPTS = 8
 """Asked at once where one window is measured: they are short."""
 
 
+@exclusive
 def evaluate(
     models: str | Sequence[str],
     text: str | None = None,
@@ -101,7 +104,8 @@ def evaluate(
         check_cards(checkpoints)
     unfinished = None
     if output is not None:
-        inputs = [*(checkpoint.path for checkpoint in everyone), text]
+        read = [path for checkpoint in everyone for path in read_with(checkpoint)]
+        inputs = [*read, text, tasks.include_path if tasks else None]
         target = check_target(output, folder=True, overwrite=overwrite, inputs=inputs)
         unfinished = Unfinished.beside(target, "evaluate", voice)
     if tasks:
@@ -124,7 +128,7 @@ def evaluate(
             add_results(checkpoint.folder, checkpoint.name, record.results, text)
     if output is not None and unfinished:
         record.reused_parts = len(unfinished.reused)
-        with replacing(target) as new:
+        with replacing(target, overwrite=overwrite) as new:
             new.mkdir()
             record.save(new / "run.json")
             (new / PASSAGES).write_text(json.dumps(bench.passages))

@@ -21,7 +21,7 @@ TEXT_FLAGS = (
     "--num-samples", "--seq-len", "--seed", "--sampler", "--text-column", "--batch-size", "--dtype", "--attention",
 )  # fmt: skip
 Model = Annotated[str, Argument(metavar="MODEL", help="Local folder, hub id or .gguf file.")]
-Output = Annotated[Path, Option(help="What to make; written beside and renamed when whole.")]
+Output = Annotated[str, Option(metavar="PATH", help="What to make; written beside and renamed when whole.")]
 SOURCES = (
     "Calibration text: .txt, .jsonl or .parquet file, a folder of those, a hub data set id[:config][:split], "
     "'python-docs' (ships inside Python) or 'self' (sampled from the model). Given more than once, sources are mixed: "

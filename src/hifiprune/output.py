@@ -7,56 +7,63 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from hifiprune.errors import RunError, UserError
+from hifiprune.manifest import check_replaceable, write_manifest
 
 if sys.platform != "win32":
     import fcntl
 
 REPLACED = "replaced"
+LONGEST_NAME, LONGEST_PATH = 255, 4000
 RANDOM = 8
 """Letters that `tempfile.mkdtemp` puts into a name."""
 
 
 def local_path(name: str | Path) -> Path:
-    """`name` as a path, with a leading `~` for the home folder where there is one."""
-    return Path(os.path.expanduser(name))
-
-
-def check_target(
-    target: str | Path, *, folder: bool, overwrite: bool = False, inputs: Sequence[str | Path | None] = ()
-) -> Path:
-    """Return the absolute path of `target` after checking, before any work, that it can be written.
-
-    Args:
-        target: file or folder to be made.
-        folder: whether it will be a folder.
-        overwrite: whether an existing one of the same kind may be replaced.
-        inputs: paths that are read, of which none may be lost.
+    """Return `name` as a path on this disk, with a leading `~` and environment variables in their values' places.
 
     Raises:
-        UserError: it exists and may not be replaced, is or contains an input, or its folder cannot be written.
+        UserError: no file can have such a name.
     """
-    path, real = Path(os.path.abspath(target)), Path(target).resolve()
-    _clear_after_the_killed(path)
-    for read in (local_path(name).resolve() for name in inputs if name is not None):
-        if read.exists() and real in (read, *read.parents):
-            relation = "is" if real == read else "contains"
-            raise UserError(f"output {target} {relation} the input {read}; choose another name")
-    if os.path.lexists(path):
-        if not overwrite:
-            raise UserError(f"output {target} exists already; choose another name, or replace it with --overwrite")
-        if path.is_symlink() or path.is_dir() != folder:
-            raise UserError(f"output {target} is not a {'folder' if folder else 'file'}; choose another name")
-    parent = nearest_folder(path)
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"output {target} cannot be written: {parent} is not a writable folder")
+    if not str(name).strip():
+        raise UserError("an empty name was given where a file, a folder or a model is needed; is a variable not set?")
+    path = Path(os.path.expanduser(os.path.expandvars(name)))
+    longest = max(len(os.fsencode(part)) for part in (*path.parts, ""))
+    if longest > LONGEST_NAME or len(os.fsencode(path)) > LONGEST_PATH or "\0" in str(path):
+        raise UserError(
+            f"no file can be called {str(path)[:40]!r}...: names have at most {LONGEST_NAME} bytes, paths "
+            f"{LONGEST_PATH}, and neither a zero byte"
+        )
     return path
+
+
+def output_path(name: str | Path) -> Path:
+    """Return the absolute path of an output, whose folder's links are followed.
+
+    Raises:
+        UserError: no file can have such a name.
+    """
+    try:
+        path = local_path(name).absolute()
+    except FileNotFoundError as error:
+        raise UserError("the working directory was removed; change to one that is there") from error
+    if path.name in ("", ".."):
+        return path.resolve()
+    return path.parent.resolve() / path.name
+
+
+def disk_size(count: int) -> str:
+    """Return bytes in the largest unit that leaves a digit before the point."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:,.{1 if unit == 'kB' else 2}f} {unit}"
+    return f"{count} byte{'s' * (count != 1)}"
 
 
 def check_shard_size(shard_size: str) -> None:
@@ -71,24 +78,29 @@ def check_space(target: str | Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed_bytes:
         raise RunError(
-            f"the disk of {parent} has {free / 1e9:.2f} GB free, the output needs {needed_bytes / 1e9:.2f} GB; "
+            f"the disk of {parent} has {disk_size(free)} free, the output needs {disk_size(needed_bytes)}; "
             "free some space or choose another --output"
         )
 
 
 @contextmanager
-def replacing(target: str | Path) -> Iterator[Path]:
+def replacing(target: str | Path, *, overwrite: bool | None = None) -> Iterator[Path]:
     """Yield a path beside `target` to write a file or folder to; it becomes `target` if all goes well, else is removed.
 
     What killed processes left of the same target is removed first.
 
+    Args:
+        target: file or folder to be made.
+        overwrite: whether an output of hifiprune may be replaced that is there in the end; nothing else ever is. If
+            not given, `target` is no output but a file of hifiprune's own, which is replaced whatever it is.
+
     Raises:
-        RunError: the disk is full or the target cannot be written.
+        RunError: the disk is full, the target cannot be written, or something came to its place meanwhile.
     """
-    target = Path(os.path.abspath(target))
+    target = output_path(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _clear_after_the_killed(target)
+        clear_after_the_killed(target)
         workplace = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     except OSError as error:
         raise RunError(f"cannot write {target}: {error.strerror}") from error
@@ -96,7 +108,11 @@ def replacing(target: str | Path) -> Iterator[Path]:
     try:
         new = workplace / target.name
         yield new
+        if new.is_dir():
+            write_manifest(new)
         _permit(new)
+        if overwrite is not None:
+            _look_again(target, folder=new.is_dir(), overwrite=overwrite)
         _rename(new, target, aside=workplace / REPLACED)
         if (workplace / REPLACED).exists():
             (workplace / REPLACED).rename(workplace / "no longer needed")  # never to be put back
@@ -106,6 +122,14 @@ def replacing(target: str | Path) -> Iterator[Path]:
         shutil.rmtree(workplace, ignore_errors=True)
         if held is not None:
             os.close(held)
+
+
+def _look_again(target: Path, *, folder: bool, overwrite: bool) -> None:
+    """Refuse to replace what came to an output's place since the run began, which nobody has agreed to."""
+    try:
+        check_replaceable(target, folder=folder, overwrite=overwrite)
+    except UserError as error:
+        raise RunError(f"{error}: it came there while this run worked, whose result is not written") from error
 
 
 def _hold(workplace: Path) -> int | None:
@@ -124,7 +148,7 @@ def _hold(workplace: Path) -> int | None:
     return held
 
 
-def _clear_after_the_killed(target: Path) -> None:
+def clear_after_the_killed(target: Path) -> None:
     """Remove what processes that are gone left beside a target, and put back what one of them was about to replace."""
     for workplace in target.parent.glob(f".{glob.escape(target.name)}.{'?' * RANDOM}.partial"):
         held = _hold(workplace)
@@ -159,13 +183,13 @@ def _rename(new: Path, target: Path, aside: Path) -> None:
 
 
 def nearest_folder(path: Path) -> Path:
-    """The closest parent that exists."""
-    return next(parent for parent in path.parents if parent.exists())
+    """The closest parent that exists; of the root itself."""
+    return next((parent for parent in path.parents if parent.exists()), path)
 
 
 def _describe(error: OSError | SafetensorError, target: Path) -> str:
     full = (isinstance(error, OSError) and error.errno == errno.ENOSPC) or f"os error {errno.ENOSPC}" in str(error)
     if full:
         free = shutil.disk_usage(target.parent).free
-        return f"the disk is full: {target} was not written ({free / 1e9:.2f} GB free); free some space and run again"
+        return f"the disk is full: {target} was not written ({disk_size(free)} free); free some space and run again"
     return f"{target} was not written: {error}"

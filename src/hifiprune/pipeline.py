@@ -34,10 +34,12 @@ from hifiprune.settling import (
 from hifiprune.stability import Stability
 from hifiprune.stages import Stages
 from hifiprune.steps import Course
+from hifiprune.targets import exclusive
 from hifiprune.unfinished import Unfinished
 from hifiprune.voice import SILENT, Voice
 
 
+@exclusive
 def score_checkpoint(
     model: str,
     output: str | Path,
@@ -101,12 +103,13 @@ def score_checkpoint(
     scores = stages.score(request, stability=stability)
     if rank() > 0:
         return record
-    scores.save(target)
+    scores.save(target, overwrite=overwrite)
     record.results |= _describe_scores(scores)
     stages.finish()
     return record
 
 
+@exclusive
 def prune(
     model: str,
     output: str | Path,
@@ -220,7 +223,7 @@ def prune(
     plan = stages.plan(used, budget, round_to, sharing)
     record.results |= _describe_plan(plan, str(budget)) | _describe_scores(used)
     changed = stages.change(used, plan, repair=repair != "none", compensate=bias_compensation)
-    with replacing(target) as folder:
+    with replacing(target, overwrite=overwrite) as folder:
         with record.stage("writing"):
             stages.save(changed, plan, folder, shard_size)
         _write_decisions(folder, target, checkpoint, used, plan, record, base)

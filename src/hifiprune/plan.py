@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hifiprune.errors import UserError
 from hifiprune.json_files import checked, read_text
-from hifiprune.output import replacing
+from hifiprune.output import local_path, replacing
 from hifiprune.record_shapes import PlanFile
 
 FORMAT = "hifiprune-plan-1"
@@ -69,8 +69,8 @@ class Plan:
         return json.dumps(facts, sort_keys=True) + "\n"
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON."""
-        with replacing(path) as temporary:
+        """Write the plan as JSON, in place of a file that hifiprune wrote, but of no other."""
+        with replacing(path, overwrite=True) as temporary:
             temporary.write_text(self.to_json())
 
     @classmethod
@@ -80,7 +80,7 @@ class Plan:
         Raises:
             UserError: the file is missing, holds no plan, or was changed.
         """
-        text = read_text(Path(path))
+        text = read_text(local_path(path))
         if f'"{FORMAT}"' not in text:
             raise UserError(f"{path} is not a readable plan in the format {FORMAT}; 'hifiprune prune' writes one")
         facts = checked(text, PlanFile, str(path))

@@ -18,13 +18,14 @@ from hifiprune.discovery import family_of
 from hifiprune.errors import UserError
 from hifiprune.guards import check_vocabulary
 from hifiprune.hashing import hash_model
+from hifiprune.lineage import read_with
 from hifiprune.neurons import count_parameters, find_mlps
-from hifiprune.output import check_target
 from hifiprune.passes import free_bytes
 from hifiprune.reading import SELF
 from hifiprune.record import RunRecord
 from hifiprune.scratch import Scratch
 from hifiprune.streaming import stream
+from hifiprune.targets import check_target
 from hifiprune.texts import Text
 from hifiprune.voice import SILENT, Voice
 
@@ -60,7 +61,7 @@ def prepare(
         UserError: one of these cannot be used.
     """
     checkpoint = find_checkpoint(model)
-    inputs = [checkpoint.path, *(each.source for source in sources for each in _parts(source)), *files]
+    inputs = [*read_with(checkpoint), *(each.source for source in sources for each in _parts(source)), *files]
     target = check_target(output, folder=folder, overwrite=overwrite, inputs=inputs)
     return checkpoint, target, check_model(checkpoint, compute, *sources)
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from hifiprune.announcements import accuracies, asked_of, megabytes, short, width_range, with_error, with_interval
 from hifiprune.evaluation.fidelity import METRICS
 from hifiprune.lineage import dense_of
+from hifiprune.output import disk_size
 from hifiprune.record import RunRecord
 
 
@@ -161,7 +162,7 @@ def pushed(facts: dict[str, Any], folder: str) -> None:
     """What `push` uploaded, or would."""
     table = _table("file", "size")
     for name, size in facts["files"].items():
-        table.add_row(name, megabytes(size))
+        table.add_row(name, disk_size(size))
     _show(table)
     for remark in facts["remarks"]:
         Console().print(f"Note: {remark}.", markup=False, soft_wrap=True)

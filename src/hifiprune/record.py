@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 import torch
 
+from hifiprune.output import replacing
+
 LIBRARIES = ("hifiprune", "torch", "transformers", "safetensors", "tokenizers", "datasets")
 
 
@@ -55,8 +57,9 @@ class RunRecord:
         return facts
 
     def save(self, path: str | Path) -> None:
-        """Write the record as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        """Write the record as JSON, in place of a file that hifiprune wrote, but of no other."""
+        with replacing(path, overwrite=True) as temporary:
+            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
 
 def describe_environment() -> dict[str, Any]:

@@ -31,6 +31,7 @@ from hifiprune.packing import Packed, cut_to, pack
 from hifiprune.parallel import processes, rank
 from hifiprune.preparation import load, load_hashed, plain_arguments, prepare
 from hifiprune.record import RunRecord
+from hifiprune.targets import exclusive
 from hifiprune.teacher import Remembered, Teacher, remember
 from hifiprune.texts import Text
 from hifiprune.training import Training, gathered, last_state, train
@@ -44,6 +45,7 @@ HELD_OUT_ROWS = 128
 """Looked at, at most, however much is held out."""
 
 
+@exclusive
 def recover(
     model: str,
     output: str | Path,
@@ -152,7 +154,7 @@ def recover(
         }
         if weights or not _better(trainer.state):
             trained = _anew(started, training, compute, weights if _better(trainer.state) else None, voice)
-        with replacing(target) as new:
+        with replacing(target, overwrite=overwrite) as new:
             with record.stage("writing"):
                 if keep_adapter and isinstance(trained, PeftModel):
                     trained.save_pretrained(str(new / "adapter"))

@@ -11,10 +11,12 @@ from jinja2 import Environment
 from hifiprune import __version__
 from hifiprune.errors import UserError
 from hifiprune.lineage import pruning_of
-from hifiprune.output import check_target, local_path, replacing
+from hifiprune.output import local_path, replacing
 from hifiprune.runs import Run, read_runs
+from hifiprune.targets import check_target, exclusive
 
 
+@exclusive
 def report(folders: Sequence[str | Path], output: str | Path, *, overwrite: bool = False) -> Path:
     """Write one page about runs: outputs of `prune`, `recover`, `evaluate`, `bench` and `compare`.
 
@@ -50,7 +52,7 @@ def report(folders: Sequence[str | Path], output: str | Path, *, overwrite: bool
         data=data,
         plotly=get_plotlyjs(),
     )
-    with replacing(target) as temporary:
+    with replacing(target, overwrite=overwrite) as temporary:
         temporary.write_text(page)
     return target
 

@@ -16,7 +16,7 @@ from hifiprune.criteria import CRITERIA
 from hifiprune.errors import UserError, nearest_name
 from hifiprune.json_files import checked
 from hifiprune.neurons import count_parameters, find_mlps
-from hifiprune.output import replacing
+from hifiprune.output import local_path, replacing
 from hifiprune.record_shapes import ScoresFacts
 
 FORMAT = "hifiprune-scores-1"
@@ -50,14 +50,22 @@ class Scores:
     settings: dict[str, Any] = field(default_factory=dict)
     means: list[Float[Tensor, "_"]] | None = None
 
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file: a tensor an MLP, everything else as JSON in its metadata."""
+    def save(self, path: str | Path, *, overwrite: bool = True) -> None:
+        """Write one safetensors file: a tensor an MLP, everything else as JSON in its metadata.
+
+        Args:
+            path: of the file.
+            overwrite: replace a file that hifiprune wrote; others never are.
+
+        Raises:
+            RunError: another file is there, or it cannot be written.
+        """
         facts = {key: value for key, value in asdict(self).items() if key not in ("values", "means")}
         tensors = dict(zip(self.names, self.values, strict=True))
         if self.means:
             tensors |= {f"{name}.mean": mean for name, mean in zip(self.names, self.means, strict=True)}
         metadata = {"hifiprune": json.dumps({"format": FORMAT, **facts}, sort_keys=True)}
-        with replacing(path) as temporary:
+        with replacing(path, overwrite=overwrite) as temporary:
             save_file(tensors, temporary, metadata)
 
     @classmethod
@@ -67,7 +75,8 @@ class Scores:
         Raises:
             UserError: the file is missing, is no safetensors file, holds no scores, or was changed.
         """
-        if not Path(path).exists():
+        path = local_path(path)
+        if not path.exists():
             raise UserError(f"scores file {path} does not exist; make it with 'hifiprune score MODEL --output {path}'")
         try:
             with safe_open(path, "pt") as file:

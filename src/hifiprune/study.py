@@ -37,6 +37,7 @@ from hifiprune.options import (
     drawn_from,
     listed,
 )
+from hifiprune.output import local_path
 from hifiprune.terminal import show, voice
 
 
@@ -106,13 +107,13 @@ def compare(
         overwrite=overwrite,
         voice=voice(),
     )
-    show(record.to_dict(), as_json, lambda: printing.compared(record, model, output))
+    show(record.to_dict(), as_json, lambda: printing.compared(record, model, local_path(output)))
 
 
 def ablate(
     model: Model,
     scores: Annotated[list[Path], Option(help="Scores made before; give it once for each criterion.")],
-    output: Output = Path("ablation"),
+    output: Output = "ablation",
     text: Annotated[str, Option(help="Held-out text to measure on.")] = "python-docs",
     neurons: Annotated[int, Option(help="Single neurons to remove, one at a time.")] = 64,
     groups: Annotated[int, Option(help="Random groups to remove.")] = 32,

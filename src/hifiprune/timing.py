@@ -18,10 +18,12 @@ from hifiprune.compute import Compute
 from hifiprune.errors import RunError, UserError
 from hifiprune.evaluation.speed import Workload, operations, request
 from hifiprune.guards import check_names
+from hifiprune.lineage import read_with
 from hifiprune.neurons import count_parameters, find_mlps
-from hifiprune.output import check_target, replacing
+from hifiprune.output import replacing
 from hifiprune.preparation import check_model, plain_arguments
 from hifiprune.record import RunRecord
+from hifiprune.targets import check_target, exclusive
 from hifiprune.unfinished import Unfinished, kept
 from hifiprune.voice import SILENT, Voice
 
@@ -33,6 +35,7 @@ ENOUGH = 3
 """Rounds that show a spread."""
 
 
+@exclusive
 def bench(
     dense: str,
     pruned: Sequence[str],
@@ -90,7 +93,7 @@ def bench(
                 f"{max(lengths)} tokens and {new_tokens} new ones exceed the {most} positions of {checkpoint.name}; "
                 "use a smaller --lengths"
             )
-    inputs = [checkpoint.path for checkpoint in checkpoints]
+    inputs = [path for checkpoint in checkpoints for path in read_with(checkpoint)]
     target = None if output is None else check_target(output, folder=True, overwrite=overwrite, inputs=inputs)
     for checkpoint in checkpoints:
         checkpoint.fetch()
@@ -124,7 +127,7 @@ def bench(
     record.results["remarks"] = [*dict.fromkeys(filter(None, troubles)), *_remarks(record.results, rounds)]
     if target and unfinished:
         record.reused_parts = len(unfinished.reused)
-        with replacing(target) as new:
+        with replacing(target, overwrite=overwrite) as new:
             new.mkdir()
             record.save(new / "run.json")
         unfinished.remove()

@@ -1,19 +1,19 @@
 """The command that trains: `recover`."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
 
 from hifiprune.errors import UserError
 from hifiprune.options import AsJson, Attention, Debug, Device, Dtype, Output, Overwrite, ShardSize, TextColumn, listed
+from hifiprune.output import local_path
 from hifiprune.terminal import show, voice
 
 
 def recover(
     model: Annotated[str | None, Argument(metavar="MODEL", help="Local folder, hub id or .gguf file.")] = None,
-    output: Output = Path("recovered"),
+    output: Output = "recovered",
     data: Annotated[
         str | None,
         Option(
@@ -145,4 +145,4 @@ def recover(
         overwrite=overwrite,
         voice=voice(),
     )
-    show(record.to_dict(), as_json, lambda: printing.recovered(record, output))
+    show(record.to_dict(), as_json, lambda: printing.recovered(record, local_path(output)))

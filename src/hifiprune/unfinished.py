@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from hifiprune.errors import UserError
 from hifiprune.output import replacing
+from hifiprune.targets import UNFINISHED, note_unfinished
 from hifiprune.voice import Voice
 
 T = TypeVar("T")
@@ -43,9 +44,10 @@ class Unfinished:
         Raises:
             UserError: something else has the folder's name.
         """
-        folder = target.with_name(f"{target.name}.{command}-unfinished")
+        folder = target.with_name(f"{target.name}.{command}{UNFINISHED}")
         if folder.exists() and not (folder / MARK).is_file():
             raise UserError(f"{folder} is needed for unfinished work but is not hifiprune's; rename or remove it")
+        note_unfinished(folder)
         return cls(folder, voice)
 
     def of(self, model: PreTrainedModel, model_hash: str) -> "Unfinished":

@@ -1,0 +1,148 @@
+"""The mark that finished outputs carry: folders list the files that hifiprune wrote, single files say it themselves."""
+
+import hashlib
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from hifiprune.errors import UserError
+
+MANIFEST = ".hifiprune.json"
+FORMAT = "hifiprune-files-1"
+GENERATOR = "hifiprune"
+"""What pages and GGUF files name as their maker."""
+HTML_MARK = f'<meta name="generator" content="{GENERATOR}'
+GGUF_FIELD = "general.quantized_by"
+BLOCKS, BLOCK_BYTES = 64, 4096
+"""Parts of a file that its fingerprint is made of."""
+NAMED = 3
+"""Files that a refusal names at most."""
+
+
+def write_manifest(folder: Path) -> None:
+    """List every file of a finished folder, each with its fingerprint."""
+    files = {name: fingerprint(folder / name) for name in list_files(folder) if name != MANIFEST}
+    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=2) + "\n", encoding="utf-8")
+
+
+def update_manifest(folder: Path, name: str) -> None:
+    """List one file anew that hifiprune has changed; without effect in a folder that it did not make."""
+    listed = _listed(folder)
+    if listed:
+        listed[name] = fingerprint(folder / name)
+        facts = {"format": FORMAT, "files": listed}
+        (folder / MANIFEST).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def is_unchanged(folder: Path, name: str) -> bool:
+    """Return whether a file is as hifiprune wrote it."""
+    return _listed(folder).get(name) == fingerprint(folder / name)
+
+
+def check_replaceable(path: Path, *, folder: bool, overwrite: bool, name: str | Path = "") -> None:
+    """Refuse to replace what is at `path`, unless it is an empty folder or hifiprune made all of it.
+
+    Args:
+        path: file or folder that is about to be replaced, if it exists.
+        folder: whether a folder is going to be there.
+        overwrite: whether outputs of hifiprune may be replaced.
+        name: by which the user knows it.
+
+    Raises:
+        UserError: it may not be replaced.
+    """
+    name = name or path
+    if not os.path.lexists(path):
+        return
+    if not overwrite:
+        raise UserError(f"output {name} exists already; choose another name, or replace it with --overwrite")
+    mode = path.lstat().st_mode
+    if not (stat.S_ISDIR(mode) if folder else stat.S_ISREG(mode)):
+        found = " but a link" if stat.S_ISLNK(mode) else ""
+        raise UserError(f"output {name} is not a {'folder' if folder else 'file'}{found}; choose another name")
+    if not folder:
+        if not _says_so(path):
+            raise UserError(
+                f"output {name} was not written by hifiprune, and --overwrite replaces nothing else: move it away or "
+                "choose another name"
+            )
+        return
+    listed, here = _listed(path), list_files(path)
+    foreign = [file for file in here if file not in listed and file != MANIFEST]
+    changed = [file for file in here if file in listed and fingerprint(path / file) != listed[file]]
+    for files, what in ((foreign, "hifiprune did not write"), (changed, "was changed since hifiprune wrote it")):
+        if files:
+            shown = ", ".join(files[:NAMED]) + (f" and {len(files) - NAMED} more" if len(files) > NAMED else "")
+            raise UserError(
+                f"output {name} holds {shown}, which {what}; --overwrite replaces nothing else: move such files away "
+                "or choose another name"
+            )
+
+
+def fingerprint(path: Path) -> str:
+    """Return a hash of a file's size and of blocks spread evenly over it: of all its bytes, if these are few.
+
+    Training a model further changes every block, so that large files need not be read as a whole.
+    """
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb", buffering=0) as file:
+        for number in range(BLOCKS):
+            file.seek(size * number // BLOCKS)
+            digest.update(file.read(BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+def list_files(folder: Path) -> list[str]:
+    """Names of all that a folder holds, in its folders too: files, links, and whatever is not a folder."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+    names = []
+    for parent, folders, files in os.walk(folder, onerror=refuse):
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        names += [Path(parent, name).relative_to(folder).as_posix() for name in (*files, *links)]
+    return sorted(names)
+
+
+def _listed(folder: Path) -> dict[str, str]:
+    """Fingerprints of the files that hifiprune wrote into a folder, by name."""
+    try:
+        facts = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return dict(facts["files"]) if facts["format"] == FORMAT else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _says_so(path: Path) -> bool:
+    """Return whether a file names hifiprune as its maker: scores, plans, records, pages and GGUF files do."""
+    with path.open("rb") as file:
+        start = file.read(BLOCK_BYTES)
+    if start.startswith(b"GGUF"):
+        return _gguf_maker(path).startswith(GENERATOR)
+    if HTML_MARK.encode() in start:
+        return True
+    try:
+        if start.lstrip().startswith(b"{"):
+            facts: Any = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            with safe_open(path, "pt") as tensors:
+                facts = json.loads((tensors.metadata() or {}).get("hifiprune", "{}"))
+    except (SafetensorError, OSError, ValueError, RecursionError):
+        return False
+    return isinstance(facts, dict) and str(facts.get("format", "")).startswith("hifiprune-")
+
+
+def _gguf_maker(path: Path) -> str:
+    from gguf import GGUFReader  # which takes a while to import, and few commands need
+
+    try:
+        field = GGUFReader(path).get_field(GGUF_FIELD)
+        return str(field.contents()) if field else ""
+    except (OSError, ValueError, KeyError, IndexError):
+        return ""
