@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -124,6 +125,25 @@ def test_accuracies_equal_those_computed_choice_by_choice(family: str, folder: P
         found = zero_shot(model, tokenizer, tasks, batch_size=batch_size)
         assert list(found) == list(wanted)
         assert all(same(found[name], wanted[name]) for name in wanted), (found, wanted)
+
+
+@pytest.mark.usefixtures("no_defaults")
+def test_prompts_begin_as_the_tokenizer_begins_a_text(
+    folder: Path, load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = load()
+    start = [("<end>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<end> $A", special_tokens=start)
+    asked: list[list[int]] = []
+
+    def recorded(_: Any, requests: list[Any], **__: Any) -> list[tuple[float, bool]]:
+        asked.extend(text for _, text, _ in requests)
+        return [(0.0, False)] * len(requests)
+
+    monkeypatch.setattr("hifiprune.evaluation.tasks.likelihoods", recorded)
+    Exam(Tasks(["hp_piqa"], folder, limit=4)).ask(model, tokenizer)
+    assert len(asked) == 8
+    assert all(text[0] == tokenizer.eos_token_id != text[1] for text in asked)
 
 
 @pytest.mark.usefixtures("no_defaults")

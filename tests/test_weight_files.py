@@ -202,7 +202,7 @@ def test_a_tokenizer_that_is_larger_than_the_vocabulary(
     text = ("--calibration", tmp_path / "text.txt", "--num-samples", 4, "--seq-len", 24)
     held = ("--text", tmp_path / "text.txt", "--seq-len", 24)
     said = "the tokenizer writes token 257 where the model's vocabulary has 257; give the model its own tokenizer"
-    trained = ("--data", tmp_path / "text.txt", "--seq-len", 24, "--distill-weight", 0)
+    trained = ("--data", tmp_path / "text.txt", "--seq-len", 24, "--distill-weight", 0, "--lora-r", 8)
     output = ("--output", tmp_path / "out")
     for words in (
         ["score", folder, *output, *text],

@@ -8,8 +8,10 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hifiprune.allocation import EXPERT, Budget, Shape, Sharing
+from hifiprune.calibration import Calibration
 from hifiprune.compute import Compute, estimate_seconds
 from hifiprune.costs import Cost, Estimator, total_disk
 from hifiprune.criteria import CRITERIA, Options, find_criterion
@@ -18,6 +20,7 @@ from hifiprune.parallel import processes
 from hifiprune.scores import Scores
 from hifiprune.scoring import Request, count_passes
 from hifiprune.steps import Course
+from hifiprune.tokenizing import special_tokens
 from hifiprune.voice import Voice
 
 
@@ -108,6 +111,15 @@ def remark_on_scale(scores: Scores, sharing: Sharing, voice: Voice) -> None:
     known = CRITERIA.get(scores.criterion)
     if sharing.allocation == "global" and known and not known.across_layers:
         voice.say(f"Scores by '{scores.criterion}' are not on one scale in all layers; widths by them mean little.")
+
+
+def remark_on_start(calibration: Calibration, tokenizer: PreTrainedTokenizerBase, voice: Voice) -> None:
+    """Say where windows of the calibration text lack the start token that the tokenizer writes before a text."""
+    if not calibration.bos and (start := special_tokens(tokenizer)[0]):
+        voice.say(
+            f"Windows of the calibration text do not begin with {tokenizer.decode(start)}, which the tokenizer writes "
+            "before a text: as in the papers."
+        )
 
 
 def remark_on_unseen(scores: Scores, voice: Voice) -> None:

@@ -19,7 +19,7 @@ from hifiprune.parallel import processes
 from hifiprune.reading import SELF, check_named, check_there, read_documents
 from hifiprune.spooling import Documents, stored_tokens
 from hifiprune.text_files import is_pipe
-from hifiprune.tokenizing import encode_pieces
+from hifiprune.tokenizing import encode_pieces, special_tokens
 
 SAMPLERS = ("auto", "documents", "stream")
 GENERATED_TOGETHER = 16  # sequences sampled from the model at a time
@@ -49,6 +49,8 @@ class Calibration:
             `auto` is `stream` for a single document, else `documents`.
         text_column: column of the text in JSON Lines, Parquet and hub data, guessed if not given.
         mixed: further sources, and the share of the windows that each gets; `source` gets the rest.
+        bos: begin every window with what the tokenizer writes before a text, such as a start token, where it does. A
+            window of `seq_len` tokens has that many fewer of text. The papers' windows are without.
 
     Raises:
         UserError: a value is out of range.
@@ -61,6 +63,7 @@ class Calibration:
     sampler: str = "auto"
     text_column: str | None = None
     mixed: tuple[tuple[str, float], ...] = ()
+    bos: bool = True
 
     def __post_init__(self) -> None:
         check_numbers(vars(self))
@@ -133,18 +136,19 @@ def draw_documents(
     documents: Documents, tokenizer: PreTrainedTokenizerBase, calibration: Calibration, track: Track = untracked
 ) -> Int[Tensor, "windows positions"]:
     """One random window from each of `num_samples` random documents that are longer than a window."""
-    chance, length = random.Random(calibration.seed), calibration.seq_len
+    chance, start = random.Random(calibration.seed), window_start(tokenizer, calibration)
+    length = calibration.seq_len - len(start)
     windows = []
     for number in chance.sample(range(len(documents)), len(documents)):
         if documents.bytes_of(number) + 2 < length:  # a token is a byte at least, but for a start and an end
             continue
-        tokens = join_documents([documents[number]], tokenizer)
+        tokens = join_documents([documents[number]], tokenizer)[len(start) :]
         if len(tokens) > length:
-            start = chance.randrange(len(tokens) - length + 1)
-            windows.append(tokens[start : start + length].clone())
+            first = chance.randrange(len(tokens) - length + 1)
+            windows.append(tokens[first : first + length].clone())
         if len(windows) == calibration.num_samples:
-            return torch.stack(windows)
-    joined = len(join_documents(documents, tokenizer, track=track)) // length
+            return with_start(start, torch.stack(windows))
+    joined = len(join_documents(documents, tokenizer, track=track)[len(start) :]) // length
     raise _too_little(calibration, len(windows), "documents", joined)
 
 
@@ -156,16 +160,40 @@ def draw_stream(
 ) -> Int[Tensor, "windows positions"]:
     """`num_samples` random windows of the documents joined into one stream, without overlap."""
     stream = join_documents(documents, tokenizer, track=track)
-    if len(stream) < calibration.seq_len:
+    start = window_start(tokenizer, calibration)
+    windows = cut_windows(stream[len(start) :], calibration.seq_len - len(start))
+    if len(windows) == 0:
         asked = f"no window of {calibration.seq_len}"
         raise UserError(
             f"too little text in {calibration.source}: its {len(stream)} tokens make {asked}; use more text"
         )
-    windows = cut_windows(stream, calibration.seq_len)
     if len(windows) < calibration.num_samples:
         raise _too_little(calibration, len(windows), "stream")
     chosen = random.Random(calibration.seed).sample(range(len(windows)), calibration.num_samples)
-    return windows[torch.tensor(chosen)]
+    return with_start(start, windows[torch.tensor(chosen)])
+
+
+def window_start(
+    tokenizer: PreTrainedTokenizerBase, calibration: Calibration | None = None, seq_len: int = 0
+) -> Int[Tensor, "start"]:
+    """Return the tokens that every window begins with: those that the tokenizer writes before a text, if any.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        calibration: settings of the windows, which may be without.
+        seq_len: tokens per window where there is no calibration.
+
+    Raises:
+        UserError: they leave no room for text.
+    """
+    start = special_tokens(tokenizer)[0] if calibration is None or calibration.bos else []
+    length = calibration.seq_len if calibration else seq_len
+    if len(start) >= length:
+        raise UserError(
+            f"the tokenizer begins a text with {len(start)} tokens of its own, which leaves no text in a window of "
+            f"{length}; use --seq-len {len(start) + 1} or more"
+        )
+    return torch.tensor(start, dtype=torch.int64)
 
 
 def join_documents(
@@ -221,6 +249,11 @@ def start_token(config: PretrainedConfig) -> int:
             "correct bos_token_id and eos_token_id in config.json, or give a text as --calibration"
         )
     return int(start)
+
+
+def with_start(start: Int[Tensor, "start"], windows: Int[Tensor, "windows rest"]) -> Int[Tensor, "windows positions"]:
+    """Begin every window with the same tokens."""
+    return torch.cat((start.expand(len(windows), -1), windows), 1) if len(start) else windows
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from hifiprune.bounds import check_numbers
 from hifiprune.errors import UserError
 from hifiprune.reading import TEXT_COLUMNS, Row, check_text, read_parts
-from hifiprune.tokenizing import encode_plainly
+from hifiprune.tokenizing import encode_plainly, special_tokens
 
 ANSWERS = ("output", "response", "completion", "answer")
 """Columns that hold what is to be learned, where there is an instruction or a prompt."""
@@ -156,9 +156,8 @@ def _text(row: Row, column: str) -> str:
 
 
 def _start(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The start token, of tokenizers that begin every text with it."""
-    first = tokenizer("").input_ids[:1]
-    return str(tokenizer.bos_token) if first and first[0] == tokenizer.bos_token_id else ""
+    """What the tokenizer writes before a text, such as a start token."""
+    return "".join(tokenizer.convert_ids_to_tokens(special_tokens(tokenizer)[0]))
 
 
 def _conversation(messages: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Piece]]:

@@ -25,10 +25,10 @@ from hifiprune.settling import (
     check_data,
     check_steps,
     kept_resident,
-    reads_text,
     scored_by,
     settle_system,
     stability_of,
+    text_for,
     width_for,
 )
 from hifiprune.stability import Stability
@@ -173,9 +173,7 @@ def prune(
     """
     asked = {"criterion": criterion, "allocation": allocation, "repair": repair, "round_to": round_to}
     system = settle_system(preset, asked, calibration, voice, scored=bool(scores), bias_compensation=bias_compensation)
-    if calibration and not scores and not reads_text(system):
-        voice.say(f"Criterion '{system.criterion}' needs no text and nothing is repaired: the text is not read.")
-        calibration = None
+    calibration = text_for(system, calibration, voice, scored=bool(scores))
     path = scores if isinstance(scores, str | Path) else None
     used = Scores.load(scores) if isinstance(scores, str | Path) else scores
     if used:

@@ -18,18 +18,20 @@ class Preset:
         allocation: how widths are decided.
         repair: what is refitted after the cut.
         round_to: widths are multiples of it.
+        bos: whether windows of the calibration text begin as the tokenizer begins a text.
     """
 
     criterion: str
     allocation: str = "uniform"
     repair: str = "none"
     round_to: int = 128
+    bos: bool = True
 
 
 PRESETS = {
     "default": Preset(DEFAULT_CRITERION, repair="ridge"),
-    "hfprune": Preset("hfprune", round_to=1),
-    "sdmprune": Preset("self-distillation", round_to=1),
+    "hfprune": Preset("hfprune", round_to=1, bos=False),
+    "sdmprune": Preset("self-distillation", round_to=1, bos=False),
 }
 
 

@@ -88,6 +88,14 @@ def settle_system(
     return system
 
 
+def text_for(system: Preset, calibration: Calibration | None, voice: Voice, *, scored: bool) -> Calibration | None:
+    """The calibration, its windows begun as the system's are, if anything is to be read; says where nothing is."""
+    if calibration and not scored and not reads_text(system):
+        voice.say(f"Criterion '{system.criterion}' needs no text and nothing is repaired: the text is not read.")
+        return None
+    return calibration and replace(calibration, bos=calibration.bos and system.bos)
+
+
 def scored_by(scores: Scores, system: Preset, *, asked: bool) -> Preset:
     """The same with scores that were made before, which a criterion that was asked for must have made."""
     if asked and scores.criterion != system.criterion:

@@ -19,6 +19,7 @@ from hifiprune.announcements import (
     announce_scoring,
     announce_search,
     remark_on_scale,
+    remark_on_start,
     remark_on_unseen,
 )
 from hifiprune.calibration import Calibration, load_windows, sample_windows
@@ -80,7 +81,9 @@ class Stages:
         """Windows of a text, unless there is none or the model has yet to write it."""
         if self.calibration and self.calibration.source != SELF:
             with self.record.stage("reading the calibration data"):
-                self.text = load_windows(self.calibration, self.checkpoint.tokenizer())
+                tokenizer = self.checkpoint.tokenizer()
+                self.text = load_windows(self.calibration, tokenizer)
+            remark_on_start(self.calibration, tokenizer, self.voice)
             check_tokens(self.checkpoint, self.text)
 
     def finish(self) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hifiprune.bounds import check_numbers
-from hifiprune.calibration import Track, cut_windows, join_documents, untracked
+from hifiprune.calibration import Track, cut_windows, join_documents, untracked, window_start, with_start
 from hifiprune.errors import UserError
 from hifiprune.reading import check_named, read_documents
 
@@ -40,18 +40,22 @@ class Text:
     def held(self, tokenizer: PreTrainedTokenizerBase, track: Track = untracked) -> "Held":
         """The text as one stream of tokens, cut without overlap; no more is read than is used.
 
+        Every window begins as the tokenizer begins a text, as with a start token, and has that many fewer tokens of the
+        text. All of these but the first of a window without such a start are predicted.
+
         Raises:
             UserError: there is no text, or too little of it.
         """
         most = self.max_windows and self.max_windows * self.seq_len
         stream = join_documents(read_documents(self.source, self.text_column), tokenizer, most, track)
-        windows = cut_windows(stream, self.seq_len)[: self.max_windows]
+        start = window_start(tokenizer, seq_len=self.seq_len)
+        windows = cut_windows(stream[len(start) :], self.seq_len - len(start))[: self.max_windows]
         if len(windows) == 0:
             raise UserError(
                 f"too little text in {self.source}: its {len(stream)} tokens make no window of {self.seq_len}; "
                 f"use more text or --seq-len {max(2, len(stream))}"
             )
-        return Held(self.source, self.fidelity, windows)
+        return Held(self.source, self.fidelity, with_start(start, windows))
 
 
 @dataclass(frozen=True)
