@@ -6,7 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from rich.console import Console
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.integrations import integration_utils
@@ -26,10 +27,12 @@ from hifiprune.examples import Example
 from hifiprune.families import FAMILIES
 from hifiprune.hashing import hash_model
 from hifiprune.record import RunRecord
-from hifiprune.recovery import _split, recover
+from hifiprune.recovery import recover
 from hifiprune.teacher import Remembered
+from hifiprune.time_limit import TimeLimit
 from hifiprune.training import TRAININGS, TimedTrainer, Training
-from hifiprune.voice import SILENT
+from hifiprune.training_rows import split
+from hifiprune.voice import SILENT, Voice
 from hifiprune.watch import Watch
 from tests.commands import Interruption, leftovers, refused
 from tests.commands import run as run_command
@@ -333,7 +336,7 @@ def test_a_time_limit_that_is_not_reached_changes_nothing(pruned: Path, tmp_path
 
 def test_the_rate_falls_with_time_where_that_is_spent_sooner_than_the_steps() -> None:
     trainer, weight = TimedTrainer.__new__(TimedTrainer), torch.zeros(1, requires_grad=True)
-    trainer.watch, trainer.lr_scheduler = Watch(10.0, 1, SILENT), None
+    trainer.watch, trainer.lr_scheduler = Watch(TimeLimit(10.0), 1, SILENT), None
     schedule = trainer.create_scheduler(8, torch.optim.SGD([weight], 1.0))
     rates = []
     for share in (0.0, 0.0, 0.9, 0.9):
@@ -347,16 +350,16 @@ def test_the_rate_falls_with_time_where_that_is_spent_sooner_than_the_steps() ->
 
 def test_what_is_held_out_is_no_part_of_what_is_trained_on() -> None:
     examples = [Example([10 * number + place % 10 for place in range(35)], [True] * 35) for number in range(20)]
-    rows, held = _split(examples, replace(QUICK, seq_len=8, held_out=0.2), 200)
+    rows, held = split(examples, replace(QUICK, seq_len=8, held_out=0.2), 200)
     ours, theirs = (
         {token // 10 for row in part.rows for each in row for token in each.tokens} for part in (rows, held)
     )
     assert len(theirs) == 4
     assert not ours & theirs
-    rows, held = _split(examples[:2], replace(QUICK, seq_len=8, held_out=0.2), 200)
+    rows, held = split(examples[:2], replace(QUICK, seq_len=8, held_out=0.2), 200)
     assert len(rows) > len(held) > 0, "of few and long ones pieces are held out"
     with pytest.raises(hp.UserError, match="writes token 199 where the model's vocabulary has 150"):
-        _split(examples, replace(QUICK, seq_len=8), 150)
+        split(examples, replace(QUICK, seq_len=8), 150)
 
 
 def test_a_padding_token_beyond_the_vocabulary_does_no_harm(pruned: Path, tmp_path: Path) -> None:
@@ -420,13 +423,128 @@ def test_the_control_is_the_dense_model_trained_on_labels(pruned: Path, tmp_path
     assert record.results["held_out_perplexity"]["after"] < record.results["held_out_perplexity"]["before"]
 
 
-def test_a_time_limit_ends_training(pruned: Path, tmp_path: Path) -> None:
-    limited = replace(QUICK, max_steps=None, max_minutes=0.02)
-    record = run(pruned, tmp_path / "out", limited)
-    rates = record.results["losses"]
-    assert len(rates) == record.results["steps"]
-    assert 1 <= record.results["steps"] < 1000
-    assert record.results["held_out_losses"][-1][0] == record.results["steps"]
+@dataclass
+class Clock:
+    """A clock that rows and batches advance.
+
+    Attributes:
+        seconds: since the start.
+        row: that a held-out row takes.
+        batch: that a batch of training takes.
+        rows: held-out rows that were looked at.
+    """
+
+    seconds: float = 0.0
+    row: float = 1.0
+    batch: float = 60.0
+    rows: int = 0
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> "Clock":
+        look, learn = TimedTrainer.prediction_step, TimedTrainer.training_step
+
+        def looking(trainer: Any, *rest: Any, **how: Any) -> Any:
+            self.rows, self.seconds = self.rows + 1, self.seconds + self.row
+            return look(trainer, *rest, **how)
+
+        def learning(trainer: Any, *rest: Any, **how: Any) -> Any:
+            self.seconds += self.batch
+            return learn(trainer, *rest, **how)
+
+        monkeypatch.setattr("time.monotonic", lambda: self.seconds)
+        monkeypatch.setattr(TimedTrainer, "prediction_step", looking)
+        monkeypatch.setattr(TimedTrainer, "training_step", learning)
+        return self
+
+
+TIMED = replace(QUICK, max_steps=50, max_minutes=10.0, evaluate_every=100)
+
+
+def test_a_time_limit_bounds_the_whole_run(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock(row=8.0).install(monkeypatch)
+    record = run(pruned, tmp_path / "out", TIMED, voice=Voice(Console(stderr=True, width=400)))
+    look, step, writing = 8 * clock.rows / 2, 2 * 60, 2 * record.stages[-3]["seconds"]
+    assert [stage["name"] for stage in record.stages][-3:] == ["loading the weights", "training", "writing"]
+    assert record.results["steps"] == (600 - writing - 2 * look) // step
+    assert [number for number, _ in record.results["held_out_losses"]] == [0, record.results["steps"]]
+    assert clock.seconds <= 600 - writing
+    assert clock.seconds > 600 - writing - step
+    said = capsys.readouterr().err
+    assert "50 steps of 64 tokens, about " in said
+    assert "It ends with these steps or after 10 minutes in all, whichever comes first." in said
+    assert f"held-out rows: 6 of {clock.rows // 2}, about {8 * (clock.rows // 2 - 6)} s left" in said
+    assert f"step 1 of 50, 1 tokens a second, about {(600 - look - step) / 60:.0f} min left" in said
+
+
+def test_steps_end_a_run_where_they_come_before_the_limit(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Clock(row=1.0, batch=20.0).install(monkeypatch)
+    training = replace(TIMED, max_steps=3)
+    assert run(pruned, tmp_path / "out", training, voice=Voice(Console(stderr=True, width=400))).results["steps"] == 3
+    said = capsys.readouterr().err
+    assert "step 1 of 3, 2 tokens a second, about 80 s left: loss" in said
+    assert "step 2 of 3, 2 tokens a second, about 40 s left: loss" in said
+
+
+@pytest.mark.parametrize("clock", [Clock(row=200.0), Clock(batch=400.0)], ids=["first look", "first step"])
+def test_a_limit_that_passes_before_the_first_step_leaves_the_checkpoint_as_it_was(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    clock.install(monkeypatch)
+    words = ("--data", pruned / "data.jsonl", "--max-minutes", 10, "--seq-len", 32, "--gradient-accumulation", 2)
+    result = run_command("recover", pruned / "pruned", "--output", tmp_path / "out", *words)
+    assert result.code == 0, result.err
+    assert "time limit of 10 minutes passed before the first step: the checkpoint is written as it was." in result.err
+    assert clock.seconds <= 600
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["results"]["steps"] == 0
+    for name, weight in weights_of(pruned / "pruned").items():
+        assert torch.equal(weight, weights_of(tmp_path / "out")[name])
+    assert "none of which was better than the start" in (tmp_path / "out" / "README.md").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_limit_that_passes_while_the_data_is_read_or_the_teacher_asked_is_kept_too(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = run(pruned, tmp_path / "read", replace(TIMED, max_minutes=1e-9))
+    assert record.results["held_out_perplexity"] == {"before": None, "after": None}
+    assert torch.equal(*(weights_of(path)["lm_head.weight"] for path in (pruned / "pruned", tmp_path / "read")))
+    clock, write = Clock().install(monkeypatch), Remembered.write
+
+    def slowly(*arguments: Any) -> None:
+        clock.seconds += 400
+        write(*arguments)
+
+    monkeypatch.setattr(Remembered, "write", slowly)
+    monkeypatch.setattr("hifiprune.teacher.ROWS_A_FILE", 2)
+    record = run(pruned, tmp_path / "asked", replace(TIMED, cache_teacher=8))
+    assert (clock.seconds, record.results["steps"]) == (800, 0)
+    assert record.results["trouble"] == "the time limit of 10 minutes passed before the first step"
+    monkeypatch.setattr("hifiprune.teacher.estimate_seconds", lambda *_, **__: 7200.0)
+    with pytest.raises(hp.UserError, match=r"rows takes about 2\.0 h, and max-minutes is 10: give more of them"):
+        run(pruned, tmp_path / "refused", replace(TIMED, cache_teacher=8))
+
+
+def test_a_time_limit_counts_the_time_before_an_interruption(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock().install(monkeypatch)
+    training = replace(TIMED, evaluate_every=2)
+
+    def interrupted(self: Watch, args: Any, state: Any, *rest: Any, **how: Any) -> None:
+        if state.global_step == 2:
+            raise Interruption
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Watch, "on_step_begin", interrupted)
+        with pytest.raises(Interruption):
+            run(pruned, tmp_path / "out", training)
+    assert 240 < clock.seconds < 300
+    clock.seconds += 10_000  # between the two
+    record = run(pruned, tmp_path / "out", training)
+    assert 2 < record.results["steps"] <= 4
 
 
 def test_what_cannot_be_trained_is_refused(pruned: Path, tmp_path: Path) -> None:

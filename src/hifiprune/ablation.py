@@ -22,6 +22,7 @@ from hifiprune.evaluation.ranks import correlation
 from hifiprune.guards import check_windows, frozen, memory_explained
 from hifiprune.hashing import hash_tokens
 from hifiprune.head import Head
+from hifiprune.machine import condition
 from hifiprune.output import replacing
 from hifiprune.preparation import check_tokens, load_hashed, plain_arguments, prepare
 from hifiprune.record import RunRecord
@@ -105,8 +106,8 @@ def ablate(
     cost = estimate_seconds(dense.config, tokens, windows.shape[1], compute.resolved_device, dense.dtype, backwards=0)
     voice.say(
         f"Removing {neurons} single neurons and {groups} groups of {group_size} in turn, {len(missing)} of them still "
-        f"to do, on {len(windows)} windows of {windows.shape[1]} tokens: about {duration(cost)} if the machine is "
-        "idle; interrupted, the same command goes on where it stopped."
+        f"to do, on {len(windows)} windows of {windows.shape[1]} tokens: about {duration(cost)}"
+        f"{condition(compute.resolved_device)}. Interrupted, the same command goes on where it stopped."
     )
     with record.stage("ablating"):
         bench = Bench(dense, windows, {layer for layer, _ in trials}, compute.batch_size)

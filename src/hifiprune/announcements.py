@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -16,6 +17,7 @@ from hifiprune.compute import Compute, estimate_seconds
 from hifiprune.costs import Cost, Estimator, total_disk
 from hifiprune.criteria import CRITERIA, Options, find_criterion
 from hifiprune.engines import K_BLOCK
+from hifiprune.machine import condition
 from hifiprune.parallel import processes
 from hifiprune.scores import Scores
 from hifiprune.scoring import Request, count_passes
@@ -58,16 +60,16 @@ def announce_scoring(
     return (
         f"Scoring {estimator.checkpoint.name} by {criteria} on {len(windows)} windows of {windows.shape[1]} tokens"
         f"{shared}, {estimator.dtype} on {estimator.device}: {forwards} forward and {backwards} backward passes{how}, "
-        f"about {duration(cost.seconds)} and {cost.memory / 1e9:.1f} GB of memory, if the machine is idle."
+        f"about {duration(cost.seconds)} and {cost.memory / 1e9:.1f} GB of memory{condition(estimator.device)}."
     )
 
 
-def announce_costs(costs: Sequence[Cost]) -> str:
+def announce_costs(costs: Sequence[Cost], device: torch.device) -> str:
     """What a run will cost in all."""
     seconds, memory, disk = sum(cost.seconds for cost in costs), max(cost.memory for cost in costs), total_disk(costs)
     each = f" for each of {processes()} processes" if processes() > 1 else ""
     written = f" and {disk / 1e9:.2f} GB on the disk" if disk else ""
-    return f"In all about {duration(seconds)}, {memory / 1e9:.1f} GB of memory{each}{written}, if the machine is idle."
+    return f"In all about {duration(seconds)}, {memory / 1e9:.1f} GB of memory{each}{written}{condition(device)}."
 
 
 def announce_course(course: Course) -> str:
@@ -81,7 +83,7 @@ def announce_repair(windows: Int[Tensor, "windows positions"], width: int, estim
     cost = estimator.repair(len(windows), windows.shape[1], width)
     return (
         f"Repairing on {len(windows)} windows of {windows.shape[1]} tokens, {estimator.dtype} on {estimator.device}: "
-        f"about {duration(cost.seconds)} and {cost.memory / 1e9:.1f} GB of memory, if the machine is idle."
+        f"about {duration(cost.seconds)} and {cost.memory / 1e9:.1f} GB of memory{condition(estimator.device)}."
     )
 
 
@@ -93,7 +95,7 @@ def announce_search(
     one = estimate_seconds(model.config, windows.numel(), windows.shape[1], device, model.dtype, backwards=0)
     return (
         f"Searching for widths by {trials} trials on {len(windows)} windows of {windows.shape[1]} tokens: about "
-        f"{duration(1.5 * one * trials)}, if the machine is idle."
+        f"{duration(1.5 * one * trials)}{condition(device)}."
     )
 
 
@@ -149,7 +151,7 @@ def remark_on_unused(options: Options | None, criterion: str, sharing: Sharing, 
 
 def duration(seconds: float) -> str:
     """Seconds for a reader."""
-    if seconds < 90:
+    if seconds <= 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 

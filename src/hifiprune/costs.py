@@ -60,7 +60,7 @@ class Cost:
 
     Attributes:
         step: as run records call it.
-        seconds: on an idle machine.
+        seconds: on the machine as it was in the trial; see `hifiprune.machine`.
         memory: resident bytes at the peak; on a GPU its own.
         disk: bytes that are written.
     """

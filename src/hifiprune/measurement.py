@@ -22,6 +22,7 @@ from hifiprune.evaluation.passages import read_passage
 from hifiprune.guards import check_names
 from hifiprune.hashing import hash_tokens
 from hifiprune.lineage import read_with
+from hifiprune.machine import condition
 from hifiprune.neurons import count_parameters
 from hifiprune.output import replacing
 from hifiprune.preparation import check_model, check_tokens, load_hashed, plain_arguments
@@ -244,7 +245,7 @@ class Bench:
             what.append(f"{len(prompts):,} prompts of {len(self.exams)} tasks")
         dtype, device = self.compute.dtype_for(first), self.compute.resolved_device
         seconds = count * estimate_seconds(first.config(), tokens, 512, device, dtype, backwards=0)
-        return f"Measuring {count} models on {' and '.join(what)}: about {duration(seconds)} if the machine is idle."
+        return f"Measuring {count} models on {' and '.join(what)}: about {duration(seconds)}{condition(device)}."
 
     def results(self) -> dict[str, Any]:
         """All that was found, model by model; differences are to the dense model, or else to the first."""

@@ -111,13 +111,14 @@ def load_hashed(
     dtype: torch.dtype | None = None,
     *,
     voice: Voice | None = None,
+    stage: str = "loading the weights",
 ) -> tuple[PreTrainedModel, str]:
     """The model in a dtype or the arithmetic asked for, and the hash of its weights as stored, which refuses NaN.
 
     With a voice, which is told why, the model may be a streamed one.
     """
     dtype, device = dtype or compute.dtype_for(checkpoint), compute.resolved_device
-    with record.stage("loading the weights"):
+    with record.stage(stage):
         checkpoint.fetch()
         plainly = stored_plainly(checkpoint)
         if voice and streams(checkpoint, compute, dtype, voice):

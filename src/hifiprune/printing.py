@@ -62,8 +62,8 @@ def foreseen(record: RunRecord) -> None:
 def recovered(record: RunRecord, output: Path) -> None:
     """What `recover` reached."""
     results, table = record.results, _table("", "before", "after")
-    before, after = (f"{results['held_out_perplexity'][name]:.4g}" for name in ("before", "after"))
-    table.add_row("held-out perplexity", before, after)
+    looks = [results["held_out_perplexity"][name] for name in ("before", "after")]
+    table.add_row("held-out perplexity", *("not looked at" if look is None else f"{look:.4g}" for look in looks))
     table.add_row("optimizer steps", "", f"{results['steps']}, best at {results['best_step']}")
     _show(table)
     _costs(record)

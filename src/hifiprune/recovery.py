@@ -2,17 +2,16 @@
 
 import json
 import math
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, TrainerState, set_seed
 
 from hifiprune.adapters import check_adapter, with_adapter
@@ -22,27 +21,27 @@ from hifiprune.checkpoint import Checkpoint
 from hifiprune.compute import Compute, estimate_seconds
 from hifiprune.discovery import family_of
 from hifiprune.errors import RunError, UserError
-from hifiprune.examples import Example, read_examples
-from hifiprune.guards import check_vocabulary, memory_explained
+from hifiprune.examples import read_examples
+from hifiprune.guards import memory_explained
 from hifiprune.lineage import check_origin, record_of
+from hifiprune.machine import condition
 from hifiprune.objectives import SoftLabels
 from hifiprune.output import check_shard_size, check_space, replacing
-from hifiprune.packing import Packed, cut_to, pack
+from hifiprune.packing import Packed
 from hifiprune.parallel import processes, rank
 from hifiprune.preparation import load, load_hashed, plain_arguments, prepare
 from hifiprune.record import RunRecord
 from hifiprune.targets import exclusive
 from hifiprune.teacher import Remembered, Teacher, remember
 from hifiprune.texts import Text
+from hifiprune.time_limit import OutOfTimeError, TimeLimit
 from hifiprune.training import Training, gathered, last_state, train
 from hifiprune.training_checks import check_compute, check_purpose, check_tracker, find_dense, needed_bytes
 from hifiprune.training_loss import sliced_loss
+from hifiprune.training_rows import split
 from hifiprune.unfinished import Unfinished
 from hifiprune.voice import SILENT, Voice
-from hifiprune.watch import Watch, held_out_losses, perplexity
-
-HELD_OUT_ROWS = 128
-"""Looked at, at most, however much is held out."""
+from hifiprune.watch import Watch, describe, is_better
 
 
 @exclusive
@@ -114,46 +113,20 @@ def recover(
     check_tracker(tracker, target)
     started = dense if dense and control else checkpoint
     check_space(target, needed_bytes(started, training))
+    job = Job(
+        model=model, checkpoint=checkpoint, started=started, dense=dense, teacher=teacher, target=target,
+        training=training, compute=compute, record=record, voice=voice, tracker=tracker,
+        unfinished=Unfinished.beside(target, "recover", voice), limit=TimeLimit(training.max_minutes),
+    )  # fmt: skip
     base = describe_base(started, voice)
-    with record.stage("reading the data"):
-        examples = read_examples(
-            data,
-            checkpoint.tokenizer(),
-            learn_prompts=learn_prompts,
-            text_column=text_column,
-            max_rows=max_rows,
-            seed=training.seed,
-            track=voice.track("reading the data, rows"),
-        )
-        config = started.config()
-        rows, held = _split(examples, training, config.get_text_config().vocab_size, family_of(config).packs)
-    unfinished = Unfinished.beside(target, "recover", voice)
-    taught, guide, guide_hash = _guide(model, teacher, dense, training, rows, compute, record, unfinished)
-    student, model_hash = load_hashed(started, compute, record, _training_dtype(started, training, compute))
-    facts = [asdict(training), rows.digest(), held.digest(), guide_hash, processes()]
-    folder = unfinished.of(student, model_hash).path("states", *facts, suffix="")
-    if resume and last_state(folder) is None:
-        raise UserError(f"there is no state of such a run beside {target} to resume; leave out --resume to start it")
+    try:
+        rows, held = job.read(data, learn_prompts=learn_prompts, text_column=text_column, max_rows=max_rows)
+        outcome = job.train(rows, held, resume=resume)
+    except OutOfTimeError:
+        outcome = Outcome(describe(TrainerState(), job.limit.passed))
     if rank() == 0:
-        unfinished.write(folder / "facts.json", lambda path: path.write_text(json.dumps(facts)))
-    voice.say(_announce(student, training, rows, held, compute))
-    set_seed(training.seed)  # LoRA starts at random
-    trained = _trainable(student, training)
-    watch = Watch(training.max_minutes, _tokens_per_step(training), voice, last_state(folder))
-    kernel = SoftLabels(training.distill_weight, training.temperature)
-    loss = sliced_loss(student, kernel, guide, match_hidden=training.match_hidden)
-    with record.stage("training"), loss, _explained(student, training, folder):
-        trainer = train(trained, training, taught, held, folder, watch, device=compute.resolved_device, tracker=tracker)
-        weights = gathered(trainer)
-    if rank() == 0:
-        record.results = _describe(trainer.state, watch.trouble) | {
-            "model_hash": model_hash,
-            "data_hash": rows.digest(),
-            "teacher_hash": guide_hash,
-            "pruning": record_of(started),
-        }
-        if weights or not _better(trainer.state):
-            trained = _anew(started, training, compute, weights if _better(trainer.state) else None, voice)
+        record.results = outcome.results | {"pruning": record_of(started)}
+        trained = outcome.model or _as_it_was(started, record.results, voice)
         with replacing(target, overwrite=overwrite) as new:
             with record.stage("writing"):
                 if keep_adapter and isinstance(trained, PeftModel):
@@ -161,31 +134,124 @@ def recover(
                 started.save(_merged(trained, started), new, shard_size)
             record.save(new / "run.json")
             write_card(new, record.to_dict(), base, target.name)
-        unfinished.remove()
+        job.unfinished.remove()
     return record
 
 
-def _guide(
-    model: str,
-    teacher: str | None,
-    dense: Checkpoint | None,
-    training: Training,
-    rows: Packed,
-    compute: Compute,
-    record: RunRecord,
-    unfinished: Unfinished,
-) -> tuple[Packed | Remembered, Teacher | None, str | None]:
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a training.
+
+    Attributes:
+        results: for the record.
+        model: the trained model, if it is better than it was.
+    """
+
+    results: dict[str, Any]
+    model: nn.Module | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checkpoint that is trained.
+
+    Attributes:
+        model: what the user called the pruned checkpoint.
+        checkpoint: the pruned one, whose tokenizer reads the data.
+        started: the one that is trained: `checkpoint`, or `dense` as a control.
+        dense: the dense model, if it has a part.
+        teacher: what the user called the dense model, if he named it.
+        target: the output.
+        training: the settings.
+        compute: device and arithmetic.
+        record: keeps what each stage cost.
+        voice: tells of progress.
+        unfinished: keeps what an interrupted run would have to do again.
+        tracker: of transformers' own, that is told of losses too.
+        limit: of the time that all of it may take.
+    """
+
+    model: str
+    checkpoint: Checkpoint
+    started: Checkpoint
+    dense: Checkpoint | None
+    teacher: str | None
+    target: Path
+    training: Training
+    compute: Compute
+    record: RunRecord
+    voice: Voice
+    unfinished: Unfinished
+    tracker: str
+    limit: TimeLimit
+
+    def read(self, data: str, **how: Any) -> tuple[Packed, Packed]:
+        """Read rows to train on, and rows that are held out; see `hifiprune.examples.read_examples`."""
+        config = self.started.config()
+        tracked = self.voice.track("reading the data, rows")
+        with self.record.stage("reading the data"):
+            examples = read_examples(
+                data,
+                self.checkpoint.tokenizer(),
+                seed=self.training.seed,
+                track=lambda rows: tracked(self.limit.within(rows)),
+                **how,
+            )
+            vocabulary = config.get_text_config().vocab_size
+            return split(examples, self.training, vocabulary, family_of(config).packs)
+
+    def train(self, rows: Packed, held: Packed, *, resume: bool) -> Outcome:
+        """Train on rows, from the newest state of the same training if there is one."""
+        training, compute, voice = self.training, self.compute, self.voice
+        taught, guide, guide_hash = _guide(self, rows)
+        self.limit.check()
+        dtype = _training_dtype(self.started, training, compute)
+        student, model_hash = load_hashed(self.started, compute, self.record, dtype)
+        self.limit.writing = 2 * self.record.stages[-1]["seconds"]  # it may have to be loaded again for that
+        facts = [asdict(training), rows.digest(), held.digest(), guide_hash, processes()]
+        folder = self.unfinished.of(student, model_hash).path("states", *facts, suffix="")
+        state = last_state(folder)
+        if resume and state is None:
+            beside = self.target
+            raise UserError(f"there is no state of such a run beside {beside} to resume; leave out --resume")
+        if rank() == 0:
+            self.unfinished.write(folder / "facts.json", lambda path: path.write_text(json.dumps(facts)))
+        voice.say(_announce(student, training, rows, held, compute))
+        set_seed(training.seed)  # LoRA starts at random
+        trained = _trainable(student, training)
+        watch = Watch(self.limit, _tokens_per_step(training), voice, state)
+        kernel = SoftLabels(training.distill_weight, training.temperature)
+        loss = sliced_loss(student, kernel, guide, match_hidden=training.match_hidden)
+        device = compute.resolved_device
+        with self.record.stage("training"), loss, _explained(student, training, folder):
+            trainer = train(trained, training, taught, held, folder, watch, device=device, tracker=self.tracker)
+            weights = gathered(trainer)
+        hashes = {"model_hash": model_hash, "data_hash": rows.digest(), "teacher_hash": guide_hash}
+        results = describe(trainer.state, watch.trouble) | hashes
+        if rank() > 0 or not is_better(trainer.state):
+            return Outcome(results)
+        if weights:
+            trained = _trainable(load(self.started, replace(compute, device="cpu")), training)
+            trained.load_state_dict(weights)
+        return Outcome(results, trained)
+
+
+def _guide(job: Job, rows: Packed) -> tuple[Packed | Remembered, Teacher | None, str | None]:
     """The rows, with what the dense model says of them where that is kept; else itself; and the hash of its weights."""
-    if dense is None or not training.taught:
+    training, kept = job.training, job.training.cache_teacher
+    if job.dense is None or not training.taught:
         return rows, None, None
-    loaded, model_hash = load_hashed(dense, compute, record)
-    check_origin(model, teacher, model_hash)
+    job.limit.check()
+    loaded, model_hash = load_hashed(job.dense, job.compute, job.record, stage="loading the dense model")
+    check_origin(job.model, job.teacher, model_hash)
     guide = Teacher(loaded.requires_grad_(False))
-    if training.cache_teacher is None:
+    if kept is None:
         return rows, guide, model_hash
-    with record.stage("asking the dense model"):
-        kept = remember(rows, guide, model_hash, training.cache_teacher, training.temperature, compute, unfinished)
-    return kept, None, model_hash
+    with job.record.stage("asking the dense model"):
+        remembered = remember(
+            rows, guide, model_hash, kept, training.temperature, job.compute, job.unfinished, job.limit
+        )
+    return remembered, None, model_hash
 
 
 @contextmanager
@@ -207,26 +273,6 @@ def _training_dtype(checkpoint: Checkpoint, training: Training, compute: Compute
     if training.method == "full":
         return torch.bfloat16 if training.optimizer == "adamw-bf16" else torch.float32
     return torch.float32 if checkpoint.dtype() == torch.float16 else checkpoint.dtype()
-
-
-def _split(
-    examples: Sequence[Example], training: Training, vocabulary: int, together: bool = True
-) -> tuple[Packed, Packed]:
-    """Rows to train on, and rows that are held out: other examples, or other pieces of very few and long ones.
-
-    An example longer than a row is as many as its pieces.
-    """
-    check_vocabulary(max(max(example.tokens) for example in examples), vocabulary)
-    pieces = [[*cut_to(example, training.seq_len)] for example in examples]
-    if training.held_out * len(pieces) < 1:
-        pieces = [[piece] for example in pieces for piece in example]
-    order = random.Random(training.seed).sample(pieces, len(pieces))
-    count = max(1, round(training.held_out * len(order)))
-    parts = ([piece for example in part for piece in example] for part in (order[count:], order[:count]))
-    rows, held = (pack(part, training.seq_len, seed=training.seed, together=together) for part in parts)
-    if not len(rows) or not len(held):
-        raise UserError(f"too little data: {len(order)} examples make no row to train on and one to hold out")
-    return rows, held.first(HELD_OUT_ROWS)
 
 
 def _trainable(model: PreTrainedModel, training: Training) -> nn.Module:
@@ -262,44 +308,20 @@ def _announce(model: PreTrainedModel, training: Training, rows: Packed, held: Pa
         forwards=2 if training.taught and not training.cache_teacher else 1,
         backwards=1 if training.method == "lora" else 2,
     )
+    cost = f"{steps:,.0f} steps of {each:,} tokens, about {duration(seconds)}{condition(compute.resolved_device)}."
     if training.max_minutes:
-        limit = f"{training.max_minutes:g} minutes"
-    else:
-        limit = f"{steps:.0f} steps of {each:,} tokens, about {duration(seconds)} if the machine is idle"
+        cost += f" It ends with these steps or after {training.max_minutes:g} minutes in all, whichever comes first."
     how = "low-rank changes" if training.method == "lora" else "all weights"
     target = "the dense model's distribution" if training.taught else "labels"
     return (
-        f"Training {how} on {target}: {len(rows)} rows of {training.seq_len} tokens, {len(held)} held out; {limit}. "
-        "Interrupted, the same command goes on where it stopped."
+        f"Training {how} on {target}: {len(rows)} rows of {training.seq_len} tokens, {len(held)} held out; "
+        f"{cost} Interrupted, the same command goes on where it stopped."
     )
 
 
-def _anew(
-    checkpoint: Checkpoint, training: Training, compute: Compute, weights: dict[str, Tensor] | None, voice: Voice
-) -> nn.Module:
-    """The model with weights that were trained, or else as it was."""
-    if weights is None:
-        voice.say("Training did not lower the held-out perplexity: the checkpoint is written as it was.")
-        return checkpoint.load(checkpoint.dtype())
-    trained = _trainable(load(checkpoint, replace(compute, device="cpu")), training)
-    trained.load_state_dict(weights)
-    return trained
-
-
-def _better(state: TrainerState) -> bool:
-    """Whether the held-out loss was ever below that at the start."""
-    (_, start), *later = held_out_losses(state)
-    return any(loss < start for _, loss in later)
-
-
-def _describe(state: TrainerState, trouble: str) -> dict[str, Any]:
-    looks = held_out_losses(state)
-    best = min(looks, key=lambda look: look[1])
-    return {
-        "held_out_perplexity": {"before": perplexity(looks[0][1]), "after": perplexity(min(best[1], looks[0][1]))},
-        "best_step": best[0],
-        "steps": state.global_step,
-        "trouble": trouble or None,
-        "losses": [[entry["step"], entry["loss"]] for entry in state.log_history if "loss" in entry],
-        "held_out_losses": [list(look) for look in looks],
-    }
+def _as_it_was(checkpoint: Checkpoint, results: dict[str, Any], voice: Voice) -> nn.Module:
+    """The model that training did not make better."""
+    why = results["trouble"] if not results["steps"] and results["trouble"] else None
+    why = f"{why[0].upper()}{why[1:]}" if why else "Training did not lower the held-out perplexity"
+    voice.say(f"{why}: the checkpoint is written as it was.")
+    return checkpoint.load(checkpoint.dtype())

@@ -138,7 +138,7 @@ class Stages:
         if share is not None:
             costs.append(estimator.writing(share))
         self.record.expected = [asdict(cost) for cost in costs]
-        self.voice.say(announce_costs(costs))
+        self.voice.say(announce_costs(costs, estimator.device))
         uncounted = {
             "downloading the weights": not self.checkpoint.is_here,
             "reading the weights": elsewhere,

@@ -25,12 +25,16 @@ from hifiprune.compute import Compute, estimate_seconds
 from hifiprune.errors import UserError
 from hifiprune.guards import memory_explained
 from hifiprune.head import Head
+from hifiprune.machine import condition
 from hifiprune.output import nearest_folder
 from hifiprune.packing import IGNORED, Packed
 from hifiprune.parallel import meet, processes, rank
+from hifiprune.time_limit import TimeLimit
 from hifiprune.unfinished import Unfinished
 
 ROWS_A_FILE = 64
+CLEARLY = 3
+"""How many times over an estimate must exceed the time limit for it to be called too small."""
 FLOOR = -1e4
 """Log-probability that is zero in every dtype, without being infinite."""
 
@@ -181,11 +185,13 @@ def remember(
     temperature: float,
     compute: Compute,
     unfinished: Unfinished,
+    limit: TimeLimit,
 ) -> Remembered:
     """Keep what a teacher says of all rows, each process its part.
 
     Raises:
-        UserError: there is no room on the disk.
+        UserError: there is no room on the disk, or far from enough time.
+        OutOfTimeError: the time limit passed meanwhile.
     """
     model, voice, device = teacher.model, unfinished.voice, torch.device(compute.resolved_device)
     facts = [model_hash, str(model.dtype), kept, temperature, rows.digest()]
@@ -199,14 +205,20 @@ def remember(
         )
     if missing:
         tokens = ROWS_A_FILE * len(missing) * rows.length
-        seconds = estimate_seconds(model.config, tokens, rows.length, str(model.device), model.dtype)
+        seconds = estimate_seconds(model.config, tokens, rows.length, str(model.device), model.dtype, backwards=0)
+        seconds /= processes()
+        if seconds > CLEARLY * max(limit.left, 1.0):
+            raise UserError(
+                f"asking the dense model about {len(rows)} rows takes about {duration(seconds)}, and "
+                f"max-minutes is {limit.minutes:g}: give more of them, or leave out --cache-teacher"
+            )
         voice.say(
-            f"Asking the dense model about {len(rows)} rows, about {duration(seconds)}; its {kept} likeliest tokens "
-            f"take {megabytes(needed)} on the disk until all is done."
+            f"Asking the dense model about {len(rows):,} rows; its {kept} likeliest tokens take {megabytes(needed)} on "
+            f"the disk until all is done: about {duration(seconds)}{condition(model.device)}."
         )
     meet(device, unfinished.make)  # all have seen the same files missing
     with memory_explained(model, rows.length):
-        for first in voice.track("asking the dense model")(missing[rank() :: processes()]):
+        for first in voice.track("asking the dense model")(limit.within(missing[rank() :: processes()])):
             unfinished.write(found.place(first), partial(found.write, first, teacher, temperature))
     meet(device)
     return found

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from hifiprune.bounds import check_numbers
 from hifiprune.errors import UserError, unknown
 from hifiprune.packing import Packed
 from hifiprune.teacher import Remembered
+from hifiprune.time_limit import OutOfTimeError
 from hifiprune.watch import CLOCK, Watch
 
 METHODS = ("lora", "full")
@@ -36,8 +38,8 @@ class Training:
         learning_rate: at the start; it falls to zero along a cosine.
         epochs: passes over the data, unless steps are given.
         max_steps: optimizer steps.
-        max_minutes: wall-clock limit; the learning rate falls with time where that is spent sooner than the steps, and
-            runs are not repeatable.
+        max_minutes: wall-clock limit of the whole run; the learning rate falls with time where that is spent sooner
+            than the steps, and runs are not repeatable.
         batch_size: rows a step on each device.
         gradient_accumulation: batches whose gradients make one optimizer step.
         seq_len: tokens a row.
@@ -136,7 +138,7 @@ class TimedTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """A cosine over the steps, or over the time where that is limited and spent sooner."""
-        if self.watch.limit is None or self.lr_scheduler is not None:
+        if self.watch.limit.minutes is None or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
 
         def cosine(step: int) -> float:
@@ -216,7 +218,8 @@ def train(
     )
     trainer.watch = watch
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    with suppress(OutOfTimeError):  # in the first look at the held-out rows
+        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     return trainer
 
 

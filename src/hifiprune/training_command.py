@@ -42,7 +42,7 @@ def recover(
     ] = None,
     epochs: Annotated[float | None, Option(help="Passes over the data.")] = None,
     max_steps: Annotated[int | None, Option(help="Optimizer steps, in place of epochs.")] = None,
-    max_minutes: Annotated[float | None, Option(help="Wall-clock limit.")] = None,
+    max_minutes: Annotated[float | None, Option(help="Wall-clock limit of the whole run.")] = None,
     learning_rate: Annotated[float | None, Option("--lr", help="Learning rate at the start.")] = None,
     lora_r: Annotated[int | None, Option(help="Rank of the changes.")] = None,
     lora_alpha: Annotated[int | None, Option(help="Their scale is alpha / r.")] = None,

@@ -23,6 +23,7 @@ from hifiprune.costs import Estimator
 from hifiprune.criteria import find_criterion
 from hifiprune.evaluation import Exam, Reference, Tasks, measure_windows
 from hifiprune.hashing import hash_tokens
+from hifiprune.machine import condition
 from hifiprune.plan import Plan
 from hifiprune.resuming import Keeper
 from hifiprune.scores import Scores
@@ -127,8 +128,8 @@ class Workbench:
         seconds = sum((number * self._seconds(texts[source]) for source, number in missing.items()), start=0.0)
         tasks = " and the time of the tasks" if any(isinstance(each, Tasks) for each in what) else ""
         self.voice.say(
-            f"Measuring: {len(todo)} of {len(wanted)} measurements are to be made, about {duration(seconds)}{tasks} if "
-            "the machine is idle; interrupted, the same command goes on where it stopped."
+            f"Measuring: {len(todo)} of {len(wanted)} measurements are to be made, about {duration(seconds)}{tasks}"
+            f"{condition(self.compute.resolved_device)}. Interrupted, the same command goes on where it stopped."
         )
         references = {
             source: Reference.of(self.model, texts[source].windows, self.compute.batch_size)
