@@ -1,7 +1,9 @@
 """Timing beside the dense model: what is written, what is counted, and what is told of the figures."""
 
 import json
+import math
 import random
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +16,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 import hifiprune as hp
+from hifiprune.announcements import gain_told
 from hifiprune.evaluation.speed import Workload, _timed_or_told, operations, write
+from hifiprune.machine import Machine
+from hifiprune.timing import told_apart
 from tests.commands import Interruption, refused, run
 from tests.families import FORMS, ROUTED, tiny_model, tiny_tokens
 
 SPEED = "hifiprune.evaluation.speed"
 ABOUT = {"loading": 1.0, "threads": 2, "device": "cpu", "dtype": "float32", "peak_memory_bytes": 10}
+stats: Any = pytest.importorskip("scipy.stats")
 real = subprocess.run
 
 
@@ -72,7 +78,11 @@ def test_bench_times_models_in_turn_in_fresh_processes(pair: tuple[Path, Path], 
     assert dense["unaligned"] == []
     assert small["peak_memory_bytes"] > 1e7
     assert "widths such as 40 are no multiples of 64, which many kernels want; the nearest is 64" in result.out
-    assert "8 tokens read, 3 written" in result.out
+    assert "prefill 1 x 8 tokens, decode 3" in result.out
+    assert "decode, tokens a second" in result.out
+    assert result.out.count("not told apart from noise (") == 4, "one round tells nothing, of either part"
+    for word in ("read,", "written", "%", "to 1.", "to 0."):
+        assert word not in result.out
 
 
 def test_figures_are_medians_over_rounds_and_gains_those_of_one_round(
@@ -101,6 +111,7 @@ def test_figures_are_medians_over_rounds_and_gains_those_of_one_round(
     row = found["models"][str(pair[1])]["first"]
     assert row["seconds"]["median"] == median(rounds["small"])
     assert row["speedup"] == {"median": median(gains), "low": min(gains), "high": max(gains)}
+    assert row["told_apart"] == (stats.ttest_1samp([math.log(gain) for gain in gains], 0).pvalue < 0.05)
     hoped = 1 / row["promised"]
     assert row["share"] == pytest.approx((1 - 1 / median(gains)) / (1 - hoped))
     dense, small = (operations(AutoModelForCausalLM.from_pretrained(path), Workload(1, 8, 4))["first"] for path in pair)
@@ -114,7 +125,7 @@ def test_figures_are_medians_over_rounds_and_gains_those_of_one_round(
     [
         ([(1.0, 0.8), (1.01, 1.5), (1.02, 0.9)], 3, "timings of one model differ by up to 78%"),
         ([(1.0, 0.8), (1.01, 1.5), (1.02, 0.9)], 3, "small is faster in some rounds and slower in others"),
-        ([(1.0, 0.8)], 1, "1 rounds do not tell how noisy the machine is"),
+        ([(1.0, 0.8)], 1, "1 round does not tell how noisy the machine is"),
         ([(1.0, 0.8), (1.01, 0.81), (1.02, 0.8)], 3, ""),
     ],
 )
@@ -222,3 +233,52 @@ def test_what_cannot_be_timed_is_refused(pair: tuple[Path, Path], monkeypatch: p
     monkeypatch.setattr("subprocess.run", process)
     message = "could not be timed: RuntimeError: no compiler"
     refused(run("bench", *pair, "--lengths", 8, "--new-tokens", 4), message, code=1)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("rounds", [2, 3, 5, 12])
+def test_a_difference_is_told_apart_as_students_test_does(rounds: int, seed: int) -> None:
+    chance = random.Random(seed)
+    ratios = [chance.lognormvariate(0.1 * seed, 0.1) for _ in range(rounds)]
+    one_side = len({ratio > 1 for ratio in ratios}) == 1
+    expected = one_side and stats.ttest_1samp([math.log(ratio) for ratio in ratios], 0).pvalue < 0.05
+    if rounds <= 10 or not expected:  # beyond, ours is the stricter
+        assert told_apart(ratios) == expected
+    assert told_apart([1 / ratio for ratio in ratios]) == told_apart(ratios)
+
+
+def test_noise_is_not_called_a_speed_up(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = iter([1.0, 0.75, 1.0, 0.97, 1.0, 0.80])  # faster in every round, by how much nobody knows
+
+    def process(command: list[str], **how: Any) -> subprocess.CompletedProcess[str]:
+        if SPEED not in command:
+            return real(command, **how)
+        later = 1.0 if Path(json.loads(command[-1])["name"]).name == "dense" else 1.9
+        facts = {"timings": [{"first": [next(seconds)], "later": [later]}], **ABOUT}
+        return subprocess.CompletedProcess(command, 0, json.dumps(facts), "")
+
+    monkeypatch.setattr("subprocess.run", process)
+    monkeypatch.setattr(Machine, "now", lambda: Machine(2, 2, 8.0, 0.25, 1.5))
+    result = run("bench", *pair, "--lengths", 8, "--new-tokens", 4, "--output", tmp_path / "timed")
+    assert result.code == 0, result.err
+    told = "The machine was busy before the first timing (load 8.0 on 2 cores, 25% of the CPU time wanted was had)"
+    assert told in result.err
+    assert told in result.out
+    first, later = (line for line in result.out.splitlines() if "  speed-up" in line)
+    assert "not told apart from noise (1." in first
+    assert re.search(r"0\.53, 0\.53 to 0\.53 \(1\.\d\d\)", later), "slower for certain, and no share of a saving"
+    found = json.loads((tmp_path / "timed" / "run.json").read_text())["results"]["workloads"][0]["models"][str(pair[1])]
+    assert found["first"]["speedup"] == {"median": 1.25, "low": 1 / 0.97, "high": 1 / 0.75}, "raw figures stay"
+    assert found["later"]["share"] < 0
+
+
+def test_a_share_of_next_to_nothing_is_not_told() -> None:
+    speedup = {"median": 1.1, "low": 1.09, "high": 1.11}
+    row = {"speedup": speedup, "told_apart": True, "share": 9.1, "promised": 1.01}
+    assert gain_told(row) == ("1.10, 1.09 to 1.11", "")
+    assert gain_told(row | {"promised": 1.2, "share": 0.55}) == ("1.10, 1.09 to 1.11", "55%")
+    assert gain_told(row | {"told_apart": False}) == ("not told apart from noise", "")
+    old = {"speedup": {"median": 1.5, "low": 1.5, "high": 1.5}, "share": 0.9, "promised": 1.6}
+    assert gain_told(old) == ("not told apart from noise", ""), "records of one round, before that was written down"

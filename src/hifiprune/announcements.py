@@ -25,6 +25,9 @@ from hifiprune.steps import Course
 from hifiprune.tokenizing import special_tokens
 from hifiprune.voice import Voice
 
+LEAST_PROMISE = 1.02
+"""Speed-up by operations below which a share of it means nothing."""
+
 
 def announce_plan(budget: Budget, shape: Shape, width: int, round_to: int, allocation: str) -> str:
     """What was asked for, and the widths nearest to it."""
@@ -185,6 +188,20 @@ def asked_of(items: dict[str, list[int]], task: str) -> str:
     """How many items of a task were asked, and of how many if not all; nothing is known of a group's."""
     asked, there = items.get(task, ("", ""))
     return f"{asked:,} of {there:,}" if asked != there else str(asked)
+
+
+def gain_told(found: dict[str, Any]) -> tuple[str, str]:
+    """A speed-up with its range over the rounds, and the share of the promised saving, of what `bench` found.
+
+    Neither is told where the rounds do not tell it apart from noise, nor a share of next to nothing.
+    """
+    speedup = found["speedup"]
+    varied = speedup["low"] < speedup["high"] and not speedup["low"] <= 1 <= speedup["high"]
+    if not found.get("told_apart", varied):
+        return "not told apart from noise", ""
+    share = found["share"] if speedup["median"] > 1 and found["promised"] > LEAST_PROMISE else None
+    told = "" if share is None else f"{share:.0%}"
+    return f"{speedup['median']:.2f}, {speedup['low']:.2f} to {speedup['high']:.2f}", told
 
 
 def short(names: Collection[str]) -> list[str]:

@@ -76,8 +76,8 @@ def bench(
     dense: Annotated[str, Argument(metavar="DENSE", help="The dense model: local folder, hub id or .gguf file.")],
     pruned: Annotated[list[str], Argument(metavar="PRUNED...", help="Those to compare with it.")],
     batch_sizes: Annotated[str, Option(help="Sequences at once, separated by commas.")] = "1",
-    lengths: Annotated[str, Option(help="Tokens that are read, separated by commas.")] = "512",
-    new_tokens: Annotated[int, Option(help="Tokens that are written after.")] = 64,
+    lengths: Annotated[str, Option(help="Prefill tokens, separated by commas.")] = "512",
+    new_tokens: Annotated[int, Option(help="Decoded tokens.")] = 64,
     rounds: Annotated[int, Option(help="How often every model has its turn, in a fresh process.")] = 3,
     repeats: Annotated[int, Option(help="Of each timing in a turn; their median counts.")] = 3,
     compiled: Annotated[bool, Option("--compile", help="Time torch.compile too.")] = False,
@@ -89,7 +89,7 @@ def bench(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Time reading and writing of pruned models beside the dense one, and what of the promised gain was reached."""
+    """Benchmark prefill and decode speed against the dense model, and against what operations promise."""
     import hifiprune as hp
     from hifiprune import printing
 

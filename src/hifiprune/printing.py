@@ -8,7 +8,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hifiprune.announcements import accuracies, asked_of, megabytes, short, width_range, with_error, with_interval
+from hifiprune.announcements import (
+    accuracies,
+    asked_of,
+    gain_told,
+    megabytes,
+    short,
+    width_range,
+    with_error,
+    with_interval,
+)
 from hifiprune.evaluation.fidelity import METRICS
 from hifiprune.lineage import dense_of
 from hifiprune.output import disk_size
@@ -135,27 +144,29 @@ def benched(record: RunRecord) -> None:
         work = found["workload"]
         size, rows = work["batch_size"], found["models"]
         rates = {"first": size * work["length"], "later": size}
-        title = f"{size} x {work['length']} tokens read, {work['new_tokens']} written"
+        title = f"prefill {size} x {work['length']} tokens, decode {work['new_tokens']}"
         table = _table("", *short(names), title=title + (", compiled" if work["compiled"] else ""))
-        for part, what in (("first", "read, tokens a second"), ("later", "written, tokens a second")):
+        for part, what in (("first", "prefill"), ("later", "decode")):
             rate = rates[part]
             needs = (rows[name][part]["operations"] / rate for name in names)
-            table.add_row(f"{what.split(',')[0]}, operations a token", *(f"{each / 1e9:.3g} G" for each in needs))
-            table.add_row(what, *(f"{rate / rows[name][part]['seconds']['median']:,.1f}" for name in names))
+            table.add_row(f"{what}, operations a token", *(f"{each / 1e9:.3g} G" for each in needs))
+            table.add_row(
+                f"{what}, tokens a second", *(f"{rate / rows[name][part]['seconds']['median']:,.1f}" for name in names)
+            )
             table.add_row("  speed-up", *("" if name == names[0] else _gain(rows[name][part]) for name in names))
         table.add_row("to the first token", *(f"{rows[name]['first']['seconds']['median']:.3g} s" for name in names))
         _show(table)
     rounds = record.arguments["rounds"]
-    said = f"Medians over {rounds} rounds in fresh processes, {results['dtype']} on {results['device']}, "
+    said = f"Medians over {rounds} round{'s' * (rounds > 1)} in fresh processes, "
+    said += f"{results['dtype']} on {results['device']}, "
     said += f"{results['threads']} threads; in brackets the speed-up that operations promise, and the share of the "
     remarks = [f"{said}promised saving that was reached."]
     Console().print("\n".join([*remarks, *results["remarks"]]), markup=False, soft_wrap=True)
 
 
 def _gain(found: dict[str, Any]) -> str:
-    speedup = found["speedup"]
-    promise = f"{found['promised']:.2f}" + ("" if found["share"] is None else f", {found['share']:.0%}")
-    return f"{speedup['median']:.2f}, {speedup['low']:.2f} to {speedup['high']:.2f} ({promise})"
+    speedup, share = gain_told(found)
+    return f"{speedup} ({found['promised']:.2f}{', ' * bool(share)}{share})"
 
 
 def pushed(facts: dict[str, Any], folder: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from plotly.colors import qualitative
 from torch import Tensor
 
-from hifiprune.announcements import accuracies, asked_of, megabytes, short, width_range
+from hifiprune.announcements import accuracies, asked_of, gain_told, megabytes, short, width_range
 from hifiprune.deployment import remark_on_mixed
 from hifiprune.evaluation.fidelity import METRICS
 from hifiprune.runs import Run
@@ -268,23 +268,22 @@ def tokens(runs: Sequence[Run]) -> Section:
 
 
 def speed(runs: Sequence[Run]) -> Section:
-    """Gains in reading and writing beside what operations promise."""
+    """Gains in prefill and decode beside what operations promise."""
     section = Section("Speed")
     for run in (run for run in runs if run.command == "bench"):
-        figure, table = go.Figure(), [["workload", "checkpoint", "speed-up", "lowest to highest", "promised", "share"]]
-        for part, what in (("first", "reading"), ("later", "writing")):
+        figure, table = go.Figure(), [["workload", "checkpoint", "speed-up, lowest to highest", "promised", "share"]]
+        for part, what in (("first", "prefill"), ("later", "decode")):
             for found in run.facts["results"]["workloads"]:
                 work, (_, *rows) = found["workload"], found["models"].items()
                 where = f"{what}, {work['batch_size']} x {work['length']}" + ", compiled" * work["compiled"]
                 names, timed = [*run.models][1:], [row[part] for _, row in rows]
                 gains = [each["speedup"] | {"value": each["speedup"]["median"]} for each in timed]
                 figure.add_trace(_estimates(go.Bar, names, gains, name=where))
-                for name, each, gain in zip(names, timed, gains, strict=True):
-                    share = "" if each["share"] is None else f"{each['share']:.0%}"
-                    cells = [f"{gain['value']:.2f}", _interval(gain), f"{each['promised']:.2f}", share]
-                    table.append([where, name, *cells])
+                for name, each in zip(names, timed, strict=True):
+                    speedup, share = gain_told(each)
+                    table.append([where, name, speedup, f"{each['promised']:.2f}", share])
         figure.add_hline(y=1, line_dash="dot", line_color=GREY).update_yaxes(title="times as fast as dense")
-        alt = "How many times as fast as the dense model each checkpoint reads and writes; error bars span the rounds."
+        alt = "Prefill and decode of each checkpoint, times as fast as the dense model; error bars span the rounds."
         section.texts += run.facts["results"]["remarks"]
         section.plots.append(_plot(f"speed-{run.name}", alt, figure, table, barmode="group"))
     return section

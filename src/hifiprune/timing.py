@@ -1,6 +1,7 @@
 """The story of `bench`: how fast pruned checkpoints are beside the dense one, and how much of the promise that is."""
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from functools import partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 from typing import Any
 
 from hifiprune.announcements import short
@@ -19,6 +20,7 @@ from hifiprune.errors import RunError, UserError
 from hifiprune.evaluation.speed import Workload, operations, request
 from hifiprune.guards import check_names
 from hifiprune.lineage import read_with
+from hifiprune.machine import Machine
 from hifiprune.neurons import count_parameters, find_mlps
 from hifiprune.output import replacing
 from hifiprune.preparation import check_model, plain_arguments
@@ -33,6 +35,8 @@ NOISY = 0.1
 """Spread of a model's timings, relative to their median, above which small gains cannot be told."""
 ENOUGH = 3
 """Rounds that show a spread."""
+QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""97.5% quantiles of Student's t distribution with 1, 2, ... degrees of freedom; the last serves for more."""
 
 
 @exclusive
@@ -51,7 +55,7 @@ def bench(
     compute: Compute = Compute(),
     voice: Voice = SILENT,
 ) -> RunRecord:
-    """Time reading and writing, the models in turn, each time in a fresh process.
+    """Time prefill and decode, the models in turn, each time in a fresh process.
 
     Args:
         dense: local folder, hub id or GGUF file of the dense model.
@@ -105,6 +109,9 @@ def bench(
         f"Timing {len(names)} models on {len(workloads)} workloads in {rounds} rounds, each time in a fresh process on "
         f"{compute.resolved_device}; leave the machine alone meanwhile. The time left is told as it goes."
     )
+    crowd = _crowd(compute)
+    for remark in crowd:
+        voice.say(remark)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     unfinished = Unfinished.beside(target, "bench", voice) if target else None
     with record.stage("timing"):
@@ -124,7 +131,7 @@ def bench(
         ],
         **{fact: runs[dense][0][fact] for fact in ("threads", "device", "dtype")},
     }
-    record.results["remarks"] = [*dict.fromkeys(filter(None, troubles)), *_remarks(record.results, rounds)]
+    record.results["remarks"] = [*crowd, *dict.fromkeys(filter(None, troubles)), *_remarks(record.results, rounds)]
     if target and unfinished:
         record.reused_parts = len(unfinished.reused)
         with replacing(target, overwrite=overwrite) as new:
@@ -132,6 +139,17 @@ def bench(
             record.save(new / "run.json")
         unfinished.remove()
     return record
+
+
+def _crowd(compute: Compute) -> list[str]:
+    """Return a warning if other work would disturb the timings."""
+    machine = Machine.now()
+    if compute.resolved_device != "cpu" or not machine.busy:
+        return []
+    return [
+        f"The machine was busy before the first timing ({machine}): timings then tell of the other work, not of the "
+        "models; wait until it has ended."
+    ]
 
 
 def _stamps(checkpoint: Checkpoint) -> list[list[int]]:
@@ -201,11 +219,24 @@ def _compared(
                 "seconds": _spread(seconds),
                 "operations": needed[part],
                 "speedup": _spread(ratios),
+                "told_apart": told_apart(ratios),
                 "promised": hoped,
                 "share": (1 - 1 / median(ratios)) / (1 - 1 / hoped) if hoped > 1 else None,
             }
     noise = max((max(each[part]) - min(each[part])) / median(each[part]) for each in timings for part in each)
     return {"workload": vars(work), "noise": noise, "models": rows}
+
+
+def told_apart(speedups: Sequence[float]) -> bool:
+    """Return whether speed-ups, one of each round, show a difference from 1 that is more than noise.
+
+    All must lie on one side of 1, and so must the 95% interval of the mean of their logarithms.
+    """
+    logarithms = [math.log(each) for each in speedups]
+    if len(logarithms) < 2 or min(logarithms) <= 0 <= max(logarithms):
+        return False
+    quantile = QUANTILES[min(len(logarithms) - 1, len(QUANTILES)) - 1]
+    return abs(mean(logarithms)) > quantile * stdev(logarithms) / math.sqrt(len(logarithms))
 
 
 def _spread(values: list[float]) -> dict[str, float]:
@@ -227,7 +258,8 @@ def _remarks(results: dict[str, Any], rounds: int) -> list[str]:
             f"The timings of one model differ by up to {noise:.0%} between rounds: smaller gains cannot be told here."
         )
     if rounds < ENOUGH:
-        remarks.append(f"{rounds} rounds do not tell how noisy the machine is: give --rounds {ENOUGH} or more.")
+        few = "1 round does" if rounds == 1 else f"{rounds} rounds do"
+        remarks.append(f"{few} not tell how noisy the machine is: give --rounds {ENOUGH} or more.")
     gains = {
         known[name]: each["speedup"]
         for found in results["workloads"]
