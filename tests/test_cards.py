@@ -130,7 +130,18 @@ def test_cards_of_the_hub_are_not_changed(pruned: Path) -> None:
 def test_a_trained_checkpoint_tells_of_both_runs(pruned: Path, tmp_path: Path) -> None:
     rows = "".join(json.dumps({"text": "ab cd abc " * 5 + "e" * n}) + "\n" for n in range(30))
     (tmp_path / "rows.jsonl").write_text(rows)
-    words = ("--data", tmp_path / "rows.jsonl", "--max-steps", 2, "--seq-len", 32, "--gradient-accumulation", 1)
+    words = (
+        "--data",
+        tmp_path / "rows.jsonl",
+        "--max-steps",
+        2,
+        "--seq-len",
+        32,
+        "--gradient-accumulation",
+        1,
+        "--lora-r",
+        4,
+    )
     result = run("recover", pruned, "--output", tmp_path / "better", *words)
     assert result.code == 0, result.err
     card = ModelCard.load(tmp_path / "better" / "README.md")
@@ -138,9 +149,20 @@ def test_a_trained_checkpoint_tells_of_both_runs(pruned: Path, tmp_path: Path) -
     assert "`dense` without 12.3% of its parameters" in card.text, "it is the dense model that lost them"
     assert "`small`" not in card.text
     assert "MLPs of width 40 ones of 24" in card.text
-    trained = "- then trained: low-rank changes of rank 32 on the dense model's predictions, 2 steps, "
+    trained = "- then trained: low-rank changes of rank 4 on the dense model's predictions, 2 steps, "
     assert trained + "the best state that of step 2; perplexity of held-out rows" in card.text
-    words = ("--data", tmp_path / "rows.jsonl", "--max-steps", 1, "--seq-len", 32, "--gradient-accumulation", 1)
+    words = (
+        "--data",
+        tmp_path / "rows.jsonl",
+        "--max-steps",
+        1,
+        "--seq-len",
+        32,
+        "--gradient-accumulation",
+        1,
+        "--lora-r",
+        4,
+    )
     labels = ("--distill-weight", 0, "--lr", 1e-9)
     assert run("recover", tmp_path / "better", "--output", tmp_path / "best", *words, *labels).code == 0
     card = ModelCard.load(tmp_path / "best" / "README.md")
@@ -148,7 +170,7 @@ def test_a_trained_checkpoint_tells_of_both_runs(pruned: Path, tmp_path: Path) -
     assert "`dense` without 12.3% of its parameters" in card.text
     looks = json.loads((tmp_path / "best" / "run.json").read_text())["results"]["held_out_losses"]
     best = "none of which was better than the start" if looks[1][1] >= looks[0][1] else "the best state that of step 1"
-    assert f"- then trained: low-rank changes of rank 32 on labels, 1 steps, {best}" in card.text
+    assert f"- then trained: low-rank changes of rank 4 on labels, 1 steps, {best}" in card.text
 
 
 def test_mixed_widths_say_how_they_are_loaded(world: Path, tmp_path: Path) -> None:

@@ -494,8 +494,7 @@ def test_a_limit_that_passes_before_the_first_step_leaves_the_checkpoint_as_it_w
 ) -> None:
     clock.install(monkeypatch)
     words = ("--data", pruned / "data.jsonl", "--max-minutes", 10, "--seq-len", 32, "--gradient-accumulation", 2)
-    words = (*words, "--lora-r", 4)
-    result = run_command("recover", pruned / "pruned", "--output", tmp_path / "out", *words)
+    result = run_command("recover", pruned / "pruned", "--output", tmp_path / "out", *words, "--lora-r", 4)
     assert result.code == 0, result.err
     assert "time limit of 10 minutes passed before the first step: the checkpoint is written as it was." in result.err
     assert clock.seconds <= 600
