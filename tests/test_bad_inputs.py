@@ -1,5 +1,6 @@
 """Files that a user or another tool changed, each refused in one message before any work: value, limit, remedy."""
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -325,3 +326,39 @@ def test_maps_that_are_not_there_leave_nothing_behind(made: Path, world: Path, t
         "lora-r 33 must be at most 24, the smaller side of the largest map",
     )
     assert not any(tmp_path.iterdir())
+
+
+def test_names_in_messages_stay_as_they_are() -> None:
+    refused(run("inspect", "a:smile:b"), "there is no model folder or .gguf file a:smile:b")
+
+
+def test_files_that_may_not_be_read(made: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbid(name: str) -> None:
+        def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
+            if path.name == name:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return open(path, *arguments, **options)
+
+        monkeypatch.setattr(Path, "open", refuse)
+        monkeypatch.setattr(Path, "read_text", lambda path, *_, **how: refuse(path, **how).read())
+
+    recover = ("recover", made / "pruned", "--output", tmp_path / "out", "--data", world / "calibration.txt")
+    for name, words in (
+        ("run.json", ("inspect", made / "pruned")),
+        ("run.json", (*recover, "--seq-len", 24, "--max-steps", 1)),
+        ("run.json", ("report", made / "pruned", "--output", tmp_path / "r.html")),
+        ("plan.json", ("report", made / "pruned", "--output", tmp_path / "r.html")),
+        ("config.json", ("inspect", made / "pruned")),
+    ):
+        with monkeypatch.context():
+            forbid(name)
+            refused(run(*words), f"{name} cannot be read: Permission denied")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_that_may_not_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "locked/adapter_config.json")
+
+    monkeypatch.setattr("hifiprune.inspection.find_checkpoint", refuse)
+    refused(run("inspect", "locked"), "locked/adapter_config.json: Permission denied; check that it is there, and that")

@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hifiprune import Plan
+from hifiprune import Plan, start
 from hifiprune.checkpoint import Checkpoint
 from hifiprune.cli import main
 from hifiprune.output import replacing
+from hifiprune.start import Stopped
 from tests.commands import Cli, Result, leftovers, refused, run
 
 
@@ -535,3 +536,19 @@ def test_bugs_show_a_traceback_only_with_debug(cli: Cli, checkpoint: Path, monke
 def test_importing_the_command_line_loads_no_torch() -> None:
     code = "import sys, hifiprune.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_nothing_is_imported_before_signals_are_handled() -> None:
+    code = "import sys; before = {*sys.modules}; import hifiprune.start; print(sorted({*sys.modules} - before))"
+    found = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert found.stdout == "['hifiprune', 'hifiprune.start']\n"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), Stopped("SIGINT")])
+def test_an_interruption_of_the_imports_is_one_message(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def interrupted() -> None:
+        raise error
+
+    monkeypatch.setattr("hifiprune.start.handle_signals", interrupted)
+    with pytest.raises(SystemExit, match="error: interrupted by SIGINT: no half-written output is left"):
+        start.main()

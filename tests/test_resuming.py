@@ -17,6 +17,7 @@ from rich.console import Console
 import hifiprune as hp
 from hifiprune.blocks import BlockChain
 from hifiprune.output import replacing
+from hifiprune.parallel import follow_first, leave
 from hifiprune.passes import Track
 from hifiprune.plan import Plan
 from hifiprune.resuming import Keeper
@@ -341,3 +342,29 @@ def test_what_cannot_be_shared_out_is_refused(world: Path, tmp_path: Path, monke
     message = "3 batches of windows cannot be shared out among 4 processes: start fewer"
     refused(run(*words, "--output", tmp_path / "scores"), message)
     assert not any(tmp_path.iterdir())
+
+
+GROUP = """
+import sys
+import torch.distributed as distributed
+from hifiprune.parallel import follow_first, leave, rank
+distributed.init_process_group("gloo")
+code = int(sys.argv[1]) if rank() == 0 else 0
+leave(code := follow_first(code))
+print(f"process {{rank()}} ends with {{code}}, group: {{distributed.is_initialized()}}", flush=True)
+"""
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_processes_end_as_the_first_does_and_close_their_group(tmp_path: Path, code: int) -> None:
+    script = tmp_path / "ends.py"
+    script.write_text(GROUP.format())
+    ended = launched(2, code, program=script)
+    lines = sorted(line for line in ended.stdout.splitlines() if line.startswith("process "))
+    assert lines == [f"process {number} ends with {code}, group: False" for number in range(2)], ended.stderr
+    assert "terminate called" not in ended.stderr
+
+
+def test_without_a_group_a_process_ends_by_itself() -> None:
+    assert follow_first(2) == 2
+    leave(2)

@@ -1,7 +1,6 @@
 """hifiprune: structured pruning of large language models that keeps their predictions."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+TYPE_CHECKING = False  # as in `typing`, which takes a while to import: a Ctrl-C would find nobody listening yet
 
 if TYPE_CHECKING:
     from hifiprune.ablation import ablate
@@ -124,8 +123,10 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Import what is asked for when it is asked for: torch takes seconds, `hifiprune --help` should not."""
     if name in _HOMES:
+        from importlib import import_module
+
         return getattr(import_module(f"hifiprune.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'hifiprune' has no attribute '{name}'")

@@ -1,5 +1,5 @@
 """`python -m hifiprune` is the command line."""
 
-from hifiprune.cli import main
+from hifiprune.start import main
 
 main()

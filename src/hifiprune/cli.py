@@ -1,15 +1,12 @@
 """The command line: parses, calls the pipeline, prints."""
 
 import os
-import signal
 import sys
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from typer import Option
 from typer.exceptions import TyperException
 
@@ -58,11 +55,13 @@ from hifiprune.options import (
     drawn_from,
 )
 from hifiprune.output import local_path
-from hifiprune.parallel import check_command
+from hifiprune.parallel import check_command, follow_first, leave
+from hifiprune.start import Stopped, handle_signals
 from hifiprune.study import ablate, compare, criteria
 from hifiprune.terminal import hush_torchao, show, voice
 from hifiprune.training_command import recover
 from hifiprune.usage import Command, explain
+from hifiprune.voice import console
 
 app = typer.Typer(
     name="hifiprune",
@@ -250,36 +249,42 @@ for command in (evaluate, criteria, compare, ablate, recover, bench, report, exp
     app.command(cls=Command)(command)
 
 
-class _Stopped(BaseException):
-    """The run was asked to end by a signal; no library catches it on the way out."""
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise _Stopped(signal.Signals(number).name)
-
-
 def main() -> None:
     """Run the command line; a failure is one message and an exit code: 2 for the user's mistakes, 1 for the rest."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+    handle_signals()
     hush_torchao()
     sys.stdin = open(os.devnull)  # noqa: SIM115 - no library asks: whoever does gets no answer
+    code = 1
+    try:
+        code = _run()
+    finally:
+        leave(code)
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run the command; return the exit code, after saying what went wrong."""
     try:
         check_command(sys.argv)
-        sys.exit(app(prog_name="hifiprune", standalone_mode=False) or 0)
+        return follow_first(app(prog_name="hifiprune", standalone_mode=False) or 0)
     except TyperException as error:
-        _fail(error, explain(error), error.exit_code)
+        return _fail(error, explain(error), error.exit_code)
     except HifipruneError as error:
-        _fail(error, str(error), error.exit_code)
-    except _Stopped as error:
-        left = "; ".join(getattr(error, "__notes__", ["give the same command again"]))
-        _fail(error, f"interrupted by {error}: no half-written output is left; {left}", 1)
+        return _fail(error, str(error), error.exit_code)
+    except Stopped as error:
+        return _fail(error, str(error), 1)
+    except OSError as error:  # outputs are written by `replacing`, which says what is wrong with them
+        name = getattr(error, "filename", None)
+        message = f"{name}: {error.strerror}; check that it is there, and that you may read it" if name else str(error)
+        return _fail(error, message, 2)
     except Exception as error:  # noqa: BLE001 - the edge: whatever is left is our bug, said in one line
-        _fail(error, f"{type(error).__name__}: {error} (a bug in hifiprune or a library; --debug shows where)", 1)
+        message = f"{type(error).__name__}: {error} (a bug in hifiprune or a library; --debug shows where)"
+        return _fail(error, message, 1)
 
 
-def _fail(error: BaseException, message: str, code: int) -> None:
+def _fail(error: BaseException, message: str, code: int) -> int:
     if "--debug" in sys.argv:
         raise error
-    Console(stderr=True).print(f"error: {message}", style="red", highlight=False, soft_wrap=True, markup=False)
-    sys.exit(code)
+    if message:  # there is none where the help was shown
+        console(stderr=True).print(f"error: {message}", style="red", highlight=False, soft_wrap=True, markup=False)
+    return code

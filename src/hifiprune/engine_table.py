@@ -3,12 +3,12 @@
 from itertools import groupby
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from hifiprune.announcements import width_range
 from hifiprune.engines import K_BLOCK
 from hifiprune.printing import next_step
+from hifiprune.voice import console
 
 
 def deployable(facts: dict[str, Any]) -> None:
@@ -22,12 +22,12 @@ def deployable(facts: dict[str, Any]) -> None:
         for row in answers:
             sizes = ", ".join(map(str, row["tensor_parallel"]))
             table.add_row(engine if row is answers[0] else "", row["form"], row["verdict"], sizes, row["why"])
-    Console().print(table)
+    console().print(table)
     said = (
         "As their source says in the versions named; nothing was run. GPUs: numbers of them that can share each layer, "
         f"by the width and {facts['heads']} attention heads. With --json the addresses of what was read."
     )
-    Console().print(said, markup=False, soft_wrap=True, highlight=False)
+    console().print(said, markup=False, soft_wrap=True, highlight=False)
     _what_next(facts)
 
 

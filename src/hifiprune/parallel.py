@@ -1,8 +1,11 @@
 """The processes of a run, by what launchers such as `accelerate launch` and `torchrun` tell each of them."""
 
+import atexit
 import os
+import sys
+import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hifiprune.errors import UserError
 
@@ -11,6 +14,12 @@ if TYPE_CHECKING:
 
 SHARED = ("score", "prune", "recover")
 """Commands that share their work out."""
+ENDED, LEFT = "hifiprune-ended", "hifiprune-left"
+"""Under which processes share the exit code of the first, and how many have left."""
+POLLED = 0.1
+"""Seconds between looks at what is shared."""
+PATIENCE = 10.0
+"""Seconds that the first waits for the others to see how it ended."""
 
 
 def rank() -> int:
@@ -57,9 +66,63 @@ def meet(device: "torch.device", first: Callable[[], None] | None = None) -> Non
     from accelerate import PartialState
 
     meeting = PartialState(cpu=device.type == "cpu")
+    _leave_at_exit()
     if first and rank() == 0:
         first()
     meeting.wait_for_everyone()
+
+
+def follow_first(code: int) -> int:
+    """Wait, in every process but the first, until the first has ended; return the code that it ends with.
+
+    The first writes the result alone when the others are done; a launcher ends all when one of them ends early.
+
+    Args:
+        code: exit code of this process.
+    """
+    store = _store()
+    if store is None or rank() == 0:
+        return code
+    try:
+        while not store.check([ENDED]):
+            time.sleep(POLLED)
+        return int(store.get(ENDED))
+    except RuntimeError:  # the first is gone, and the store with it
+        return 1
+
+
+def leave(code: int = 0) -> None:
+    """Close the group of processes, if there is one; the first tells the others its exit code.
+
+    Left to the interpreter's end, its threads would abort the process.
+    """
+    store = _store()
+    if store is None:
+        return
+    try:
+        if rank() == 0:
+            store.set(ENDED, str(code))
+        store.add(LEFT, 1)
+        last = time.monotonic() + PATIENCE
+        while code == 0 and rank() == 0 and store.add(LEFT, 0) < processes() and time.monotonic() < last:
+            time.sleep(POLLED)  # it may keep the store
+    except RuntimeError:
+        pass  # another process kept the store, and is gone
+    finally:
+        sys.modules["torch.distributed"].destroy_process_group()
+
+
+def _store() -> Any:
+    """Return what the processes of the group share, None without a group; imports nothing."""
+    distributed: Any = sys.modules.get("torch.distributed")
+    there = processes() > 1 and distributed and distributed.is_available() and distributed.is_initialized()
+    return distributed.distributed_c10d._get_default_store() if there else None
+
+
+def _leave_at_exit() -> None:
+    """Have programs that use the Python API end as the command line does, once."""
+    atexit.unregister(leave)
+    atexit.register(leave)
 
 
 def check_share(batches: int) -> None:
@@ -78,6 +141,7 @@ def check_launcher(*, low_rank: bool) -> None:
     Raises:
         UserError: this is one of them.
     """
+    _leave_at_exit()
     for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if os.environ.get(variable, "false").lower() == "true" and (low_rank or name == "DeepSpeed"):
             what = "low-rank changes do" if low_rank else "training does"

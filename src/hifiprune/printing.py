@@ -5,7 +5,6 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from hifiprune.announcements import (
@@ -22,6 +21,7 @@ from hifiprune.evaluation.fidelity import METRICS
 from hifiprune.lineage import dense_of
 from hifiprune.output import disk_size
 from hifiprune.record import RunRecord
+from hifiprune.voice import console
 
 
 def pruned(record: RunRecord, output: Path) -> None:
@@ -65,7 +65,7 @@ def foreseen(record: RunRecord) -> None:
         memory, disk = megabytes(cost["memory"]), megabytes(cost["disk"]) if cost["disk"] else ""
         table.add_row(cost["step"], f"{cost['seconds']:.1f} s", memory, disk)
     _show(table)
-    Console().print("Nothing was made. Next: the same command without --dry-run", highlight=False)
+    console().print("Nothing was made. Next: the same command without --dry-run", highlight=False)
 
 
 def recovered(record: RunRecord, output: Path) -> None:
@@ -99,7 +99,7 @@ def evaluated(record: RunRecord) -> None:
             table.add_row(label, *(with_interval(metrics[metric], ".4g") for metrics in measured.values()), meaning)
         _show(table)
         size = f"{results['windows']} windows of {results['positions']} tokens"
-        Console().print(f"{size}; in brackets 95% intervals by bootstrap over windows")
+        console().print(f"{size}; in brackets 95% intervals by bootstrap over windows")
     if "items" in results:
         _answered(results["models"], results["items"])
 
@@ -120,7 +120,7 @@ def _answered(models: dict[str, dict[str, Any]], items: dict[str, list[int]]) ->
     if len(rows) > 1:
         reference, *_ = short(rows)
         remarks.append(f"In brackets the difference to {reference} on the same items, with its 95% interval.")
-    Console().print(" ".join(remarks), markup=False)
+    console().print(" ".join(remarks), markup=False)
 
 
 def _accuracy(estimate: dict[str, float | None], gain: dict[str, float] | None) -> str:
@@ -161,7 +161,7 @@ def benched(record: RunRecord) -> None:
     said += f"{results['dtype']} on {results['device']}, "
     said += f"{results['threads']} threads; in brackets the speed-up that operations promise, and the share of the "
     remarks = [f"{said}promised saving that was reached."]
-    Console().print("\n".join([*remarks, *results["remarks"]]), markup=False, soft_wrap=True)
+    console().print("\n".join([*remarks, *results["remarks"]]), markup=False, soft_wrap=True)
 
 
 def _gain(found: dict[str, Any]) -> str:
@@ -176,11 +176,11 @@ def pushed(facts: dict[str, Any], folder: str) -> None:
         table.add_row(name, disk_size(size))
     _show(table)
     for remark in facts["remarks"]:
-        Console().print(f"Note: {remark}.", markup=False, soft_wrap=True)
+        console().print(f"Note: {remark}.", markup=False, soft_wrap=True)
     if facts["uploaded"]:
-        Console().print(f"Uploaded to {facts['repository']}.", markup=False)
+        console().print(f"Uploaded to {facts['repository']}.", markup=False)
     else:
-        Console().print("Nothing was uploaded: this was a dry run.")
+        console().print("Nothing was uploaded: this was a dry run.")
         next_step("push", folder, facts["repository"], "--upload")
 
 
@@ -189,7 +189,7 @@ def criteria_listed(facts: list[dict[str, str]]) -> None:
     for row in facts:
         source = f" [{row['reference']}]" if row["reference"] else ""
         line = f"{row['name']:<28}{row['needs']:<24}{row['summary']}{source}"
-        Console().print(line, highlight=False, soft_wrap=True, markup=False)
+        console().print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def compared(record: RunRecord, model: str, output: Path) -> None:
@@ -200,12 +200,12 @@ def compared(record: RunRecord, model: str, output: Path) -> None:
     tasks = {name: {"value": value} for name, value in results["dense_tasks"].items()}
     titles, dense = [*texts, *["zero-shot tasks"] * bool(tasks)], [*results["dense"], *[tasks] * bool(tasks)]
     for number, title in enumerate(titles):
-        Console().print(f"{title}: mean and standard deviation over {seeds} draws", markup=False, soft_wrap=True)
+        console().print(f"{title}: mean and standard deviation over {seeds} draws", markup=False, soft_wrap=True)
         for ratio, (width, reached) in results["widths"].items():
             rows = [row for row in results["summary"] if (row["text"], f"{row['ratio']:g}") == (number, ratio)]
             _show(compared_table(rows, dense[number], f"ratio {ratio}: width {width:,}, {reached:.2%} removed"))
     if criteria[1:]:
-        Console().print(
+        console().print(
             f"In brackets the paired difference to {criteria[0]}, of perplexity as a factor, with its 95% interval "
             "over draws and windows; compare.json has those of all metrics."
         )
@@ -257,7 +257,7 @@ def ablated(record: RunRecord, model: str, scores: list[Path]) -> None:
         parts = [found[kind][where] for kind in kinds for where in ("within_layers", "all_layers")]
         table.add_row(name, *(with_interval(part) for part in parts))
     _show(table)
-    Console().print("Spearman's rank correlation of scores with the measured KL divergence, with 95% intervals")
+    console().print("Spearman's rank correlation of scores with the measured KL divergence, with 95% intervals")
     _costs(record)
     known = [found[kinds[0]]["within_layers"]["value"] if kinds else None for found in correlations.values()]
     best = known.index(max((value for value in known if value is not None), default=None))
@@ -289,7 +289,7 @@ def demonstrated(summary: dict[str, Any], output: Path) -> None:
         table.add_row(*row)
     _show(table)
     results = summary["results"]
-    Console().print(f"Metrics on {results['measured_on']}, with 95% intervals: compare them with each other only.")
+    console().print(f"Metrics on {results['measured_on']}, with 95% intervals: compare them with each other only.")
     samples = _table("prompt", "dense", "pruned", lines=True)
     for sample in results["continuations"]:
         samples.add_row(sample["prompt"], sample["dense"], sample["pruned"])
@@ -323,7 +323,7 @@ def demo_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
 def next_step(*words: object) -> None:
     """Tell which of our commands to run next, ready to be pasted into a shell."""
     command = shlex.join(["hifiprune", *map(str, words)])
-    Console().print(f"Next: {command}", highlight=False, soft_wrap=True, markup=False)
+    console().print(f"Next: {command}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _cost(stage: dict[str, Any]) -> tuple[str, str]:
@@ -338,7 +338,7 @@ def _costs(record: RunRecord) -> None:
         table.add_row(stage["name"], seconds, expected.get(stage["name"], ""), memory)
     _show(table)
     if record.reused_parts:
-        Console().print(f"Not counted: {record.reused_parts} parts that were there from an interrupted run.")
+        console().print(f"Not counted: {record.reused_parts} parts that were there from an interrupted run.")
 
 
 def _table(*columns: str, lines: bool = False, title: str | None = None) -> Table:
@@ -349,4 +349,4 @@ def _table(*columns: str, lines: bool = False, title: str | None = None) -> Tabl
 
 
 def _show(table: Table) -> None:
-    Console().print(table)
+    console().print(table)

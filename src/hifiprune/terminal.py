@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import typer
-from rich.console import Console
 
 from hifiprune.parallel import rank
-from hifiprune.voice import SILENT, Voice
+from hifiprune.voice import SILENT, Voice, console
 
 
 def hush_torchao() -> None:
@@ -24,7 +23,7 @@ def voice() -> Voice:
 
     theirs.set_verbosity_error()
     theirs.disable_progress_bar()
-    return Voice(Console(stderr=True)) if rank() == 0 else SILENT
+    return Voice(console(stderr=True)) if rank() == 0 else SILENT
 
 
 def show(facts: Any, as_json: bool, table: Callable[[], None]) -> None:

@@ -3,13 +3,18 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from operator import length_hint
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 20
+
+
+def console(**how: Any) -> Console:
+    """Make the console of all messages and tables: names stay as they are, `:b:` is no picture."""
+    return Console(emoji=False, **how)
 
 
 class Voice:
@@ -38,9 +43,15 @@ class Voice:
                 yield item
 
         def tracked(items: Iterable[T]) -> Iterator[T]:
-            columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
-            console = self.console or Console(quiet=True)
-            with Progress(*columns, TimeRemainingColumn(), console=console, disable=not self.console) as progress:
+            columns = (
+                TextColumn(what, markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+            )
+            shown = self.console or console(quiet=True)
+            with Progress(*columns, TimeRemainingColumn(), console=shown, disable=not self.console) as progress:
                 yield from progress.track(items)
 
         return spoken if self.console and not self.console.is_terminal else tracked
