@@ -92,7 +92,8 @@ def ablate(
         layer_scores.require_layout(skeleton)
     unfinished = Unfinished.beside(target, "ablate", voice)
     trials = sample(next(iter(loaded_scores.values())), neurons, groups, group_size, seed)
-    windows = text.held(checkpoint.tokenizer()).windows
+    windows = text.held(checkpoint.tokenizer(), voice.track("reading the text, pieces")).windows
+    compute = compute.for_rows(len(windows), "windows", voice)
     check_tokens(checkpoint, windows)
     checkpoint.fetch()
     dense, model_hash = load_hashed(checkpoint, compute, record)

@@ -22,6 +22,8 @@ from hifiprune.text_files import is_pipe
 from hifiprune.tokenizing import encode_pieces, special_tokens
 
 SAMPLERS = ("auto", "documents", "stream")
+MOST_TOKENS = 2**32
+"""Largest number of tokens of all windows; papers use some hundred thousand."""
 GENERATED_TOGETHER = 16  # sequences sampled from the model at a time
 Track = Callable[[Iterable[Any]], Iterable[Any]]
 """Wraps an iterable to show progress; see `hifiprune.voice.Voice.track`."""
@@ -67,6 +69,11 @@ class Calibration:
 
     def __post_init__(self) -> None:
         check_numbers(vars(self))
+        if self.num_samples * self.seq_len > MOST_TOKENS:
+            raise UserError(
+                f"num-samples {self.num_samples} of seq-len {self.seq_len} are {self.num_samples * self.seq_len:.3g} "
+                f"tokens, more than the {MOST_TOKENS:.3g} that are taken; use fewer"
+            )
         if self.sampler not in SAMPLERS:
             raise UserError(f"sampler '{self.sampler}' is not known; known are {', '.join(SAMPLERS)}")
         for source in (self.source, *(source for source, _ in self.mixed)):

@@ -26,6 +26,7 @@ from hifiprune.record import RunRecord
 from hifiprune.scores import Scores
 from hifiprune.scoring import Request
 from hifiprune.targets import exclusive
+from hifiprune.text_files import is_pipe
 from hifiprune.texts import Text
 from hifiprune.unfinished import Unfinished
 from hifiprune.voice import SILENT, Voice
@@ -98,10 +99,12 @@ def compare(
     for width in widths.values():
         shape.check_experts("uniform", width)
     draws = [replace(calibration, seed=calibration.seed + number) for number in range(seeds)]
-    tokenizer = checkpoint.tokenizer()
+    tokenizer, track = checkpoint.tokenizer(), voice.track("reading the texts, pieces")
     with record.stage("reading the texts"):
-        held = [text.held(tokenizer) for text in texts]
-        drawn = [] if calibration.source == SELF else [load_windows(draw, tokenizer) for draw in draws]
+        held = [text.held(tokenizer, track) for text in texts]
+        drawn = [] if calibration.source == SELF else [load_windows(draw, tokenizer, track) for draw in draws]
+    most = max(calibration.num_samples, *(len(text.windows) for text in held))
+    compute = compute.for_rows(most, "windows", voice)
     check_tokens(checkpoint, *drawn, *(text.windows for text in held))
     checkpoint.fetch()
     loaded, model_hash = load_hashed(checkpoint, compute, record)
@@ -176,6 +179,8 @@ def _check(
     for name in criteria:
         find_criterion(name)
     check_numbers({"seeds": seeds})
+    if seeds > 1 and any(is_pipe(part.source) for part in calibration.parts):
+        raise UserError(f"a pipe is read only once, and {seeds} draws read it anew: write it to a file, or --seeds 1")
     for text in texts:
         if any(_overlap(part.source, text.source) for part in calibration.parts):
             raise UserError(f"{text.source} is in both calibration and held-out text; measure on another one")

@@ -3,7 +3,7 @@
 import os
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
@@ -17,6 +17,7 @@ from hifiprune.errors import UserError, nearest_name, unknown
 from hifiprune.neurons import width_of
 from hifiprune.output import local_path
 from hifiprune.parallel import local_rank
+from hifiprune.voice import Voice
 
 FLASH_PACKAGES = {
     "flash_attention_2": ("flash_attn", "flash-attn"),
@@ -79,6 +80,13 @@ class Compute:
         device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
         own = local_rank()
         return f"cuda:{own}" if device == "cuda" and own is not None else device
+
+    def for_rows(self, rows: int, what: str, voice: Voice) -> "Compute":
+        """Return the same with a batch size of no more than all `rows`, such as windows, and tell if it was more."""
+        if self.batch_size <= rows:
+            return self
+        voice.say(f"There are {rows} {what}: --batch-size {self.batch_size} is cut down to {rows}.")
+        return replace(self, batch_size=rows)
 
     def dtype_for(self, checkpoint: Checkpoint) -> torch.dtype:
         """The dtype to compute in, with `auto` decided."""

@@ -3,19 +3,21 @@
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hifiprune.bounds import check_numbers
+from hifiprune.conversations import ChatTemplate, Piece
 from hifiprune.errors import UserError
 from hifiprune.reading import TEXT_COLUMNS, Row, check_text, read_parts
 from hifiprune.tokenizing import encode_plainly, special_tokens
 
 ANSWERS = ("output", "response", "completion", "answer")
 """Columns that hold what is to be learned, where there is an instruction or a prompt."""
+ROWS_AHEAD = 32
+"""Rows that are read ahead, so that conversations are written while others are tokenized."""
 ALPACA = (
     "Below is an instruction that describes a task{also}. Write a response that appropriately completes the request."
 )
@@ -33,14 +35,6 @@ class Example:
 
     tokens: Sequence[int]
     learned: Sequence[bool] | bytes
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of an example's text."""
-
-    text: str
-    learned: bool
 
 
 def read_examples(
@@ -72,18 +66,23 @@ def read_examples(
     Raises:
         UserError: there is nothing to learn from, or a row has none of these shapes.
     """
-    examples: list[Example] = []
     check_numbers({"max_rows": max_rows})
-    for part in read_parts(source, seed, max_rows):
-        if part.text is not None:
-            pieces = _plain_text(track(part.text), tokenizer)
-            examples.append(encode_pieces(pieces, tokenizer, learn_all=learn_prompts))
-        for number, row in enumerate(track(part.rows), 1):
-            try:
-                texts = list(_texts(row, tokenizer, text_column))
-            except UserError as error:
-                raise UserError(f"{part.where}, row {number}: {error}") from error
-            examples += (encode_pieces(pieces, tokenizer, learn_all=learn_prompts) for pieces in texts)
+    examples: list[Example] = []
+    with ChatTemplate(tokenizer) as template:
+        for part in read_parts(source, seed, max_rows):
+            if part.text is not None:
+                pieces = _plain_text(track(part.text), tokenizer)
+                examples.append(encode_pieces(pieces, tokenizer, learn_all=learn_prompts))
+                continue
+            rows = enumerate(track(part.rows), 1)
+            while some := list(islice(rows, ROWS_AHEAD)):
+                template.ask([row["messages"] for _, row in some if "messages" in row and text_column is None])
+                for number, row in some:
+                    try:
+                        texts = list(_texts(row, tokenizer, template, text_column))
+                    except UserError as error:
+                        raise UserError(f"{part.where}, row {number}: {error}") from error
+                    examples += (encode_pieces(pieces, tokenizer, learn_all=learn_prompts) for pieces in texts)
     examples = [example for example in examples if any(example.learned[1:])]  # nothing predicts the first token
     if not examples:
         raise UserError(f"{source} holds nothing to learn from: no row has a text or an answer")
@@ -121,13 +120,15 @@ def _plain_text(text: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iter
         yield Piece(str(tokenizer.eos_token or ""), True)
 
 
-def _texts(row: Row, tokenizer: PreTrainedTokenizerBase, text_column: str | None) -> Iterator[list[Piece]]:
+def _texts(
+    row: Row, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, text_column: str | None
+) -> Iterator[list[Piece]]:
     """The text of a row in parts, with all special tokens written out; several texts for some conversations."""
     start, end = _start(tokenizer), str(tokenizer.eos_token or "")
     answer = next((name for name in ANSWERS if name in row), None)
     column = text_column or next((name for name in TEXT_COLUMNS if name in row), None)
     if text_column is None and "messages" in row:
-        yield from _conversation(row["messages"], tokenizer)
+        yield from template.texts(row["messages"])
     elif text_column is None and answer and "instruction" in row:
         given = _text(row, "input") if "input" in row else ""
         context = f"\n\n### Input:\n{given}" if given else ""
@@ -158,37 +159,3 @@ def _text(row: Row, column: str) -> str:
 def _start(tokenizer: PreTrainedTokenizerBase) -> str:
     """What the tokenizer writes before a text, such as a start token."""
     return "".join(tokenizer.convert_ids_to_tokens(special_tokens(tokenizer)[0]))
-
-
-def _conversation(messages: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Piece]]:
-    """A conversation by the tokenizer's own template; what the template writes after an assistant's cue is learned.
-
-    Where the template writes earlier turns otherwise once a later one comes, a new text starts, all over.
-    """
-    if tokenizer.chat_template is None:
-        raise UserError("it is a conversation, but the tokenizer has no chat template")
-    if not isinstance(messages, Sequence) or not all(isinstance(each, dict) and "role" in each for each in messages):
-        raise UserError("'messages' must be a list of turns, each with 'role' and 'content'")
-    pieces: list[Piece] = []
-    written = ""
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        try:
-            cue = _written(messages[:number], tokenizer, add_generation_prompt=True)
-            whole = _written(messages[: number + 1], tokenizer)
-        except (TemplateError, KeyError, TypeError, ValueError, IndexError) as error:
-            raise UserError(f"the tokenizer's chat template refuses the conversation: {error}") from error
-        if not whole.startswith(cue):
-            raise UserError("the chat template cues the assistant otherwise than it answers; give prompt and response")
-        if not cue.startswith(written):
-            yield pieces
-            pieces, written = [], ""
-        pieces += [Piece(cue[len(written) :], False), Piece(whole[len(cue) :], True)]
-        written = whole
-    if pieces:
-        yield pieces
-
-
-def _written(messages: Any, tokenizer: PreTrainedTokenizerBase, **how: Any) -> str:
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, **how))

@@ -111,10 +111,14 @@ def evaluate(
         unfinished = Unfinished.beside(target, "evaluate", voice)
     if tasks:
         tasks.check()
-    windows = source.held(everyone[0].tokenizer()).windows if source else None
+    track = voice.track("reading the text, pieces")
+    windows = source.held(everyone[0].tokenizer(), track).windows if source else None
     if windows is not None:
         check_tokens(everyone[0], windows)
     exams = {name: Exam(replace(tasks, names=(name,))) for name in tasks.names} if tasks else {}
+    prompts = max((len(exam.prompts) for exam in exams.values()), default=0)
+    rows = max(len(windows) if windows is not None else 1, -(-prompts // PROMPTS))
+    compute = compute.for_rows(rows, "windows, or groups of prompts" if prompts else "windows", voice)
     for checkpoint in everyone:
         checkpoint.fetch()
     bench = Bench(windows, exams, compute, record, unfinished, voice)

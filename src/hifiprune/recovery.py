@@ -198,7 +198,9 @@ class Job:
                 **how,
             )
             vocabulary = config.get_text_config().vocab_size
-            return split(examples, self.training, vocabulary, family_of(config).packs)
+            rows, held = split(examples, self.training, vocabulary, family_of(config).packs)
+        self.training = self.training.for_rows(len(rows), self.voice)
+        return rows, held
 
     def train(self, rows: Packed, held: Packed, *, resume: bool) -> Outcome:
         """Train on rows, from the newest state of the same training if there is one."""

@@ -76,13 +76,16 @@ class Stages:
     def __post_init__(self) -> None:
         if self.resident and self.compute.stream:
             raise UserError(f"{self.resident} with weights in memory only: leave out --stream")
+        if self.calibration:
+            self.compute = self.compute.for_rows(self.calibration.num_samples, "windows", self.voice)
 
     def read(self) -> None:
         """Windows of a text, unless there is none or the model has yet to write it."""
         if self.calibration and self.calibration.source != SELF:
             with self.record.stage("reading the calibration data"):
                 tokenizer = self.checkpoint.tokenizer()
-                self.text = load_windows(self.calibration, tokenizer)
+                track = self.voice.track("reading the calibration text, pieces")
+                self.text = load_windows(self.calibration, tokenizer, track)
             remark_on_start(self.calibration, tokenizer, self.voice)
             check_tokens(self.checkpoint, self.text)
 

@@ -21,8 +21,10 @@ from transformers import (
 from hifiprune.bounds import check_numbers
 from hifiprune.errors import UserError, unknown
 from hifiprune.packing import Packed
+from hifiprune.parallel import processes
 from hifiprune.teacher import Remembered
 from hifiprune.time_limit import OutOfTimeError
+from hifiprune.voice import Voice
 from hifiprune.watch import CLOCK, Watch
 
 METHODS = ("lora", "full")
@@ -93,6 +95,14 @@ class Training:
         check_numbers(vars(self))
         if self.cache_teacher and (self.match_hidden or not self.distill_weight):
             raise UserError("cache-teacher keeps distributions: give a --distill-weight above 0, and no --match-hidden")
+
+    def for_rows(self, rows: int, voice: Voice) -> "Training":
+        """Return the same with a batch size of no more than each device's share of all rows; tell if it was more."""
+        share = -(-rows // processes())
+        if self.batch_size <= share:
+            return self
+        voice.say(f"There are {rows} rows to train on: --batch-size {self.batch_size} is cut down to {share}.")
+        return replace(self, batch_size=share)
 
     @property
     def taught(self) -> bool:
