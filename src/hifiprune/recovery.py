@@ -121,6 +121,7 @@ def recover(
     base = describe_base(started, voice)
     try:
         rows, held = job.read(data, learn_prompts=learn_prompts, text_column=text_column, max_rows=max_rows)
+        job = replace(job, training=training.for_rows(len(rows), voice))
         outcome = job.train(rows, held, resume=resume)
     except OutOfTimeError:
         outcome = Outcome(describe(TrainerState(), job.limit.passed))
@@ -198,9 +199,7 @@ class Job:
                 **how,
             )
             vocabulary = config.get_text_config().vocab_size
-            rows, held = split(examples, self.training, vocabulary, family_of(config).packs)
-        self.training = self.training.for_rows(len(rows), self.voice)
-        return rows, held
+            return split(examples, self.training, vocabulary, family_of(config).packs)
 
     def train(self, rows: Packed, held: Packed, *, resume: bool) -> Outcome:
         """Train on rows, from the newest state of the same training if there is one."""
