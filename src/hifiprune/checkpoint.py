@@ -86,7 +86,7 @@ class Checkpoint:
         if (self.folder / INDEX).is_file():
             refuse_pointers(self.name, [self.folder / INDEX])
             try:
-                index = json.loads((self.folder / INDEX).read_text())
+                index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
                 shards = {Path(shard) for shard in index["weight_map"].values()}
             except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise UserError(f"{self.name}: {INDEX} is damaged ({error}); copy the checkpoint again") from error

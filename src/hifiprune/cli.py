@@ -1,8 +1,10 @@
 """The command line: parses, calls the pipeline, prints."""
 
+import errno
 import os
 import sys
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
@@ -249,11 +251,18 @@ for command in (evaluate, criteria, compare, ablate, recover, bench, report, exp
     app.command(cls=Command)(command)
 
 
+UNWRITABLE = (errno.ENOSPC, errno.EPIPE, errno.EIO)
+"""What is answered to writing on a disk that is full, and to where nobody reads."""
+
+
 def main() -> None:
     """Run the command line; a failure is one message and an exit code: 2 for the user's mistakes, 1 for the rest."""
     handle_signals()
     hush_torchao()
-    sys.stdin = open(os.devnull)  # noqa: SIM115 - no library asks: whoever does gets no answer
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # where the locale has no such letters
+    sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115 - no library asks: whoever does gets no answer
     code = 1
     try:
         code = _run()
@@ -266,7 +275,9 @@ def _run() -> int:
     """Run the command; return the exit code, after saying what went wrong."""
     try:
         check_command(sys.argv)
-        return follow_first(app(prog_name="hifiprune", standalone_mode=False) or 0)
+        code = follow_first(app(prog_name="hifiprune", standalone_mode=False) or 0)
+        sys.stdout.flush()
+        return code
     except TyperException as error:
         return _fail(error, explain(error), error.exit_code)
     except HifipruneError as error:
@@ -274,12 +285,20 @@ def _run() -> int:
     except Stopped as error:
         return _fail(error, str(error), 1)
     except OSError as error:  # outputs are written by `replacing`, which says what is wrong with them
-        name = getattr(error, "filename", None)
-        message = f"{name}: {error.strerror}; check that it is there, and that you may read it" if name else str(error)
-        return _fail(error, message, 2)
+        return _fail(error, *_told(error))
     except Exception as error:  # noqa: BLE001 - the edge: whatever is left is our bug, said in one line
         message = f"{type(error).__name__}: {error} (a bug in hifiprune or a library; --debug shows where)"
         return _fail(error, message, 1)
+
+
+def _told(error: OSError) -> tuple[str, int]:
+    """Return what to say of a file that failed, and the exit code."""
+    if error.filename:
+        return f"{error.filename}: {error.strerror}; check that it is there, and that you may read it", 2
+    if error.errno in UNWRITABLE:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would fail once more when it ends
+        return f"standard output cannot be written: {error.strerror}", 1
+    return str(error), 2
 
 
 def _fail(error: BaseException, message: str, code: int) -> int:

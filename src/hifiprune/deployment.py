@@ -67,7 +67,7 @@ class Facts:
             _head(config),
             len(family.inputs) > 1,
             hasattr(config, "mlp_widths"),
-            frozenset(json.loads((checkpoint.folder / "config.json").read_text())),
+            frozenset(json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))),
             tuple(_values(config).items()),
         )
 

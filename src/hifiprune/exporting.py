@@ -117,7 +117,7 @@ def export(
     with replacing(target, overwrite=overwrite) as new:
         made, stated = new.with_name("made.gguf"), "auto" if quantizer else wanted
         maker = new.with_name("metadata.json")
-        maker.write_text(json.dumps({GGUF_FIELD: f"{GENERATOR} {__version__}"}))
+        maker.write_text(json.dumps({GGUF_FIELD: f"{GENERATOR} {__version__}"}), encoding="utf-8")
         words = ["--outfile", str(made), "--metadata", str(maker), "--outtype", stated]
         run([*command, str(checkpoint.folder), *words], "converting", voice)
         remarks += _check(made, widths)

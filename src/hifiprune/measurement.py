@@ -136,7 +136,7 @@ def evaluate(
         with replacing(target, overwrite=overwrite) as new:
             new.mkdir()
             record.save(new / "run.json")
-            (new / PASSAGES).write_text(json.dumps(bench.passages))
+            (new / PASSAGES).write_text(json.dumps(bench.passages), encoding="utf-8")
         unfinished.remove()
     return record
 

@@ -34,6 +34,11 @@ def local_path(name: str | Path) -> Path:
     if not str(name).strip():
         raise UserError("an empty name was given where a file, a folder or a model is needed; is a variable not set?")
     path = Path(os.path.expanduser(os.path.expandvars(name)))
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        shown = str(path).encode(errors="backslashreplace").decode()
+        raise UserError(f"the name {shown} is no UTF-8: rename it, or set LC_ALL=C.UTF-8 if it is") from error
     longest = max(len(os.fsencode(part)) for part in (*path.parts, ""))
     if longest > LONGEST_NAME or len(os.fsencode(path)) > LONGEST_PATH or "\0" in str(path):
         raise UserError(

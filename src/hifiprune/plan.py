@@ -71,7 +71,7 @@ class Plan:
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, in place of a file that hifiprune wrote, but of no other."""
         with replacing(path, overwrite=True) as temporary:
-            temporary.write_text(self.to_json())
+            temporary.write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":

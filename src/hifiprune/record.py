@@ -59,7 +59,7 @@ class RunRecord:
     def save(self, path: str | Path) -> None:
         """Write the record as JSON, in place of a file that hifiprune wrote, but of no other."""
         with replacing(path, overwrite=True) as temporary:
-            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 def describe_environment() -> dict[str, Any]:
@@ -82,7 +82,7 @@ def reset_peak_memory() -> None:
     for gpu in range(torch.cuda.device_count()):
         torch.cuda.reset_peak_memory_stats(gpu)
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
         return
 
@@ -100,7 +100,7 @@ def _high_water_bytes() -> int:
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
         import resource
@@ -110,7 +110,7 @@ def _high_water_bytes() -> int:
 
 def _processor_name() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

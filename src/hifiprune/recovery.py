@@ -216,7 +216,9 @@ class Job:
             beside = self.target
             raise UserError(f"there is no state of such a run beside {beside} to resume; leave out --resume")
         if rank() == 0:
-            self.unfinished.write(folder / "facts.json", lambda path: path.write_text(json.dumps(facts)))
+            self.unfinished.write(
+                folder / "facts.json", lambda path: path.write_text(json.dumps(facts), encoding="utf-8")
+            )
         voice.say(_announce(student, training, rows, held, compute))
         set_seed(training.seed)  # LoRA starts at random
         trained = _trainable(student, training)

@@ -22,7 +22,7 @@ def refuse_adapter(name: str, folder: Path) -> None:
     if not (folder / ADAPTER).is_file() and not (folder / "adapter_model.safetensors").is_file():
         return
     try:
-        base = json.loads((folder / ADAPTER).read_text())["base_model_name_or_path"]
+        base = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError):
         base = None
     raise UserError(

@@ -43,7 +43,9 @@ def report(folders: Sequence[str | Path], output: str | Path, *, overwrite: bool
     plots = {plot.id: json.loads(plot.figure.to_json()) for section in sections for plot in section.plots}
     passages = {passage["id"]: passage["texts"] for section in sections for passage in section.passages}
     data = json.dumps({"plots": plots, "passages": passages}).replace("<", "\\u003c")
-    template = Environment(autoescape=True).from_string((files("hifiprune") / "report.html.jinja").read_text())
+    template = Environment(autoescape=True).from_string(
+        (files("hifiprune") / "report.html.jinja").read_text(encoding="utf-8")
+    )
     page = template.render(
         title=_title(runs),
         subtitle=f"{len(runs)} runs of hifiprune {__version__}: {', '.join(run.name for run in runs)}",
@@ -53,7 +55,7 @@ def report(folders: Sequence[str | Path], output: str | Path, *, overwrite: bool
         plotly=get_plotlyjs(),
     )
     with replacing(target, overwrite=overwrite) as temporary:
-        temporary.write_text(page)
+        temporary.write_text(page, encoding="utf-8")
     return target
 
 

@@ -171,7 +171,15 @@ def _told(run: dict[str, Any], number: int) -> str:
 def _timed(name: str, asked: str) -> dict[str, Any]:
     """What a fresh process finds."""
     command = [sys.executable, "-m", "hifiprune.evaluation.speed", asked]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        encoding="utf-8",
+        errors="replace",
+    )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise (UserError if done.returncode == UserError.exit_code else RunError)(

@@ -78,7 +78,9 @@ class Unfinished:
         if not self.folder.exists():
             with replacing(self.folder) as whole:
                 whole.mkdir()
-                (whole / MARK).write_text("Finished parts of an interrupted run: the same command goes on from here.\n")
+                (whole / MARK).write_text(
+                    "Finished parts of an interrupted run: the same command goes on from here.\n", encoding="utf-8"
+                )
 
     def write(self, path: Path, writer: Callable[[Path], object]) -> None:
         """Keep a part."""
@@ -88,11 +90,11 @@ class Unfinished:
 
     def read_json(self, path: Path) -> Any:
         """A part that `write_json` wrote, or None."""
-        return self.read(path, lambda found: json.loads(found.read_text()))
+        return self.read(path, lambda found: json.loads(found.read_text(encoding="utf-8")))
 
     def write_json(self, path: Path, part: dict[str, Any]) -> None:
         """Keep plain data."""
-        self.write(path, lambda temporary: temporary.write_text(json.dumps(part)))
+        self.write(path, lambda temporary: temporary.write_text(json.dumps(part), encoding="utf-8"))
 
     def remove(self) -> None:
         """All is done; the mark goes last, so that what an interruption leaves is still known as ours."""

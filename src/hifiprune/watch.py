@@ -26,7 +26,7 @@ class Watch(TrainerCallback):
         self.limit, self.tokens, self.voice = limit, tokens_per_step, voice
         self.look_seconds = 0.0  # of the last look at the held-out rows
         if resumed:
-            clock = json.loads((resumed / CLOCK).read_text())
+            clock = json.loads((resumed / CLOCK).read_text(encoding="utf-8"))
             limit.before, self.look_seconds = clock["seconds"], clock.get("look_seconds", 0.0)
         self.said = time.monotonic()
         self.first_step = self.looked_at = 0
@@ -111,7 +111,9 @@ class Watch(TrainerCallback):
             return
         path = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / CLOCK
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps({"seconds": self.limit.spent, "look_seconds": self.look_seconds}))
+            temporary.write_text(
+                json.dumps({"seconds": self.limit.spent, "look_seconds": self.look_seconds}), encoding="utf-8"
+            )
 
     def _look(self, state: TrainerState, control: TrainerControl, loss: float) -> None:
         now = time.monotonic()
