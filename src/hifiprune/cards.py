@@ -69,10 +69,11 @@ def describe_base(checkpoint: Checkpoint, voice: Voice) -> Base:
         checkpoint: the base model.
         voice: told of what cannot be used.
     """
-    record, story = record_of(checkpoint), None
+    story = None
     try:
+        record = record_of(checkpoint)
         story = _story(record) if record else None
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+    except (UserError, KeyError, TypeError, ValueError, AttributeError, RecursionError):
         voice.say(f"run.json of {checkpoint.name} does not say how it was made: the output's card will not either.")
     name = checkpoint.name if checkpoint.on_hub else str(checkpoint.path)
     return Base(called(name), base_metadata(checkpoint, voice), story)

@@ -237,7 +237,7 @@ def demo(
     from hifiprune import demonstration, printing
 
     summary = demonstration.run(output, model, num_samples, seq_len, voice(), overwrite=overwrite)
-    show(summary, as_json, lambda: printing.demonstrated(summary, local_path(output)))
+    show(summary, as_json, lambda: printing.demonstrated(summary))
 
 
 @app.callback(invoke_without_command=True)

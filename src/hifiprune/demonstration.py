@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,8 @@ def run(
         dense_texts, pruned_texts = continuations(dense), continuations(after)
     record.stages += pruning.stages + evaluation.stages
     record.results = pruning.results | {
+        "dense": dense,
+        "calibration": asdict(calibration),
         "metrics": evaluation.results["models"][after]["metrics"],
         "measured_on": f"{evaluation.results['windows']} windows of {seq_len} tokens of Python's documentation",
         "continuations": [

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from hifiprune.announcements import width_range
 from hifiprune.engines import K_BLOCK
-from hifiprune.printing import next_step
+from hifiprune.next_steps import cut_flags, is_there, next_is_pruning, next_step
 from hifiprune.voice import console
 
 
@@ -34,12 +34,13 @@ def deployable(facts: dict[str, Any]) -> None:
 def _what_next(facts: dict[str, Any]) -> None:
     """Widths that more engines take, where there are any; else to the hub."""
     widths, dense = facts["neurons_per_mlp"], facts["pruned_from"]
-    prune = ("prune", dense or facts["model"], "--ratio", 0.2, "--calibration", "SOURCE", "--output", "DIR")
-    if dense and isinstance(widths, list):
-        next_step(*prune, "--allocation", "uniform")
-    elif dense and widths % K_BLOCK:
-        next_step(*prune, "--round-to", K_BLOCK)
-    elif dense:
+    if not dense:
+        next_is_pruning(facts["model"])
+    elif not is_there(dense):
         next_step("push", facts["model"], "OWNER/NAME")
+    elif isinstance(widths, list):
+        next_is_pruning(dense, more=("--allocation", "uniform"))
+    elif widths % K_BLOCK and cut_flags(dense, roundings=(K_BLOCK,)):
+        next_is_pruning(dense, round_to=K_BLOCK)
     else:
-        next_step(*prune)
+        next_step("push", facts["model"], "OWNER/NAME")

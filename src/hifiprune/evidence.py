@@ -69,7 +69,7 @@ def evaluate(
         compute=hp.Compute(device, dtype, batch_size, None, attention, stream),
         voice=voice(),
     )
-    show(record.to_dict(), as_json, lambda: printing.evaluated(record))
+    show(record.to_dict(), as_json, lambda: printing.evaluated(record, output, card=card))
 
 
 def bench(

@@ -1,7 +1,6 @@
 """Results as tables on standard output, each ending with what to do next."""
 
 import math
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,17 @@ from hifiprune.announcements import (
     with_error,
     with_interval,
 )
+from hifiprune.card_metadata import CARD
 from hifiprune.evaluation.fidelity import METRICS
-from hifiprune.lineage import dense_of
+from hifiprune.lineage import dense_of, pruning_of
+from hifiprune.next_steps import (
+    free_name,
+    next_is_measuring,
+    next_is_pruning,
+    next_is_showing,
+    next_is_without_dry_run,
+    next_step,
+)
 from hifiprune.output import disk_size
 from hifiprune.record import RunRecord
 from hifiprune.voice import console
@@ -42,7 +50,7 @@ def pruned(record: RunRecord, output: Path) -> None:
             table.add_row("squared error left", "", f"{left / plain:.1%} of that of the plain cut, on held-out windows")
     _show(table)
     _costs(record)
-    next_step("evaluate", output, "--against", record.arguments["model"], "--text", "FILE")
+    next_is_measuring(output, record.arguments["model"], record.arguments["calibration"])
 
 
 def scored(record: RunRecord, model: str, output: Path) -> None:
@@ -55,7 +63,7 @@ def scored(record: RunRecord, model: str, output: Path) -> None:
         table.add_row("mean objective", f"{results['objective_nats']:.4f} nats")
     _show(table)
     _costs(record)
-    next_step("prune", model, "--scores", output, "--ratio", 0.2, "--output", "DIR")
+    next_is_pruning(model, scores=output, calibration=record.arguments["calibration"])
 
 
 def foreseen(record: RunRecord) -> None:
@@ -65,7 +73,8 @@ def foreseen(record: RunRecord) -> None:
         memory, disk = megabytes(cost["memory"]), megabytes(cost["disk"]) if cost["disk"] else ""
         table.add_row(cost["step"], f"{cost['seconds']:.1f} s", memory, disk)
     _show(table)
-    console().print("Nothing was made. Next: the same command without --dry-run", highlight=False)
+    console().print("Nothing was made.")
+    next_is_without_dry_run()
 
 
 def recovered(record: RunRecord, output: Path) -> None:
@@ -76,8 +85,8 @@ def recovered(record: RunRecord, output: Path) -> None:
     table.add_row("optimizer steps", "", f"{results['steps']}, best at {results['best_step']}")
     _show(table)
     _costs(record)
-    dense = record.arguments["teacher"] or dense_of(results["pruning"]) or "DENSE"
-    next_step("evaluate", output, "--against", dense, "--text", "FILE")
+    dense = record.arguments["teacher"] or dense_of(results["pruning"])
+    next_is_measuring(output, dense, (pruning_of(results["pruning"]) or {}).get("arguments", {}).get("calibration"))
 
 
 def settings(facts: dict[str, Any]) -> None:
@@ -88,8 +97,8 @@ def settings(facts: dict[str, Any]) -> None:
     _show(table)
 
 
-def evaluated(record: RunRecord) -> None:
-    """What `evaluate` measured."""
+def evaluated(record: RunRecord, output: str | Path | None, *, card: bool) -> None:
+    """What `evaluate` measured, and where it is kept."""
     results = record.results
     measured = {name: row["metrics"] for name, row in results["models"].items() if "metrics" in row}
     if measured:
@@ -102,6 +111,11 @@ def evaluated(record: RunRecord) -> None:
         console().print(f"{size}; in brackets 95% intervals by bootstrap over windows")
     if "items" in results:
         _answered(results["models"], results["items"])
+    models = record.arguments["models"]
+    written = [str(output)] * bool(output) + [f"{name}/{CARD}" for name in models if card]
+    if written:
+        console().print(f"Wrote {', '.join(written)}.", markup=False, soft_wrap=True, highlight=False)
+    next_is_showing(models, output, card=card)
 
 
 def _answered(models: dict[str, dict[str, Any]], items: dict[str, list[int]]) -> None:
@@ -219,7 +233,7 @@ def compared(record: RunRecord, model: str, output: Path) -> None:
     scores = next(file for file in files if file.is_file())
     rounding = record.arguments["round_to"]
     options = [] if rounding == 128 else ["--round-to", rounding]
-    next_step("prune", model, "--scores", scores, "--ratio", f"{ratio:g}", *options, "--output", "DIR")
+    next_step("prune", model, "--scores", scores, "--ratio", f"{ratio:g}", *options, "--output", free_name("smaller"))
 
 
 def compared_table(rows: list[dict[str, Any]], dense: dict[str, Any], title: str) -> Table:
@@ -261,7 +275,7 @@ def ablated(record: RunRecord, model: str, scores: list[Path]) -> None:
     _costs(record)
     known = [found[kinds[0]]["within_layers"]["value"] if kinds else None for found in correlations.values()]
     best = known.index(max((value for value in known if value is not None), default=None))
-    next_step("prune", model, "--scores", scores[best], "--ratio", 0.2, "--output", "DIR")
+    next_is_pruning(model, scores=scores[best])
 
 
 def inspected(facts: dict[str, Any]) -> None:
@@ -279,10 +293,10 @@ def inspected(facts: dict[str, Any]) -> None:
         )
         widths.add_row(percent, exact, rounded, "" if row["ratio_reached"] is None else f"{row['ratio_reached']:.2%}")
     _show(widths)
-    next_step("prune", facts["model"], "--ratio", 0.2, "--calibration", "SOURCE", "--output", "DIR")
+    next_is_pruning(facts["model"])
 
 
-def demonstrated(summary: dict[str, Any], output: Path) -> None:
+def demonstrated(summary: dict[str, Any]) -> None:
     """What the demo showed."""
     table = _table("", "dense", "pruned")
     for row in demo_rows(summary):
@@ -294,7 +308,7 @@ def demonstrated(summary: dict[str, Any], output: Path) -> None:
     for sample in results["continuations"]:
         samples.add_row(sample["prompt"], sample["dense"], sample["pruned"])
     _show(samples)
-    next_step("prune", output / "dense", "--ratio", 0.3, "--calibration", "FILE", "--output", "DIR")
+    next_is_pruning(results["dense"], ratio=0.3, calibration=results["calibration"])
 
 
 def demo_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -318,12 +332,6 @@ def demo_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("all stages", "", f"{seconds:.0f} s"),
         ("peak memory", "", megabytes(max(stage["peak_memory_bytes"] for stage in summary["stages"]))),
     ]
-
-
-def next_step(*words: object) -> None:
-    """Tell which of our commands to run next, ready to be pasted into a shell."""
-    command = shlex.join(["hifiprune", *map(str, words)])
-    console().print(f"Next: {command}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _cost(stage: dict[str, Any]) -> tuple[str, str]:
