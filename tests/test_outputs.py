@@ -369,6 +369,9 @@ def test_names_that_are_too_long(dense: Path, tmp_path: Path) -> None:
     refused(prune(Path("y" * 300), tmp_path / "out"), "names have at most 255 bytes")
     assert score(dense, tmp_path / ("x" * 215)).code == 0
     refused(prune(dense, dense / "config.json" / "x"), "lies inside")
+    (tmp_path / "loop").symlink_to("loop")
+    refused(prune(dense, tmp_path / "loop" / "x"), "cannot be written")
+    refused(prune(dense, tmp_path / "loop"), "exists already")
     with pytest.raises(UserError, match="zero byte"):
         local_path("a\0b")
 

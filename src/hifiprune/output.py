@@ -58,9 +58,12 @@ def output_path(name: str | Path) -> Path:
         path = local_path(name).absolute()
     except FileNotFoundError as error:
         raise UserError("the working directory was removed; change to one that is there") from error
-    if path.name in ("", ".."):
-        return path.resolve()
-    return path.parent.resolve() / path.name
+    return real_path(path) if path.name in ("", "..") else real_path(path.parent) / path.name
+
+
+def real_path(path: Path) -> Path:
+    """Same as `path.resolve()`, but for links that lead in a circle: they stay as they are."""
+    return Path(os.path.realpath(path))
 
 
 def disk_size(count: int) -> str:

@@ -16,7 +16,7 @@ from huggingface_hub import constants
 
 from hifiprune.errors import UserError
 from hifiprune.manifest import MANIFEST, check_replaceable
-from hifiprune.output import clear_after_the_killed, local_path, nearest_folder, output_path
+from hifiprune.output import clear_after_the_killed, local_path, nearest_folder, output_path, real_path
 from hifiprune.parallel import rank
 
 P = ParamSpec("P")
@@ -98,7 +98,7 @@ def claim(target: str | Path, inputs: Sequence[str | Path | None] = ()) -> Path:
     path = output_path(target)
     _check_name(path, target)
     _check_place(path, target)
-    _check_inputs(path.resolve(), target, inputs)
+    _check_inputs(real_path(path), target, inputs)
     parent = nearest_folder(path)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"output {target} cannot be written: {parent} is not a writable folder")
@@ -121,7 +121,7 @@ def _check_name(path: Path, target: str | Path) -> None:
 
 def _check_place(path: Path, target: str | Path) -> None:
     """Refuse places that are never an output's, whatever is there."""
-    real = path.resolve()
+    real = real_path(path)
     if what := _reserved(real):
         raise UserError(f"output {target} {what}; choose another name, such as that of a new folder elsewhere")
     for parent in (real, *real.parents):
@@ -135,11 +135,11 @@ def _reserved(real: Path) -> str:
     """Return what a path is that no output may be; nothing if it is nothing of the kind."""
     places = {"the working directory": Path().absolute(), "your home": Path(os.path.expanduser("~"))}
     for what, place in places.items():
-        if (relation := _relation(real, place.resolve())) in ("is", "contains"):
+        if (relation := _relation(real, real_path(place))) in ("is", "contains"):
             return f"{relation} {what}"
     caches = (constants.HF_HUB_CACHE, os.environ.get("HF_DATASETS_CACHE", os.path.join(constants.HF_HOME, "datasets")))
     for cache in map(Path, caches):
-        if relation := _relation(real, cache.resolve()):
+        if relation := _relation(real, real_path(cache)):
             return f"{relation} the hub's cache {cache}"
     if real.parent in (Path("/home"), Path("/Users")):
         return "is a home"
@@ -161,10 +161,10 @@ def _files_of(path: Path) -> Iterator[Path]:
     """Yield where an input is, as it is called and as it really is, and where links that a folder holds lead."""
     if not os.path.lexists(path):
         return
-    yield path.parent.resolve() / path.name
-    yield path.resolve()
+    yield real_path(path.parent) / path.name
+    yield real_path(path)
     for parent, folders, files in os.walk(path):
-        yield from (entry.resolve() for name in (*folders, *files) if (entry := Path(parent, name)).is_symlink())
+        yield from (real_path(entry) for name in (*folders, *files) if (entry := Path(parent, name)).is_symlink())
 
 
 def _relation(real: Path, read: Path) -> str:

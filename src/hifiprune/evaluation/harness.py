@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from hifiprune.errors import RunError, UserError, nearest_name
 from hifiprune.guards import frozen
+from hifiprune.output import local_path
 
 
 def find_tasks(tasks: Sequence[str], include_path: str | Path | None) -> Any:
@@ -26,7 +27,8 @@ def find_tasks(tasks: Sequence[str], include_path: str | Path | None) -> Any:
     """
     if find_spec("lm_eval") is None:
         raise UserError("zero-shot tasks need lm-evaluation-harness: pip install 'hifiprune[tasks]'")
-    if include_path is not None and not Path(include_path).is_dir():
+    include_path = None if include_path is None else local_path(include_path)
+    if include_path is not None and not include_path.is_dir():
         raise UserError(f"the folder of task files {include_path} does not exist")
     if not tasks:
         raise UserError("no task is named; name at least one, such as piqa")
