@@ -5,7 +5,7 @@ Run as a program it prints the tables, each under the heading that it stands und
 
 import sys
 
-from hifiprune.engines import BLOCKS, ENGINES, FORMS, KEYS, SUPPORT
+from hifiprune.engines import BLOCKS, ENGINES, FORMS, KEYS, SUPPORT, shown
 
 
 def support_table() -> str:
@@ -48,12 +48,12 @@ def sources_table() -> str:
 
 
 def keys_table() -> str:
-    """What engines read at the top of `config.json`, as Markdown."""
+    """What engines read in `config.json`, as Markdown."""
     lines = ["| engine | model type | what it reads | and takes where it is not there |", "|---|---|---|---|"]
     for key, types in KEYS.items():
         for name, wanted in sorted(types.items()):
             names = ", ".join(f"`{each}`" for each in wanted)
-            taken = ", ".join("fails" if value is None else f"{value:g}" for value in wanted.values())
+            taken = ", ".join(shown(value) for value in wanted.values())
             lines.append(f"| {ENGINES[key].name} | `{name}` | {names} | {taken} |")
     return "\n".join(lines)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from hifiprune.discovery import family_of
@@ -190,6 +191,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Small ones with the keys, places and spellings of well-known repositories."""
+UNTIED = ("mistral3", "internvl")
+"""Those whose files hold a head of its own, which transformers 5 ties by default."""
+FILES = {"gemma3": {"vision_tower.": "vision_tower.vision_model."}}
+"""What published files call tensors that transformers 5 writes by other names."""
 WIDTHS: dict[str, dict[str, float]] = {
     **{name: {"intermediate_size": 0.75} for name in PUBLISHED},
     **{name: {"text_config.intermediate_size": 0.75} for name in ("mistral3", "internvl", "gemma3", "qwen3_vl")},
@@ -206,6 +211,8 @@ def publish(folder: Path, facts: dict[str, Any]) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(facts))
     config = AutoConfig.from_pretrained(folder)
+    if facts["model_type"] in UNTIED:
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     torch.manual_seed(0)
     made: Any = AutoModelForImageTextToText if family_of(config).sees else AutoModelForCausalLM
     model: PreTrainedModel = made.from_config(config)
@@ -214,6 +221,10 @@ def publish(folder: Path, facts: dict[str, Any]) -> Path:
             if parameter.ndim == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(folder)
+    for before, after in FILES.get(facts["model_type"], {}).items():
+        tensors = load_file(folder / "model.safetensors")
+        renamed = {name.replace(before, after, 1): values for name, values in tensors.items()}
+        save_file(renamed, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(facts, indent=4, ensure_ascii=False))
     return folder
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import hifiprune as hp
 from hifiprune.configuration import with_members
@@ -72,6 +73,8 @@ def test_published_configurations_differ_in_their_widths_alone(name: str, tmp_pa
     told = flat(PUBLISHED[name])
     expected = {key: (told[key], factor * told[key]) for key, factor in WIDTHS[name].items()}
     assert difference(facts_of(dense), facts_of(tmp_path / "cut")) == expected
+    names, kept = (load_file(folder / "model.safetensors").keys() for folder in (dense, tmp_path / "cut"))
+    assert kept == names
     assert_same_as_masked(dense, tmp_path / "cut", plan)
 
 

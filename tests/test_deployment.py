@@ -20,6 +20,7 @@ from hifiprune.families import FAMILIES
 from tests import engines
 from tests.commands import refused, run
 from tests.families import tiny_model
+from tests.published import PUBLISHED, publish
 from tests.test_families import plan_keeping, random_plan
 
 ROOT = Path(__file__).parent.parent
@@ -219,6 +220,63 @@ def test_what_prune_writes_is_taken_where_the_dense_model_is(
         assert AutoConfig.from_pretrained(tmp_path / name).rope_parameters["rope_theta"] == 5e5
         for folder in (dense, tmp_path / name):
             assert verdict in {told for told, _ in whys(folder, "MLX (mlx-lm)")}
+
+
+@pytest.mark.parametrize(
+    ("name", "lost", "why"),
+    [
+        (
+            "mistral3",
+            "text_config.rope_theta",
+            "reads rope_theta in text_config of config.json and computes with 10000 in place of it; "
+            'write there "rope_theta": 1000000000.0',
+        ),
+        (
+            "gemma3",
+            "text_config.rope_local_base_freq",
+            "reads rope_local_base_freq in text_config of config.json and computes with 10000 in place of it; "
+            'write there "rope_local_base_freq": 20000.0',
+        ),
+        (
+            "qwen2_vl",
+            "tie_word_embeddings",
+            "reads tie_word_embeddings at the top of config.json and computes with true in place of it; "
+            'write there "tie_word_embeddings": false',
+        ),
+        (
+            "qwen3_moe",
+            "num_experts",
+            "reads num_experts at the top of config.json and fails or computes something else without it; "
+            'write there "num_experts": 4',
+        ),
+        (
+            "cohere2",
+            "sliding_window_pattern",
+            "reads sliding_window_pattern at the top of config.json and computes with 4 in place of it; "
+            'write there "sliding_window_pattern": 2',
+        ),
+    ],
+)
+def test_published_files_are_taken_and_those_that_lack_a_key_are_not(
+    name: str, lost: str, why: str, tmp_path: Path
+) -> None:
+    facts = json.loads(json.dumps(PUBLISHED[name]))
+    facts |= {"sliding_window_pattern": 2, "layer_switch": 2} if name == "cohere2" else {}
+    facts |= {"tie_word_embeddings": False} if name == "qwen2_vl" else {}
+    assert {verdict for verdict, _ in whys(publish(tmp_path / "published", facts), "MLX (mlx-lm)")} <= {"yes", "partly"}
+    again = AutoConfig.from_pretrained(tmp_path / "published")
+    again.save_pretrained(tmp_path / "published")  # as transformers 5 writes it
+    rewritten = json.loads((tmp_path / "published" / "config.json").read_text())
+    place, _, key = lost.rpartition(".")
+    section = rewritten[place] if place else rewritten.get("text_config", rewritten)
+    assert key not in section
+    told = {key: value for key, value in (facts[place] if place else facts).items() if key not in section}
+    del told[key]
+    section |= told
+    if "text_config" in rewritten and not place:
+        why = why.replace("at the top", "in text_config")
+    (tmp_path / "published" / "config.json").write_text(json.dumps(rewritten))
+    assert whys(tmp_path / "published", "MLX (mlx-lm)") == {("no", why)}
 
 
 def test_angles_that_an_engine_takes_unasked(tmp_path: Path) -> None:

@@ -8,12 +8,26 @@ from transformers import PretrainedConfig
 
 from hifiprune.announcements import width_range
 from hifiprune.checkpoint import Checkpoint
+from hifiprune.configuration import CONFIG
 from hifiprune.discovery import family_of
-from hifiprune.engines import BLOCK, BLOCKS, ENGINES, FORMS, KEYS, MIXTURES, SUPPORT, THETA, Form
+from hifiprune.engines import (
+    BLOCK,
+    BLOCKS,
+    ENGINES,
+    FAILS,
+    FORMS,
+    KEYS,
+    MIXTURES,
+    SHARE,
+    SUPPORT,
+    THETA,
+    Form,
+    shown,
+)  # fmt: skip
 from hifiprune.errors import UserError
 from hifiprune.neurons import find_mlps
 
-TENSOR_PARALLEL = (1, 2, 4, 8)
+TENSOR_PARALLEL, TEXT = (1, 2, 4, 8), "text_config"
 
 
 @dataclass(frozen=True)
@@ -29,8 +43,10 @@ class Facts:
         head: size of a head.
         gated: whether MLPs have a gate.
         own_code: whether the checkpoint comes with code of its own.
-        keys: what stands at the top of its `config.json`.
+        keys: what its `config.json` states, in the section of the text model where there is one.
         values: what its configuration comes to for keys that engines look for there.
+        section: name of that section.
+        text_type: the text model's type.
     """
 
     model_type: str
@@ -43,6 +59,8 @@ class Facts:
     own_code: bool = False
     keys: frozenset[str] = frozenset()
     values: tuple[tuple[str, Any], ...] = ()
+    section: str = ""
+    text_type: str = ""
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Facts":
@@ -58,6 +76,8 @@ class Facts:
             )
         skeleton = checkpoint.skeleton()
         config, family = skeleton.config.get_text_config(), family_of(skeleton.config)
+        stated = json.loads((checkpoint.folder / CONFIG).read_text(encoding="utf-8"))
+        section = TEXT if isinstance(stated.get(TEXT), dict) else ""
         return cls(
             skeleton.config.model_type,
             tuple(mlp.neurons for mlp in find_mlps(skeleton)),
@@ -67,25 +87,35 @@ class Facts:
             _head(config),
             len(family.inputs) > 1,
             hasattr(config, "mlp_widths"),
-            frozenset(json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))),
-            tuple(_values(config).items()),
+            frozenset(stated[section] if section else stated),
+            tuple(_values(skeleton.config).items()),
+            section,
+            config.model_type,
         )
 
 
-def _values(config: PretrainedConfig) -> dict[str, Any]:
+def _values(whole: PretrainedConfig) -> dict[str, Any]:
     """What a configuration comes to, by the names that engines have for it."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    theta, share = rope.get(THETA), rope.get("partial_rotary_factor")
+    config = whole.get_text_config()
+    rope, layers = getattr(config, "rope_parameters", None) or {}, getattr(config, "layer_types", None) or []
+    full = rope.get("full_attention", rope)
+    theta, share = full.get(THETA), full.get(SHARE)
     found = {
         THETA: theta,
+        "rope_local_base_freq": rope.get("sliding_attention", {}).get(THETA),
         "rotary_emb_base": theta,
-        "partial_rotary_factor": share,
+        SHARE: share,
         "rotary_pct": share or 1.0,
         "n_ctx": config.max_position_embeddings if config.model_type == "gpt2" else None,
         "head_dim": _head(config),
-        "rope_scaling": rope if rope.get("rope_type", "default") != "default" else None,
+        "sliding_window_pattern": layers.index("full_attention") + 1 if "full_attention" in layers else None,
+        "num_experts": getattr(config, "num_experts", None),
+        "tie_word_embeddings": bool(whole.tie_word_embeddings),
     }
-    return {name: value for name, value in found.items() if value is not None}
+    scaled = full.get("rope_type", "default") != "default"
+    return {name: value for name, value in found.items() if value is not None} | {
+        "rope_scaling": full if scaled else None
+    }
 
 
 def _head(config: PretrainedConfig) -> int:
@@ -155,21 +185,29 @@ def _at_all(facts: Facts, key: str) -> tuple[str, str, str]:
         return "no", f"{what}; here it is {width_range([*facts.widths])}{mend}", engine.fixed
     if missing := missing_keys(facts, key):
         stated = ", ".join(f'"{name}": {json.dumps(value)}' for name, value in missing.items())
-        taken = ", ".join(f"{value:g}" for name in missing if (value := KEYS[key][facts.model_type].get(name)))
-        then = f"computes with {taken} in place of it" if taken else "fails or computes something else without it"
-        why = f"reads {' and '.join(missing)} at the top of config.json and {then}; write there {stated}"
+        defaults = [shown(value) for name in missing if (value := _wanted(facts, key).get(name, FAILS)) != FAILS]
+        taken = f"computes with {', '.join(defaults)} in place of it"
+        then = taken if defaults else "fails or computes something else without it"
+        place = f"in {facts.section}" if facts.section else "at the top"
+        why = f"reads {' and '.join(missing)} {place} of config.json and {then}; write there {stated}"
         return "no", why, engine.models
     how = {"backend": "by its Transformers backend", "autodeploy": "by AutoDeploy"}
     return "yes", how.get(kind, ""), engine.models
 
 
 def missing_keys(facts: Facts, key: str) -> dict[str, Any]:
-    """What an engine looks for at the top of `config.json` and would miss or take for something else."""
-    values, wanted = dict(facts.values), dict(KEYS.get(key, {}).get(facts.model_type, {}))
+    """What an engine looks for in `config.json` and would miss or take for something else."""
+    values, wanted = dict(facts.values), _wanted(facts, key)
     if key == "mlx" and THETA in wanted:
-        wanted["rope_scaling"] = None
+        wanted = {"rope_scaling": None} | wanted
     absent = {name: default for name, default in wanted.items() if name not in facts.keys}
     return {name: values[name] for name, default in absent.items() if name in values and values[name] != default}
+
+
+def _wanted(facts: Facts, key: str) -> dict[str, Any]:
+    """The keys that an engine reads of such a model, or of the text model in it."""
+    name = facts.text_type if facts.text_type in SUPPORT else facts.model_type
+    return dict(KEYS.get(key, {}).get(name, {}))
 
 
 def _by_sizes(facts: Facts, form: Form) -> tuple[str, str, tuple[int, ...]]:

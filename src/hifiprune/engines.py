@@ -231,23 +231,37 @@ list of models says, `fixed` with a model that takes the MLP to be four times th
 MIXTURES = ("deepseek_v2", "deepseek_v3", "glm4_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 """Whose experts other kernels run; those were not looked up."""
 
-THETA = "rope_theta"
-KEYS: dict[str, dict[str, dict[str, float | None]]] = {
+THETA, SHARE, FAILS = "rope_theta", "partial_rotary_factor", "fails"
+Value = float | int | str
+KEYS: dict[str, dict[str, dict[str, Value]]] = {
     "mlx": {
-        "cohere": {THETA: 8e6}, "cohere2": {THETA: 5e4}, "ernie4_5": {THETA: None},
-        "exaone4": {THETA: None, "head_dim": None}, "gemma": {THETA: 1e4}, "gemma2": {THETA: 1e4},
-        "glm4": {THETA: None, "partial_rotary_factor": None}, "gpt2": {"n_ctx": None}, "granite": {THETA: None},
-        "gpt_neox": {"rotary_emb_base": None, "rotary_pct": None},
-        "helium": {THETA: None}, "hunyuan_v1_dense": {THETA: 1e4}, "llama": {THETA: 1e4}, "mistral": {THETA: 1e4},
-        "mixtral": {THETA: 1e6}, "nemotron": {THETA: 1e4, "partial_rotary_factor": 0.5}, "olmo2": {THETA: 1e4},
-        "olmo3": {THETA: None}, "olmoe": {THETA: 1e4}, "phi": {THETA: 1e4, "partial_rotary_factor": 0.4},
-        "phi3": {THETA: 1e4, "partial_rotary_factor": 1.0}, "qwen2": {THETA: 1e6}, "qwen2_moe": {THETA: 1e6},
-        "qwen3_moe": {THETA: None}, "seed_oss": {THETA: 1e4}, "smollm3": {THETA: 1e4},
-        "stablelm": {THETA: None, "partial_rotary_factor": None}, "starcoder2": {THETA: 1e5},
+        "cohere": {THETA: 8e6}, "cohere2": {THETA: 5e4, "sliding_window_pattern": 4}, "deepseek_v2": {THETA: 1e4},
+        "deepseek_v3": {THETA: 1e4}, "ernie4_5": {THETA: FAILS},
+        "exaone4": {THETA: FAILS, "rope_scaling": FAILS, "head_dim": FAILS}, "gemma": {THETA: 1e4},
+        "gemma2": {THETA: 1e4},
+        "gemma3_text": {THETA: 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6},
+        "glm4": {THETA: FAILS, SHARE: FAILS}, "glm4_moe": {THETA: FAILS, "rope_scaling": FAILS, SHARE: FAILS},
+        "gpt2": {"n_ctx": FAILS}, "granite": {THETA: FAILS},
+        "gpt_neox": {"rotary_emb_base": FAILS, "rotary_pct": FAILS},
+        "helium": {THETA: FAILS}, "hunyuan_v1_dense": {THETA: 1e4}, "llama": {THETA: 1e4}, "mistral": {THETA: 1e4},
+        "mixtral": {THETA: 1e6}, "nemotron": {THETA: 1e4, SHARE: 0.5}, "olmo2": {THETA: 1e4},
+        "olmo3": {THETA: FAILS}, "olmoe": {THETA: 1e4}, "phi": {THETA: 1e4, SHARE: 0.4},
+        "phi3": {THETA: 1e4, SHARE: 1.0}, "qwen2": {THETA: 1e6, "tie_word_embeddings": True},
+        "qwen2_moe": {THETA: 1e6}, "qwen2_vl": {THETA: 1e6, "tie_word_embeddings": True},
+        "qwen3": {"tie_word_embeddings": FAILS, "head_dim": FAILS},
+        "qwen3_moe": {THETA: FAILS, "num_experts": FAILS},
+        "qwen3_vl": {"tie_word_embeddings": FAILS, "head_dim": FAILS}, "seed_oss": {THETA: 1e4},
+        "smollm3": {THETA: 1e4}, "stablelm": {THETA: FAILS, SHARE: FAILS}, "starcoder2": {THETA: 1e5},
     },
-    "llama.cpp": {"cohere2": {"rotary_pct": None}, "gpt2": {"n_ctx": None}, "gpt_neox": {"rotary_pct": 0.25}},
+    "llama.cpp": {"cohere2": {"rotary_pct": FAILS}, "gpt2": {"n_ctx": FAILS}, "gpt_neox": {"rotary_pct": 0.25}},
 }  # fmt: skip
-"""What engines read at the top of `config.json`, and take where it is not there; `None` if they fail then.
+"""What engines read in `config.json`, and take where it is not there, if they do not fail.
 
-Transformers 5 writes these into `rope_parameters`, or not at all, and most of mlx-lm does not look there.
+Transformers 5 writes these into `rope_parameters`, by other names, or not at all. Models with images are read by the
+row of their text model, in its section.
 """
+
+
+def shown(value: Value) -> str:
+    """Return a value of `KEYS` as it is told."""
+    return str(value).lower() if isinstance(value, bool | str) else f"{value:g}"
