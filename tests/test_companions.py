@@ -54,7 +54,7 @@ def test_companions_go_along_and_the_rest_stays(checkpoint: Path, tmp_path: Path
     fill(checkpoint, TAKEN + [name for name in LEFT if name != "pytorch_model.bin.index.json"])
     prune(checkpoint, tmp_path / "cut")
     files = {path.relative_to(tmp_path / "cut").as_posix() for path in (tmp_path / "cut").rglob("*") if path.is_file()}
-    ours = {"README.md", "run.json", "hifiprune/scores.safetensors", "hifiprune/plan.json"}
+    ours = {"README.md", "run.json", ".hifiprune.json", "hifiprune/scores.safetensors", "hifiprune/plan.json"}
     theirs = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert files == {*TAKEN} | ours | theirs
     assert all((tmp_path / "cut" / name).read_text() == name for name in TAKEN)
@@ -149,7 +149,18 @@ def test_code_that_is_named_goes_along_and_loads(how: str, coded: Path, world: P
     if how == "cut":
         prune(coded, tmp_path / "out")
     else:
-        words = ("--data", world / "calibration.txt", "--max-steps", 1, "--seq-len", 24, "--distill-weight", 0)
+        words = (
+            "--data",
+            world / "calibration.txt",
+            "--max-steps",
+            1,
+            "--seq-len",
+            24,
+            "--distill-weight",
+            0,
+            "--lora-r",
+            4,
+        )
         result = run("recover", coded, "--output", tmp_path / "out", *words)
         assert result.code == 0, result.err
     files = {path.name for path in (tmp_path / "out").glob("*.py")}
