@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import hifiprune as hp
@@ -362,3 +362,21 @@ def test_a_folder_that_may_not_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("hifiprune.inspection.find_checkpoint", refuse)
     refused(run("inspect", "locked"), "locked/adapter_config.json: Permission denied; check that it is there, and that")
+
+
+def test_weights_of_a_layer_that_the_configuration_does_not_count(world: Path, tmp_path: Path) -> None:
+    dense = shutil.copytree(world / "dense", tmp_path / "dense")
+    facts = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps(facts | {"num_hidden_layers": 2}))
+    message = "model.layers.2.input_layernorm.weight, of a layer that its configuration does not count: num_hidden"
+    refused(run("inspect", dense), message)
+    refused(run("prune", dense, "--output", tmp_path / "out", "--width", 24, "--criterion", "ppm"), message)
+
+
+def test_a_model_with_nan_is_not_timed(world: Path, made: Path, tmp_path: Path) -> None:
+    dense = shutil.copytree(world / "dense", tmp_path / "dense")
+    tensors = load_file(dense / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, dense / "model.safetensors", {"format": "pt"})
+    words = ("bench", dense, made / "pruned", "--lengths", 8, "--new-tokens", 2)
+    refused(run(*words), "the weights model.norm.weight contain NaN or infinite values")

@@ -241,6 +241,18 @@ def _to_int8(model: Any, name: str) -> None:
     module.weight = nn.Parameter(module.weight.data.to(torch.int8), requires_grad=False)
 
 
+def _to_int32(model: Any, name: str) -> None:
+    """Packed whole numbers, as AWQ and GPTQ keep weights."""
+    module = model.get_submodule(name)
+    module.weight = nn.Parameter(module.weight.data.to(torch.int32), requires_grad=False)
+
+
+def _to_float8(model: Any, name: str) -> None:
+    """As fp8 checkpoints keep weights, here without their scales."""
+    module = model.get_submodule(name)
+    module.weight = nn.Parameter(module.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
+
+
 def _to_subclass(model: Any, name: str) -> None:
     """As torchao does: a tensor of another class, which claims the dtype that it was made from."""
 
@@ -251,7 +263,7 @@ def _to_subclass(model: Any, name: str) -> None:
     module.weight = Packed(module.weight.data)
 
 
-@pytest.mark.parametrize("alter", [_to_int8, _to_subclass])
+@pytest.mark.parametrize("alter", [_to_int8, _to_int32, _to_float8, _to_subclass])
 @pytest.mark.parametrize("place", ["mlp.down_proj", "self_attn.q_proj"])
 def test_a_quantized_model_in_memory(checkpoint: Path, alter: Callable[[Any, str], None], place: str) -> None:
     model = find_checkpoint(str(checkpoint)).load()

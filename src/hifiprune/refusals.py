@@ -111,7 +111,8 @@ def refuse_altered(model: nn.Module) -> None:
             )
     for name, weight in model.named_parameters():
         # torchao's weights are of classes of their own and claim the dtype that they were made from.
-        if type(weight) not in (nn.Parameter, Tensor) or weight.element_size() < 2:
+        plain = type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and weight.element_size() > 1
+        if not plain:
             kind = f"{type(weight).__name__}, {weight.dtype}"
             raise UserError(
                 f"{type(model).__name__} is quantized ({name} is a {kind}) and cannot be cut; prune the original "

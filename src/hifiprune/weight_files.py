@@ -1,5 +1,6 @@
 """What the headers of weight files say, checked against the model before a weight is read."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -11,6 +12,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from hifiprune.configuration import FURTHER
+from hifiprune.discovery import family_of
 from hifiprune.errors import UserError
 from hifiprune.families import Family
 from hifiprune.shards import CHUNK_BYTES, Stacked, Stored, stack_experts, stored_tensors
@@ -76,6 +79,7 @@ def check_tensors(name: str, model: PreTrainedModel, tensors: Tensors) -> None:
     """
     state = model.state_dict()
     strangers = [known for known in tensors if known not in state]
+    _check_layers(name, model, strangers)
     meant = dict(zip(strangers, _renamed(model, strangers, state), strict=True))
     for tensor, stored in tensors.items():
         _check_kind(name, tensor, stored, state.get(meant.get(tensor, tensor)))
@@ -86,6 +90,22 @@ def check_tensors(name: str, model: PreTrainedModel, tensors: Tensors) -> None:
         shared = [names for names in tied_names(model) if not any(each in tensors for each in names)]
         if shared:
             raise UserError(f"{name} lacks {len(shared)} tensors, such as {shared[0][0]}; copy it again")
+
+
+def _check_layers(name: str, model: PreTrainedModel, strangers: Iterable[str]) -> None:
+    """Refuse weights of more layers than the configuration counts, but for those that predict further tokens."""
+    config = model.config.get_text_config()
+    layers, blocks = config.num_hidden_layers, family_of(model.config).blocks
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    if any(getattr(config, key, None) for key in FURTHER):
+        return
+    for tensor in strangers:
+        found = re.match(rf"{re.escape(blocks)}\.(\d+)\.", tensor)
+        if found and int(found[1]) >= layers and not any(pattern.search(tensor) for pattern in ignored):
+            raise UserError(
+                f"{name} holds {tensor}, of a layer that its configuration does not count: num_hidden_layers is "
+                f"{layers}; copy config.json and the weights again from one checkpoint"
+            )
 
 
 def tied_names(model: nn.Module) -> list[list[str]]:
