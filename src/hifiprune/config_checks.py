@@ -73,7 +73,8 @@ def check_sizes(name: str | Path, config: PretrainedConfig) -> None:
             elif EXPERTS.match(key) and value != 0:
                 _check_size(name, key, value, MOST_EXPERTS)
         heads, groups = (getattr(part, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
-        if type(heads) is type(groups) is int and heads % groups:
+        latent = hasattr(part, "kv_lora_rank")  # such attention has no groups, whatever is stated
+        if type(heads) is type(groups) is int and heads % groups and not latent:
             raise wrong(name, "num_key_value_heads", groups, f"a divisor of num_attention_heads, {heads}")
     _check_widths(name, config)
 
