@@ -209,9 +209,11 @@ CONFIGURATIONS: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("changes", "message"), CONFIGURATIONS)
 def test_configurations_that_cannot_be(world: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     facts = json.loads((world / "dense" / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(facts | changes))
-    refused(run("inspect", tmp_path), message)
-    refused(run("prune", tmp_path, "--output", tmp_path / "out", "--width", 8, "--criterion", "ppm"), message)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(facts | changes))
+    refused(run("inspect", model), message)
+    refused(run("prune", model, "--output", tmp_path / "out", "--width", 8, "--criterion", "ppm"), message)
 
 
 @pytest.mark.parametrize(
