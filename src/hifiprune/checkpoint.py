@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +274,12 @@ class Checkpoint:
         if not self.gguf and not has_vocabulary(self.folder):
             raise UserError(f"{self.name} has no tokenizer files; copy those of the original model to {self.folder}")
         refuse_pointers(self.name, (self.folder / file for file in companions(self.folder)))
+        alone = (self.folder / "tokenizer.model").is_file() and not (self.folder / "tokenizer.json").is_file()
+        if alone and find_spec("sentencepiece") is None:
+            raise UserError(
+                f"{self.name} has its tokenizer in tokenizer.model alone, which needs sentencepiece: pip install "
+                "sentencepiece"
+            )
         with _explained(self.name, "the tokenizer"):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 self.folder, gguf_file=self.gguf, trust_remote_code=False

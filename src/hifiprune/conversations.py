@@ -22,7 +22,7 @@ from hifiprune.reading import check_text
 if sys.platform != "win32":
     import resource
 
-SECONDS = 20
+SECONDS = 20.0
 """Time that writing one conversation may take."""
 MEMORY = 1 << 30
 """Bytes that templates may take, all in all."""
@@ -195,5 +195,5 @@ def _limit_time() -> None:
     if sys.platform != "win32":
         used = resource.getrusage(resource.RUSAGE_SELF)
         _, most = resource.getrlimit(resource.RLIMIT_CPU)
-        wanted = int(used.ru_utime + used.ru_stime) + 2 * SECONDS
+        wanted = int(used.ru_utime + used.ru_stime + 2 * SECONDS)
         resource.setrlimit(resource.RLIMIT_CPU, (wanted if most < 0 else min(wanted, most), most))

@@ -23,7 +23,8 @@ TEXT_FLAGS = (
 Model = Annotated[str, Argument(metavar="MODEL", help="Local folder, hub id or .gguf file.")]
 Output = Annotated[str, Option(metavar="PATH", help="What to make; written beside and renamed when whole.")]
 SOURCES = (
-    "Calibration text: .txt, .jsonl or .parquet file, a folder of those, a hub data set id[:config][:split], "
+    "Calibration text: .txt, .jsonl, .csv or .parquet file, or one of these as .gz, .bz2, .xz or .zst; a folder of "
+    "those, a pipe ('-' is standard input), a hub data set id[:config][:split], "
     "'python-docs' (ships inside Python) or 'self' (sampled from the model). Given more than once, sources are mixed: "
     "SOURCE:0.3 gets 30% of the windows, those without a share the rest."
 )

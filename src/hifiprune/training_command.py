@@ -18,7 +18,7 @@ def recover(
         str | None,
         Option(
             help="Rows to learn from: text, instruction and output, prompt and response, or messages; a .txt, .jsonl "
-            "or .parquet file, a folder of those, or a hub data set id[:config][:split]."
+            ".csv or .parquet file, a folder of those, or a hub data set id[:config][:split]."
         ),
     ] = None,
     preset: Annotated[
