@@ -139,7 +139,7 @@ def cut_flags(model: str, ratio: float = 0.2, roundings: Sequence[int] = ROUNDIN
     if not local_path(model).exists():  # on the hub, which is not asked
         return ["--ratio", ratio, *([] if default else ["--round-to", roundings[0]])]
     shape = shape_of(find_checkpoint(model).skeleton())
-    for share, round_to in product((ratio, ratio / 2, ratio / 4, ratio / 10), roundings):
+    for share, round_to in product((ratio, 1.5 * ratio, 2 * ratio, ratio / 2, ratio / 4, ratio / 10), roundings):
         try:
             width = shape.width_at(Budget(ratio=share), round_to)
             shape.check_experts("uniform", width)
