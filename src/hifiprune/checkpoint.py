@@ -123,7 +123,6 @@ class Checkpoint:
 
     @cached_property
     def _config(self) -> PretrainedConfig:
-        refuse_pointers(self.name, [self.path if self.gguf else self.folder / "config.json"])
         facts = None if self.gguf else self._facts
         if facts:  # before transformers refuses what it does not know or has no library for
             if facts.get("model_type") not in CONFIG_MAPPING:
@@ -365,11 +364,13 @@ def find_checkpoint(name: str) -> Checkpoint:
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(f"{name} is neither a model folder, a .gguf file nor a hub id")
+        refuse_pointers(name, [path])
         return Checkpoint(name, path.parent, path.name)
     if not path.exists() and not on_hub:
         raise UserError(f"there is no model folder or .gguf file {name}")
     asked = ["config.json", INDEX, "README.md", ADAPTER, *METHOD_FILES, *COMPANIONS, "*.py"]
     folder = _download(name, asked, WEIGHTS) if on_hub else path
+    refuse_pointers(name, [folder / "config.json"])
     refuse_adapter(name, folder)
     if not (folder / "config.json").is_file():
         found = sorted(file.name for file in folder.iterdir())[:5]
