@@ -229,10 +229,13 @@ def test_a_broken_card_of_the_base_model_costs_no_run(world: Path, make_checkpoi
     dense, spoken = make_checkpoint(), StringIO()
     for front in (*BROKEN, "a: !!python/object/apply:os.system [true]"):
         (dense / "README.md").write_text(f"---\n{front}\n---\n# words")
-        assert base_metadata(Checkpoint(str(dense), dense), Voice(Console(file=spoken))) == {}
+        voice = Voice(Console(file=spoken))
+        assert base_metadata(Checkpoint(str(dense), dense), voice) == {}
+        assert spoken.getvalue() == "", "said when the work begins, not before a refusal"
+        voice.say("Scoring.")
         remark = "cannot be read as a model card: licence, language and base model are not taken over"
         assert remark in spoken.getvalue()
-        assert spoken.getvalue().count("\n") == 1, "one remark"
+        assert spoken.getvalue().count("\n") == 2, "one remark, and what is said then"
         spoken.truncate(spoken.seek(0))
     result = run("prune", dense, "--output", dense.parent / "small", "--width", 24, "--criterion", "magnitude")
     assert result.code == 0, result.err
@@ -250,7 +253,9 @@ def test_values_of_the_wrong_type_are_left_out_and_named(make_checkpoint: Make) 
     front = {"license": {"a": 1}, "language": ["en", False], "pipeline_tag": "x y", "base_model": "a/b"}
     (dense / "README.md").write_text(f"---\n{json.dumps(front)}\n---\n")
     spoken = StringIO()
-    assert base_metadata(Checkpoint(str(dense), dense), Voice(Console(file=spoken, width=400))) == {"base_model": "a/b"}
+    voice = Voice(Console(file=spoken, width=400))
+    assert base_metadata(Checkpoint(str(dense), dense), voice) == {"base_model": "a/b"}
+    voice.say("Scoring.")
     assert "states what is no valid language, license, pipeline_tag: not taken over" in spoken.getvalue()
 
 

@@ -12,7 +12,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune.announcements import duration
 from hifiprune.blocks import BlockChain
 from hifiprune.bounds import check_numbers
 from hifiprune.compute import Compute, estimate_seconds
@@ -31,7 +30,7 @@ from hifiprune.taps import BlockCall
 from hifiprune.targets import exclusive
 from hifiprune.texts import Text
 from hifiprune.unfinished import Unfinished
-from hifiprune.voice import SILENT, Voice
+from hifiprune.voice import SILENT, Voice, duration
 
 PER_LAYER = 16  # single neurons tried in a layer: enough to rank them
 Trial = tuple[int, tuple[int, ...]]
@@ -78,7 +77,7 @@ def ablate(
     if compute.dtype == "auto":
         compute = replace(compute, dtype="float32")  # in half precision a single neuron drowns in rounding
     elif compute.dtype in ("bfloat16", "float16"):
-        voice.say(f"In {compute.dtype} most of what a single neuron does drowns in rounding; float32 is better.")
+        voice.note(f"In {compute.dtype} most of what a single neuron does drowns in rounding; float32 is better.")
     record = RunRecord(
         "ablate",
         plain_arguments(model=model, output=output, scores=[str(path) for path in scores], text=text, compute=compute)

@@ -23,7 +23,7 @@ from hifiprune.scores import Scores
 from hifiprune.scoring import Request, count_passes
 from hifiprune.steps import Course
 from hifiprune.tokenizing import special_tokens
-from hifiprune.voice import Voice
+from hifiprune.voice import Voice, duration
 
 LEAST_PROMISE = 1.02
 """Speed-up by operations below which a share of it means nothing."""
@@ -46,7 +46,7 @@ def remark_on_blocks(budget: Budget, shape: Shape, width: int, sharing: Sharing,
         return  # widths that differ are not for llama.cpp at all
     flag, best = ("--width", width // K_BLOCK * K_BLOCK) if budget.width else ("--round-to", K_BLOCK)
     remedy = f"; {flag} {best} spares it" if width > K_BLOCK else ""
-    voice.say(
+    voice.note(
         f"Width {width} does not divide by {K_BLOCK}: k-quants of llama.cpp fall back to other types for the down maps"
         f"{remedy}."
     )
@@ -108,7 +108,7 @@ def remark_on_options(scores: Scores | None, ratio: float, voice: Voice) -> None
     papers = {name: value for name, value in asdict(Options().for_ratio(ratio)).items() if name in made}
     differing = [name for name in ("alpha", "temperature") if name in made and made[name] != papers[name]]
     for name in differing:
-        voice.say(f"The scores were made with {name} {made[name]:g}; the papers use {papers[name]:g} near this ratio.")
+        voice.note(f"The scores were made with {name} {made[name]:g}; the papers use {papers[name]:g} near this ratio.")
 
 
 def remark_on_scale(scores: Scores, sharing: Sharing, voice: Voice) -> None:
@@ -149,14 +149,7 @@ def remark_on_unused(options: Options | None, criterion: str, sharing: Sharing, 
             unused.append(name)
     if unused:
         names = ", ".join(name.replace("_", "-") for name in unused)
-        voice.say(f"Without effect with criterion '{criterion}' and {sharing.allocation} allocation: {names}.")
-
-
-def duration(seconds: float) -> str:
-    """Seconds for a reader."""
-    if seconds <= 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+        voice.note(f"Without effect with criterion '{criterion}' and {sharing.allocation} allocation: {names}.")
 
 
 def megabytes(count: int) -> str:

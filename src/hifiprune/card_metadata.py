@@ -79,13 +79,13 @@ def base_metadata(checkpoint: Checkpoint, voice: Voice) -> dict[str, Any]:
     stated = {key: found for key in VALID if card and (found := card.data.get(key)) is not None}
     usable = {key: value for key, value in stated.items() if _all_are(VALID[key], value)}
     if card is None and (checkpoint.folder / CARD).exists():
-        voice.say(
+        voice.note(
             f"{CARD} of {checkpoint.name} cannot be read as a model card: licence, language and base model are not "
             "taken over from it."
         )
     elif usable.keys() != stated.keys():
         names = ", ".join(sorted(stated.keys() - usable.keys()))
-        voice.say(
+        voice.note(
             f"{CARD} of {checkpoint.name} states what is no valid {names}: not taken over into the output's card."
         )
     return usable | _origin(checkpoint, usable.get("base_model"))

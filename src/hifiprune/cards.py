@@ -74,7 +74,7 @@ def describe_base(checkpoint: Checkpoint, voice: Voice) -> Base:
         record = record_of(checkpoint)
         story = _story(record) if record else None
     except (UserError, KeyError, TypeError, ValueError, AttributeError, RecursionError):
-        voice.say(f"run.json of {checkpoint.name} does not say how it was made: the output's card will not either.")
+        voice.note(f"run.json of {checkpoint.name} does not say how it was made: the output's card will not either.")
     name = checkpoint.name if checkpoint.on_hub else str(checkpoint.path)
     return Base(called(name), base_metadata(checkpoint, voice), story)
 

@@ -37,6 +37,7 @@ from hifiprune.errors import HifipruneError, RunError, UserError
 from hifiprune.families import known_family
 from hifiprune.modeling_pruned import pruned_class
 from hifiprune.output import local_path
+from hifiprune.quiet import quiet
 from hifiprune.refusals import ADAPTER, METHOD_FILES, refuse_adapter, refuse_kernels, refuse_quantized
 from hifiprune.shards import Stacked, Stored
 from hifiprune.weight_files import (
@@ -189,7 +190,7 @@ class Checkpoint:
         if (self.folder / "generation_config.json").is_file():
             with _explained(self.name, "generation_config.json"):
                 GenerationConfig.from_pretrained(self.folder)
-        with _explained(self.name, "the weights"):
+        with _explained(self.name, "the weights"), quiet():
             loaded: Any = self.model_class.from_pretrained(
                 self.folder,
                 config=self.config(),
@@ -301,7 +302,7 @@ class Checkpoint:
             arguments = {"gguf_file": self.gguf, "quantization_config": GgufConfig(dequantize=True)}
         if family_of(config).experts and dtype == torch.float64:
             arguments["experts_implementation"] = "eager"  # the others do not know it
-        with _explained(self.name, "the weights"):
+        with _explained(self.name, "the weights"), quiet():
             loaded: Any = self.model_class.from_pretrained(
                 self.folder,
                 dtype=dtype or self.dtype(),
@@ -333,7 +334,8 @@ class Checkpoint:
         """
         if not self.gguf:
             model.generation_config = GenerationConfig()  # which transformers may refuse; the source's file is copied
-        model.save_pretrained(folder, max_shard_size=shard_size, **how)
+        with quiet():
+            model.save_pretrained(folder, max_shard_size=shard_size, **how)
         saved = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if self.gguf:
             text = json.dumps(with_rope_theta(saved), indent=2, sort_keys=True) + "\n"

@@ -126,7 +126,7 @@ def prune(
         unused = SCORING_FLAGS if calibration else (*SCORING_FLAGS, *TEXT_FLAGS)
         ignored = [word for word in sys.argv if word.split("=")[0] in unused]
         if ignored:
-            speaker.say(f"Ignored, since the --scores were made before: {', '.join(ignored)}.")
+            speaker.note(f"Ignored, since the --scores were made before: {', '.join(ignored)}.")
     record = hp.prune(
         model,
         output,

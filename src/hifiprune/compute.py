@@ -85,7 +85,7 @@ class Compute:
         """Return the same with a batch size of no more than all `rows`, such as windows, and tell if it was more."""
         if self.batch_size <= rows:
             return self
-        voice.say(f"There are {rows} {what}: --batch-size {self.batch_size} is cut down to {rows}.")
+        voice.note(f"There are {rows} {what}: --batch-size {self.batch_size} is cut down to {rows}.")
         return replace(self, batch_size=rows)
 
     def dtype_for(self, checkpoint: Checkpoint) -> torch.dtype:

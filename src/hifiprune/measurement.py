@@ -12,7 +12,6 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune.announcements import duration
 from hifiprune.cards import add_results, check_cards
 from hifiprune.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.compute import Compute, estimate_seconds
@@ -30,7 +29,7 @@ from hifiprune.record import RunRecord
 from hifiprune.targets import check_target, exclusive
 from hifiprune.texts import Text
 from hifiprune.unfinished import Unfinished, kept
-from hifiprune.voice import SILENT, Voice
+from hifiprune.voice import SILENT, Voice, duration
 
 PASSAGES = "passages.json"
 PASSAGES_READ, PASSAGE_TOKENS = 3, 96

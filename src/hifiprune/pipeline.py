@@ -200,7 +200,7 @@ def prune(
     base = describe_base(checkpoint, voice)
     shape, width = width_for(skeleton, course, used)
     check_space(target, int(checkpoint.dtype().itemsize * shape.total_parameters * (1 - shape.ratio_at(width))))
-    voice.say(announce_plan(budget, shape, width, round_to, sharing.allocation))
+    voice.note(announce_plan(budget, shape, width, round_to, sharing.allocation))
     remark_on_blocks(budget, shape, width, sharing, voice)
     ratio = budget.ratio or shape.ratio_at(width)
     remark_on_options(used, ratio, voice)
@@ -208,6 +208,8 @@ def prune(
     resident = kept_resident(calibration, course, bias_compensation)
     stages = Stages(checkpoint, calibration, compute, record, voice, unfinished, resident)
     stages.read()
+    if used and not dry_run and checkpoint.is_here and stages.stored_plainly:
+        stages.check(used)  # before anything is said
     options = options or Options(seed=calibration.seed if calibration else 0)
     request = None if used else (criterion, options.for_ratio(ratio))
     stages.foresee(request, 1 - shape.ratio_at(width), width, course, compensate=bias_compensation)

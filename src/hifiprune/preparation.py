@@ -112,10 +112,11 @@ def load_hashed(
     *,
     voice: Voice | None = None,
     stage: str = "loading the weights",
+    model_hash: str = "",
 ) -> tuple[PreTrainedModel, str]:
     """The model in a dtype or the arithmetic asked for, and the hash of its weights as stored, which refuses NaN.
 
-    With a voice, which is told why, the model may be a streamed one.
+    With a voice, which is told why, the model may be a streamed one. A hash that is known is not computed again.
     """
     dtype, device = dtype or compute.dtype_for(checkpoint), compute.resolved_device
     with record.stage(stage):
@@ -123,11 +124,11 @@ def load_hashed(
         plainly = stored_plainly(checkpoint)
         if voice and streams(checkpoint, compute, dtype, voice):
             scratch = Scratch(compute.scratch) if compute.scratch else None
-            return stream(checkpoint, dtype, device, compute.attention, scratch), hash_stored(checkpoint)
+            return stream(checkpoint, dtype, device, compute.attention, scratch), model_hash or hash_stored(checkpoint)
         if voice and compute.scratch:
             voice.say("The weights are in memory: --scratch is not used.")
         if plainly:
-            return checkpoint.load(dtype, device, compute.attention), hash_stored(checkpoint)
+            return checkpoint.load(dtype, device, compute.attention), model_hash or hash_stored(checkpoint)
         model = checkpoint.load(device=device, attention=compute.attention)
         model_hash = hash_model(model)
         if dtype != model.dtype:

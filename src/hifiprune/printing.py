@@ -29,7 +29,7 @@ from hifiprune.next_steps import (
 )
 from hifiprune.output import disk_size
 from hifiprune.record import RunRecord
-from hifiprune.voice import console
+from hifiprune.voice import console, duration
 
 
 def pruned(record: RunRecord, output: Path) -> None:
@@ -327,9 +327,9 @@ def demo_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("weight files", megabytes(size["before"]), megabytes(size["after"])),
         ("perplexity", metrics.pop("dense_perplexity"), metrics.pop("perplexity")),
         *((METRICS[name][0], "", text) for name, text in metrics.items() if name != "entropy"),
-        ("scoring", "", f"{scoring['seconds']:.0f} s"),
-        ("repair", "", f"{repair['seconds']:.0f} s"),
-        ("all stages", "", f"{seconds:.0f} s"),
+        ("scoring", "", duration(scoring["seconds"])),
+        ("repair", "", duration(repair["seconds"])),
+        ("all stages", "", duration(seconds)),
         ("peak memory", "", megabytes(max(stage["peak_memory_bytes"] for stage in summary["stages"]))),
     ]
 

@@ -15,7 +15,6 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerState, set_seed
 
 from hifiprune.adapters import check_adapter, with_adapter
-from hifiprune.announcements import duration
 from hifiprune.cards import describe_base, write_card
 from hifiprune.checkpoint import Checkpoint
 from hifiprune.compute import Compute, estimate_seconds
@@ -40,7 +39,7 @@ from hifiprune.training_checks import check_compute, check_purpose, check_tracke
 from hifiprune.training_loss import sliced_loss
 from hifiprune.training_rows import split
 from hifiprune.unfinished import Unfinished
-from hifiprune.voice import SILENT, Voice
+from hifiprune.voice import SILENT, Voice, duration
 from hifiprune.watch import Watch, describe, is_better
 
 

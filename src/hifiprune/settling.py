@@ -82,7 +82,7 @@ def settle_system(
     if asked["repair"] is None and (calibration is None or bias_compensation):
         asked = asked | {"repair": "none"}  # the default gives way
         if calibration is None and settle(preset).repair != "none":
-            voice.say("Without --calibration there is no text to repair with: the cut stays a plain one.")
+            voice.note("Without --calibration there is no text to repair with: the cut stays a plain one.")
     system = settle(preset, **asked)
     check_texts(system, calibration, scored=scored, bias_compensation=bias_compensation)
     return system
@@ -91,7 +91,7 @@ def settle_system(
 def text_for(system: Preset, calibration: Calibration | None, voice: Voice, *, scored: bool) -> Calibration | None:
     """The calibration, its windows begun as the system's are, if anything is to be read; says where nothing is."""
     if calibration and not scored and not reads_text(system):
-        voice.say(f"Criterion '{system.criterion}' needs no text and nothing is repaired: the text is not read.")
+        voice.note(f"Criterion '{system.criterion}' needs no text and nothing is repaired: the text is not read.")
         return None
     return calibration and replace(calibration, bos=calibration.bos and system.bos)
 

@@ -161,8 +161,9 @@ class Stages:
         if self.model is None or self.model.dtype != dtype:
             self.model = None
             gc.collect()
+            voice = None if self.resident else self.voice
             self.model, self.model_hash = load_hashed(
-                self.checkpoint, self.compute, self.record, dtype, voice=None if self.resident else self.voice
+                self.checkpoint, self.compute, self.record, dtype, voice=voice, model_hash=self.model_hash
             )
         if scores:
             scores.require_model(self.model_hash)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from hifiprune.announcements import duration, megabytes
+from hifiprune.announcements import megabytes
 from hifiprune.compute import Compute, estimate_seconds
 from hifiprune.errors import UserError
 from hifiprune.guards import memory_explained
@@ -31,6 +31,7 @@ from hifiprune.packing import IGNORED, Packed
 from hifiprune.parallel import meet, processes, rank
 from hifiprune.time_limit import TimeLimit
 from hifiprune.unfinished import Unfinished
+from hifiprune.voice import duration
 
 ROWS_A_FILE = 64
 CLEARLY = 3

@@ -101,7 +101,7 @@ class Training:
         share = -(-rows // processes())
         if self.batch_size <= share:
             return self
-        voice.say(f"There are {rows} rows to train on: --batch-size {self.batch_size} is cut down to {share}.")
+        voice.note(f"There are {rows} rows to train on: --batch-size {self.batch_size} is cut down to {share}.")
         return replace(self, batch_size=share)
 
     @property

@@ -12,6 +12,13 @@ T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 20
 
 
+def duration(seconds: float) -> str:
+    """Return seconds for a reader, in a unit that leaves few digits."""
+    if seconds <= 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def console(**how: Any) -> Console:
     """Make the console of all messages and tables: names stay as they are, `:b:` is no picture."""
     return Console(emoji=False, **how)
@@ -22,11 +29,18 @@ class Voice:
 
     def __init__(self, console: Console | None = None):
         self.console = console
+        self._notes: list[str] = []
+
+    def note(self, remark: str) -> None:
+        """Keep a remark until something else is said: a run that is refused before that does not print it."""
+        if self.console:
+            self._notes.append(remark)
 
     def say(self, remark: str) -> None:
-        """One remark on a line of its own."""
-        if self.console:
-            self.console.print(remark, highlight=False, soft_wrap=True, markup=False)
+        """Print the notes that were kept, and a remark on a line of its own."""
+        notes, self._notes = self._notes, []
+        for line in [*notes, remark] if self.console else []:
+            self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def track(self, what: str) -> Callable[[Iterable[T]], Iterable[T]]:
         """A wrapper for a sequence that shows progress and time left: a bar on a terminal, else a line now and then."""
@@ -37,7 +51,7 @@ class Voice:
             for done, item in enumerate(items):
                 now = time.monotonic()
                 if now - said > SECONDS_BETWEEN_LINES:
-                    left = f" of {total}, about {(now - start) / done * (total - done):.0f} s left" if total else ""
+                    left = f" of {total}, about {duration((now - start) / done * (total - done))} left" if total else ""
                     self.say(f"{what}: {done}{left}")
                     said = now
                 yield item

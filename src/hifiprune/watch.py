@@ -10,10 +10,9 @@ import torch
 from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hifiprune.announcements import duration
 from hifiprune.output import replacing
 from hifiprune.time_limit import OutOfTimeError, TimeLimit
-from hifiprune.voice import SECONDS_BETWEEN_LINES, Voice
+from hifiprune.voice import SECONDS_BETWEEN_LINES, Voice, duration
 
 CLOCK = "clock.json"
 """Written into a state when all else of it is there."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from hifiprune.announcements import announce_scoring, duration
+from hifiprune.announcements import announce_scoring
 from hifiprune.calibration import Calibration, sample_windows
 from hifiprune.checkpoint import find_checkpoint
 from hifiprune.compute import Compute, estimate_seconds
@@ -31,7 +31,7 @@ from hifiprune.scoring import Request, score_all
 from hifiprune.surgery import cut
 from hifiprune.texts import Held
 from hifiprune.unfinished import Unfinished
-from hifiprune.voice import Voice
+from hifiprune.voice import Voice, duration
 
 Measured = dict[str, list[float]]
 """Every metric by window, perplexities as their logarithms; or the value of every task."""
