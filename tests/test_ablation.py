@@ -104,6 +104,7 @@ def test_the_folder_holds_the_record_and_plots(finished: tuple[Result, Path]) ->
     folder = finished[1]
     drawn = [f"ablation-{kind}" for kind in ("single", "groups")]
     assert {path.name for path in folder.iterdir()} == {
+        ".hifiprune.json",
         "ablate.json",
         *(f"{name}.{kind}" for name in drawn for kind in ("png", "svg")),
     }
@@ -634,6 +635,8 @@ def test_an_output_that_exists_is_replaced_only_when_asked(world: Path, scored: 
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "note").write_text("old")
     refused(run(*command(world, scored, tmp_path / "out")), "exists already")
+    refused(run(*command(world, scored, tmp_path / "out"), "--overwrite"), "holds note, which hifiprune did not write")
     assert (tmp_path / "out" / "note").read_text() == "old"
+    (tmp_path / "out" / "note").unlink()
     assert run(*command(world, scored, tmp_path / "out"), "--overwrite").code == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"ablate.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {".hifiprune.json", "ablate.json"}

@@ -98,7 +98,8 @@ def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
 def test_the_folder_holds_the_record_plots_and_scores(finished: Finished) -> None:
     names = {path.name for path in finished.folder.iterdir()}
     drawn = {"perplexity-1", "perplexity-2", "kl", "mass", "overlap"}
-    assert names == {"compare.json", "scores", *(f"{name}.{kind}" for name in drawn for kind in ("png", "svg"))}
+    made = {f"{name}.{kind}" for name in drawn for kind in ("png", "svg")}
+    assert names == {".hifiprune.json", "compare.json", "scores", *made}
     for name in drawn:
         with Image.open(finished.folder / f"{name}.png") as image:
             image.load()
@@ -816,11 +817,13 @@ def test_an_output_that_exists_is_replaced_only_when_asked(world: Path, tmp_path
     (output / "note").write_text("old")
     short = (*command(world, output), "--criteria", "magnitude", "--ratios", 0.1, "--seeds", 1)
     refused(run(*short), "exists already; choose another name, or replace it with --overwrite")
+    refused(run(*short, "--overwrite"), "holds note, which hifiprune did not write")
     assert (output / "note").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (output / "note").unlink()
     result = run(*short, "--overwrite")
     assert result.code == 0, result.err
-    assert {path.name for path in output.iterdir()} == {"compare.json", "scores"}
+    assert {path.name for path in output.iterdir()} == {".hifiprune.json", "compare.json", "scores"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     refused(run(*short[:3], world / "dense", *short[4:], "--overwrite"), "is the input")
 
