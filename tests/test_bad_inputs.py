@@ -155,6 +155,8 @@ def test_truncated_records(made: Path, tmp_path: Path, keep: float) -> None:
         (lambda plan: plan.update(kept=[[10**30]] * 3), "kept.0.0: Input should be less than 2147483648"),
         (lambda plan: plan.update(kept=[["0"]] * 3), "kept.0.0: Input should be a valid integer, not '0'"),
         (lambda plan: plan["kept"][0].reverse(), "must keep neurons of 0 to 39 in ascending order"),
+        (lambda plan: plan["kept"][0].insert(1, plan["kept"][0].pop(2)), "must keep neurons of 0 to 39 in ascending"),
+        (lambda plan: plan["kept"][0].__setitem__(1, plan["kept"][0][0]), "must keep neurons of 0 to 39 in ascending"),
         (lambda plan: plan.update(neurons=None), "neurons: Input should be a valid"),
         (lambda plan: plan.pop("format"), "is not a readable plan in the format hifiprune-plan-1"),
     ],

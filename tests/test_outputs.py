@@ -1,10 +1,12 @@
 """Outputs: where they may be, what they may replace, and that one run at a time makes one."""
 
+import ast
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -158,6 +160,14 @@ def test_places_that_are_no_outputs(dense: Path, home: Path, name: str) -> None:
     assert (home / "work").is_dir()
 
 
+def test_a_home_is_no_output_wherever_one_works(dense: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(dense.parent)
+    for name in ("~", "$HOME", home):
+        refused(prune(dense, name, "--overwrite"), "is your home")
+    monkeypatch.setenv("HOME", str(home / "work" / "me"))
+    refused(prune(dense, home / "work", "--overwrite"), "contains your home")
+
+
 def test_repositories_mounts_and_the_hubs_cache_are_no_outputs(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +176,9 @@ def test_repositories_mounts_and_the_hubs_cache_are_no_outputs(
     refused(score(dense, tmp_path / "code" / ".git" / "config"), "is a repository")
     refused(prune(dense, "/", "--overwrite"), "contains")
     refused(prune(dense, "/proc", "--overwrite"), "is where a disk is mounted")
+    refused(prune(dense, "/home/somebody", "--overwrite"), "is a home")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "sets"))
+    refused(prune(dense, tmp_path / "sets" / "small"), "lies inside the hub's cache")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     refused(prune(dense, tmp_path / "hub" / "small"), "lies inside the hub's cache")
     (tmp_path / "hub").mkdir()
@@ -343,6 +356,39 @@ def test_what_came_meanwhile_is_not_replaced(tmp_path: Path, overwrite: bool, wh
     assert not leftovers(tmp_path)
 
 
+@pytest.mark.parametrize("command", ["score", "prune", "cut"])
+def test_what_came_while_a_command_worked_is_not_replaced(
+    command: str, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, out = tempfile.mkdtemp, tmp_path / "out"
+    plan = tmp_path / "small" / "hifiprune" / "plan.json"
+    assert prune(dense, tmp_path / "small").code == 0
+
+    def meanwhile(*words: Any, prefix: str = "", **how: Any) -> str:
+        if prefix == ".out.":
+            out.write_text("precious")
+        return made(*words, prefix=prefix, **how)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", meanwhile)
+    if command == "cut":
+        with pytest.raises(RunError, match="came there while this run worked"):
+            hp.cut_checkpoint(str(dense), out, hp.Plan.load(plan))
+    else:
+        refused((score if command == "score" else prune)(dense, out), "came there while this run worked", code=1)
+    assert out.read_text() == "precious"
+    assert not leftovers(tmp_path)
+
+
+@pytest.mark.parametrize("path", sorted(Path(hp.__file__).parent.rglob("*.py")), ids=lambda path: path.name)
+def test_whoever_may_overwrite_looks_again_before_it(path: Path) -> None:
+    """Every function that is told whether to overwrite tells it to `replacing`, which looks again in the end."""
+    for function in ast.walk(ast.parse(path.read_text())):
+        if isinstance(function, ast.FunctionDef) and "overwrite" in {each.arg for each in function.args.kwonlyargs}:
+            calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
+            told = [ast.unparse(call) for call in calls if ast.unparse(call.func) == "replacing"]
+            assert all("overwrite=overwrite" in call for call in told), function.name
+
+
 def test_unfinished_work_of_another_run_is_no_output(dense: Path, tmp_path: Path) -> None:
     (tmp_path / "q.prune-unfinished").mkdir()
     for name in ("q.prune-unfinished", "q.prune-unfinished/x"):
@@ -353,13 +399,16 @@ def test_an_interruption_says_what_stays(
     dense: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stopped(*_: Any, **__: Any) -> None:
-        (tmp_path / "scores.score-unfinished").mkdir()
+        (tmp_path / "scores.score-unfinished").mkdir(exist_ok=True)
         os.kill(os.getpid(), 2)
 
     monkeypatch.setattr("hifiprune.stages.score", stopped)
     words = ("--criterion", "entropy", "--calibration", world / "calibration.txt", *TEXT)
     stays = f"{tmp_path / 'scores.score-unfinished'} stays, and the same command goes on from there"
     refused(run("score", dense, "--output", tmp_path / "scores", *words), stays, code=1)
+    result = run("score", dense, "--output", tmp_path / "others", *words)
+    refused(result, "interrupted by SIGINT: no half-written output is left; give the same command again", code=1)
+    assert "stays" not in result.err, "nothing is finished that could"
 
 
 def test_names_that_are_too_long(dense: Path, tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def _limit_memory() -> None:
     """Let this process take `MEMORY` bytes more, where the system can limit it."""
     statm = Path("/proc/self/statm")
     if sys.platform != "win32" and statm.exists():
-        taken = int(statm.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        taken = int(statm.read_bytes().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         _, most = resource.getrlimit(resource.RLIMIT_AS)
         wanted = taken + MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (wanted if most < 0 else min(wanted, most), most))

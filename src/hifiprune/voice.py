@@ -39,8 +39,9 @@ class Voice:
     def say(self, remark: str) -> None:
         """Print the notes that were kept, and a remark on a line of its own."""
         notes, self._notes = self._notes, []
-        for line in [*notes, remark] if self.console else []:
-            self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+        if self.console:
+            for line in (*notes, remark):
+                self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def track(self, what: str) -> Callable[[Iterable[T]], Iterable[T]]:
         """A wrapper for a sequence that shows progress and time left: a bar on a terminal, else a line now and then."""
