@@ -107,6 +107,14 @@ def test_letters_without_a_space_are_tokenized_in_phase(monkeypatch: pytest.Monk
         assert tokens == tokenizer(text)["input_ids"]
 
 
+def test_an_overlap_that_is_too_short_is_made_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = TOKENIZERS["whole"]()
+    with small_pieces(monkeypatch), monkeypatch.context() as short:
+        short.setattr("hifiprune.tokenizing.OVERLAP", 8)
+        tokens = [token for batch in encode_pieces(tokenizer, [PROSE]) for token in batch]
+    assert tokens == tokenizer(PROSE)["input_ids"]
+
+
 def naive_windows(documents: list[str], calibration: Calibration, tokenizer: Any) -> torch.Tensor:
     """The windows by the definition: every text whole, every token in one list."""
     chance, length = random.Random(calibration.seed), calibration.seq_len
