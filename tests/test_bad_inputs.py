@@ -384,3 +384,21 @@ def test_a_model_with_nan_is_not_timed(world: Path, made: Path, tmp_path: Path) 
     save_file(tensors, dense / "model.safetensors", {"format": "pt"})
     words = ("bench", dense, made / "pruned", "--lengths", 8, "--new-tokens", 2)
     refused(run(*words), "the weights model.norm.weight contain NaN or infinite values")
+
+
+@pytest.mark.parametrize(
+    "name", ["generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+)
+def test_settings_that_are_no_objects(world: Path, tmp_path: Path, name: str) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(world / "dense", model)
+    (model / name).write_text("[]")
+    words = ("--calibration", world / "calibration.txt", "--num-samples", 2, "--seq-len", 16)
+    refused(run("score", model, "--output", tmp_path / "s", *words), f"{name} must hold a JSON object, not []")
+
+
+def test_an_index_that_nests_too_deeply(world: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(world / "dense", model)
+    (model / "model.safetensors.index.json").write_text("[" * 100_000)
+    refused(run("inspect", model), "model.safetensors.index.json is damaged (maximum recursion depth exceeded")

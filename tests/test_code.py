@@ -127,7 +127,12 @@ def test_no_code_runs_where_another_process_loads(world: Path, mark: Path, quest
 
 def test_kernels_of_the_hub_that_a_configuration_names_are_refused(world: Path, tmp_path: Path) -> None:
     for number, config in enumerate(
-        ({"attn_implementation": "evil/kernel"}, {"text_config": {"experts_implementation": {"": "evil/kernel:run"}}})
+        (
+            {"attn_implementation": "evil/kernel"},
+            {"_attn_implementation": "evil/kernel"},
+            {"_attn_implementation_internal": {"text_config": "evil/kernel"}},
+            {"text_config": {"experts_implementation": {"": "evil/kernel:run"}}},
+        )
     ):
         folder = tmp_path / str(number)
         shutil.copytree(world / "dense", folder)

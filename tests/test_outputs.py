@@ -202,8 +202,10 @@ def test_homes_and_variables_are_filled_in_everywhere(dense: Path, home: Path, m
     hp.Plan.load("$MODELS/small/hifiprune/plan.json").save("~/plan.json")
     assert {path.name for path in home.iterdir()} == {"work", "s.safetensors", "small", "small2", "again", "plan.json"}
     assert not any((home / "work").iterdir())
-    for name in ("~nobody-of-this-name/x", "$NOWHERE/x", "${NOWHERE}x/y"):
+    for name in ("~nobody-of-this-name/x", "$NOWHERE/x", "${NOWHERE}x/y", "~nobody-of-this-name", "small-$NOWHERE"):
         refused(prune(dense, name), "is not known")
+    (dense.parent / "a$b").mkdir()
+    assert prune(dense, dense.parent / "a$b" / "small").code == 0, "a folder that has such a name"
 
 
 def test_only_what_hifiprune_wrote_is_replaced(dense: Path, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from hifiprune.configuration import CONFIG, config_text, with_rope_theta
 from hifiprune.discovery import family_of, stock_class
 from hifiprune.errors import HifipruneError, RunError, UserError
 from hifiprune.families import known_family
+from hifiprune.json_files import check_objects
 from hifiprune.modeling_pruned import pruned_class
 from hifiprune.output import local_path
 from hifiprune.quiet import quiet
@@ -52,6 +53,7 @@ from hifiprune.weight_files import (
 )
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -90,7 +92,7 @@ class Checkpoint:
             try:
                 index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
                 shards = {Path(shard) for shard in index["weight_map"].values()}
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
                 raise UserError(f"{self.name}: {INDEX} is damaged ({error}); copy the checkpoint again") from error
             for shard in shards:
                 if shard.is_absolute() or ".." in shard.parts:
@@ -130,6 +132,7 @@ class Checkpoint:
                 known_family(facts.get("model_type", "none"), facts.get("architectures"))
             refuse_quantized(self.name, self.folder, facts)
             refuse_kernels(self.name, facts)
+            check_objects(self.folder, "generation_config.json")
         with configuration_explained(self.name, facts, lambda facts: _configured(facts)):
             config: PretrainedConfig = AutoConfig.from_pretrained(
                 self.folder, gguf_file=self.gguf, trust_remote_code=False
@@ -274,6 +277,8 @@ class Checkpoint:
         if not self.gguf and not has_vocabulary(self.folder):
             raise UserError(f"{self.name} has no tokenizer files; copy those of the original model to {self.folder}")
         refuse_pointers(self.name, (self.folder / file for file in companions(self.folder)))
+        if not self.gguf:
+            check_objects(self.folder, *TOKENIZER_SETTINGS)
         alone = (self.folder / "tokenizer.model").is_file() and not (self.folder / "tokenizer.json").is_file()
         if alone and find_spec("sentencepiece") is None:
             raise UserError(

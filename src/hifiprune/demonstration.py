@@ -103,9 +103,10 @@ def write_texts(folder: Path) -> tuple[Path, Path]:
     unseen = [[paragraph for paragraph in topic if paragraph not in seen] for topic in topics[1::2]]
     paths = folder / "calibration.jsonl", folder / "evaluation.jsonl"
     for path, part in zip(paths, (topics[::2], unseen), strict=True):
-        path.write_text(
-            "".join(json.dumps({"text": "\n\n".join(topic)}) + "\n" for topic in part if topic), encoding="utf-8"
-        )
+        with replacing(path) as temporary:  # a link is replaced, never written through
+            temporary.write_text(
+                "".join(json.dumps({"text": "\n\n".join(topic)}) + "\n" for topic in part if topic), encoding="utf-8"
+            )
     return paths
 
 

@@ -72,6 +72,17 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is no JSON ({error}); correct it, or copy it again") from error
 
 
+def check_objects(folder: Path, *names: str) -> None:
+    """Refuse settings of a checkpoint, where they are there, that are no JSON objects.
+
+    Raises:
+        UserError: one cannot be read, or is none.
+    """
+    for path in (folder / name for name in names):
+        if path.is_file() and not isinstance(value := read_json(path), dict):
+            raise UserError(f"{path} must hold a JSON object, not {brief(value)}; copy it again")
+
+
 def brief(value: object) -> str:
     """Write a value for a message, its beginning where it is long."""
     text = repr(value)

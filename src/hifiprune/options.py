@@ -100,7 +100,7 @@ TaskNames = Annotated[
         "needs the extra 'tasks'.",
     ),
 ]
-TaskPath = Annotated[Path | None, Option(help="Folder of more task files.")]
+TaskPath = Annotated[Path | None, Option(help="Folder of more task files; Python that they name by !function is run.")]
 Limit = Annotated[int | None, Option(help="So many items of each task, drawn at random, always the same.")]
 ShardSize = Annotated[str, Option(help="Largest weight file.")]
 DryRun = Annotated[bool, Option("--dry-run", help="Say what it will cost in time, memory and disk, and stop.")]

@@ -55,8 +55,9 @@ def refuse_kernels(name: str, config: dict[str, Any]) -> None:
     Raises:
         UserError: it, or a part of it, does.
     """
-    for key in ("attn_implementation", "experts_implementation"):
-        stated = config.get(key)
+    for key, stated in config.items():
+        if not key.strip("_").startswith(("attn_implementation", "experts_implementation")):
+            continue
         for kernel in stated.values() if isinstance(stated, dict) else [stated]:
             if isinstance(kernel, str) and "/" in kernel:
                 raise UserError(

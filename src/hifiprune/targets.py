@@ -108,7 +108,8 @@ def claim(target: str | Path, inputs: Sequence[str | Path | None] = ()) -> Path:
 
 def _check_name(path: Path, target: str | Path) -> None:
     """Refuse names that leave no room for those of files beside the output, or whose variables are not known."""
-    if not path.parent.exists() and re.search(r"(^|/)~|\$\{?[A-Za-z_]", str(local_path(target))):
+    missing = [parent.name for parent in (path, *path.parents) if not os.path.lexists(parent)]
+    if any(re.search(r"^~|\$\{?[A-Za-z_]", name) for name in missing):
         raise UserError(f"output {target}: the home or variable in it is not known; set it, or write the path in full")
     longest = os.pathconf(nearest_folder(path), "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
     size = len(os.fsencode(path.name))
