@@ -3,9 +3,12 @@
 import ast
 import io
 import json
+import re
 import shutil
 import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -47,6 +50,27 @@ def test_every_loading_call_refuses_code() -> None:
         )
     ]
     assert trusting == []
+
+
+def test_every_package_that_is_imported_is_declared() -> None:
+    imports = {
+        name.partition(".")[0]
+        for path in (ROOT / "src").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names])
+    }
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    stated = [
+        *project["dependencies"],
+        *(each for extra in project["optional-dependencies"].values() for each in extra),
+    ]
+    declared = {re.split(r"[^\w-]", each)[0].replace("_", "-").lower() for each in stated}
+    packages = packages_distributions()
+    foreign = imports - sys.stdlib_module_names - {"hifiprune", "llama_cpp"}
+    assert [
+        name for name in sorted(foreign) if not declared & {each.replace("_", "-").lower() for each in packages[name]}
+    ] == []
 
 
 @pytest.fixture

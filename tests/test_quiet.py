@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from huggingface_hub.utils.tqdm import are_progress_bars_disabled
+from huggingface_hub.utils import are_progress_bars_disabled
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 

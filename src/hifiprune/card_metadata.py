@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils._validators import validate_repo_id
+from huggingface_hub.utils import validate_repo_id
 
 from hifiprune.checkpoint import Checkpoint
 from hifiprune.output import local_path

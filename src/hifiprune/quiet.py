@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from functools import partial
 from unittest.mock import patch
 
-from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from tqdm.auto import tqdm
 from transformers import modeling_gguf_pytorch_utils
 from transformers.utils import logging
