@@ -27,7 +27,7 @@ from transformers import BatchEncoding, PreTrainedTokenizer, PreTrainedTokenizer
 from hifiprune import Calibration, Text, UserError
 from hifiprune.calibration import check_source, load_windows
 from hifiprune.checkpoint import find_checkpoint
-from hifiprune.conversations import ChatTemplate
+from hifiprune.conversations import ChatTemplate, Piece
 from hifiprune.examples import read_examples
 from hifiprune.reading import python_docs, read_documents
 from hifiprune.spooling import stored_tokens
@@ -386,6 +386,15 @@ def test_templates_that_fail_or_compute_for_ever_are_refused(kind: str, monkeypa
     with ChatTemplate(tokenizer, 0.5 if "0.5 s" in message else 20.0) as chat, pytest.raises(UserError, match=message):
         chat.texts(turns)
     assert chat._process.exitcode is not None
+
+
+def test_templates_run_where_a_process_cannot_be_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    monkeypatch.setattr("hifiprune.conversations.COPIED", False)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with ChatTemplate(tokenizer, 1.0) as chat:  # a second is too little for its imports
+        assert chat.texts(turns) == [[Piece("a", False), Piece("b", True)]]
 
 
 def test_conversations_are_written_in_order_whatever_stands_between(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ SECONDS = 20.0
 """Time that writing one conversation may take."""
 MEMORY = 1 << 30
 """Bytes that templates may take, all in all."""
+COPIED = sys.platform == "linux"
+"""Whether the process starts as a copy of this one: macOS breaks copies of processes with threads."""
 LONGEST = 64 << 20
 """Characters that a template may write of one conversation."""
 
@@ -104,14 +106,20 @@ class ChatTemplate:
         return [[Piece(check_text(text), learned) for text, learned in pieces] for pieces in answer]
 
     def _start(self) -> Connection:
-        """Start the process, as a copy of this one where that can be had: it needs not import anything."""
-        methods = multiprocessing.get_all_start_methods()
-        context: Any = multiprocessing.get_context("fork" if "fork" in methods else None)
+        """Start the process, and wait until it has imported what it needs, which counts for no conversation."""
+        context: Any = multiprocessing.get_context("fork" if COPIED else "spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, self._connection, self._tokenizer), daemon=True)
         self._process.start()
         theirs.close()
         assert self._connection
+        try:
+            self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise UserError(
+                "the process of the tokenizer's chat template did not start; does the program that uses hifiprune "
+                "start under `if __name__ == '__main__':`?"
+            ) from error
         return self._connection
 
 
@@ -166,6 +174,7 @@ def _serve(connection: Connection, other: Connection, tokenizer: PreTrainedToken
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _limit_memory()
+    connection.send("ready")
     while True:
         try:
             conversations = connection.recv()
