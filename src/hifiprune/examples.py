@@ -68,10 +68,11 @@ def read_examples(
     """
     check_numbers({"max_rows": max_rows})
     examples: list[Example] = []
+    ends = _written_around(tokenizer)
     with ChatTemplate(tokenizer) as template:
         for part in read_parts(source, seed, max_rows):
             if part.text is not None:
-                pieces = _plain_text(track(part.text), tokenizer)
+                pieces = _plain_text(track(part.text), ends)
                 examples.append(encode_pieces(pieces, tokenizer, learn_all=learn_prompts))
                 continue
             rows = enumerate(track(part.rows), 1)
@@ -79,7 +80,7 @@ def read_examples(
                 template.ask([row["messages"] for _, row in some if "messages" in row and text_column is None])
                 for number, row in some:
                     try:
-                        texts = list(_texts(row, tokenizer, template, text_column))
+                        texts = list(_texts(row, ends, template, text_column))
                     except UserError as error:
                         raise UserError(f"{part.where}, row {number}: {error}") from error
                     examples += (encode_pieces(pieces, tokenizer, learn_all=learn_prompts) for pieces in texts)
@@ -110,21 +111,19 @@ def encode_pieces(pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerBase, *
     return Example(ids, bytes(learned))
 
 
-def _plain_text(text: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
+def _plain_text(text: Iterable[str], ends: tuple[str, str]) -> Iterator[Piece]:
     """A text in pieces, all of it learned, with all special tokens written out; nothing of an empty one."""
     filled = (piece for piece in text if piece)
     first = next(filled, None)
     if first is not None:
-        yield Piece(_start(tokenizer), False)
+        yield Piece(ends[0], False)
         yield from (Piece(piece, True) for piece in chain([first], filled))
-        yield Piece(str(tokenizer.eos_token or ""), True)
+        yield Piece(ends[1], True)
 
 
-def _texts(
-    row: Row, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, text_column: str | None
-) -> Iterator[list[Piece]]:
+def _texts(row: Row, ends: tuple[str, str], template: ChatTemplate, text_column: str | None) -> Iterator[list[Piece]]:
     """The text of a row in parts, with all special tokens written out; several texts for some conversations."""
-    start, end = _start(tokenizer), str(tokenizer.eos_token or "")
+    start, end = ends
     answer = next((name for name in ANSWERS if name in row), None)
     column = text_column or next((name for name in TEXT_COLUMNS if name in row), None)
     if text_column is None and "messages" in row:
@@ -156,6 +155,7 @@ def _text(row: Row, column: str) -> str:
     return check_text(found or "")
 
 
-def _start(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the tokenizer writes before a text, such as a start token."""
-    return "".join(tokenizer.convert_ids_to_tokens(special_tokens(tokenizer)[0]))
+def _written_around(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Return what stands before a text, as the tokenizer writes it, and the end-of-text token, which stands after."""
+    start = tokenizer.convert_ids_to_tokens(special_tokens(tokenizer)[0])
+    return "".join(start), str(tokenizer.eos_token or "")

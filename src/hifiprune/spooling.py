@@ -73,7 +73,7 @@ def stored_tokens(batches: Iterable[list[int]], most: int | None = None) -> Int[
                 recent.tofile(file)
                 recent = array("q")
         if file is None:
-            return torch.tensor(recent, dtype=torch.int64)
+            return torch.from_numpy(np.array(recent))
         recent.tofile(file)
         file.flush()
     mapped = np.memmap(file, np.int64, mode="c")  # whoever writes to it has a copy of that page
