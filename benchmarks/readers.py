@@ -60,7 +60,8 @@ def make(scratch: Path) -> list[str]:
     from tests.published import PUBLISHED, publish
 
     fetch_converter(ROOT / ".cache" / "llama.cpp")
-    tokenizer: Any = AutoTokenizer.from_pretrained(fetch_smollm2(ROOT / ".cache" / "smollm2"))
+    source = fetch_smollm2(ROOT / ".cache" / "smollm2")
+    tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     for name, published in PUBLISHED.items():
         facts = json.loads(json.dumps(published))
         (facts if "vocab_size" in facts else facts["text_config"])["vocab_size"] = len(tokenizer)
@@ -110,7 +111,7 @@ def by_transformers(folder: Path) -> Any:
 
     (name,) = json.loads((folder / "config.json").read_text())["architectures"]
     how = {"attn_implementation": "eager", "output_loading_info": True}
-    model, report = getattr(transformers, name).from_pretrained(folder, **how)
+    model, report = getattr(transformers, name).from_pretrained(folder, trust_remote_code=False, **how)
     assert not report["missing_keys"], f"missing: {sorted(report['missing_keys'])[:3]}"
     assert not report["mismatched_keys"], f"mismatched: {report['mismatched_keys'][:3]}"
     with torch.no_grad():

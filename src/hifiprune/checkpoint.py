@@ -192,7 +192,7 @@ class Checkpoint:
         self.fetch()
         if (self.folder / "generation_config.json").is_file():
             with _explained(self.name, "generation_config.json"):
-                GenerationConfig.from_pretrained(self.folder)
+                GenerationConfig.from_pretrained(self.folder, trust_remote_code=False)
         with _explained(self.name, "the weights"), quiet():
             loaded: Any = self.model_class.from_pretrained(
                 self.folder,
