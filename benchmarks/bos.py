@@ -2,7 +2,7 @@
 
 The dense model's perplexity on WikiText-2 test with and without it, and that of cuts of 30% of the neurons, calibrated
 on WikiText-2 train by the defaults with and without it, and as HFPrune does: each measured with it, on the same tokens
-of text. Writes `results/bos.json`; interrupted, it goes on where it stopped.
+of text. Writes `results/bos.json`; interrupted, it goes on where it stopped. Run it by `python -m benchmarks.bos`.
 """
 
 import argparse
