@@ -31,15 +31,18 @@ def refuse_pointers(name: str, files: Iterable[Path]) -> None:
         files: its files, there or not.
 
     Raises:
-        UserError: one is a pointer to the file.
+        UserError: one is a pointer to the file, or cannot be read.
     """
-    for file in files:
-        if file.is_file():
+    for file in filter(Path.is_file, files):
+        try:
             with file.open("rb") as opened:
-                if opened.read(len(POINTER)) == POINTER:
-                    raise UserError(
-                        f"{name}: {file.name} is a git-lfs pointer, not the file: run `git lfs pull` in {file.parent}"
-                    )
+                start = opened.read(len(POINTER))
+        except OSError as error:
+            raise UserError(f"{name}: {file.name} cannot be read: {error.strerror}") from error
+        if start == POINTER:
+            raise UserError(
+                f"{name}: {file.name} is a git-lfs pointer, not the file: run `git lfs pull` in {file.parent}"
+            )
 
 
 def check_whole(name: str, file: Path) -> None:
