@@ -3,12 +3,13 @@
 import json
 import re
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from hifiprune.next_steps import calibration_flags, cut_flags, free_name
+from hifiprune.next_steps import calibration_flags, cut_flags, free_name, program
 from tests.commands import Result, run
 
 NEXT = re.compile("^Next: (.*)$", re.MULTILINE)
@@ -64,14 +65,26 @@ def test_every_next_step_works(place: Path) -> None:
         steps = steps_of(run(*shlex.split(line)))
         assert len(steps) == 1, line
         told.add(steps[0][1])
-        for program, *step in steps:
-            assert program == "hifiprune"
+        for called, *step in steps:
+            assert called == "hifiprune"
             if set(NOT_RUN).isdisjoint(step):
                 result = run(*step)
                 assert result.code == 0, f"{line}\n-> {shlex.join(step)}\n{result.err}"
                 steps_of(result)
     assert told == {"prune", "evaluate", "inspect", "report", "push"}
     assert {"what was measured", "report.html", "smaller", "smaller-2"} <= {path.name for path in place.iterdir()}
+
+
+def test_the_program_is_called_as_a_shell_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an environment that was not activated by its path, else by its name."""
+    module = [sys.executable, "-m", "hifiprune"]
+    cases = {".venv/bin/hifiprune": [".venv/bin/hifiprune"], "/a/hifiprune/__main__.py": module}
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for started, words in cases.items():
+        monkeypatch.setattr("sys.argv", [started])
+        assert program() == words
+    (tmp_path / "hifiprune").touch(mode=0o700)
+    assert program() == ["hifiprune"]
 
 
 def test_what_was_written_is_told(place: Path) -> None:

@@ -55,15 +55,16 @@ def remark_on_blocks(budget: Budget, shape: Shape, width: int, sharing: Sharing,
 def announce_scoring(
     windows: Int[Tensor, "windows positions"], requests: Sequence[Request], estimator: Estimator
 ) -> str:
-    """What scoring will cost."""
+    """What scoring will cost, to be followed by what that depends on where nothing before has told it."""
     cost, (forwards, backwards) = estimator.scoring(requests, len(windows), windows.shape[1]), count_passes(requests)
     criteria = ", ".join(dict.fromkeys(f"'{name}'" for name, _ in requests))
     shared = f", shared out among {processes()} processes" if processes() > 1 else ""
     how = " (recomputing)" if estimator.recomputes(windows.shape[1]) else ""
     return (
         f"Scoring {estimator.checkpoint.name} by {criteria} on {len(windows)} windows of {windows.shape[1]} tokens"
-        f"{shared}, {estimator.dtype} on {estimator.device}: {forwards} forward and {backwards} backward passes{how}, "
-        f"about {duration(cost.seconds)} and {cost.memory / 1e9:.1f} GB of memory{condition(estimator.device)}."
+        f"{shared}, {estimator.dtype} on {estimator.device}: {forwards} forward and "
+        f"{backwards} backward pass{'es' * (backwards != 1)}{how}, "
+        f"about {duration(cost.seconds)} and {cost.memory / 1e9:.1f} GB of memory"
     )
 
 
@@ -86,7 +87,7 @@ def announce_repair(windows: Int[Tensor, "windows positions"], width: int, estim
     cost = estimator.repair(len(windows), windows.shape[1], width)
     return (
         f"Repairing on {len(windows)} windows of {windows.shape[1]} tokens, {estimator.dtype} on {estimator.device}: "
-        f"about {duration(cost.seconds)} and {cost.memory / 1e9:.1f} GB of memory{condition(estimator.device)}."
+        f"about {duration(cost.seconds)} and {cost.memory / 1e9:.1f} GB of memory."
     )
 
 

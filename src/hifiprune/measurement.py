@@ -29,7 +29,7 @@ from hifiprune.record import RunRecord
 from hifiprune.targets import check_target, exclusive
 from hifiprune.texts import Text
 from hifiprune.unfinished import Unfinished, kept
-from hifiprune.voice import SILENT, Voice, duration
+from hifiprune.voice import SILENT, Voice, duration, how_many
 
 PASSAGES = "passages.json"
 PASSAGES_READ, PASSAGE_TOKENS = 3, 96
@@ -248,7 +248,8 @@ class Bench:
             what.append(f"{len(prompts):,} prompts of {len(self.exams)} tasks")
         dtype, device = self.compute.dtype_for(first), self.compute.resolved_device
         seconds = count * estimate_seconds(first.config(), tokens, 512, device, dtype, backwards=0)
-        return f"Measuring {count} models on {' and '.join(what)}: about {duration(seconds)}{condition(device)}."
+        models = how_many(count, "model")
+        return f"Measuring {models} on {' and '.join(what)}: about {duration(seconds)}{condition(device)}."
 
     def results(self) -> dict[str, Any]:
         """All that was found, model by model; differences are to the dense model, or else to the first."""

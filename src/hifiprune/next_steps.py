@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import count, product
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 from hifiprune.allocation import Budget
@@ -16,6 +17,7 @@ from hifiprune.output import local_path
 from hifiprune.reading import PYTHON_DOCS, SELF
 from hifiprune.voice import console
 
+NAME = "hifiprune"
 ROUNDINGS = (128, 64, 32, 8, 1)
 FEW_WINDOWS, SHORT = 32, 512
 """Windows, and tokens of each, of Python's documentation, which every Python has."""
@@ -26,10 +28,18 @@ YOURS = (
 
 def next_step(*words: object) -> None:
     """Tell which of our commands to run next."""
-    command = shlex.join(["hifiprune", *map(str, words)])
+    command = shlex.join([*program(), *map(str, words)])
     console().print(f"Next: {command}", highlight=False, soft_wrap=True, markup=False)
     if PYTHON_DOCS in words:
         console().print(YOURS, highlight=False, soft_wrap=True)
+
+
+def program() -> list[str]:
+    """Return the words that start this program: its name, or how it was started where a shell does not find that."""
+    started = sys.argv[0]
+    if which(NAME) or Path(started).name == started:
+        return [NAME]
+    return [started] if Path(started).stem == NAME else [sys.executable, "-m", NAME]
 
 
 def next_is_without_dry_run() -> None:

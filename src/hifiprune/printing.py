@@ -29,7 +29,7 @@ from hifiprune.next_steps import (
 )
 from hifiprune.output import disk_size
 from hifiprune.record import RunRecord
-from hifiprune.voice import console, duration
+from hifiprune.voice import console, duration, how_many
 
 
 def pruned(record: RunRecord, output: Path) -> None:
@@ -171,10 +171,9 @@ def benched(record: RunRecord) -> None:
         table.add_row("to the first token", *(f"{rows[name]['first']['seconds']['median']:.3g} s" for name in names))
         _show(table)
     rounds = record.arguments["rounds"]
-    said = f"Medians over {rounds} round{'s' * (rounds > 1)} in fresh processes, "
-    said += f"{results['dtype']} on {results['device']}, "
-    said += f"{results['threads']} threads; in brackets the speed-up that operations promise, and the share of the "
-    remarks = [f"{said}promised saving that was reached."]
+    said = f"Medians over {how_many(rounds, 'round')} in fresh processes, "
+    said += f"{results['dtype']} on {results['device']}, {how_many(results['threads'], 'thread')}; in brackets the "
+    remarks = [f"{said}speed-up that operations promise, and the share of the promised saving that was reached."]
     console().print("\n".join([*remarks, *results["remarks"]]), markup=False, soft_wrap=True)
 
 

@@ -39,7 +39,7 @@ from hifiprune.training_checks import check_compute, check_purpose, check_tracke
 from hifiprune.training_loss import sliced_loss
 from hifiprune.training_rows import split
 from hifiprune.unfinished import Unfinished
-from hifiprune.voice import SILENT, Voice, duration
+from hifiprune.voice import SILENT, Voice, duration, how_many
 from hifiprune.watch import Watch, describe, is_better
 
 
@@ -312,7 +312,8 @@ def _announce(model: PreTrainedModel, training: Training, rows: Packed, held: Pa
     )
     cost = f"{steps:,.0f} steps of {each:,} tokens, about {duration(seconds)}{condition(compute.resolved_device)}."
     if training.max_minutes:
-        cost += f" It ends with these steps or after {training.max_minutes:g} minutes in all, whichever comes first."
+        limit = how_many(training.max_minutes, "minute")
+        cost += f" It ends with these steps or after {limit} in all, whichever comes first."
     how = "low-rank changes" if training.method == "lora" else "all weights"
     target = "the dense model's distribution" if training.taught else "labels"
     return (

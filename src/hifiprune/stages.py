@@ -184,7 +184,7 @@ class Stages:
         model, windows = self.load(), None
         if self.calibration:
             windows = self.windows(model)
-            self.voice.say(announce_scoring(windows, [request], self.estimator))
+            self.voice.say(f"{announce_scoring(windows, [request], self.estimator)}.")
             if stability:
                 self.voice.say(f"That at most: it ends once {100 * stability.wanted:g}% of what is kept is settled.")
             self.voice.say("Interrupted, the same command goes on where it stopped.")

@@ -8,6 +8,7 @@ from operator import length_hint
 from typing import TypeVar
 
 from hifiprune.parallel import processes
+from hifiprune.voice import how_many
 
 T = TypeVar("T")
 
@@ -43,7 +44,7 @@ class TimeLimit:
     @property
     def passed(self) -> str:
         """What is said where it ended a run too early."""
-        return f"the time limit of {self.minutes:g} minutes passed before the first step"
+        return f"the time limit of {how_many(self.minutes or 0, 'minute')} passed before the first step"
 
     @property
     def left(self) -> float:

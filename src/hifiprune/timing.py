@@ -28,7 +28,7 @@ from hifiprune.preparation import check_model, plain_arguments
 from hifiprune.record import RunRecord
 from hifiprune.targets import check_target, exclusive
 from hifiprune.unfinished import Unfinished, kept
-from hifiprune.voice import SILENT, Voice
+from hifiprune.voice import SILENT, Voice, how_many
 
 ALIGNED = 64
 """Widths that this divides keep the matrix units of GPUs, and the vector units of CPUs, busy."""
@@ -109,8 +109,9 @@ def bench(
         for fast, size, length in product([False, True] if compiled else [False], batch_sizes, lengths)
     ]
     voice.say(
-        f"Timing {len(names)} models on {len(workloads)} workloads in {rounds} rounds, each time in a fresh process on "
-        f"{compute.resolved_device}; leave the machine alone meanwhile. The time left is told as it goes."
+        f"Timing {len(names)} models on {how_many(len(workloads), 'workload')} in {how_many(rounds, 'round')}, each "
+        f"time in a fresh process on {compute.resolved_device}; leave the machine alone meanwhile. The time left is "
+        "told as it goes."
     )
     crowd = _crowd(compute)
     for remark in crowd:

@@ -24,6 +24,11 @@ def console(**how: Any) -> Console:
     return Console(emoji=False, **how)
 
 
+def how_many(number: int | float, noun: str) -> str:
+    """Return a number with its noun, in the plural where it is not one."""
+    return f"{number:g} {noun}{'s' * (number != 1)}"
+
+
 class Voice:
     """Speaks through a rich console; without one it is silent, as the Python API is by default."""
 

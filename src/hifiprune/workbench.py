@@ -79,7 +79,7 @@ class Workbench:
         if missing:
             wanted = list(missing.values())
             cost = announce_scoring(windows, wanted, self._estimator)
-            self.voice.say(f"Draw with seed {calibration.seed}: {cost}")
+            self.voice.say(f"Draw with seed {calibration.seed}: {cost}{condition(self._estimator.device)}.")
             made = score_all(
                 self.model,
                 windows,
