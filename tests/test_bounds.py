@@ -37,6 +37,8 @@ INF, NAN = float("inf"), float("nan")
         ("temperature", INF, "temperature inf must be a finite number"),
         ("temperature", 0.0, "temperature 0 must be above 0"),
         ("match_hidden", NAN, "match-hidden nan must be a finite number"),
+        ("match_hidden", INF, "match-hidden inf must be a finite number"),
+        ("weight_decay", INF, "weight-decay inf must be a finite number"),
         ("max_minutes", INF, "max-minutes inf must be a finite number"),
         ("epochs", -INF, "epochs -inf must be a finite number"),
         ("seeds", 0, "seeds 0 must be at least 1"),

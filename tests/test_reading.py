@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import tempfile
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -292,6 +293,9 @@ def test_names_that_are_no_source_are_refused_at_once(tmp_path: Path, monkeypatc
             check_source(name, 16, None)
         with pytest.raises(UserError, match="does not exist"):
             next(read_documents(name))
+    for name in ("c4.json.gz", "x.zst", "none.csv"):
+        with pytest.raises(UserError, match=r"does not exist$"):
+            check_source(name, 16, None)
     with pytest.raises(UserError, match=r"owner/name\.en:train would be its name"):
         check_source("owner/name.en", 16, None)
     for name in (
@@ -383,8 +387,10 @@ def test_templates_that_fail_or_compute_for_ever_are_refused(kind: str, monkeypa
     tokenizer.chat_template = template
     monkeypatch.setattr("hifiprune.conversations.LONGEST", 1000)
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    start = time.monotonic()
     with ChatTemplate(tokenizer, 0.5 if "0.5 s" in message else 20.0) as chat, pytest.raises(UserError, match=message):
         chat.texts(turns)
+    assert "0.5 s" not in message or time.monotonic() - start < 5
     assert chat._process.exitcode is not None
 
 
