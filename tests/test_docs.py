@@ -99,6 +99,16 @@ def test_the_readmes_table_beyond_the_papers_is_the_recorded_one() -> None:
     assert quality.table(facts, alone=True) in (ROOT / "docs" / "findings.md").read_text()
 
 
+def test_the_methods_table_of_start_tokens_is_the_recorded_one() -> None:
+    facts = json.loads((ROOT / "benchmarks" / "results" / "bos.json").read_text())
+    page = (ROOT / "docs" / "method.md").read_text()
+    for name, found in facts["perplexity"].items():
+        assert f"| {name} | {found['value']:.1f} ({found['low']:.1f} to {found['high']:.1f}) |" in page
+    windows = f"{facts['held_out_windows']} windows of {facts['positions']} tokens"
+    assert windows in page
+    assert f"calibrated on {facts['calibration_windows']} windows" in " ".join(page.split())
+
+
 def test_the_readmes_zero_shot_accuracies_are_the_recorded_ones() -> None:
     facts = json.loads((ROOT / "benchmarks" / "results" / "zero_shot.json").read_text())
     assert zero_shot.table(facts) in (ROOT / "README.md").read_text()

@@ -362,11 +362,12 @@ def test_what_came_meanwhile_is_not_replaced(tmp_path: Path, overwrite: bool, wh
 def test_what_came_while_a_command_worked_is_not_replaced(
     command: str, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, out = tempfile.mkdtemp, tmp_path / "out"
+    made: Any = tempfile.mkdtemp
+    out = tmp_path / "out"
     plan = tmp_path / "small" / "hifiprune" / "plan.json"
     assert prune(dense, tmp_path / "small").code == 0
 
-    def meanwhile(*words: Any, prefix: str = "", **how: Any) -> str:
+    def meanwhile(*words: Any, prefix: str = "", **how: Any) -> Any:
         if prefix == ".out.":
             out.write_text("precious")
         return made(*words, prefix=prefix, **how)
