@@ -446,3 +446,6 @@ def test_a_tokenizer_that_needs_sentencepiece_says_so(
     monkeypatch.setattr("hifiprune.checkpoint.find_spec", lambda _: None)
     with pytest.raises(UserError, match="alone, which needs sentencepiece: pip install sentencepiece"):
         find_checkpoint(str(tmp_path / "dense")).tokenizer()
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"tokenizer.model is no whole sentencepiece model; copy it again"):
+        find_checkpoint(str(tmp_path / "dense")).tokenizer()

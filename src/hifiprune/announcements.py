@@ -18,6 +18,7 @@ from hifiprune.costs import Cost, Estimator, total_disk
 from hifiprune.criteria import CRITERIA, Options, find_criterion
 from hifiprune.engines import K_BLOCK
 from hifiprune.machine import condition
+from hifiprune.output import disk_size
 from hifiprune.parallel import processes
 from hifiprune.scores import Scores
 from hifiprune.scoring import Request, count_passes
@@ -72,7 +73,7 @@ def announce_costs(costs: Sequence[Cost], device: torch.device) -> str:
     """What a run will cost in all."""
     seconds, memory, disk = sum(cost.seconds for cost in costs), max(cost.memory for cost in costs), total_disk(costs)
     each = f" for each of {processes()} processes" if processes() > 1 else ""
-    written = f" and {disk / 1e9:.2f} GB on the disk" if disk else ""
+    written = f" and {disk_size(disk)} on the disk" if disk else ""
     return f"In all about {duration(seconds)}, {memory / 1e9:.1f} GB of memory{each}{written}{condition(device)}."
 
 

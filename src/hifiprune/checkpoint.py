@@ -285,10 +285,15 @@ class Checkpoint:
                 f"{self.name} has its tokenizer in tokenizer.model alone, which needs sentencepiece: pip install "
                 "sentencepiece"
             )
-        with _explained(self.name, "the tokenizer"):
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                self.folder, gguf_file=self.gguf, trust_remote_code=False
-            )
+        try:
+            with _explained(self.name, "the tokenizer"):
+                tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                    self.folder, gguf_file=self.gguf, trust_remote_code=False
+                )
+        except UserError as error:
+            if alone and "tiktoken" in str(error):  # the format that transformers tries last
+                raise UserError(f"{self.name}: tokenizer.model is no whole sentencepiece model; copy it again") from error
+            raise
         return tokenizer
 
     def load(
