@@ -292,7 +292,9 @@ class Checkpoint:
                 )
         except UserError as error:
             if alone and "tiktoken" in str(error):  # the format that transformers tries last
-                raise UserError(f"{self.name}: tokenizer.model is no whole sentencepiece model; copy it again") from error
+                raise UserError(
+                    f"{self.name}: tokenizer.model is no whole sentencepiece model; copy it again"
+                ) from error
             raise
         return tokenizer
 
