@@ -327,7 +327,7 @@ def test_maps_that_are_not_there_leave_nothing_behind(made: Path, world: Path, t
         refused(run(*words, *more, empty), f"target-modules '{empty}' names no map")
     refused(
         run(*words, "--max-steps", 1, "--seq-len", 24, "--lora-r", 33),
-        "lora-r 33 must be at most 24, the smaller side of the largest map",
+        "lora-r 33 must be at most 32; the smaller side of the largest map is 24",
     )
     assert not any(tmp_path.iterdir())
 

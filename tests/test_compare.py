@@ -710,7 +710,7 @@ def test_every_option_arrives(world: Path, tmp_path: Path) -> None:
         "ratios": [0.2, 0.1],
         "calibration": {
             "source": str(tmp_path / "text.jsonl"), "num_samples": 4, "seq_len": 16, "seed": 7, "sampler": "stream",
-            "text_column": "b", "mixed": [],
+            "text_column": "b", "mixed": [], "bos": True,
         },
         "seeds": 2,
         "texts": [
@@ -743,7 +743,7 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--ratios", "0"), "ratio 0 must lie in (0, 1)"),
     (("--ratios", "0.2,-0.2"), "ratio -0.2 must lie in (0, 1)"),
     (("--ratios", "nan"), "ratio nan must lie in (0, 1)"),
-    (("--ratios", "0.1,abc"), "ratio 'abc' is not a number; give fractions such as 0.2,0.3"),
+    (("--ratios", "0.1,abc"), "ratio 'abc' is no number; give fractions such as 0.2,0.3"),
     (("--ratios", "0.1,0.9"), "ratio 0.9 is more than the MLPs hold"),
     (("--ratios", "0.001"), "nothing would be removed"),
     (("--ratios", "0.1,0.10"), "ratios 0.1, 0.1: each may be given once"),

@@ -81,7 +81,7 @@ GATE = "model.layers.1.mlp.gate_proj.weight"
         (text("config.json", "{"), "config.json is truncated or damaged"),
         (text("tokenizer.json", "{}"), "the tokenizer of"),
         (text("tokenizer_config.json", "{"), "tokenizer_config.json is truncated or damaged"),
-        (text("generation_config.json", "[1]"), "generation_config.json of"),
+        (text("generation_config.json", "[1]"), "generation_config.json must hold a JSON object, not [1]"),
         (index(x="../../../../etc/passwd"), "names ../../../../etc/passwd, outside of its folder"),
         (index(x="/etc/passwd"), "names /etc/passwd, outside of its folder"),
         (index(x="model-00002-of-00002.safetensors"), "lacks model-00002-of-00002.safetensors"),

@@ -118,7 +118,7 @@ def test_maps_of_every_form_are_trained(family: str, pruned: Path, tmp_path: Pat
 def test_an_adapter_is_put_on_every_plain_map_of_the_blocks_and_on_nothing_else(variant: str) -> None:
     model = tiny_model(variant, torch.float32)
     wanted = {name for name, module in blocks_of(model).items() if isinstance(module, (nn.Linear, Conv1D))}
-    adapted = with_adapter(model, Training(lora_r=8))
+    adapted = with_adapter(model, Training())
     assert {name for name, module in blocks_of(model).items() if hasattr(module, "lora_A")} == wanted
     assert {kind for layer in adapted.modules() if hasattr(layer, "lora_dropout") for kind in dropouts(layer)} == {0.05}
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
@@ -139,7 +139,7 @@ def dropouts(layer: Any) -> set[float]:
 def test_experts_stay_as_they_are_and_all_other_maps_learn(variant: str, pruned: Path, tmp_path: Path) -> None:
     dense, small = save_checkpoint(tmp_path / "dense", variant), tmp_path / "small"
     hp.prune(str(dense), small, hp.Budget(width=24), criterion="magnitude")
-    training = Training(max_steps=2, seq_len=32, held_out=0.2, distill_weight=0.0, gradient_accumulation=1, lora_r=8)
+    training = Training(max_steps=2, seq_len=32, held_out=0.2, distill_weight=0.0, gradient_accumulation=1)
     recover(str(small), tmp_path / "out", str(pruned / "data.jsonl"), training)
     before, after = (load(path).state_dict() for path in (small, tmp_path / "out"))
     start = f"{FAMILIES[variant].blocks}."

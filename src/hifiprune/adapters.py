@@ -51,8 +51,11 @@ def _settings(model: PreTrainedModel, training: Training) -> LoraConfig:
         if name not in paths.values():
             raise unknown("target module", name, sorted({*paths.values()}))
     most = max(side for path, side in sides.items() if paths[path] in (training.target_modules or (paths[path],)))
-    if training.lora_r > most:
-        raise UserError(f"lora-r {training.lora_r} must be at most {most}, the smaller side of the largest map")
+    limit = max(most, Training.lora_r)  # the default is for any model
+    if training.lora_r > limit:
+        raise UserError(
+            f"lora-r {training.lora_r} must be at most {limit}; the smaller side of the largest map is {most}"
+        )
     return LoraConfig(
         r=training.lora_r,
         lora_alpha=training.lora_alpha,
