@@ -278,7 +278,7 @@ def test_a_disk_without_room_for_the_teacher_is_said_before(
         run(pruned, tmp_path / "out", replace(QUICK, cache_teacher=200))
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100_000))
-    with pytest.raises(hp.RunError, match=r"has 0.00 GB free, the output needs"):
+    with pytest.raises(hp.RunError, match=r"has 100\.0 kB free, the output needs 949\.4 kB"):
         run(pruned, tmp_path / "out", replace(QUICK, method="full"))
 
 
