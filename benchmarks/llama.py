@@ -25,12 +25,12 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 import hifiprune as hp
-from hifiprune.checkpoint import find_checkpoint
-from hifiprune.conversion import SCRIPT
-from hifiprune.demonstration import fetch_smollm2, write_texts
+from hifiprune.cli.console import voice
+from hifiprune.commands.demo import fetch_smollm2, write_texts
+from hifiprune.deployment.llama_cpp import SCRIPT
 from hifiprune.errors import RunError
-from hifiprune.output import replacing
-from hifiprune.terminal import voice
+from hifiprune.io.atomic import replacing
+from hifiprune.models.checkpoint import find_checkpoint
 
 ROOT = Path(__file__).parent.parent
 SDIST = "llama-cpp-python==0.3.36"

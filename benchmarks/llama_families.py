@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hifiprune as hp
 from benchmarks.llama import ROOT, fetch_converter
-from hifiprune.demonstration import fetch_smollm2
+from hifiprune.commands.demo import fetch_smollm2
 from tests.families import MIXED, tiny_config
 
 WIDTH = 24

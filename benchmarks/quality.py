@@ -23,13 +23,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import hifiprune as hp
-from hifiprune.checkpoint import find_checkpoint
-from hifiprune.demonstration import fetch_smollm2
+from hifiprune.commands.demo import fetch_smollm2
 from hifiprune.evaluation import measure_windows
-from hifiprune.output import replacing
-from hifiprune.repair import cut_and_repair_, residual_stream
-from hifiprune.search import search, search_windows
-from hifiprune.steps import Course, score_in_steps
+from hifiprune.io.atomic import replacing
+from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.pruning.iterative import Course, score_in_steps
+from hifiprune.pruning.repair import cut_and_repair_, residual_stream
+from hifiprune.pruning.search_widths import search, search_windows
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -21,12 +21,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig
 
 import hifiprune as hp
-from hifiprune.checkpoint import find_checkpoint
-from hifiprune.demonstration import fetch_smollm2
+from hifiprune.commands.demo import fetch_smollm2
 from hifiprune.evaluation import measure_windows
-from hifiprune.evaluation.intervals import bootstrap_mean
-from hifiprune.neurons import find_mlps
-from hifiprune.record import describe_environment
+from hifiprune.evaluation.bootstrap import bootstrap_mean
+from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.mlp import find_mlps
+from hifiprune.run_record import describe_environment
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"

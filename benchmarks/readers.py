@@ -55,7 +55,7 @@ def make(scratch: Path) -> list[str]:
 
     import hifiprune as hp
     from benchmarks.llama import fetch_converter
-    from hifiprune.demonstration import fetch_smollm2
+    from hifiprune.commands.demo import fetch_smollm2
     from tests.families import load
     from tests.published import PUBLISHED, publish
 

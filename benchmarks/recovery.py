@@ -21,11 +21,11 @@ import torch
 from rich.console import Console
 
 import hifiprune as hp
-from hifiprune.checkpoint import find_checkpoint
-from hifiprune.demonstration import fetch_smollm2
+from hifiprune.cli.console import voice
+from hifiprune.commands.demo import fetch_smollm2
 from hifiprune.evaluation import measure_windows
-from hifiprune.output import replacing
-from hifiprune.terminal import voice
+from hifiprune.io.atomic import replacing
+from hifiprune.models.checkpoint import find_checkpoint
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 import hifiprune as hp
-from hifiprune.checkpoint import find_checkpoint
-from hifiprune.demonstration import fetch_smollm2
-from hifiprune.record import describe_environment
-from hifiprune.repair import cut_and_repaired
+from hifiprune.commands.demo import fetch_smollm2
+from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.pruning.repair import cut_and_repaired
+from hifiprune.run_record import describe_environment
 
 ROOT = Path(__file__).parent.parent
 FEW, MORE, POSITIONS, ROUNDS = 2, 4, 1024, 2

@@ -28,11 +28,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import hifiprune as hp
-from hifiprune.checkpoint import find_checkpoint
-from hifiprune.demonstration import fetch_smollm2
-from hifiprune.output import replacing
-from hifiprune.record import describe_environment
-from hifiprune.shards import Piece, write_shard
+from hifiprune.commands.demo import fetch_smollm2
+from hifiprune.io.atomic import replacing
+from hifiprune.io.safetensors_stream import Piece, write_shard
+from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.run_record import describe_environment
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / ".cache" / "scale"

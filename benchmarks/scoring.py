@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune.blocks import BlockChain
 from hifiprune.calibration import Calibration, load_windows
-from hifiprune.checkpoint import find_checkpoint
-from hifiprune.demonstration import fetch_smollm2
-from hifiprune.guards import frozen
-from hifiprune.objectives import Entropy
-from hifiprune.record import describe_environment, peak_memory, reset_peak_memory
-from hifiprune.statistics import absolute
-from hifiprune.taps import Seen
+from hifiprune.commands.demo import fetch_smollm2
+from hifiprune.engine.block_chain import BlockChain
+from hifiprune.engine.context import frozen
+from hifiprune.engine.hooks import Seen
+from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.run_record import describe_environment, peak_memory, reset_peak_memory
+from hifiprune.scoring.neuron_statistics import absolute
+from hifiprune.scoring.objectives import Entropy
 
 ROOT = Path(__file__).parent.parent
 WINDOWS, POSITIONS, ROUNDS = 8, 1024, 3

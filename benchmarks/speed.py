@@ -21,11 +21,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import hifiprune as hp
-from hifiprune.checkpoint import find_checkpoint
-from hifiprune.demonstration import fetch_smollm2
+from hifiprune.cli.console import voice
+from hifiprune.commands.demo import fetch_smollm2
 from hifiprune.evaluation.speed import Workload, write
-from hifiprune.neurons import find_blocks, find_mlps
-from hifiprune.terminal import voice
+from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.mlp import find_blocks, find_mlps
 
 ROOT = Path(__file__).parent.parent
 PRUNED: dict[str, dict[str, Any]] = {

@@ -17,11 +17,11 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 import hifiprune as hp
-from hifiprune.checkpoint import find_checkpoint
-from hifiprune.demonstration import fetch_smollm2
+from hifiprune.cli.console import voice
+from hifiprune.commands.demo import fetch_smollm2
 from hifiprune.evaluation import Answers, Estimate, Exam, Tasks, average, differences
-from hifiprune.output import replacing
-from hifiprune.terminal import voice
+from hifiprune.io.atomic import replacing
+from hifiprune.models.checkpoint import find_checkpoint
 
 ROOT = Path(__file__).parent.parent
 PACK = ROOT.parent / "shared" / "evals" / "tasks"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hifiprune.cli import main
+from hifiprune.cli.app import main
 
 MESSAGE_LIMIT = 600
 

@@ -17,10 +17,10 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from hifiprune.costs import Pace
-from hifiprune.demonstration import fetch_gguf, fetch_smollm2
-from hifiprune.families import FAMILIES
-from hifiprune.machine import Machine
+from hifiprune.commands.cost_model import Pace
+from hifiprune.commands.demo import fetch_gguf, fetch_smollm2
+from hifiprune.engine.machine import Machine
+from hifiprune.models.families import FAMILIES
 from tests.families import VOCABULARY, tiny_config
 
 ROOT = Path(__file__).parent.parent
@@ -95,10 +95,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stopwatch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare the time that estimates of time take, but in tests of those."""
     if request.node.get_closest_marker("stopwatch") is None:
-        monkeypatch.setattr("hifiprune.machine.Machine.now", lambda: Machine(2, 2, 1.0, 1.0, 0.0))
-        monkeypatch.setattr("hifiprune.compute.product_speed", lambda *_: 1e9)
-        monkeypatch.setattr("hifiprune.costs.Estimator._tried", lambda *_: Pace(1e-3, 1e-3))
-        monkeypatch.setattr("hifiprune.costs.Estimator._moments", lambda *_: 1e-3)
+        monkeypatch.setattr("hifiprune.engine.machine.Machine.now", lambda: Machine(2, 2, 1.0, 1.0, 0.0))
+        monkeypatch.setattr("hifiprune.engine.compute.product_speed", lambda *_: 1e9)
+        monkeypatch.setattr("hifiprune.commands.cost_model.Estimator._tried", lambda *_: Pace(1e-3, 1e-3))
+        monkeypatch.setattr("hifiprune.commands.cost_model.Estimator._moments", lambda *_: 1e-3)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ Run as a program it prints the tables, each under the heading that it stands und
 
 import sys
 
-from hifiprune.engines import BLOCKS, ENGINES, FORMS, KEYS, SUPPORT, shown
+from hifiprune.deployment.engines import BLOCKS, ENGINES, FORMS, KEYS, SUPPORT, shown
 
 
 def support_table() -> str:

@@ -16,8 +16,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hifiprune.discovery import family_of
-from hifiprune.families import FAMILIES
+from hifiprune.models.detect import family_of
+from hifiprune.models.families import FAMILIES
 
 VOCABULARY = 257
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from hifiprune.discovery import family_of
+from hifiprune.models.detect import family_of
 
 WIDTH = 64
 NAMES = {"_name_or_path": "team/base-model", "transformers_version": "4.46.0", "team_notes": {"zeta": 1, "alpha": None}}

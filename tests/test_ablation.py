@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hifiprune as hp
-from hifiprune import ablation, plots
-from hifiprune.ablation import Bench, sample, small_divergence
-from hifiprune.checkpoint import Checkpoint
+from hifiprune.commands import ablate
+from hifiprune.commands.ablate import Bench, sample, small_divergence
+from hifiprune.engine.lm_head import Head
 from hifiprune.evaluation.ranks import correlation, spearman
-from hifiprune.head import Head
+from hifiprune.models.checkpoint import Checkpoint
+from hifiprune.reports import plots
 from tests.commands import Interruption, Result, refused, run
 from tests.conftest import byte_tokenizer, save_checkpoint
 from tests.families import tiny_model, tiny_tokens
@@ -479,7 +480,7 @@ def interrupted(world: Path, scored: Path, output: Path, stop: int | None = None
 
     with pytest.MonkeyPatch.context() as patch:
         counted(patch, stop)
-        patch.setattr(ablation, "correlate", stopped)
+        patch.setattr(ablate, "correlate", stopped)
         with pytest.raises(Interruption):
             hp.ablate(**arguments(world, scored, output, **changes))
     assert not output.exists()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import hifiprune as hp
-from hifiprune.compute import check_attention
+from hifiprune.engine.compute import check_attention
 from tests.commands import leftovers, refused, run
 from tests.conftest import save_checkpoint
 
@@ -78,8 +78,8 @@ def test_scores_that_were_changed(
     save_file(
         {name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "s", {"hifiprune": json.dumps(facts)}
     )
-    monkeypatch.setattr("hifiprune.checkpoint.Checkpoint.load", None)  # refused before weights load
-    monkeypatch.setattr("hifiprune.preparation.Checkpoint.load", None)
+    monkeypatch.setattr("hifiprune.models.checkpoint.Checkpoint.load", None)  # refused before weights load
+    monkeypatch.setattr("hifiprune.commands.prepare.Checkpoint.load", None)
     start = (world / "dense", "--scores", tmp_path / "s", "--output", tmp_path / "out")
     for words in (("prune", *start, "--width", 24), ("ablate", *start, "--text", world / "held.txt", "--seq-len", 16)):
         if "from weights" not in message or words[0] == "prune":
@@ -248,7 +248,7 @@ def test_text_is_sampled_from_a_start_token_of_the_vocabulary(
     dense = shutil.copytree(world / "dense", tmp_path / "dense")
     facts = json.loads((dense / "config.json").read_text())
     (dense / "config.json").write_text(json.dumps(facts | changes))
-    monkeypatch.setattr("hifiprune.preparation.Checkpoint.load", None)  # refused before weights load
+    monkeypatch.setattr("hifiprune.commands.prepare.Checkpoint.load", None)  # refused before weights load
     words = ("--calibration", "self", "--seq-len", 8, "--num-samples", 2, "--output", tmp_path / "out")
     refused(run("score", dense, *words), message)
     assert not (tmp_path / "out").exists()
@@ -364,7 +364,7 @@ def test_a_folder_that_may_not_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", "locked/adapter_config.json")
 
-    monkeypatch.setattr("hifiprune.inspection.find_checkpoint", refuse)
+    monkeypatch.setattr("hifiprune.commands.inspect.find_checkpoint", refuse)
     refused(run("inspect", "locked"), "locked/adapter_config.json: Permission denied; check that it is there, and that")
 
 

@@ -16,10 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 import hifiprune as hp
-from hifiprune.announcements import gain_told
+from hifiprune.commands.bench import told_apart
+from hifiprune.commands.messages import gain_told
+from hifiprune.engine.machine import Machine
 from hifiprune.evaluation.speed import Workload, _timed_or_told, operations, write
-from hifiprune.machine import Machine
-from hifiprune.timing import told_apart
 from tests.commands import Interruption, refused, run
 from tests.families import FORMS, ROUTED, tiny_model, tiny_tokens
 

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 import hifiprune as hp
 from hifiprune.calibration import window_start
-from hifiprune.examples import read_examples
-from hifiprune.reading import read_documents
+from hifiprune.io.text_sources import read_documents
+from hifiprune.recovery.training_data import read_examples
 from tests.commands import run
 from tests.conftest import byte_tokenizer
 from tests.families import load

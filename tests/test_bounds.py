@@ -8,9 +8,9 @@ import pytest
 
 import hifiprune as hp
 from hifiprune.bounds import BOUNDS, check_numbers, meant
-from hifiprune.cli import app
+from hifiprune.cli.app import app
 from hifiprune.errors import UserError
-from hifiprune.training import Training
+from hifiprune.recovery.config import Training
 from tests.commands import refused, run
 
 INF, NAN = float("inf"), float("nan")

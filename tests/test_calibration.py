@@ -19,8 +19,8 @@ from hifiprune.calibration import (
     load_windows,
     sample_windows,
 )
-from hifiprune.options import drawn_from, mixture
-from hifiprune.reading import python_docs, read_documents
+from hifiprune.cli.options import drawn_from, mixture
+from hifiprune.io.text_sources import python_docs, read_documents
 from tests.conftest import byte_tokenizer
 
 DOCUMENTS = ["".join(chr(97 + (i * k) % 26) for i in range(30 * k)) for k in range(1, 9)]

@@ -13,11 +13,11 @@ import pytest
 from huggingface_hub import HfApi, ModelCard
 from rich.console import Console
 
-from hifiprune.card_metadata import base_metadata
-from hifiprune.cards import UNMEASURED, add_results, check_cards, describe_base, write_card
-from hifiprune.checkpoint import Checkpoint
 from hifiprune.errors import UserError
-from hifiprune.voice import SILENT, Voice
+from hifiprune.models.checkpoint import Checkpoint
+from hifiprune.progress import SILENT, Voice
+from hifiprune.reports.card_metadata import base_metadata
+from hifiprune.reports.model_card import UNMEASURED, add_results, check_cards, describe_base, write_card
 from tests.commands import refused, run
 
 BASE = """---

@@ -17,11 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hifiprune import Plan, start
-from hifiprune.checkpoint import Checkpoint
-from hifiprune.cli import main
-from hifiprune.output import replacing
-from hifiprune.start import Stopped
+from hifiprune import Plan
+from hifiprune.cli import start
+from hifiprune.cli.app import main
+from hifiprune.cli.start import Stopped
+from hifiprune.io.atomic import replacing
+from hifiprune.models.checkpoint import Checkpoint
 from tests.commands import Cli, Result, leftovers, refused, run
 
 
@@ -281,7 +282,7 @@ def test_a_hub_id_that_cannot_be_reached(cli: Cli, tmp_path: Path, monkeypatch: 
     def fail(*_: object, **__: object) -> None:
         raise LocalEntryNotFoundError("offline")
 
-    monkeypatch.setattr("hifiprune.checkpoint.snapshot_download", fail)
+    monkeypatch.setattr("hifiprune.models.checkpoint.snapshot_download", fail)
     refused(
         cli("inspect", "org/model"), "org/model, and the model hub could not be reached to look for org/model there"
     )
@@ -296,7 +297,7 @@ def test_a_hub_id_is_downloaded_as_far_as_it_is_needed(
         asked.extend(allow_patterns)
         return str(checkpoint)
 
-    monkeypatch.setattr("hifiprune.checkpoint.snapshot_download", download)
+    monkeypatch.setattr("hifiprune.models.checkpoint.snapshot_download", download)
     assert cli("inspect", "org/model", "--json").json["neurons_per_mlp"] == 40
     assert not any(pattern == "*" or "bin" in pattern or "safetensors" in pattern.split(".")[-1:] for pattern in asked)
     arguments = ("--output", tmp_path / "out", "--width", 8, "--calibration", "self", *CALIBRATION)
@@ -534,14 +535,14 @@ def test_bugs_show_a_traceback_only_with_debug(cli: Cli, checkpoint: Path, monke
 
 
 def test_importing_the_command_line_loads_no_torch() -> None:
-    code = "import sys, hifiprune.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, hifiprune.cli.app; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_nothing_is_imported_before_signals_are_handled() -> None:
-    code = "import sys; before = {*sys.modules}; import hifiprune.start; print(sorted({*sys.modules} - before))"
+    code = "import sys; before = {*sys.modules}; import hifiprune.cli.start; print(sorted({*sys.modules} - before))"
     found = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
-    assert found.stdout == "['hifiprune', 'hifiprune.start']\n"
+    assert found.stdout == "['hifiprune', 'hifiprune.cli.start']\n"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), Stopped("SIGINT")])
@@ -549,6 +550,6 @@ def test_an_interruption_of_the_imports_is_one_message(monkeypatch: pytest.Monke
     def interrupted() -> None:
         raise error
 
-    monkeypatch.setattr("hifiprune.start.handle_signals", interrupted)
+    monkeypatch.setattr("hifiprune.cli.start.handle_signals", interrupted)
     with pytest.raises(SystemExit, match="error: interrupted by SIGINT: no half-written output is left"):
         start.main()

@@ -13,7 +13,7 @@ from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModelForCausalLM
 
 import hifiprune as hp
-from hifiprune.checkpoint import find_checkpoint
+from hifiprune.models.checkpoint import find_checkpoint
 from tests.commands import refused, run
 from tests.conftest import byte_tokenizer
 from tests.families import tiny_tokens
@@ -76,7 +76,7 @@ def test_the_hub_is_asked_for_the_same_and_for_no_weights(
             shutil.copyfile(hub / file, got / file)
         return str(got)
 
-    monkeypatch.setattr("hifiprune.checkpoint.snapshot_download", download)
+    monkeypatch.setattr("hifiprune.models.checkpoint.snapshot_download", download)
     find_checkpoint("org/model")
     files = {path.relative_to(got).as_posix() for path in got.rglob("*") if path.is_file()}
     assert {*TAKEN, "config.json", "tokenizer.json", "modeling_x.py"} <= files
@@ -95,7 +95,7 @@ def test_a_tokenizer_of_any_kind_is_one(
     with pytest.raises(hp.UserError, match="has no tokenizer files"):
         find_checkpoint(str(folder)).tokenizer()
     (folder / kind).write_text("")
-    monkeypatch.setattr("hifiprune.checkpoint.AutoTokenizer.from_pretrained", lambda *_, **__: byte_tokenizer())
+    monkeypatch.setattr("hifiprune.models.checkpoint.AutoTokenizer.from_pretrained", lambda *_, **__: byte_tokenizer())
     assert len(find_checkpoint(str(folder)).tokenizer()) == 257
 
 

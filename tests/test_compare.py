@@ -24,13 +24,14 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import hifiprune as hp
-from hifiprune import plots, preparation, workbench
 from hifiprune.calibration import sample_windows
-from hifiprune.checkpoint import Checkpoint
-from hifiprune.contrasts import jaccard
-from hifiprune.evaluation import Exam, bootstrap_paired, fidelity, harness
+from hifiprune.commands import compare_plans, prepare
+from hifiprune.evaluation import Exam, bootstrap_paired, fidelity, lm_eval_harness
+from hifiprune.evaluation.criteria_comparison import jaccard
 from hifiprune.evaluation.fidelity import METRICS
-from hifiprune.hashing import hash_tokens
+from hifiprune.io.hashing import hash_tokens
+from hifiprune.models.checkpoint import Checkpoint
+from hifiprune.reports import plots
 from tests.commands import Interruption, Result, leftovers, refused, run
 from tests.conftest import save_checkpoint
 
@@ -382,7 +383,7 @@ def measured(model: str, *what: Any, **how: Any) -> dict[str, dict[str, float]]:
     return metrics
 
 
-def counted(patch: pytest.MonkeyPatch, name: str, stop: int | None = None, owner: Any = workbench) -> Calls:
+def counted(patch: pytest.MonkeyPatch, name: str, stop: int | None = None, owner: Any = compare_plans) -> Calls:
     """The calls of a function from now on; after `stop` of them, one is an interruption."""
     real = getattr(owner, name)
     calls: Calls = []
@@ -397,7 +398,7 @@ def counted(patch: pytest.MonkeyPatch, name: str, stop: int | None = None, owner
     return calls
 
 
-def interrupted(world: Path, output: Path, name: str, stop: int, owner: Any = workbench, **changes: Any) -> None:
+def interrupted(world: Path, output: Path, name: str, stop: int, owner: Any = compare_plans, **changes: Any) -> None:
     """Compare until a function was called `stop` times."""
     with pytest.MonkeyPatch.context() as patch:
         counted(patch, name, stop, owner)
@@ -435,8 +436,13 @@ def test_measuring_goes_on_where_it_stopped(
 @pytest.mark.parametrize(
     ("name", "stop", "owner", "missing"),
     [
-        ("score_all", 0, workbench, [["self-distillation", "fisher", "magnitude"], ["self-distillation", "fisher"]]),
-        ("score_all", 1, workbench, [["self-distillation", "fisher"]]),
+        (
+            "score_all",
+            0,
+            compare_plans,
+            [["self-distillation", "fisher", "magnitude"], ["self-distillation", "fisher"]],
+        ),
+        ("score_all", 1, compare_plans, [["self-distillation", "fisher"]]),
         ("save", 1, hp.Scores, [["fisher", "magnitude"], ["self-distillation", "fisher"]]),
         ("save", 4, hp.Scores, [["fisher"]]),
     ],
@@ -459,7 +465,7 @@ def test_signals_leave_what_is_finished_for_the_same_command(
 ) -> None:
     output = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workbench, "measure_windows", lambda *_, **__: os.kill(os.getpid(), number))
+        patch.setattr(compare_plans, "measure_windows", lambda *_, **__: os.kill(os.getpid(), number))
         result = run(*words(world, output))
     refused(result, f"interrupted by {signal.Signals(number).name}", code=1)
     assert "starts again" not in result.err
@@ -471,13 +477,13 @@ def test_signals_leave_what_is_finished_for_the_same_command(
 
 KILLED = """
 import time
-from hifiprune import workbench
-from hifiprune.cli import main
-real = workbench.measure_windows
+from hifiprune.commands import compare_plans
+from hifiprune.cli.app import main
+real = compare_plans.measure_windows
 def slow(*arguments, **options):
     time.sleep(0.3)
     return real(*arguments, **options)
-workbench.measure_windows = slow
+compare_plans.measure_windows = slow
 main()
 """
 """The command line, slow enough to be met at work."""
@@ -673,11 +679,11 @@ def test_the_model_is_whole_again(world: Path, tmp_path: Path, monkeypatch: pyte
     loaded: list[PreTrainedModel] = []
 
     def load(*given: Any) -> tuple[PreTrainedModel, str]:
-        model, model_hash = preparation.load_hashed(*given)
+        model, model_hash = prepare.load_hashed(*given)
         loaded.append(model)
         return model, model_hash
 
-    monkeypatch.setattr("hifiprune.comparison.load_hashed", load)
+    monkeypatch.setattr("hifiprune.commands.compare.load_hashed", load)
     hp.compare(**arguments(world, tmp_path / "out"))
     interrupted(world, tmp_path / "again", "_per_position", 3, fidelity)
     plain = AutoModelForCausalLM.from_pretrained(world / "dense")
@@ -803,7 +809,7 @@ def test_an_unknown_task_is_refused_before_anything_is_loaded(
     pytest.importorskip("lm_eval")
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "riddles.yaml").write_text("task: riddles\noutput_type: multiple_choice\n")
-    monkeypatch.setattr(harness, "_own_tasks", dict)
+    monkeypatch.setattr(lm_eval_harness, "_own_tasks", dict)
     monkeypatch.setattr(Checkpoint, "load", None)
     result = run(*command(world, tmp_path / "out"), "--tasks", "riddels", "--task-path", tmp_path / "tasks")
     refused(result, "unknown task 'riddels'; did you mean 'riddles'?")
@@ -841,7 +847,7 @@ def tasks_folder(shared: Path, tmp_path: Path) -> Path:
 def test_tasks_are_run_on_the_cut_models(
     world: Path, tasks_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(harness, "_own_tasks", dict)
+    monkeypatch.setattr(lm_eval_harness, "_own_tasks", dict)
     folder, names = tmp_path / "out", ["hp_winogrande", "hp_piqa"]
     dense = save_checkpoint(tmp_path / "long", max_position_embeddings=1024)
     ran = counted(monkeypatch, "ask", owner=Exam)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import hifiprune as hp
-from hifiprune.configuration import with_members
+from hifiprune.models.config_file import with_members
 from tests.commands import run
 from tests.conftest import save_checkpoint
 from tests.families import VARIANTS, load, tiny_tokens

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from hifiprune.evaluation.continuations import likelihoods
+from hifiprune.evaluation.loglikelihood import likelihoods
 from tests.families import FORMS, ROUTED, tiny_model
 
 

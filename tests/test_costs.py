@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import hifiprune as hp
-from hifiprune import costs
-from hifiprune.checkpoint import Checkpoint, find_checkpoint
-from hifiprune.costs import Estimator, Pace
+from hifiprune.commands import cost_model
+from hifiprune.commands.cost_model import Estimator, Pace
+from hifiprune.models.checkpoint import Checkpoint, find_checkpoint
 from tests.commands import refused, run
 from tests.families import FORMS, ROUTED, VARIANTS, VOCABULARY
 
@@ -46,8 +46,8 @@ def test_seconds_follow_from_the_trial(
         blocks, vocabulary = len(model.model.layers), model.config.vocab_size
         return float(tokens.numel() * (7 + 20 * blocks + 3 * vocabulary))
 
-    monkeypatch.setattr(costs, "_timed", timed)
-    monkeypatch.setattr(costs, "VOCABULARY", 50)
+    monkeypatch.setattr(cost_model, "_timed", timed)
+    monkeypatch.setattr(cost_model, "VOCABULARY", 50)
     path = make_checkpoint(num_hidden_layers=layers)
     for size in (1, 2):
         estimator = Estimator(find_checkpoint(str(path)), hp.Compute(device="cpu", batch_size=size))
@@ -64,8 +64,8 @@ def test_long_windows_are_tried_by_their_first_positions(
         seen.append(tokens.shape[1])
         return float(tokens.numel() * len(model.model.layers))
 
-    monkeypatch.setattr(costs, "_timed", timed)
-    monkeypatch.setattr(costs, "product_speed", lambda *_: 1e5)
+    monkeypatch.setattr(cost_model, "_timed", timed)
+    monkeypatch.setattr(cost_model, "product_speed", lambda *_: 1e5)
     estimator = Estimator(find_checkpoint(str(make_checkpoint(num_hidden_layers=4))), hp.Compute(device="cpu"))
     assert estimator.scoring(REQUEST, 2, 640).seconds == pytest.approx(2 * 640 * 4)
     assert set(seen) == {32}
@@ -144,7 +144,9 @@ def test_a_dry_run_downloads_no_weights(world: Path, tmp_path: Path, monkeypatch
     (folder / "model.safetensors").unlink()
     words = ("--calibration", world / "calibration.txt", "--num-samples", 4, "--seq-len", 24, "--dry-run")
     refused(run("score", folder, "--output", tmp_path / "out", *words), "lacks the weight file model.safetensors")
-    monkeypatch.setattr("hifiprune.preparation.find_checkpoint", lambda name: Checkpoint(name, folder, on_hub=True))
+    monkeypatch.setattr(
+        "hifiprune.commands.prepare.find_checkpoint", lambda name: Checkpoint(name, folder, on_hub=True)
+    )
     found = run("score", "somebody/model", "--output", tmp_path / "out", *words, "--json")
     assert found.code == 0, found.err
     assert "Not counted: downloading the weights." in found.err

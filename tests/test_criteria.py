@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hifiprune import CRITERIA, Options, UserError, cut_, find_mlps, score, score_all
-from hifiprune.criteria import PRESETS, describe_criteria
-from hifiprune.objectives import SampledLabel
-from hifiprune.passes import Pass
+from hifiprune.scoring.accumulate import Pass
+from hifiprune.scoring.criteria import PRESETS, describe_criteria
+from hifiprune.scoring.objectives import SampledLabel
 from tests.families import FORMS, ROUTED, tiny_model, tiny_tokens
 from tests.naive import (
     Loss,

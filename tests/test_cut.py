@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune import UserError, cut, cut_, find_mlps, parts, score
-from hifiprune.neurons import width_of
+from hifiprune import UserError, cut, cut_, find_mlps, score
+from hifiprune.models import neuron_slices
+from hifiprune.models.mlp import width_of
 from hifiprune.plan import Plan
 from tests.families import FORMS, ROUTED, tiny_model, tiny_tokens
 from tests.naive import logits_of
@@ -70,7 +71,7 @@ def test_an_interruption_while_it_is_cut_leaves_the_model_whole(monkeypatch: pyt
     model = tiny_model("llama-bias")
     state, sizes = state_of(model), sizes_of(model)
     calls: list[Any] = []
-    real = parts.Part.set_
+    real = neuron_slices.Part.set_
 
     def interrupted(*given: Any) -> None:
         calls.append(given)
@@ -78,7 +79,7 @@ def test_an_interruption_while_it_is_cut_leaves_the_model_whole(monkeypatch: pyt
             raise KeyboardInterrupt
         real(*given)
 
-    monkeypatch.setattr(parts.Part, "set_", interrupted)
+    monkeypatch.setattr(neuron_slices.Part, "set_", interrupted)
     with pytest.raises(KeyboardInterrupt), cut(model, random_plan(model, 17)):
         pytest.fail("the cut was not interrupted")
     assert len(calls) == stop + 1 + stop, "what was cut is put back, and no more"

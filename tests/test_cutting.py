@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import hifiprune as hp
-from hifiprune.allocation import in_proportion
-from hifiprune.checkpoint import INDEX, find_checkpoint
-from hifiprune.cutting import hash_stored, stored_plainly
-from hifiprune.hashing import hash_model
+from hifiprune.io.hashing import hash_model
+from hifiprune.io.safetensors_stream import Piece, Stored, stored_tensors, write_shard
+from hifiprune.models.checkpoint import INDEX, find_checkpoint
 from hifiprune.plan import Plan
-from hifiprune.shards import Piece, stored_tensors, write_shard
+from hifiprune.pruning.allocate import in_proportion
+from hifiprune.pruning.cut_checkpoint import hash_stored, stored_plainly
 from tests.commands import Interruption, refused, run
 from tests.families import FORMS, MIXED, VARIANTS, load, tiny_tokens
 from tests.naive import logits_of, masked_logits
@@ -45,7 +45,7 @@ def a_plan(model: Any, *, mixed: bool) -> Plan:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of some hundred bytes are read in parts."""
-    monkeypatch.setattr("hifiprune.shards.CHUNK_BYTES", 300)
+    monkeypatch.setattr("hifiprune.io.safetensors_stream.CHUNK_BYTES", 300)
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -84,7 +84,7 @@ def test_a_checkpoint_has_the_hash_of_its_model(
     variant: str, make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = make_checkpoint(family=variant, dtype=torch.float16)
-    monkeypatch.setattr("hifiprune.shards.CHUNK_BYTES", 300)
+    monkeypatch.setattr("hifiprune.io.safetensors_stream.CHUNK_BYTES", 300)
     assert stored_plainly(find_checkpoint(str(path)))
     assert hash_stored(find_checkpoint(str(path))) == hash_model(load(path))
 
@@ -111,7 +111,7 @@ def test_plain_cuts_load_no_weights(world: Path, tmp_path: Path, monkeypatch: py
     words = ("prune", world / "dense", "--width", 24)
     assert run("score", world / "dense", "--output", tmp_path / "scores", *text).code == 0
     assert run(*words, "--output", tmp_path / "one", *text, "--repair", "none").code == 0
-    monkeypatch.setattr("hifiprune.checkpoint.Checkpoint.load", None)
+    monkeypatch.setattr("hifiprune.models.checkpoint.Checkpoint.load", None)
     result = run(*words, "--output", tmp_path / "two", "--scores", tmp_path / "scores", "--json")
     assert result.code == 0, result.err
     ours, theirs = tensors_of(tmp_path / "two"), tensors_of(tmp_path / "one")
@@ -129,7 +129,7 @@ def test_what_is_not_stored_as_the_model_has_it_is_not_cut_in_files(smollm2_gguf
 
 def test_an_interrupted_cut_leaves_nothing_behind(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = a_plan(load(world / "dense"), mixed=False)
-    chunks, count = hp.shards.Stored.chunks, [0]
+    chunks, count = Stored.chunks, [0]
 
     def stopping(stored: Any) -> Iterator[Tensor]:
         count[0] += 1
@@ -137,7 +137,7 @@ def test_an_interrupted_cut_leaves_nothing_behind(world: Path, tmp_path: Path, m
             raise Interruption
         return chunks(stored)
 
-    monkeypatch.setattr("hifiprune.shards.Stored.chunks", stopping)
+    monkeypatch.setattr("hifiprune.io.safetensors_stream.Stored.chunks", stopping)
     with pytest.raises(Interruption):
         hp.cut_checkpoint(str(world / "dense"), tmp_path / "out", plan)
     assert not any(tmp_path.iterdir())

@@ -13,10 +13,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hifiprune import cut_, cut_checkpoint, find_mlps, inspect
-from hifiprune.deployment import TENSOR_PARALLEL, Facts, answer, remark_on_mixed
-from hifiprune.discovery import stock_class
-from hifiprune.engines import BLOCKS, ENGINES, FORMS, KEYS, SUPPORT, Form
-from hifiprune.families import FAMILIES
+from hifiprune.deployment.compatibility import TENSOR_PARALLEL, Facts, answer, remark_on_mixed
+from hifiprune.deployment.engines import BLOCKS, ENGINES, FORMS, KEYS, SUPPORT, Form
+from hifiprune.models.detect import stock_class
+from hifiprune.models.families import FAMILIES
 from tests import engines
 from tests.commands import refused, run
 from tests.families import tiny_model
@@ -338,7 +338,7 @@ def test_mixed_widths_are_told_what_to_do(tmp_path: Path, world: Path) -> None:
 
 
 def tiny_skeleton(folder: Path) -> Any:
-    from hifiprune.checkpoint import Checkpoint
+    from hifiprune.models.checkpoint import Checkpoint
 
     return Checkpoint("pruned", folder).skeleton()
 

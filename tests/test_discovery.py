@@ -8,10 +8,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import hifiprune as hp
-from hifiprune.checkpoint import find_checkpoint
-from hifiprune.costs import Estimator
-from hifiprune.discovery import family_of
-from hifiprune.families import FAMILIES
+from hifiprune.commands.cost_model import Estimator
+from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.detect import family_of
+from hifiprune.models.families import FAMILIES
 from tests.commands import refused, run
 from tests.conftest import byte_tokenizer
 from tests.families import LATENT, SIZES, VOCABULARY, tiny_config, tiny_tokens

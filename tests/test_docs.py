@@ -13,9 +13,9 @@ import typer
 import hifiprune
 from benchmarks import llama, llama_families, quality, quantization, recovery, scale, speed, zero_shot
 from benchmarks.criteria import readme_table
-from hifiprune.cli import app
-from hifiprune.exporting import TYPES
-from hifiprune.printing import demo_rows
+from hifiprune.cli.app import app
+from hifiprune.cli.tables import demo_rows
+from hifiprune.commands.export import TYPES
 from tests import families
 
 ROOT = Path(__file__).parent.parent

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from hifiprune import UserError, find_mlps, measure
+from hifiprune.evaluation.bootstrap import bootstrap_mean
 from hifiprune.evaluation.fidelity import METRICS, compare, jaccard
-from hifiprune.evaluation.intervals import bootstrap_mean
 from tests.families import tiny_model, tiny_tokens
 
 

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hifiprune.errors import UserError
-from hifiprune.examples import Example, read_examples
-from hifiprune.families import FAMILIES
-from hifiprune.packing import IGNORED, pack
+from hifiprune.models.families import FAMILIES
+from hifiprune.recovery.packing import IGNORED, pack
+from hifiprune.recovery.training_data import Example, read_examples
 from tests.conftest import byte_tokenizer
 from tests.families import VARIANTS, tiny_model, tiny_tokens
 

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import hifiprune as hp
-from hifiprune.allocation import Shape, in_proportion
-from hifiprune.checkpoint import find_checkpoint
-from hifiprune.cutting import hash_stored, stored_plainly
-from hifiprune.hashing import hash_model
-from hifiprune.repair import HELD_OUT, cut_and_repair_
+from hifiprune.io.hashing import hash_model
+from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.pruning.allocate import Shape, in_proportion
+from hifiprune.pruning.cut_checkpoint import hash_stored, stored_plainly
+from hifiprune.pruning.repair import HELD_OUT, cut_and_repair_
 from tests.commands import refused, run
 from tests.conftest import save_checkpoint
 from tests.families import ROUTED, load, tiny_model, tiny_tokens

@@ -19,9 +19,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 import hifiprune as hp
 from benchmarks.llama import fetch_converter
-from hifiprune import conversion
+from hifiprune.deployment import llama_cpp
 from hifiprune.errors import RunError
-from hifiprune.voice import Voice
+from hifiprune.progress import Voice
 from tests.commands import Interruption, leftovers, refused, run
 from tests.conftest import ROOT, save_checkpoint
 from tests.families import load
@@ -210,9 +210,9 @@ def test_the_converter_is_found_and_runs_offline(
     refused(run(*words, "--overwrite", "--converter", fake("sys.exit('by name')", name="third")), "by name", code=1)
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path / "nowhere"))
     refused(run(*words, "--overwrite"), f"there is no converter {tmp_path / 'nowhere'}, by LLAMA_CPP")
-    script = fake(name=conversion.SCRIPT)
+    script = fake(name=llama_cpp.SCRIPT)
     monkeypatch.setenv("LLAMA_CPP", str(script.parent))
-    monkeypatch.setattr(conversion, "find_spec", lambda name: None)
+    monkeypatch.setattr(llama_cpp, "find_spec", lambda name: None)
     refused(run(*words, "--overwrite"), "run: pip install sentencepiece")
 
 
@@ -220,7 +220,7 @@ def test_other_types_go_through_the_quantizer(
     fake: Callable[..., Path], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("export", world / "dense", "--output", tmp_path / "small.gguf", "--type", "q4_k_m", "--converter", fake())
-    monkeypatch.setattr(conversion, "find_spec", lambda name: None)
+    monkeypatch.setattr(llama_cpp, "find_spec", lambda name: None)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     refused(run(*words), "type q4_k_m is made by llama.cpp's llama-quantize, which is neither on the PATH")
     assert not (tmp_path / "told.json").exists()
@@ -280,5 +280,5 @@ def test_an_interruption_ends_the_converter_too(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(subprocess, "Popen", recorded)
     code = "import time; print('Writing:  39%|', flush=True); time.sleep(600)"
     with pytest.raises(Interruption):
-        conversion.run([sys.executable, "-c", code], "converting", Impatient())
+        llama_cpp.run([sys.executable, "-c", code], "converting", Impatient())
     assert started[0].returncode == -9

@@ -10,16 +10,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hifiprune import find_mlps, score
-from hifiprune.allocation import in_proportion
-from hifiprune.blocks import BlockChain
-from hifiprune.criteria import CRITERIA, Options
-from hifiprune.families import FAMILIES
-from hifiprune.guards import frozen
-from hifiprune.objectives import Entropy
+from hifiprune.engine.block_chain import BlockChain
+from hifiprune.engine.context import frozen
+from hifiprune.engine.hooks import Seen
+from hifiprune.models.families import FAMILIES
 from hifiprune.plan import Plan
-from hifiprune.scoring import score_all
-from hifiprune.surgery import cut_
-from hifiprune.taps import Seen
+from hifiprune.pruning.allocate import in_proportion
+from hifiprune.pruning.cut import cut_
+from hifiprune.scoring.criteria import CRITERIA, Options
+from hifiprune.scoring.objectives import Entropy
+from hifiprune.scoring.score import score_all
 from tests.families import VARIANTS, load, tiny_model, tiny_tokens
 from tests.naive import masked_logits, recorded_activations
 

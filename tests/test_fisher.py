@@ -12,13 +12,13 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from hifiprune import Options, find_mlps, score, score_all
-from hifiprune import head as head_module
-from hifiprune.blocks import BlockChain
+from hifiprune.engine import lm_head as head_module
+from hifiprune.engine.block_chain import BlockChain
+from hifiprune.engine.context import frozen
+from hifiprune.engine.hooks import Seen
+from hifiprune.engine.lm_head import Head
 from hifiprune.evaluation.ranks import spearman
-from hifiprune.guards import frozen
-from hifiprune.head import Head
-from hifiprune.objectives import SampledLabel, mean_over_positions
-from hifiprune.taps import Seen
+from hifiprune.scoring.objectives import SampledLabel, mean_over_positions
 from tests.families import tiny_model
 from tests.naive import activations_of, divergence, drawn_labels, logits_of, replaced_activation
 

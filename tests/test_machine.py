@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hifiprune.machine import Machine, condition
+from hifiprune.engine.machine import Machine, condition
 from tests.commands import run
 
 BUSY = Machine(cores=2, threads=2, load=8.0, share=0.25, others=1.5)

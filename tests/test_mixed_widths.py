@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hifiprune import cut, cut_, cut_checkpoint, find_mlps
-from hifiprune.checkpoint import Checkpoint
-from hifiprune.modeling_pruned import MixedWidths
+from hifiprune.models.checkpoint import Checkpoint
+from hifiprune.models.modeling_pruned import MixedWidths
 from hifiprune.plan import Plan
-from hifiprune.scoring import score
+from hifiprune.scoring.score import score
 from tests.families import MIXED, tiny_model, tiny_tokens
 from tests.naive import logits_of, masked_logits
 from tests.test_families import plan_keeping

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hifiprune.next_steps import calibration_flags, cut_flags, free_name, program
+from hifiprune.commands.next_steps import calibration_flags, cut_flags, free_name, program
 from tests.commands import Result, run
 
 NEXT = re.compile("^Next: (.*)$", re.MULTILINE)
@@ -22,8 +22,8 @@ SMALL = "--num-samples 4 --seq-len 24 --sampler stream"
 def place(world: Path, make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a dense model and texts whose names a shell must have quoted."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hifiprune.plots.draw_comparison", lambda *_: None)
-    monkeypatch.setattr("hifiprune.plots.draw_ablation", lambda *_: None)
+    monkeypatch.setattr("hifiprune.reports.plots.draw_comparison", lambda *_: None)
+    monkeypatch.setattr("hifiprune.reports.plots.draw_ablation", lambda *_: None)
     make_checkpoint("my dense", intermediate_size=1024)
     words = (world / "calibration.txt").read_text()
     rows = [json.dumps({"text": words[start : start + 90]}) for start in range(0, 1800, 90)]

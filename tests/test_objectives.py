@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hifiprune import head as head_module
-from hifiprune.blocks import BlockChain
+from hifiprune.engine import lm_head as head_module
+from hifiprune.engine.block_chain import BlockChain
+from hifiprune.engine.context import frozen
+from hifiprune.engine.hooks import Seen
+from hifiprune.engine.lm_head import Head
 from hifiprune.errors import UserError
-from hifiprune.guards import frozen
-from hifiprune.head import Head
-from hifiprune.objectives import (
+from hifiprune.scoring.objectives import (
     CrossEntropy,
     Distillation,
     Entropy,
@@ -26,7 +27,6 @@ from hifiprune.objectives import (
     entropy_,
     mean_over_positions,
 )
-from hifiprune.taps import Seen
 from tests.families import tiny_model, tiny_tokens
 from tests.naive import Loss, distillation_loss, divergence, drawn_labels, labels_loss, mean_entropy, next_token_loss
 

@@ -17,9 +17,9 @@ from huggingface_hub import constants
 
 import hifiprune as hp
 from hifiprune.errors import RunError, UserError
-from hifiprune.manifest import MANIFEST, fingerprint
-from hifiprune.output import disk_size, local_path, replacing
-from hifiprune.targets import check_target, exclusive
+from hifiprune.io.atomic import disk_size, local_path, replacing
+from hifiprune.io.manifest import MANIFEST, fingerprint
+from hifiprune.io.output_paths import check_target, exclusive
 from tests.commands import Result, leftovers, refused, run
 from tests.conftest import save_checkpoint
 
@@ -28,8 +28,8 @@ TEXT = ("--num-samples", 2, "--seq-len", 16)
 
 WAITING = """
 import sys, time
-from hifiprune import stages
-from hifiprune.cli import main
+from hifiprune.commands import stages
+from hifiprune.cli.app import main
 
 def wait(*_):
     print("reading", flush=True)
@@ -405,7 +405,7 @@ def test_an_interruption_says_what_stays(
         (tmp_path / "scores.score-unfinished").mkdir(exist_ok=True)
         os.kill(os.getpid(), 2)
 
-    monkeypatch.setattr("hifiprune.stages.score", stopped)
+    monkeypatch.setattr("hifiprune.commands.stages.score", stopped)
     words = ("--criterion", "entropy", "--calibration", world / "calibration.txt", *TEXT)
     stays = f"{tmp_path / 'scores.score-unfinished'} stays, and the same command goes on from there"
     refused(run("score", dense, "--output", tmp_path / "scores", *words), stays, code=1)
@@ -457,8 +457,8 @@ def test_finished_demos_are_shown_again(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / ".hifiprune-demo").touch()
     shutil.copy(recorded, tmp_path / "demo")
-    monkeypatch.setattr("hifiprune.demonstration.fetch_smollm2", None)
-    monkeypatch.setattr("hifiprune.demonstration.write_texts", None)
+    monkeypatch.setattr("hifiprune.commands.demo.fetch_smollm2", None)
+    monkeypatch.setattr("hifiprune.commands.demo.write_texts", None)
     shown = run(*demo, "--num-samples", settings["num_samples"], "--seq-len", settings["seq_len"])
     assert shown.code == 0, shown.err
     assert "is finished, and this is what it showed; --overwrite makes it anew" in shown.err.replace("\n", " ")

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
-from hifiprune.manifest import MANIFEST
+from hifiprune.io.manifest import MANIFEST
 from tests.commands import refused, run
 
 Change = Callable[[Path], Any]

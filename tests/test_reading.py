@@ -27,13 +27,13 @@ from transformers import BatchEncoding, PreTrainedTokenizer, PreTrainedTokenizer
 
 from hifiprune import Calibration, Text, UserError
 from hifiprune.calibration import check_source, load_windows
-from hifiprune.checkpoint import find_checkpoint
-from hifiprune.conversations import ChatTemplate, Piece
-from hifiprune.examples import read_examples
-from hifiprune.reading import python_docs, read_documents
-from hifiprune.spooling import stored_tokens
-from hifiprune.text_files import lines_of
-from hifiprune.tokenizing import encode_pieces
+from hifiprune.io.spool import stored_tokens
+from hifiprune.io.text_files import lines_of
+from hifiprune.io.text_sources import python_docs, read_documents
+from hifiprune.io.tokenization import encode_pieces
+from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.recovery.chat_templates import ChatTemplate, Piece
+from hifiprune.recovery.training_data import read_examples
 from tests.commands import Result, refused, run
 from tests.conftest import byte_tokenizer
 
@@ -82,11 +82,11 @@ TOKENIZERS: dict[str, Callable[[], Any]] = {
 def small_pieces(patch: pytest.MonkeyPatch) -> Iterator[None]:
     """Pieces of thousands of characters, so that short texts have many."""
     with patch.context() as short:
-        short.setattr("hifiprune.tokenizing.PIECE", 3000)
-        short.setattr("hifiprune.tokenizing.OVERLAP", 500)
-        short.setattr("hifiprune.text_files.PIECE", 1001)
-        short.setattr("hifiprune.spooling.PIECE", 1001)
-        short.setattr("hifiprune.spooling.IN_MEMORY", 5000)
+        short.setattr("hifiprune.io.tokenization.PIECE", 3000)
+        short.setattr("hifiprune.io.tokenization.OVERLAP", 500)
+        short.setattr("hifiprune.io.text_files.PIECE", 1001)
+        short.setattr("hifiprune.io.spool.PIECE", 1001)
+        short.setattr("hifiprune.io.spool.IN_MEMORY", 5000)
         yield
 
 
@@ -111,7 +111,7 @@ def test_letters_without_a_space_are_tokenized_in_phase(monkeypatch: pytest.Monk
 def test_an_overlap_that_is_too_short_is_made_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = TOKENIZERS["whole"]()
     with small_pieces(monkeypatch), monkeypatch.context() as short:
-        short.setattr("hifiprune.tokenizing.OVERLAP", 8)
+        short.setattr("hifiprune.io.tokenization.OVERLAP", 8)
         tokens = [token for batch in encode_pieces(tokenizer, [PROSE]) for token in batch]
     assert tokens == tokenizer(PROSE)["input_ids"]
 
@@ -176,7 +176,7 @@ def test_many_tokens_lie_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
         files.append(opened())
         return files[-1]
 
-    monkeypatch.setattr("hifiprune.spooling.tempfile.TemporaryFile", open_told)
+    monkeypatch.setattr("hifiprune.io.spool.tempfile.TemporaryFile", open_told)
     assert torch.equal(stored_tokens(batches), torch.arange(50_000))
     assert not files
     with small_pieces(monkeypatch):
@@ -277,7 +277,7 @@ def test_rows_that_cannot_be_read_are_named(name: str, content: bytes, message: 
 
 
 def test_a_line_that_is_too_long_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hifiprune.text_files.LONGEST_ROW", 1000)
+    monkeypatch.setattr("hifiprune.io.text_files.LONGEST_ROW", 1000)
     assert list(lines_of("a", ["ab", "c\nd", "\n", "e\n\nf"])) == ["abc", "d", "e", "", "f"]
     with pytest.raises(UserError, match=r"a\.jsonl, line 3 is longer than"):
         list(lines_of("a.jsonl", ["x\n", "y\n", "z" * 700, "z" * 700]))
@@ -385,7 +385,7 @@ def test_templates_that_fail_or_compute_for_ever_are_refused(kind: str, monkeypa
     template, message = TEMPLATES[kind]
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
-    monkeypatch.setattr("hifiprune.conversations.LONGEST", 1000)
+    monkeypatch.setattr("hifiprune.recovery.chat_templates.LONGEST", 1000)
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     start = time.monotonic()
     with ChatTemplate(tokenizer, 0.5 if "0.5 s" in message else 20.0) as chat, pytest.raises(UserError, match=message):
@@ -397,7 +397,7 @@ def test_templates_that_fail_or_compute_for_ever_are_refused(kind: str, monkeypa
 def test_templates_run_where_a_process_cannot_be_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    monkeypatch.setattr("hifiprune.conversations.COPIED", False)
+    monkeypatch.setattr("hifiprune.recovery.chat_templates.COPIED", False)
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with ChatTemplate(tokenizer, 1.0) as chat:  # a second is too little for its imports
         assert chat.texts(turns) == [[Piece("a", False), Piece("b", True)]]
@@ -443,7 +443,7 @@ def test_a_tokenizer_that_needs_sentencepiece_says_so(
 ) -> None:
     shutil.copytree(world / "dense", tmp_path / "dense")
     (tmp_path / "dense" / "tokenizer.json").rename(tmp_path / "dense" / "tokenizer.model")
-    monkeypatch.setattr("hifiprune.checkpoint.find_spec", lambda _: None)
+    monkeypatch.setattr("hifiprune.models.checkpoint.find_spec", lambda _: None)
     with pytest.raises(UserError, match="alone, which needs sentencepiece: pip install sentencepiece"):
         find_checkpoint(str(tmp_path / "dense")).tokenizer()
     monkeypatch.undo()

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hifiprune import Budget, Calibration, UserError, evaluate, inspect, prune
-from hifiprune.demonstration import run, write_texts
-from hifiprune.hashing import hash_model
-from hifiprune.voice import Voice
+from hifiprune.commands.demo import run, write_texts
+from hifiprune.io.hashing import hash_model
+from hifiprune.progress import Voice
 
 
 def test_inspect_counts_the_real_model(smollm2_folder: Path) -> None:

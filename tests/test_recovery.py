@@ -21,19 +21,19 @@ from transformers.integrations import integration_utils
 from transformers.pytorch_utils import Conv1D
 
 import hifiprune as hp
-from hifiprune.adapters import with_adapter
-from hifiprune.checkpoint import find_checkpoint
-from hifiprune.examples import Example
-from hifiprune.families import FAMILIES
-from hifiprune.hashing import hash_model
-from hifiprune.record import RunRecord
-from hifiprune.recovery import recover
-from hifiprune.teacher import Remembered
-from hifiprune.time_limit import TimeLimit
-from hifiprune.training import TRAININGS, TimedTrainer, Training
-from hifiprune.training_rows import split
-from hifiprune.voice import SILENT, Voice
-from hifiprune.watch import Watch
+from hifiprune.commands.recover import recover
+from hifiprune.io.hashing import hash_model
+from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.families import FAMILIES
+from hifiprune.progress import SILENT, Voice
+from hifiprune.recovery.callback import Watch
+from hifiprune.recovery.config import TRAININGS, TimedTrainer, Training
+from hifiprune.recovery.distillation import Remembered
+from hifiprune.recovery.lora import with_adapter
+from hifiprune.recovery.rows import split
+from hifiprune.recovery.time_limit import TimeLimit
+from hifiprune.recovery.training_data import Example
+from hifiprune.run_record import RunRecord
 from tests.commands import Interruption, leftovers, refused
 from tests.commands import run as run_command
 from tests.conftest import save_checkpoint
@@ -228,7 +228,7 @@ def test_a_teacher_kept_on_disk_is_asked_once_and_teaches_alike(
 ) -> None:
     training = replace(QUICK, learning_rate=1e-3, temperature=1.5)
     live = run(pruned, tmp_path / "live", training)
-    monkeypatch.setattr("hifiprune.teacher.ROWS_A_FILE", 8)
+    monkeypatch.setattr("hifiprune.recovery.distillation.ROWS_A_FILE", 8)
     asked: list[int] = []
     write = Remembered.write
 
@@ -288,7 +288,7 @@ def test_three_states_and_the_result_fit_where_the_disk_was_found_large_enough(
 ) -> None:
     sizes: list[int] = []
     seen: list[int] = []
-    monkeypatch.setattr("hifiprune.recovery.check_space", lambda target, needed: seen.append(needed))
+    monkeypatch.setattr("hifiprune.commands.recover.check_space", lambda target, needed: seen.append(needed))
 
     def measured(self: Watch, args: Any, state: Any, control: Any, **_: Any) -> None:
         files = (Path(args.output_dir) / f"checkpoint-{state.global_step}").rglob("*")
@@ -404,7 +404,9 @@ def test_a_tracker_is_told_of_losses(pruned: Path, tmp_path: Path, monkeypatch: 
     with pytest.raises(hp.UserError, match=r"tracker 'wand' is not known; .* did you mean 'wandb'\?"):
         run(pruned, tmp_path / "out", tracker="wand")
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "swanlab", Tracker)
-    monkeypatch.setattr("hifiprune.training_checks.get_available_reporting_integrations", lambda: ["swanlab"])
+    monkeypatch.setattr(
+        "hifiprune.commands.recover_preflight.get_available_reporting_integrations", lambda: ["swanlab"]
+    )
     record = run(pruned, tmp_path / "out", tracker="swanlab")
     assert [logs["loss"] for logs in told if "loss" in logs] == [loss for _, loss in record.results["losses"]]
     assert any("eval_loss" in logs for logs in told)
@@ -518,11 +520,11 @@ def test_a_limit_that_passes_while_the_data_is_read_or_the_teacher_asked_is_kept
         write(*arguments)
 
     monkeypatch.setattr(Remembered, "write", slowly)
-    monkeypatch.setattr("hifiprune.teacher.ROWS_A_FILE", 2)
+    monkeypatch.setattr("hifiprune.recovery.distillation.ROWS_A_FILE", 2)
     record = run(pruned, tmp_path / "asked", replace(TIMED, cache_teacher=8))
     assert (clock.seconds, record.results["steps"]) == (800, 0)
     assert record.results["trouble"] == "the time limit of 10 minutes passed before the first step"
-    monkeypatch.setattr("hifiprune.teacher.estimate_seconds", lambda *_, **__: 7200.0)
+    monkeypatch.setattr("hifiprune.recovery.distillation.estimate_seconds", lambda *_, **__: 7200.0)
     with pytest.raises(hp.UserError, match=r"rows takes about 2\.0 h, and max-minutes is 10: give more of them"):
         run(pruned, tmp_path / "refused", replace(TIMED, cache_teacher=8))
 
@@ -562,7 +564,7 @@ def test_what_cannot_be_trained_is_refused(pruned: Path, tmp_path: Path) -> None
     with pytest.raises(hp.UserError, match="dtype float16 loses the small gradients"):
         run(pruned, tmp_path / "out", compute=hp.Compute(dtype="float16"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hifiprune.compute.check_attention", lambda *_: None)  # it runs on GPUs only
+        patch.setattr("hifiprune.engine.compute.check_attention", lambda *_: None)  # it runs on GPUs only
         flash = hp.Compute(attention="flash_attention_2")
     with pytest.raises(hp.UserError, match="in batches of one row only"):
         run(pruned, tmp_path / "out", replace(QUICK, batch_size=2), compute=flash)

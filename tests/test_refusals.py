@@ -17,8 +17,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import hifiprune as hp
-from hifiprune.checkpoint import find_checkpoint
-from hifiprune.refusals import refuse_altered
+from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.unsupported import refuse_altered
 from tests.commands import leftovers, refused, run
 
 # What the libraries write into config.json.
@@ -110,7 +110,7 @@ def test_quantized_checkpoints(
     def choke(*_: object, **__: object) -> None:
         raise ImportError("the library that quantized this is not installed")
 
-    monkeypatch.setattr("hifiprune.checkpoint.AutoConfig.from_pretrained", choke)
+    monkeypatch.setattr("hifiprune.models.checkpoint.AutoConfig.from_pretrained", choke)
     facts, method = QUANTIZED[case]
     edit_config(checkpoint, quantization_config=facts)
     (checkpoint / "model.safetensors").unlink()  # nobody misses it: no weight is looked at
@@ -186,7 +186,7 @@ def test_an_adapter_on_the_hub(adapter: Path, tmp_path: Path, monkeypatch: pytes
                 shutil.copyfile(file, tmp_path / "hub" / file.name)
         return str(tmp_path / "hub")
 
-    monkeypatch.setattr("hifiprune.checkpoint.snapshot_download", download)
+    monkeypatch.setattr("hifiprune.models.checkpoint.snapshot_download", download)
     refused(run("inspect", "org/adapter"), f"org/adapter is an adapter of {adapter.parent / 'dense'}, not a model")
     assert [file.name for file in (tmp_path / "hub").iterdir() if file.suffix == ".safetensors"] == []
 

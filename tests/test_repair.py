@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 import hifiprune as hp
-from hifiprune.checkpoint import Checkpoint
-from hifiprune.neurons import find_blocks
-from hifiprune.repair import HELD_OUT, cut_and_repair_, residual_stream
+from hifiprune.models.checkpoint import Checkpoint
+from hifiprune.models.mlp import find_blocks
+from hifiprune.pruning.repair import HELD_OUT, cut_and_repair_, residual_stream
 from tests.commands import Result, refused
 from tests.commands import run as run_command
 from tests.families import FORMS, tiny_model, tiny_tokens

@@ -19,8 +19,8 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 import hifiprune as hp
-from hifiprune.deployment import remark_on_mixed
-from hifiprune.evaluation.passages import in_place, read_passage
+from hifiprune.deployment.compatibility import remark_on_mixed
+from hifiprune.evaluation.token_comparison import in_place, read_passage
 from hifiprune.plan import Plan
 from hifiprune.scores import Scores
 from tests.commands import refused, run

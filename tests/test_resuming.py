@@ -15,17 +15,17 @@ import torch
 from rich.console import Console
 
 import hifiprune as hp
-from hifiprune.blocks import BlockChain
-from hifiprune.output import replacing
-from hifiprune.parallel import follow_first, leave
-from hifiprune.passes import Track
+from hifiprune.engine.block_chain import BlockChain
+from hifiprune.io.atomic import replacing
+from hifiprune.io.distributed import follow_first, leave
+from hifiprune.io.output_paths import check_target
+from hifiprune.io.pass_checkpoint import Keeper
+from hifiprune.io.resume import Unfinished
 from hifiprune.plan import Plan
-from hifiprune.resuming import Keeper
+from hifiprune.progress import SILENT, Voice
 from hifiprune.scores import Scores
-from hifiprune.scoring import Request, score_all
-from hifiprune.targets import check_target
-from hifiprune.unfinished import Unfinished
-from hifiprune.voice import SILENT, Voice
+from hifiprune.scoring.accumulate import Track
+from hifiprune.scoring.score import Request, score_all
 from tests.commands import Interruption, refused, run
 from tests.families import tiny_model, tiny_tokens
 
@@ -35,8 +35,8 @@ TEXT = ("--num-samples", 8, "--seq-len", 24)
 @pytest.fixture
 def every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """States are kept after every batch."""
-    monkeypatch.setattr("hifiprune.resuming.SECONDS_BETWEEN", 0.0)
-    monkeypatch.setattr("hifiprune.resuming.COST", float("inf"))
+    monkeypatch.setattr("hifiprune.io.pass_checkpoint.SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr("hifiprune.io.pass_checkpoint.COST", float("inf"))
 
 
 def stopping_after(batches: int, counts: list[int] | None = None) -> Track:
@@ -136,8 +136,8 @@ def test_short_runs_leave_no_states(tmp_path: Path) -> None:
 
 KILLED = """
 import os, signal, sys
-import hifiprune.resuming as resuming
-from hifiprune.cli import main
+import hifiprune.io.pass_checkpoint as resuming
+from hifiprune.cli.app import main
 
 resuming.SECONDS_BETWEEN, resuming.COST, writes = 0.0, float("inf"), []
 save = resuming.save_file
@@ -175,8 +175,8 @@ def test_a_killed_run_goes_on_to_the_same_scores(world: Path, tmp_path: Path) ->
 
 CUT_SHORT = """
 import os, signal, sys
-import hifiprune.shards as shards
-from hifiprune.cli import main
+import hifiprune.io.safetensors_stream as shards
+from hifiprune.cli.app import main
 
 pour, pieces = shards._pour, []
 
@@ -237,7 +237,7 @@ def test_what_was_replaced_is_never_put_back(tmp_path: Path, monkeypatch: pytest
 
     make("old")
     with monkeypatch.context() as patch:
-        patch.setattr("hifiprune.output.shutil.rmtree", lambda *_, **__: None)  # as if killed before
+        patch.setattr("hifiprune.io.atomic.shutil.rmtree", lambda *_, **__: None)  # as if killed before
         make("new")
     shutil.rmtree(tmp_path / "out")
     check_target(tmp_path / "out", folder=True)
@@ -269,7 +269,7 @@ def test_pruning_in_steps_goes_on_in_the_step_that_was_interrupted(
             raise Interruption
         return sweep(*arguments, **named)
 
-    monkeypatch.setattr("hifiprune.blocks.BlockChain.sweep_all", stop)
+    monkeypatch.setattr("hifiprune.engine.block_chain.BlockChain.sweep_all", stop)
     with pytest.raises(Interruption):
         run(*words("stopped"))
     swept[0] = 100
@@ -347,7 +347,7 @@ def test_what_cannot_be_shared_out_is_refused(world: Path, tmp_path: Path, monke
 GROUP = """
 import sys
 import torch.distributed as distributed
-from hifiprune.parallel import follow_first, leave, rank
+from hifiprune.io.distributed import follow_first, leave, rank
 distributed.init_process_group("gloo")
 code = int(sys.argv[1]) if rank() == 0 else 0
 leave(code := follow_first(code))

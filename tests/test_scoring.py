@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hifiprune import RunError, UserError, find_mlps, score
-from hifiprune.guards import check_windows
-from hifiprune.hashing import hash_model
-from hifiprune.statistics import absolute, moments, square
-from hifiprune.taps import Seen
+from hifiprune.engine.context import check_windows
+from hifiprune.engine.hooks import Seen
+from hifiprune.io.hashing import hash_model
+from hifiprune.scoring.neuron_statistics import absolute, moments, square
 from tests.families import tiny_model, tiny_tokens
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import hifiprune as hp
-from hifiprune.blocks import BlockChain
-from hifiprune.checkpoint import find_checkpoint
-from hifiprune.scratch import Scratch, set_aside
-from hifiprune.streaming import stream
+from hifiprune.engine.block_chain import BlockChain
+from hifiprune.engine.offload import stream
+from hifiprune.engine.spill import Scratch, set_aside
+from hifiprune.models.checkpoint import find_checkpoint
 from tests.commands import refused, run
 from tests.families import tiny_tokens
 

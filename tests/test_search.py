@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import hifiprune as hp
-from hifiprune.allocation import plan_with, share_out
-from hifiprune.checkpoint import Checkpoint
-from hifiprune.search import exchange_size, search
+from hifiprune.models.checkpoint import Checkpoint
+from hifiprune.pruning.allocate import plan_with, share_out
+from hifiprune.pruning.search_widths import exchange_size, search
 from tests.commands import Result, refused, run
 from tests.families import tiny_model, tiny_tokens
 from tests.naive import divergence, logits_of, masked_logits

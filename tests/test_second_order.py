@@ -13,8 +13,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from hifiprune import Options, RunError, find_mlps, score
-from hifiprune.objectives import SampledLabel
-from hifiprune.second_order import removal_costs
+from hifiprune.scoring.objectives import SampledLabel
+from hifiprune.scoring.obs import removal_costs
 from tests.families import tiny_model
 from tests.naive import activations_of, drawn_labels, logits_of
 
@@ -82,12 +82,12 @@ def test_of_neurons_that_say_the_same_all_but_one_go_first() -> None:
 
 
 def test_moments_that_do_not_fit_are_refused_before_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hifiprune.scoring.free_bytes", lambda device: 61_439)
+    monkeypatch.setattr("hifiprune.scoring.score.free_bytes", lambda device: 61_439)
     with pytest.raises(
         RunError, match=r"'obs' keeps 6\.14e-05 GB of second moments on cpu, where 6\.14e-05 GB are free"
     ):
         score(tiny_model("llama"), torch.zeros(2, 8, dtype=torch.int64), "obs")
-    monkeypatch.setattr("hifiprune.scoring.free_bytes", lambda device: 8 * 3 * 40 * (40 + 24))
+    monkeypatch.setattr("hifiprune.scoring.score.free_bytes", lambda device: 8 * 3 * 40 * (40 + 24))
     score(tiny_model("llama"), torch.zeros(2, 8, dtype=torch.int64), "obs")
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hifiprune import CRITERIA, Options, score, score_all
-from hifiprune.neurons import find_blocks
-from hifiprune.scoring import Request, count_passes
+from hifiprune.models.mlp import find_blocks
+from hifiprune.scoring.score import Request, count_passes
 from tests.families import tiny_model, tiny_tokens
 
 OPTIONS = Options(light_cut=0.1, label_samples=2, seed=3)

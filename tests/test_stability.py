@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import hifiprune as hp
-from hifiprune.hashing import hash_tokens
+from hifiprune.io.hashing import hash_tokens
 from hifiprune.plan import Plan
 from hifiprune.scores import Scores
-from hifiprune.scoring import score_all
-from hifiprune.stability import Stability, looks, overlap
+from hifiprune.scoring.early_stopping import Stability, looks, overlap
+from hifiprune.scoring.score import score_all
 from tests.commands import Interruption, refused, run
 from tests.families import tiny_model, tiny_tokens
 from tests.test_resuming import equal, keeper_in, stopping_after
@@ -86,8 +86,8 @@ def test_the_extrapolation_holds_for_noise_that_falls_with_the_root_of_the_windo
 
 
 def test_an_interrupted_run_stops_where_a_quiet_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hifiprune.resuming.SECONDS_BETWEEN", 0.0)
-    monkeypatch.setattr("hifiprune.resuming.COST", float("inf"))
+    monkeypatch.setattr("hifiprune.io.pass_checkpoint.SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr("hifiprune.io.pass_checkpoint.COST", float("inf"))
     model, windows = tiny_model("llama"), tiny_tokens(40, 9)
     wanted = 0.93
     quiet = Stability(wanted, HALF, round_to=1)

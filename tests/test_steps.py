@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import hifiprune as hp
-from hifiprune.repair import cut_and_repair_, cut_and_repaired
-from hifiprune.steps import Course, score_in_steps
+from hifiprune.pruning.iterative import Course, score_in_steps
+from hifiprune.pruning.repair import cut_and_repair_, cut_and_repaired
 from tests.commands import refused, run
 from tests.families import tiny_model, tiny_tokens
 from tests.test_cut import assert_unchanged, sizes_of, state_of

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import hifiprune as hp
-from hifiprune.blocks import BlockChain
-from hifiprune.checkpoint import find_checkpoint
-from hifiprune.cutting import output_maps
-from hifiprune.neurons import find_blocks
-from hifiprune.scoring import Request, score_all
-from hifiprune.scratch import Scratch
-from hifiprune.stability import Stability
-from hifiprune.streaming import Shelf, stream
+from hifiprune.engine.block_chain import BlockChain
+from hifiprune.engine.offload import Shelf, stream
+from hifiprune.engine.spill import Scratch
+from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.mlp import find_blocks
+from hifiprune.pruning.cut_checkpoint import output_maps
+from hifiprune.scoring.early_stopping import Stability
+from hifiprune.scoring.score import Request, score_all
 from tests.commands import refused, run
 from tests.families import FORMS, ROUTED, VARIANTS, load, tiny_tokens
 
@@ -26,7 +26,7 @@ Pair = tuple[Any, Any]
 @pytest.fixture
 def both(make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pair]:
     """A model in memory, and the same on the disk, whose head is read in many parts; in float32 activations are too."""
-    monkeypatch.setattr("hifiprune.head.PART", 50)
+    monkeypatch.setattr("hifiprune.engine.lm_head.PART", 50)
 
     def made(variant: str, dtype: torch.dtype = torch.float32, **options: Any) -> Pair:
         path = make_checkpoint(family=variant, dtype=torch.bfloat16, **options)
@@ -46,7 +46,7 @@ def test_streamed_scores_equal_resident_ones(
     windows, requests = tiny_tokens(5, 9), [(name, hp.Options()) for name in ("hfprune", "fisher", "flap", "magnitude")]
     asked: list[Request] = list(requests)
     theirs = score_all(resident, windows, asked, recompute=True)
-    monkeypatch.setattr("hifiprune.scoring.group_of", lambda *_, **__: 2)  # of five
+    monkeypatch.setattr("hifiprune.scoring.score.group_of", lambda *_, **__: 2)  # of five
     if dtype == torch.bfloat16:
         monkeypatch.setattr(Shelf, "head_room", 0)  # so that the head is read for every slice
     ours = score_all(streamed, windows, asked, model_hash="known")
@@ -123,7 +123,7 @@ def test_commands_stream_to_the_same_files(world: Path, tmp_path: Path, more: li
 def test_models_that_do_not_fit_are_streamed_unasked(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hifiprune.preparation.free_bytes", lambda _: 90_000)
+    monkeypatch.setattr("hifiprune.commands.prepare.free_bytes", lambda _: 90_000)
     words = ("score", world / "dense", "--calibration", world / "calibration.txt", "--num-samples", 3, "--seq-len", 24)
     told = "each block's are read from the disk when it runs (--stream)"
     result = run(*words, "--output", tmp_path / "one")

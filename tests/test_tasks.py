@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hifiprune import RunError, UserError
-from hifiprune.evaluation import Answers, Estimate, Exam, Tasks, average, differences, harness, zero_shot
+from hifiprune.evaluation import Answers, Estimate, Exam, Tasks, average, differences, lm_eval_harness, zero_shot
 from tests.commands import Interruption, refused, run
 
 Item = dict[str, Any]
@@ -61,7 +61,7 @@ def load(make_checkpoint: Callable[..., Path]) -> Callable[..., tuple[PreTrained
 @pytest.fixture
 def no_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare the seconds that the harness's own tasks take to read."""
-    monkeypatch.setattr(harness, "_own_tasks", dict)
+    monkeypatch.setattr(lm_eval_harness, "_own_tasks", dict)
 
 
 def winogrande(item: Item) -> Question:
@@ -140,7 +140,7 @@ def test_prompts_begin_as_the_tokenizer_begins_a_text(
         asked.extend(text for _, text, _ in requests)
         return [(0.0, False)] * len(requests)
 
-    monkeypatch.setattr("hifiprune.evaluation.tasks.likelihoods", recorded)
+    monkeypatch.setattr("hifiprune.evaluation.zero_shot_tasks.likelihoods", recorded)
     Exam(Tasks(["hp_piqa"], folder, limit=4)).ask(model, tokenizer)
     assert len(asked) == 8
     assert all(text[0] == tokenizer.eos_token_id != text[1] for text in asked)
@@ -192,10 +192,10 @@ def test_a_task_that_shuffles_does_so_alike_each_time_and_no_one_else_notices() 
     drawn = [draw(), draw()]
     random.seed(7)
     np.random.seed(7)
-    with harness.seeded():
+    with lm_eval_harness.seeded():
         first = draw()
     assert [draw(), draw()] == drawn
-    with harness.seeded():
+    with lm_eval_harness.seeded():
         assert draw() == first
 
 
@@ -226,13 +226,13 @@ def test_the_harness_own_tasks_are_read_only_for_names_not_in_the_folder(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
-    index = harness.find_tasks(["hp_piqa"], folder).task_index
+    index = lm_eval_harness.find_tasks(["hp_piqa"], folder).task_index
 
     def own() -> dict[str, Any]:
         read.append("all")
         return {"far": index["hp_piqa"]}
 
-    monkeypatch.setattr(harness, "_own_tasks", own)
+    monkeypatch.setattr(lm_eval_harness, "_own_tasks", own)
     Tasks(["hp_zero_shot"], folder).check()
     assert read == []
     Tasks(["hp_piqa", "far"], folder).check()
@@ -360,7 +360,7 @@ def test_an_exam_is_read_once_and_taken_by_one_model_after_another(
     built: Counter[str] = Counter()
     for task in exam._tasks.values():
         monkeypatch.setattr(task, "construct_requests", lambda *_, **__: built.update(["again"]))
-    monkeypatch.setattr(harness, "find_tasks", None)
+    monkeypatch.setattr(lm_eval_harness, "find_tasks", None)
     first = exam.ask(model, tokenizer, track=lambda prompts: map(noted, prompts))
     second, again = exam.ask(other, tokenizer), exam.ask(model, tokenizer)
     assert not built, "prompts are built once"

@@ -13,14 +13,14 @@ from torch import nn
 from transformers import LlamaConfig, PreTrainedModel
 
 import hifiprune as hp
-from hifiprune.checkpoint import find_checkpoint
-from hifiprune.cutting import hash_stored, stored_plainly
-from hifiprune.hashing import hash_model
-from hifiprune.neurons import count_parameters
-from hifiprune.scoring import score_all
-from hifiprune.shards import stored_tensors
-from hifiprune.streaming import stream
-from hifiprune.weight_files import tied_names, tied_once, untie_, untied_names
+from hifiprune.engine.offload import stream
+from hifiprune.io.hashing import hash_model
+from hifiprune.io.safetensors_stream import stored_tensors
+from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.mlp import count_parameters
+from hifiprune.models.weight_files import tied_names, tied_once, untie_, untied_names
+from hifiprune.pruning.cut_checkpoint import hash_stored, stored_plainly
+from hifiprune.scoring.score import score_all
 from tests.commands import run
 from tests.families import load, tiny_tokens
 from tests.test_families import random_plan

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from hifiprune.examples import Example
-from hifiprune.objectives import Rows, SoftLabels
-from hifiprune.packing import IGNORED, pack
-from hifiprune.teacher import ROWS_A_FILE, LikeliestTarget, Remembered, Teacher
-from hifiprune.training_loss import sliced_loss
+from hifiprune.recovery.distillation import ROWS_A_FILE, LikeliestTarget, Remembered, Teacher
+from hifiprune.recovery.loss import sliced_loss
+from hifiprune.recovery.packing import IGNORED, pack
+from hifiprune.recovery.training_data import Example
+from hifiprune.scoring.objectives import Rows, SoftLabels
 from tests.families import FORMS, ROUTED, tiny_model, tiny_tokens
 
 
@@ -86,8 +86,8 @@ def test_distilling_from_itself_has_no_loss_and_moves_nothing() -> None:
 def test_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, teacher = tiny_model("llama-tied"), Teacher(tiny_model("llama-tied", seed=4))
     whole = gradients_of(model, loss_of(model, SoftLabels(0.5), teacher))
-    monkeypatch.setattr("hifiprune.head.SLICE_BYTES", 0)
-    monkeypatch.setattr("hifiprune.head.SLICE_ROWS", 5)
+    monkeypatch.setattr("hifiprune.engine.lm_head.SLICE_BYTES", 0)
+    monkeypatch.setattr("hifiprune.engine.lm_head.SLICE_ROWS", 5)
     for name, gradient in gradients_of(model, loss_of(model, SoftLabels(0.5), teacher)).items():
         torch.testing.assert_close(gradient, whole[name], rtol=1e-9, atol=1e-12)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import hifiprune as hp
-from hifiprune.checkpoint import Checkpoint, find_checkpoint
+from hifiprune.models.checkpoint import Checkpoint, find_checkpoint
 from tests.commands import refused, run
 from tests.families import load
 
@@ -40,7 +40,11 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*_: object, **__: object) -> None:
         raise AssertionError("weights were read")
 
-    for name in ("hifiprune.checkpoint.Checkpoint.load", "hifiprune.shards.Stored.whole", "hifiprune.shards._fill"):
+    for name in (
+        "hifiprune.models.checkpoint.Checkpoint.load",
+        "hifiprune.io.safetensors_stream.Stored.whole",
+        "hifiprune.io.safetensors_stream._fill",
+    ):
         monkeypatch.setattr(name, read)
 
 

@@ -3,32 +3,32 @@
 TYPE_CHECKING = False  # as in `typing`, which takes a while to import: a Ctrl-C would find nobody listening yet
 
 if TYPE_CHECKING:
-    from hifiprune.ablation import ablate
-    from hifiprune.allocation import Budget, Sharing, allocate
     from hifiprune.calibration import Calibration, load_windows
-    from hifiprune.comparison import compare
-    from hifiprune.compute import Compute
-    from hifiprune.criteria import CRITERIA, Criterion, Options
-    from hifiprune.cutting import cut_checkpoint
+    from hifiprune.commands.ablate import ablate
+    from hifiprune.commands.bench import bench
+    from hifiprune.commands.compare import compare
+    from hifiprune.commands.evaluate import evaluate
+    from hifiprune.commands.export import export
+    from hifiprune.commands.inspect import inspect
+    from hifiprune.commands.prune import prune, score_checkpoint
+    from hifiprune.commands.push import push
+    from hifiprune.commands.recover import recover
+    from hifiprune.commands.report import report
+    from hifiprune.engine.compute import Compute
     from hifiprune.errors import HifipruneError, RunError, UserError
     from hifiprune.evaluation import Estimate, Reference, Tasks, measure, zero_shot
-    from hifiprune.exporting import export
-    from hifiprune.inspection import inspect
-    from hifiprune.measurement import evaluate
-    from hifiprune.neurons import Mlp, find_mlps
-    from hifiprune.pipeline import prune, score_checkpoint
+    from hifiprune.evaluation.text import Text
+    from hifiprune.models.mlp import Mlp, find_mlps
     from hifiprune.plan import Plan
-    from hifiprune.publishing import push
-    from hifiprune.record import RunRecord
-    from hifiprune.recovery import recover
-    from hifiprune.repair import cut_and_repair_
-    from hifiprune.reporting import report
+    from hifiprune.pruning.allocate import Budget, Sharing, allocate
+    from hifiprune.pruning.cut import cut, cut_
+    from hifiprune.pruning.cut_checkpoint import cut_checkpoint
+    from hifiprune.pruning.repair import cut_and_repair_
+    from hifiprune.recovery.config import Training
+    from hifiprune.run_record import RunRecord
     from hifiprune.scores import Scores
-    from hifiprune.scoring import score, score_all
-    from hifiprune.surgery import cut, cut_
-    from hifiprune.texts import Text
-    from hifiprune.timing import bench
-    from hifiprune.training import Training
+    from hifiprune.scoring.criteria import CRITERIA, Criterion, Options
+    from hifiprune.scoring.score import score, score_all
 
 __version__ = "0.1.0"
 DEFAULT_CRITERION = "entropy-square"
@@ -79,46 +79,46 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Budget": "allocation",
-    "CRITERIA": "criteria",
+    "Budget": "pruning.allocate",
+    "CRITERIA": "scoring.criteria",
     "Calibration": "calibration",
-    "Compute": "compute",
-    "Criterion": "criteria",
+    "Compute": "engine.compute",
+    "Criterion": "scoring.criteria",
     "Estimate": "evaluation",
     "HifipruneError": "errors",
-    "Mlp": "neurons",
-    "Options": "criteria",
+    "Mlp": "models.mlp",
+    "Options": "scoring.criteria",
     "Plan": "plan",
     "Reference": "evaluation",
     "RunError": "errors",
-    "RunRecord": "record",
+    "RunRecord": "run_record",
     "Scores": "scores",
-    "Sharing": "allocation",
+    "Sharing": "pruning.allocate",
     "Tasks": "evaluation",
-    "Text": "texts",
-    "Training": "training",
+    "Text": "evaluation.text",
+    "Training": "recovery.config",
     "UserError": "errors",
-    "ablate": "ablation",
-    "allocate": "allocation",
-    "bench": "timing",
-    "compare": "comparison",
-    "cut": "surgery",
-    "cut_": "surgery",
-    "cut_checkpoint": "cutting",
-    "cut_and_repair_": "repair",
-    "evaluate": "measurement",
-    "export": "exporting",
-    "find_mlps": "neurons",
-    "inspect": "inspection",
+    "ablate": "commands.ablate",
+    "allocate": "pruning.allocate",
+    "bench": "commands.bench",
+    "compare": "commands.compare",
+    "cut": "pruning.cut",
+    "cut_": "pruning.cut",
+    "cut_checkpoint": "pruning.cut_checkpoint",
+    "cut_and_repair_": "pruning.repair",
+    "evaluate": "commands.evaluate",
+    "export": "commands.export",
+    "find_mlps": "models.mlp",
+    "inspect": "commands.inspect",
     "load_windows": "calibration",
     "measure": "evaluation",
-    "prune": "pipeline",
-    "push": "publishing",
-    "recover": "recovery",
-    "report": "reporting",
-    "score": "scoring",
-    "score_all": "scoring",
-    "score_checkpoint": "pipeline",
+    "prune": "commands.prune",
+    "push": "commands.push",
+    "recover": "commands.recover",
+    "report": "commands.report",
+    "score": "scoring.score",
+    "score_all": "scoring.score",
+    "score_checkpoint": "commands.prune",
     "zero_shot": "evaluation",
 }
 

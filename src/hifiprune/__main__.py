@@ -1,5 +1,5 @@
 """`python -m hifiprune` is the command line."""
 
-from hifiprune.start import main
+from hifiprune.cli.start import main
 
 main()

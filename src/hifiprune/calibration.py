@@ -15,18 +15,18 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hifiprune.bounds import check_numbers
 from hifiprune.errors import UserError
-from hifiprune.parallel import processes
-from hifiprune.reading import SELF, check_named, check_there, read_documents
-from hifiprune.spooling import Documents, stored_tokens
-from hifiprune.text_files import is_pipe
-from hifiprune.tokenizing import encode_pieces, special_tokens
+from hifiprune.io.distributed import processes
+from hifiprune.io.spool import Documents, stored_tokens
+from hifiprune.io.text_files import is_pipe
+from hifiprune.io.text_sources import SELF, check_named, check_there, read_documents
+from hifiprune.io.tokenization import encode_pieces, special_tokens
 
 SAMPLERS = ("auto", "documents", "stream")
 MOST_TOKENS = 2**32
 """Largest number of tokens of all windows; papers use some hundred thousand."""
 GENERATED_TOGETHER = 16  # sequences sampled from the model at a time
 Track = Callable[[Iterable[Any]], Iterable[Any]]
-"""Wraps an iterable to show progress; see `hifiprune.voice.Voice.track`."""
+"""Wraps an iterable to show progress; see `hifiprune.progress.Voice.track`."""
 
 
 def untracked(items: Iterable[Any]) -> Iterable[Any]:

@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hifiprune.errors import UserError
-from hifiprune.json_files import checked, read_text
-from hifiprune.output import local_path, replacing
-from hifiprune.record_shapes import PlanFile
+from hifiprune.io.atomic import local_path, replacing
+from hifiprune.io.json_files import checked, read_text
+from hifiprune.io.schemas import PlanFile
 
 FORMAT = "hifiprune-plan-1"
 

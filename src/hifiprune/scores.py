@@ -12,12 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune.criteria import CRITERIA
 from hifiprune.errors import UserError, nearest_name
-from hifiprune.json_files import checked
-from hifiprune.neurons import count_parameters, find_mlps
-from hifiprune.output import local_path, replacing
-from hifiprune.record_shapes import ScoresFacts
+from hifiprune.io.atomic import local_path, replacing
+from hifiprune.io.json_files import checked
+from hifiprune.io.schemas import ScoresFacts
+from hifiprune.models.mlp import count_parameters, find_mlps
+from hifiprune.scoring.criteria import CRITERIA
 
 FORMAT = "hifiprune-scores-1"
 

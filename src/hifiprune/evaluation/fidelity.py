@@ -13,12 +13,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune.blocks import BlockChain
+from hifiprune.engine.block_chain import BlockChain
+from hifiprune.engine.context import check_windows, frozen, memory_explained
+from hifiprune.engine.lm_head import Head
 from hifiprune.errors import UserError
-from hifiprune.evaluation.intervals import Estimate, bootstrap_mean
-from hifiprune.guards import check_windows, frozen, memory_explained
-from hifiprune.head import Head
-from hifiprune.passes import Track, group_of
+from hifiprune.evaluation.bootstrap import Estimate, bootstrap_mean
+from hifiprune.scoring.accumulate import Track, group_of
 
 LogProbs = Float[Tensor, "rows vocabulary"]
 

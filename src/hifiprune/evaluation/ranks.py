@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hifiprune.evaluation.intervals import RESAMPLES, Estimate, percentiles
+from hifiprune.evaluation.bootstrap import RESAMPLES, Estimate, percentiles
 
 
 def correlation(scores: Float[Tensor, "_"], truth: Float[Tensor, "_"], strata: Sequence[int]) -> Estimate:

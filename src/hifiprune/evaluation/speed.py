@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.pytorch_utils import Conv1D
 
-from hifiprune.checkpoint import find_checkpoint
-from hifiprune.compute import Compute
+from hifiprune.commands.prepare import load
+from hifiprune.engine.compute import Compute
+from hifiprune.engine.context import frozen
 from hifiprune.errors import HifipruneError
-from hifiprune.guards import frozen
-from hifiprune.neurons import find_blocks
-from hifiprune.preparation import load
-from hifiprune.record import peak_memory, reset_peak_memory
+from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.mlp import find_blocks
+from hifiprune.run_record import peak_memory, reset_peak_memory
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,308 @@
+"""The command line: parses, calls the pipeline, prints."""
+
+import errno
+import os
+import sys
+from functools import partial
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Option
+from typer.exceptions import TyperException
+
+from hifiprune import DEFAULT_CRITERION, __version__
+from hifiprune.cli.console import hush_torchao, show, voice
+from hifiprune.cli.evidence import bench, evaluate, push, report
+from hifiprune.cli.export import export
+from hifiprune.cli.options import (
+    SCORING_FLAGS,
+    SOURCES,
+    TEXT_FLAGS,
+    Allocation,
+    Alpha,
+    AsJson,
+    Attention,
+    BatchSize,
+    BiasCompensation,
+    CriterionName,
+    Debug,
+    Device,
+    DryRun,
+    Dtype,
+    Floor,
+    LabelSamples,
+    LightCut,
+    Model,
+    NumSamples,
+    Output,
+    Overwrite,
+    Preset,
+    PresetCriterion,
+    PresetRoundTo,
+    Recompute,
+    Repair,
+    Sampler,
+    Scratch,
+    Seed,
+    SeqLen,
+    ShardSize,
+    Steps,
+    Stream,
+    Temperature,
+    TextColumn,
+    Trials,
+    UntilStable,
+    drawn_from,
+)
+from hifiprune.cli.recover import recover
+from hifiprune.cli.start import Stopped, handle_signals
+from hifiprune.cli.study import ablate, compare, criteria
+from hifiprune.cli.usage import Command, explain
+from hifiprune.errors import HifipruneError
+from hifiprune.io.atomic import local_path
+from hifiprune.io.distributed import check_command, follow_first, leave
+from hifiprune.progress import console
+
+app = typer.Typer(
+    name="hifiprune",
+    help="Make a large language model smaller by removing the MLP neurons that its predictions depend on least.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command(cls=Command)
+def prune(
+    model: Model,
+    output: Output,
+    ratio: Annotated[float | None, Option(help="Fraction of all parameters to remove.")] = None,
+    neuron_ratio: Annotated[float | None, Option(help="Fraction of the MLP neurons to remove.")] = None,
+    width: Annotated[int | None, Option(help="Neurons that every MLP keeps.")] = None,
+    calibration: Annotated[list[str] | None, Option(help=SOURCES)] = None,
+    scores: Annotated[
+        Path | None, Option(help="Scores made before; --calibration is then to repair or search.")
+    ] = None,
+    num_samples: NumSamples = 128,
+    seq_len: SeqLen = 1024,
+    seed: Seed = 0,
+    sampler: Sampler = "auto",
+    text_column: TextColumn = None,
+    preset: Preset = "default",
+    criterion: PresetCriterion = None,
+    alpha: Alpha = None,
+    temperature: Temperature = None,
+    light_cut: LightCut = 0.025,
+    label_samples: LabelSamples = 1,
+    allocation: Allocation = None,
+    floor: Floor = 0.75,
+    trials: Trials = 64,
+    steps: Steps = 1,
+    until_stable: UntilStable = None,
+    repair: Repair = None,
+    bias_compensation: BiasCompensation = False,
+    round_to: PresetRoundTo = None,
+    batch_size: BatchSize = 1,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    recompute: Recompute = None,
+    stream: Stream = None,
+    scratch: Scratch = None,
+    attention: Attention = None,
+    shard_size: ShardSize = "5GB",
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Remove the least important neurons; write a smaller, ordinary checkpoint."""
+    import hifiprune as hp
+    from hifiprune.cli import tables
+
+    speaker = voice()
+    if scores:
+        unused = SCORING_FLAGS if calibration else (*SCORING_FLAGS, *TEXT_FLAGS)
+        ignored = [word for word in sys.argv if word.split("=")[0] in unused]
+        if ignored:
+            speaker.note(f"Ignored, since the --scores were made before: {', '.join(ignored)}.")
+    record = hp.prune(
+        model,
+        output,
+        hp.Budget(ratio, neuron_ratio, width),
+        drawn_from(calibration, num_samples, seq_len, seed, sampler, text_column) if calibration else None,
+        scores=scores,
+        preset=preset,
+        criterion=criterion,
+        options=hp.Options(alpha, temperature, light_cut, label_samples, seed),
+        allocation=allocation,
+        floor=floor,
+        trials=trials,
+        steps=steps,
+        until_stable=until_stable,
+        repair=repair,
+        bias_compensation=bias_compensation,
+        round_to=round_to,
+        compute=hp.Compute(device, dtype, batch_size, recompute, attention, stream, scratch),
+        shard_size=shard_size,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        voice=speaker,
+    )
+    told = partial(tables.foreseen, record) if dry_run else partial(tables.pruned, record, local_path(output))
+    show(record.to_dict(), as_json, told)
+
+
+@app.command(cls=Command)
+def score(
+    model: Model,
+    output: Output,
+    calibration: Annotated[list[str] | None, Option(help=SOURCES)] = None,
+    num_samples: NumSamples = 128,
+    seq_len: SeqLen = 1024,
+    seed: Seed = 0,
+    sampler: Sampler = "auto",
+    text_column: TextColumn = None,
+    criterion: CriterionName = DEFAULT_CRITERION,
+    alpha: Alpha = None,
+    temperature: Temperature = None,
+    light_cut: LightCut = 0.025,
+    label_samples: LabelSamples = 1,
+    until_stable: UntilStable = None,
+    ratio: Annotated[float | None, Option(help="Fraction of all parameters, for --until-stable.")] = None,
+    batch_size: BatchSize = 1,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    recompute: Recompute = None,
+    stream: Stream = None,
+    scratch: Scratch = None,
+    attention: Attention = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Score every neuron once, to prune at any ratio later."""
+    import hifiprune as hp
+    from hifiprune.cli import tables
+
+    record = hp.score_checkpoint(
+        model,
+        output,
+        drawn_from(calibration, num_samples, seq_len, seed, sampler, text_column) if calibration else None,
+        criterion=criterion,
+        options=hp.Options(alpha, temperature, light_cut, label_samples, seed),
+        until_stable=until_stable,
+        ratio=ratio,
+        compute=hp.Compute(device, dtype, batch_size, recompute, attention, stream, scratch),
+        overwrite=overwrite,
+        dry_run=dry_run,
+        voice=voice(),
+    )
+    told = partial(tables.foreseen, record) if dry_run else partial(tables.scored, record, model, local_path(output))
+    show(record.to_dict(), as_json, told)
+
+
+@app.command(cls=Command)
+def inspect(
+    model: Model,
+    deploy: Annotated[bool, Option("--deploy", help="Tell which inference engines take it, and in which formats.")] = (
+        False
+    ),
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show a model's MLPs and the widths that ratios would give, without loading weights."""
+    import hifiprune as hp
+    from hifiprune.cli import engine_table, tables
+
+    facts = hp.inspect(model, deploy=deploy)
+    show(facts, as_json, partial(engine_table.deployable if deploy else tables.inspected, facts))
+
+
+@app.command(cls=Command)
+def demo(
+    output: Annotated[str, Option(metavar="PATH", help="Folder for the models and the results.")] = "demo-out",
+    model: Annotated[str | None, Option(help="Another model than SmolLM2-135M-Instruct.")] = None,
+    num_samples: NumSamples = 24,
+    seq_len: SeqLen = 512,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Prune a real small model by 20% on this machine and show how faithful it stays."""
+    from hifiprune.cli import tables
+    from hifiprune.commands import demo
+
+    summary = demo.run(output, model, num_samples, seq_len, voice(), overwrite=overwrite)
+    show(summary, as_json, lambda: tables.demonstrated(summary))
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, Option("--version", help="Show the version.")] = False) -> None:
+    if version:
+        typer.echo(f"hifiprune {__version__}")
+        raise typer.Exit
+
+
+for command in (evaluate, criteria, compare, ablate, recover, bench, report, export, push):
+    app.command(cls=Command)(command)
+
+
+UNWRITABLE = (errno.ENOSPC, errno.EPIPE, errno.EIO)
+"""What is answered to writing on a disk that is full, and to where nobody reads."""
+
+
+def main() -> None:
+    """Run the command line; a failure is one message and an exit code: 2 for the user's mistakes, 1 for the rest."""
+    handle_signals()
+    hush_torchao()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # where the locale has no such letters
+    sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115 - no library asks: whoever does gets no answer
+    code = 1
+    try:
+        code = _run()
+    finally:
+        leave(code)
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run the command; return the exit code, after saying what went wrong."""
+    try:
+        check_command(sys.argv)
+        code = follow_first(app(prog_name="hifiprune", standalone_mode=False) or 0)
+        sys.stdout.flush()
+        return code
+    except TyperException as error:
+        return _fail(error, explain(error), error.exit_code)
+    except HifipruneError as error:
+        return _fail(error, str(error), error.exit_code)
+    except Stopped as error:
+        return _fail(error, str(error), 1)
+    except OSError as error:  # outputs are written by `replacing`, which says what is wrong with them
+        return _fail(error, *_told(error))
+    except Exception as error:  # noqa: BLE001 - the edge: whatever is left is our bug, said in one line
+        message = f"{type(error).__name__}: {error} (a bug in hifiprune or a library; --debug shows where)"
+        return _fail(error, message, 1)
+
+
+def _told(error: OSError) -> tuple[str, int]:
+    """Return what to say of a file that failed, and the exit code."""
+    if error.filename:
+        return f"{error.filename}: {error.strerror}; check that it is there, and that you may read it", 2
+    if error.errno in UNWRITABLE:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would fail once more when it ends
+        return f"standard output cannot be written: {error.strerror}", 1
+    return str(error), 2
+
+
+def _fail(error: BaseException, message: str, code: int) -> int:
+    if "--debug" in sys.argv:
+        raise error
+    if message:  # there is none where the help was shown
+        console(stderr=True).print(f"error: {message}", style="red", highlight=False, soft_wrap=True, markup=False)
+    return code

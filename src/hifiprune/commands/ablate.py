@@ -1,0 +1,277 @@
+"""The test of a criterion: neurons are really removed, a few at a time, and the damage compared with their scores."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from math import isnan
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hifiprune.bounds import check_numbers
+from hifiprune.commands.prepare import check_tokens, load_hashed, plain_arguments, prepare
+from hifiprune.engine.block_chain import BlockChain
+from hifiprune.engine.compute import Compute, estimate_seconds
+from hifiprune.engine.context import check_windows, frozen, memory_explained
+from hifiprune.engine.hooks import BlockCall
+from hifiprune.engine.lm_head import Head
+from hifiprune.engine.machine import condition
+from hifiprune.errors import UserError
+from hifiprune.evaluation import Estimate
+from hifiprune.evaluation.ranks import correlation
+from hifiprune.evaluation.text import Text
+from hifiprune.io.atomic import replacing
+from hifiprune.io.hashing import hash_tokens
+from hifiprune.io.output_paths import exclusive
+from hifiprune.io.resume import Unfinished
+from hifiprune.progress import SILENT, Voice, duration
+from hifiprune.run_record import RunRecord
+from hifiprune.scores import Scores
+
+PER_LAYER = 16  # single neurons tried in a layer: enough to rank them
+Trial = tuple[int, tuple[int, ...]]
+"""A layer and the neurons of it that are removed."""
+
+
+@exclusive
+def ablate(
+    model: str,
+    output: str | Path,
+    scores: Sequence[str | Path],
+    text: Text,
+    *,
+    neurons: int = 64,
+    groups: int = 32,
+    group_size: int = 32,
+    seed: int = 0,
+    compute: Compute = Compute(),
+    overwrite: bool = False,
+    voice: Voice = SILENT,
+) -> RunRecord:
+    """Remove single neurons and random groups of them, measure the true KL divergence, and rank it against scores.
+
+    The neurons are a stratified sample: at evenly spaced ranks of the first scores, in evenly spaced layers. What a
+    criterion predicts for a group is the sum of its scores.
+
+    Args:
+        model: local folder, hub id or GGUF file.
+        output: folder to be made: `ablate.json` and plots.
+        scores: files that `score` or `compare` made for this model.
+        text: held-out text to measure on.
+        neurons: how many single neurons to try.
+        groups: how many groups to try.
+        group_size: neurons of a group, all of one layer.
+        seed: of the sample.
+        compute: device and arithmetic.
+        overwrite: replace an existing output.
+        voice: tells of progress.
+
+    Raises:
+        UserError: something asked for cannot be done, found before the weights are loaded where possible.
+        RunError: numbers, memory or disk failed.
+    """
+    if compute.dtype == "auto":
+        compute = replace(compute, dtype="float32")  # in half precision a single neuron drowns in rounding
+    elif compute.dtype in ("bfloat16", "float16"):
+        voice.note(f"In {compute.dtype} most of what a single neuron does drowns in rounding; float32 is better.")
+    record = RunRecord(
+        "ablate",
+        plain_arguments(model=model, output=output, scores=[str(path) for path in scores], text=text, compute=compute)
+        | {"neurons": neurons, "groups": groups, "group_size": group_size, "seed": seed},
+    )
+    loaded_scores = _load_scores(scores)
+    checkpoint, target, skeleton = prepare(
+        model, output, [text], scores, compute=compute, folder=True, overwrite=overwrite
+    )
+    for layer_scores in loaded_scores.values():
+        layer_scores.require_layout(skeleton)
+    unfinished = Unfinished.beside(target, "ablate", voice)
+    trials = sample(next(iter(loaded_scores.values())), neurons, groups, group_size, seed)
+    windows = text.held(checkpoint.tokenizer(), voice.track("reading the text, pieces")).windows
+    compute = compute.for_rows(len(windows), "windows", voice)
+    check_tokens(checkpoint, windows)
+    checkpoint.fetch()
+    dense, model_hash = load_hashed(checkpoint, compute, record)
+    for each in loaded_scores.values():
+        each.require_model(model_hash)
+    unfinished, data = unfinished.of(dense, model_hash), hash_tokens(windows)
+    paths = {trial: unfinished.path("trials", data, *trial) for trial in trials}
+    known = {trial: unfinished.read_json(path) for trial, path in paths.items()}
+    missing = [trial for trial, found in known.items() if found is None]
+    tokens = windows.numel() * len(missing)
+    cost = estimate_seconds(dense.config, tokens, windows.shape[1], compute.resolved_device, dense.dtype, backwards=0)
+    voice.say(
+        f"Removing {neurons} single neurons and {groups} groups of {group_size} in turn, {len(missing)} of them still "
+        f"to do, on {len(windows)} windows of {windows.shape[1]} tokens: about {duration(cost)}"
+        f"{condition(compute.resolved_device)}. Interrupted, the same command goes on where it stopped."
+    )
+    with record.stage("ablating"):
+        bench = Bench(dense, windows, {layer for layer, _ in trials}, compute.batch_size)
+        for trial in voice.track("ablating")(missing):
+            known[trial] = {"kl": bench.divergence(trial)}
+            unfinished.write_json(paths[trial], known[trial])
+    record.reused_parts = len(unfinished.reused)
+    divergences = [known[trial]["kl"] for trial in trials]
+    record.results = {"model_hash": model_hash, **correlate(trials, divergences, loaded_scores)}
+    with replacing(target, overwrite=overwrite) as folder:
+        from hifiprune.reports.plots import draw_ablation
+
+        folder.mkdir()
+        draw_ablation(record.results, folder)
+        record.save(folder / "ablate.json")
+    unfinished.remove()
+    return record
+
+
+def sample(scores: Scores, neurons: int, groups: int, group_size: int, seed: int) -> list[Trial]:
+    """Single neurons at evenly spaced ranks of `scores` and random groups, in evenly spaced layers.
+
+    Raises:
+        UserError: there are not as many neurons.
+    """
+    widths = [len(values) for values in scores.values]
+    check_numbers({"seed": seed, "neurons": neurons, "groups": groups, "group_size": group_size if groups else None})
+    narrowest = min(widths)
+    if neurons > len(widths) * narrowest:
+        raise UserError(f"neurons {neurons} is more than the model's {len(widths)} layers of {narrowest}; try fewer")
+    if groups and group_size > narrowest:
+        raise UserError(f"group-size {group_size} is more than the {narrowest} neurons of a layer; try a smaller one")
+    chance = torch.Generator().manual_seed(seed)
+    count = min(len(widths), -(-neurons // min(PER_LAYER, narrowest)))
+    layers = torch.linspace(0, len(widths) - 1, count).round().int().tolist() if count > 1 else [len(widths) // 2]
+    trials: list[Trial] = []
+    for number, layer in enumerate(layers):
+        here = len(range(number, neurons, count))
+        edges = [place * widths[layer] // here for place in range(here + 1)]
+        ranks = [int(torch.randint(*stratum, (1,), generator=chance)) for stratum in pairwise(edges)]
+        trials += [(layer, (index,)) for index in scores.values[layer].argsort()[ranks].tolist()]
+    for number in range(groups):
+        layer = layers[number % count]
+        chosen = torch.randperm(widths[layer], generator=chance)[:group_size]
+        trials.append((layer, tuple(sorted(chosen.tolist()))))
+    return trials
+
+
+class Bench:
+    """The dense model's inner states on a few windows, from which each trial starts at its own layer."""
+
+    def __init__(
+        self, model: PreTrainedModel, windows: Int[Tensor, "windows positions"], layers: set[int], batch_size: int
+    ):
+        check_windows(model, windows, batch_size, least=2)
+        self.model = model
+        self.starts: list[Start] = []
+        with frozen(model):
+            self.chain = BlockChain(model)
+            for batch in windows.split(batch_size):
+                with memory_explained(model, batch.numel()):
+                    hidden, calls = self.chain.embed(batch.to(model.device, torch.int64))
+                    inputs: dict[int, Tensor] = {}
+                    final = self.chain.run_from(0, hidden, calls, inputs=inputs)
+                    blocks = {self.chain.mlps[layer].block for layer in layers}
+                    self.starts.append(Start(calls, {block: inputs[block] for block in blocks}, final))
+
+    @torch.no_grad()
+    def divergence(self, trial: Trial) -> float:
+        """Mean KL(dense || pruned) over all positions, in nats."""
+        layer, neurons = trial
+        removed, block = torch.tensor(neurons, device=self.model.device), self.chain.mlps[layer].block
+        parts = []
+        with frozen(self.model):
+            for start in self.starts:
+                with memory_explained(self.model, start.final.shape[:2].numel()):
+                    pruned = self.chain.run_from(block, start.inputs[block], start.calls, removed=(layer, removed))
+                    parts.append(small_divergence(start.final, pruned, self.chain.head))
+        return float(torch.cat(parts).mean())
+
+
+@dataclass(frozen=True)
+class Start:
+    """A batch in the dense model: the blocks' calls, the inputs of some blocks, and the final hidden state."""
+
+    calls: list[BlockCall]
+    inputs: dict[int, Tensor]
+    final: Tensor
+
+
+def small_divergence(
+    dense: Float[Tensor, "windows positions hidden"], pruned: Float[Tensor, "windows positions hidden"], head: Head
+) -> Float[Tensor, "rows"]:
+    """KL divergence at each position in nats, precise even where the distributions hardly differ.
+
+    Same as `(p * (ln p - ln q)).sum(-1)`. Its terms of first order cancel in the sum, and their rounding errors would
+    be larger than the divergence of a single neuron; so the terms summed are `p * (exp(d) - 1 - d)`, `d = ln q - ln p`,
+    which are never negative. Terms have the dtype of the logits, float32 or better.
+    """
+    values = []
+    rows = [states.flatten(0, 1).split(head.slice_rows) for states in (dense, pruned)]
+    for pair in zip(*rows, strict=True):
+        logits = [head.logits(part) for part in pair]
+        for own, other in zip(*(each.split(head.cache_rows) for each in logits), strict=True):
+            log_probs, other_log_probs = own.log_softmax(-1), other.log_softmax(-1)
+            shift, probs = other_log_probs - log_probs, log_probs.exp_()
+            terms = (shift.expm1() - shift) * probs
+            far = shift > 20  # where q / p may overflow and p underflow; there nothing cancels
+            if far.any():
+                terms = torch.where(far, other_log_probs.exp() - probs - probs * shift, terms)
+            values.append(terms.sum(-1).double())
+    return torch.cat(values)
+
+
+def correlate(trials: Sequence[Trial], divergences: Sequence[float], scores: dict[str, Scores]) -> dict[str, Any]:
+    """Rank correlation of each criterion's scores with the measured divergences, and the trials themselves."""
+    single = [number for number, (_, neurons) in enumerate(trials) if len(neurons) == 1]
+    grouped = [number for number, (_, neurons) in enumerate(trials) if len(neurons) > 1]
+    truth = torch.tensor(divergences, dtype=torch.float64)
+    predicted = {
+        name: torch.tensor(
+            [float(each.values[layer][list(neurons)].double().sum()) for layer, neurons in trials]
+        ).double()
+        for name, each in scores.items()
+    }
+    layers = [layer for layer, _ in trials]
+    return {
+        "correlations": {
+            name: {
+                kind: {
+                    "all_layers": _plain(correlation(values[chosen], truth[chosen], [0] * len(chosen))),
+                    "within_layers": _plain(correlation(values[chosen], truth[chosen], [layers[n] for n in chosen])),
+                }
+                for kind, chosen in (("single", single), ("groups", grouped))
+                if len(chosen) > 2
+            }
+            for name, values in predicted.items()
+        },
+        "trials": [
+            {
+                "layer": layer,
+                "neurons": list(neurons),
+                "kl": kl,
+                "scores": {name: float(values[number]) for name, values in predicted.items()},
+            }
+            for number, ((layer, neurons), kl) in enumerate(zip(trials, divergences, strict=True))
+        ],
+    }
+
+
+def _plain(estimate: Estimate) -> dict[str, float | None]:
+    """Without NaN, which JSON does not know."""
+    return {name: None if value is None or isnan(value) else value for name, value in asdict(estimate).items()}
+
+
+def _load_scores(paths: Sequence[str | Path]) -> dict[str, Scores]:
+    """Scores by criterion; files of one criterion are told apart by their names."""
+    if not paths:
+        raise UserError("give at least one --scores file; make it with 'hifiprune score'")
+    loaded = [(Path(path), Scores.load(path)) for path in paths]
+    for _, each in loaded:
+        each.require_finite()
+    criteria = [scores.criterion for _, scores in loaded]
+    named = {s.criterion if criteria.count(s.criterion) == 1 else path.stem: s for path, s in loaded}
+    if len(named) != len(paths):
+        raise UserError(f"the scores {', '.join(map(str, paths))} have the same names; rename one")
+    return named

@@ -1,0 +1,195 @@
+"""Criteria side by side on one's own model: `compare` scores, cuts, measures and contrasts.
+
+A cell is a criterion at a ratio with one draw of the calibration windows. What is finished is kept beside the output
+until all is done, so an interrupted run goes on where it stopped.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from hifiprune.bounds import check_numbers
+from hifiprune.calibration import Calibration, load_windows
+from hifiprune.commands.compare_plans import Workbench
+from hifiprune.commands.inspect import shape_of
+from hifiprune.commands.prepare import check_tokens, load_hashed, plain_arguments, prepare
+from hifiprune.engine.compute import Compute
+from hifiprune.errors import UserError
+from hifiprune.evaluation import Tasks
+from hifiprune.evaluation.criteria_comparison import Cell, contrast
+from hifiprune.evaluation.text import Text
+from hifiprune.io.atomic import local_path, replacing
+from hifiprune.io.hashing import hash_tokens
+from hifiprune.io.output_paths import exclusive
+from hifiprune.io.resume import Unfinished
+from hifiprune.io.text_files import is_pipe
+from hifiprune.io.text_sources import SELF, text_files
+from hifiprune.progress import SILENT, Voice
+from hifiprune.pruning.allocate import Budget, allocate
+from hifiprune.run_record import RunRecord
+from hifiprune.scores import Scores
+from hifiprune.scoring.criteria import Options, find_criterion
+from hifiprune.scoring.score import Request
+
+
+@exclusive
+def compare(
+    model: str,
+    output: str | Path,
+    criteria: Sequence[str],
+    ratios: Sequence[float],
+    calibration: Calibration,
+    texts: Sequence[Text],
+    *,
+    seeds: int = 3,
+    options: Options | None = None,
+    tasks: Tasks | None = None,
+    round_to: int = 128,
+    compute: Compute = Compute(),
+    overwrite: bool = False,
+    voice: Voice = SILENT,
+) -> RunRecord:
+    """Prune by every criterion, at every ratio, with several draws of the calibration windows, and measure.
+
+    The folder `output` will hold `compare.json`, the plots, and the scores, ready for `prune`.
+
+    Args:
+        model: local folder, hub id or GGUF file.
+        output: folder to be made.
+        criteria: names; the first is what the others are compared with.
+        ratios: fractions of all parameters to remove.
+        calibration: what to score on; its seed is that of the first draw, the next draws count on from it.
+        texts: held-out texts to measure on.
+        seeds: how many draws.
+        options: of the criteria, seeds apart; by default alpha and temperature follow the ratio, as in the papers.
+        tasks: zero-shot tasks to run too.
+        round_to: widths become the nearest multiple of it.
+        compute: device and arithmetic.
+        overwrite: replace an existing output.
+        voice: tells of progress.
+
+    Raises:
+        UserError: something asked for cannot be done, found before the weights are loaded where possible.
+        RunError: numbers, memory or disk failed.
+    """
+    record = RunRecord(
+        "compare",
+        plain_arguments(
+            model=model, output=output, criteria=list(criteria), ratios=list(ratios), calibration=calibration,
+            seeds=seeds, texts=[asdict(text) for text in texts], tasks=tasks, options=options, round_to=round_to,
+            compute=compute,
+        ),
+    )  # fmt: skip
+    _check(criteria, ratios, seeds, calibration, texts)
+    if tasks:
+        tasks.check()
+    checkpoint, target, skeleton = prepare(
+        model,
+        output,
+        [calibration, *texts],
+        [tasks.include_path] if tasks else [],
+        compute=compute,
+        folder=True,
+        overwrite=overwrite,
+    )
+    shape = shape_of(skeleton)
+    unfinished = Unfinished.beside(target, "compare", voice)
+    widths = {ratio: shape.width_at(Budget(ratio=ratio), round_to) for ratio in ratios}
+    for width in widths.values():
+        shape.check_experts("uniform", width)
+    draws = [replace(calibration, seed=calibration.seed + number) for number in range(seeds)]
+    tokenizer, track = checkpoint.tokenizer(), voice.track("reading the texts, pieces")
+    with record.stage("reading the texts"):
+        held = [text.held(tokenizer, track) for text in texts]
+        drawn = [] if calibration.source == SELF else [load_windows(draw, tokenizer, track) for draw in draws]
+    most = max(calibration.num_samples, *(len(text.windows) for text in held))
+    compute = compute.for_rows(most, "windows", voice)
+    check_tokens(checkpoint, *drawn, *(text.windows for text in held))
+    checkpoint.fetch()
+    loaded, model_hash = load_hashed(checkpoint, compute, record)
+    bench = Workbench(loaded, model, model_hash, tokenizer, unfinished.of(loaded, model_hash), compute, voice)
+    cells: list[Cell] = []
+    files: dict[str, Path] = {}
+    with record.stage("scoring"):
+        drawn = drawn or [bench.sample(draw) for draw in draws]
+        for draw, windows in zip(draws, drawn, strict=True):
+            wanted = _requests(criteria, ratios, options, draw.seed)
+            found = dict(zip(wanted, bench.score(windows, list(wanted.values()), draw), strict=True))
+            files |= {f"{label}-seed{draw.seed}.safetensors": path for label, (_, path) in found.items()}
+            scores = {label: made for label, (made, _) in found.items()}
+            cells += _cells(scores, criteria, ratios, draw.seed, round_to)
+    with record.stage("measuring"):
+        dense, *measured = bench.measure([None, *(cell.plan for cell in cells)], [*held, *([tasks] if tasks else [])])
+    record.reused_parts = len(bench.unfinished.reused)
+    record.results = {
+        "model_hash": model_hash,
+        "data_hashes": [hash_tokens(windows) for windows in drawn],
+        "texts": [{"source": text.source, "windows": list(text.windows.shape)} for text in held],
+        "widths": {f"{ratio:g}": [width, shape.ratio_at(width)] for ratio, width in widths.items()},
+        **contrast(cells, dense, measured, len(held)),
+    }
+    with replacing(target, overwrite=overwrite) as folder:
+        from hifiprune.reports.plots import draw_comparison
+
+        (folder / "scores").mkdir(parents=True)
+        for name, path in files.items():
+            shutil.copyfile(path, folder / "scores" / name)
+        draw_comparison(record.results, folder)
+        record.save(folder / "compare.json")
+    unfinished.remove()
+    return record
+
+
+def _cells(
+    scores: dict[str, Scores], criteria: Sequence[str], ratios: Sequence[float], seed: int, round_to: int
+) -> list[Cell]:
+    """What one draw decides at every ratio."""
+    cells = []
+    for ratio in ratios:
+        for name in criteria:
+            own = scores[_label(name, ratio)]
+            cells.append(Cell(name, ratio, seed, allocate(own, Budget(ratio=ratio), round_to=round_to), own.values))
+    return cells
+
+
+def _label(criterion: str, ratio: float) -> str:
+    """What scores are called: those that depend on the ratio by their presets have it in their name."""
+    return f"{criterion}-{ratio:g}" if find_criterion(criterion).two_stages else criterion
+
+
+def _requests(
+    criteria: Sequence[str], ratios: Sequence[float], options: Options | None, seed: int
+) -> dict[str, Request]:
+    def settled(ratio: float) -> Options:
+        return replace(options or Options(), seed=seed).for_ratio(ratio)
+
+    return {_label(name, ratio): (name, settled(ratio)) for ratio in ratios for name in criteria}
+
+
+def _check(
+    criteria: Sequence[str], ratios: Sequence[float], seeds: int, calibration: Calibration, texts: Sequence[Text]
+) -> None:
+    given = {"criteria": criteria, "ratios": [f"{r:g}" for r in ratios], "texts": [text.source for text in texts]}
+    for what, values in given.items():
+        if not values:
+            raise UserError(f"{what}: give at least one")
+        if len(set(values)) != len(values):
+            raise UserError(f"{what} {', '.join(values)}: each may be given once")
+    for name in criteria:
+        find_criterion(name)
+    check_numbers({"seeds": seeds})
+    if seeds > 1 and any(is_pipe(part.source) for part in calibration.parts):
+        raise UserError(f"a pipe is read only once, and {seeds} draws read it anew: write it to a file, or --seeds 1")
+    for text in texts:
+        if any(_overlap(part.source, text.source) for part in calibration.parts):
+            raise UserError(f"{text.source} is in both calibration and held-out text; measure on another one")
+
+
+def _overlap(first: str, second: str) -> bool:
+    """Whether two sources are one, or one is a file that is read with the other's folder, however they are spelled."""
+    paths = [local_path(source).resolve() for source in (first, second)]
+    if not all(path.exists() for path in paths):
+        return first.removesuffix(":train") == second.removesuffix(":train")
+    files = [{path} if path.is_file() else set(text_files(path)) for path in paths]
+    return not files[0].isdisjoint(files[1])

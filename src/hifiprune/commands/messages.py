@@ -1,0 +1,211 @@
+"""What is said before work begins: what it will cost, and what may surprise."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from hifiprune.calibration import Calibration
+from hifiprune.commands.cost_model import Cost, Estimator, total_disk
+from hifiprune.deployment.engines import K_BLOCK
+from hifiprune.engine.compute import Compute, estimate_seconds
+from hifiprune.engine.machine import condition
+from hifiprune.io.atomic import disk_size
+from hifiprune.io.distributed import processes
+from hifiprune.io.tokenization import special_tokens
+from hifiprune.progress import Voice, duration
+from hifiprune.pruning.allocate import EXPERT, Budget, Shape, Sharing
+from hifiprune.pruning.iterative import Course
+from hifiprune.scores import Scores
+from hifiprune.scoring.criteria import CRITERIA, Options, find_criterion
+from hifiprune.scoring.score import Request, count_passes
+
+LEAST_PROMISE = 1.02
+"""Speed-up by operations below which a share of it means nothing."""
+
+
+def announce_plan(budget: Budget, shape: Shape, width: int, round_to: int, allocation: str) -> str:
+    """What was asked for, and the widths nearest to it."""
+    reached = f"{shape.ratio_at(width):.2%} of all parameters, {1 - width / shape.neurons:.2%} of the neurons"
+    if budget.width is not None and allocation == "uniform":
+        return f"Plan: width {shape.neurons} -> {width}, removes {reached}."
+    if allocation != "uniform":
+        return f"Plan: {budget}; {allocation} allocation, mean width {width} of {shape.neurons}, removes {reached}."
+    asked = f"{budget.ratio:.2%} of all parameters" if budget.ratio else f"{budget.neuron_ratio:.2%} of the neurons"
+    return f"Plan: asked {asked}; width {shape.neurons} -> {width}, a multiple of {round_to}, removes {reached}."
+
+
+def remark_on_blocks(budget: Budget, shape: Shape, width: int, sharing: Sharing, voice: Voice) -> None:
+    """Say where k-quants took the dense model's width and will not take the one that all MLPs get."""
+    if sharing.allocation != "uniform" or shape.neurons % K_BLOCK or not width % K_BLOCK:
+        return  # widths that differ are not for llama.cpp at all
+    flag, best = ("--width", width // K_BLOCK * K_BLOCK) if budget.width else ("--round-to", K_BLOCK)
+    remedy = f"; {flag} {best} spares it" if width > K_BLOCK else ""
+    voice.note(
+        f"Width {width} does not divide by {K_BLOCK}: k-quants of llama.cpp fall back to other types for the down maps"
+        f"{remedy}."
+    )
+
+
+def announce_scoring(
+    windows: Int[Tensor, "windows positions"], requests: Sequence[Request], estimator: Estimator
+) -> str:
+    """What scoring will cost, to be followed by what that depends on where nothing before has told it."""
+    cost, (forwards, backwards) = estimator.scoring(requests, len(windows), windows.shape[1]), count_passes(requests)
+    criteria = ", ".join(dict.fromkeys(f"'{name}'" for name, _ in requests))
+    shared = f", shared out among {processes()} processes" if processes() > 1 else ""
+    how = " (recomputing)" if estimator.recomputes(windows.shape[1]) else ""
+    return (
+        f"Scoring {estimator.checkpoint.name} by {criteria} on {len(windows)} windows of {windows.shape[1]} tokens"
+        f"{shared}, {estimator.dtype} on {estimator.device}: {forwards} forward and "
+        f"{backwards} backward pass{'es' * (backwards != 1)}{how}, "
+        f"about {duration(cost.seconds)} and {cost.memory / 1e9:.1f} GB of memory"
+    )
+
+
+def announce_costs(costs: Sequence[Cost], device: torch.device) -> str:
+    """What a run will cost in all."""
+    seconds, memory, disk = sum(cost.seconds for cost in costs), max(cost.memory for cost in costs), total_disk(costs)
+    each = f" for each of {processes()} processes" if processes() > 1 else ""
+    written = f" and {disk_size(disk)} on the disk" if disk else ""
+    return f"In all about {duration(seconds)}, {memory / 1e9:.1f} GB of memory{each}{written}{condition(device)}."
+
+
+def announce_course(course: Course) -> str:
+    """How much longer scoring in steps will take."""
+    also = f", and {course.steps - 1} repairs" if course.repair else ""
+    return f"That {course.steps} times, on models that are smaller each time{also}."
+
+
+def announce_repair(windows: Int[Tensor, "windows positions"], width: int, estimator: Estimator) -> str:
+    """What repair will cost."""
+    cost = estimator.repair(len(windows), windows.shape[1], width)
+    return (
+        f"Repairing on {len(windows)} windows of {windows.shape[1]} tokens, {estimator.dtype} on {estimator.device}: "
+        f"about {duration(cost.seconds)} and {cost.memory / 1e9:.1f} GB of memory."
+    )
+
+
+def announce_search(
+    model: PreTrainedModel, windows: Int[Tensor, "windows positions"], trials: int, compute: Compute
+) -> str:
+    """What a search for widths will cost: a forward pass a trial, and half as much again for the metrics."""
+    device = compute.resolved_device
+    one = estimate_seconds(model.config, windows.numel(), windows.shape[1], device, model.dtype, backwards=0)
+    return (
+        f"Searching for widths by {trials} trials on {len(windows)} windows of {windows.shape[1]} tokens: about "
+        f"{duration(1.5 * one * trials)}{condition(device)}."
+    )
+
+
+def remark_on_options(scores: Scores | None, ratio: float, voice: Voice) -> None:
+    """Say where scores that were made before have other options than the papers' at this ratio."""
+    made = scores.settings.get("options", {}) if scores else {}
+    papers = {name: value for name, value in asdict(Options().for_ratio(ratio)).items() if name in made}
+    differing = [name for name in ("alpha", "temperature") if name in made and made[name] != papers[name]]
+    for name in differing:
+        voice.note(f"The scores were made with {name} {made[name]:g}; the papers use {papers[name]:g} near this ratio.")
+
+
+def remark_on_scale(scores: Scores, sharing: Sharing, voice: Voice) -> None:
+    """Say where one threshold is laid over scores that cannot be compared from layer to layer."""
+    known = CRITERIA.get(scores.criterion)
+    if sharing.allocation == "global" and known and not known.across_layers:
+        voice.say(f"Scores by '{scores.criterion}' are not on one scale in all layers; widths by them mean little.")
+
+
+def remark_on_start(calibration: Calibration, tokenizer: PreTrainedTokenizerBase, voice: Voice) -> None:
+    """Say where windows of the calibration text lack the start token that the tokenizer writes before a text."""
+    if not calibration.bos and (start := special_tokens(tokenizer)[0]):
+        voice.say(
+            f"Windows of the calibration text do not begin with {tokenizer.decode(start)}, which the tokenizer writes "
+            "before a text: as in the papers."
+        )
+
+
+def remark_on_unseen(scores: Scores, voice: Voice) -> None:
+    """Say how many experts no token of the text was sent to, whose scores are all alike."""
+    experts = [values for name, values in zip(scores.names, scores.values, strict=True) if EXPERT.search(name)]
+    unseen = sum(bool((values == values[0]).all()) for values in experts)
+    if unseen:
+        voice.say(
+            f"{unseen} of {len(experts)} experts saw no token of the text: which of their neurons stay is arbitrary. "
+            "Give more text, or text of more kinds."
+        )
+
+
+def remark_on_unused(options: Options | None, criterion: str, sharing: Sharing, voice: Voice) -> None:
+    """Say which settings have no effect, of those that are not what they would be anyway."""
+    unused = []
+    if options:
+        others = [name for name in asdict(options) if name not in (*find_criterion(criterion).options, "seed")]
+        unused += [name for name in others if getattr(options, name) != getattr(Options(), name)]
+    for name, where in (("floor", ("global", "searched")), ("trials", ("searched",))):
+        if sharing.allocation not in where and getattr(sharing, name) != getattr(Sharing(), name):
+            unused.append(name)
+    if unused:
+        names = ", ".join(name.replace("_", "-") for name in unused)
+        voice.note(f"Without effect with criterion '{criterion}' and {sharing.allocation} allocation: {names}.")
+
+
+def megabytes(count: int) -> str:
+    """Bytes for a reader."""
+    return f"{count / 1e6:,.1f} MB"
+
+
+def accuracies(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of a model that was asked tasks, what was found for each, and on average where that means anything."""
+    found: dict[str, dict[str, Any]] = row["tasks"]
+    return found | ({"average": row["average"]} if "average" in row else {})
+
+
+def with_interval(estimate: dict[str, Any], form: str = ".3g") -> str:
+    """An estimate for a reader, its interval in brackets."""
+    if estimate["value"] is None:
+        return "none"
+    bounds = "" if estimate["low"] is None else f" ({estimate['low']:{form}} to {estimate['high']:{form}})"
+    return f"{estimate['value']:{form}}{bounds}"
+
+
+def with_error(estimate: dict[str, Any]) -> str:
+    """An accuracy for a reader, with its standard error."""
+    error = estimate["standard_error"]
+    return f"{estimate['value']:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+def asked_of(items: dict[str, list[int]], task: str) -> str:
+    """How many items of a task were asked, and of how many if not all; nothing is known of a group's."""
+    asked, there = items.get(task, ("", ""))
+    return f"{asked:,} of {there:,}" if asked != there else str(asked)
+
+
+def gain_told(found: dict[str, Any]) -> tuple[str, str]:
+    """A speed-up with its range over the rounds, and the share of the promised saving, of what `bench` found.
+
+    Neither is told where the rounds do not tell it apart from noise, nor a share of next to nothing.
+    """
+    speedup = found["speedup"]
+    varied = speedup["low"] < speedup["high"] and not speedup["low"] <= 1 <= speedup["high"]
+    if not found.get("told_apart", varied):
+        return "not told apart from noise", ""
+    share = found["share"] if speedup["median"] > 1 and found["promised"] > LEAST_PROMISE else None
+    told = "" if share is None else f"{share:.0%}"
+    return f"{speedup['median']:.2f}, {speedup['low']:.2f} to {speedup['high']:.2f}", told
+
+
+def short(names: Collection[str]) -> list[str]:
+    """The last part of each path, where that tells them apart."""
+    ends = [Path(name).name for name in names]
+    return ends if len(set(ends)) == len(ends) else list(names)
+
+
+def width_range(widths: int | list[int]) -> str:
+    """The width of every MLP, or of the narrowest to the widest."""
+    ends = [widths] if isinstance(widths, int) else sorted({min(widths), max(widths)})
+    return " to ".join(f"{width:,}" for width in ends)

@@ -1,0 +1,176 @@
+"""What every command does before its own work: check what is asked, and load the model."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hifiprune.calibration import Calibration, check_source, start_token
+from hifiprune.engine.compute import Compute
+from hifiprune.engine.context import check_vocabulary
+from hifiprune.engine.offload import stream
+from hifiprune.engine.spill import Scratch
+from hifiprune.errors import UserError
+from hifiprune.evaluation.text import Text
+from hifiprune.io.hashing import hash_model
+from hifiprune.io.output_paths import check_target
+from hifiprune.io.text_sources import SELF
+from hifiprune.models.checkpoint import Checkpoint, find_checkpoint
+from hifiprune.models.detect import family_of
+from hifiprune.models.lineage import read_with
+from hifiprune.models.mlp import count_parameters, find_mlps
+from hifiprune.progress import SILENT, Voice
+from hifiprune.pruning.cut_checkpoint import hash_stored, stored_plainly
+from hifiprune.run_record import RunRecord
+from hifiprune.scoring.accumulate import free_bytes
+
+FITS = 0.8
+"""Share of the free memory that weights may take before they are streamed."""
+
+
+def prepare(
+    model: str,
+    output: str | Path,
+    sources: Sequence[Calibration | Text | None],
+    files: Sequence[str | Path | None] = (),
+    *,
+    compute: Compute,
+    folder: bool,
+    overwrite: bool,
+) -> tuple[Checkpoint, Path, PreTrainedModel]:
+    """Find the model, and check the output and all that can be known before weights are fetched.
+
+    Args:
+        model: local folder, hub id or GGUF file.
+        output: what is to be made.
+        sources: texts that will be read.
+        files: other files that will be read.
+        compute: device and arithmetic.
+        folder: whether the output is a folder.
+        overwrite: whether an existing output may be replaced.
+
+    Returns:
+        the checkpoint, the output's absolute path, and the model's skeleton on the meta device.
+
+    Raises:
+        UserError: one of these cannot be used.
+    """
+    checkpoint = find_checkpoint(model)
+    inputs = [*read_with(checkpoint), *(each.source for source in sources for each in _parts(source)), *files]
+    target = check_target(output, folder=folder, overwrite=overwrite, inputs=inputs)
+    return checkpoint, target, check_model(checkpoint, compute, *sources)
+
+
+def check_model(checkpoint: Checkpoint, compute: Compute, *sources: Calibration | Text | None) -> PreTrainedModel:
+    """Check family, layout, attention, and that sources are there and fit its positions; returns its skeleton."""
+    skeleton = checkpoint.skeleton()
+    find_mlps(skeleton)
+    if compute.attention:
+        checkpoint.check_attention(compute.attention)
+    longest = getattr(checkpoint.config().get_text_config(), "max_position_embeddings", None)
+    for source in sources:
+        for each in _parts(source):
+            check_source(each.source, each.seq_len, longest)
+            if each.source == SELF and isinstance(source, Calibration):
+                start_token(checkpoint.config())
+    return skeleton
+
+
+def check_tokens(checkpoint: Checkpoint, *texts: Int[Tensor, "_ _"]) -> None:
+    """Refuse windows of text with tokens that the model does not have, before its weights are loaded.
+
+    Raises:
+        UserError: the tokenizer is another model's, or was given more tokens than the model.
+    """
+    vocabulary = checkpoint.config().get_text_config().vocab_size
+    for windows in texts:
+        check_vocabulary(int(windows.max()), vocabulary)
+
+
+def _parts(source: Calibration | Text | None) -> Sequence[Calibration | Text]:
+    """Every single source that a calibration or a text reads."""
+    if isinstance(source, Calibration):
+        return source.parts
+    return [source] if source else []
+
+
+def load(checkpoint: Checkpoint, compute: Compute) -> PreTrainedModel:
+    """The model in the arithmetic asked for."""
+    return checkpoint.load(compute.dtype_for(checkpoint), compute.resolved_device, compute.attention)
+
+
+def load_hashed(
+    checkpoint: Checkpoint,
+    compute: Compute,
+    record: RunRecord,
+    dtype: torch.dtype | None = None,
+    *,
+    voice: Voice | None = None,
+    stage: str = "loading the weights",
+    model_hash: str = "",
+) -> tuple[PreTrainedModel, str]:
+    """The model in a dtype or the arithmetic asked for, and the hash of its weights as stored, which refuses NaN.
+
+    With a voice, which is told why, the model may be a streamed one. A hash that is known is not computed again.
+    """
+    dtype, device = dtype or compute.dtype_for(checkpoint), compute.resolved_device
+    with record.stage(stage):
+        checkpoint.fetch()
+        plainly = stored_plainly(checkpoint)
+        if voice and streams(checkpoint, compute, dtype, voice):
+            scratch = Scratch(compute.scratch) if compute.scratch else None
+            return stream(checkpoint, dtype, device, compute.attention, scratch), model_hash or hash_stored(checkpoint)
+        if voice and compute.scratch:
+            voice.say("The weights are in memory: --scratch is not used.")
+        if plainly:
+            return checkpoint.load(dtype, device, compute.attention), model_hash or hash_stored(checkpoint)
+        model = checkpoint.load(device=device, attention=compute.attention)
+        model_hash = hash_model(model)
+        if dtype != model.dtype:
+            del model
+            model = checkpoint.load(dtype, device, compute.attention)
+    return model, model_hash
+
+
+def streams(checkpoint: Checkpoint, compute: Compute, dtype: torch.dtype, voice: Voice = SILENT) -> bool:
+    """Whether weights stay on the disk: as was asked for, or where they would not fit into the memory that is free.
+
+    Weights that are not on this disk yet are taken to be stored plainly.
+
+    Raises:
+        UserError: it is asked for, but they are not stored in a way that allows it.
+    """
+    if family_of(checkpoint.config()).found:
+        if compute.stream:
+            raise UserError(
+                f"model type '{checkpoint.config().model_type}' is not in the table of families: its layout is proved "
+                "with weights in memory only; leave out --stream"
+            )
+        return False
+    plainly = not checkpoint.is_here or stored_plainly(checkpoint)
+    if compute.stream is not None:
+        if compute.stream and not plainly:
+            raise UserError(
+                f"{checkpoint.name} does not store its tensors as the model has them, as GGUF files do not: they "
+                "cannot be read block by block; leave out --stream"
+            )
+        return compute.stream
+    needed = count_parameters(checkpoint.skeleton()) * dtype.itemsize
+    free = free_bytes(torch.device(compute.resolved_device))
+    if not plainly or needed < FITS * free:
+        return False
+    voice.say(
+        f"The weights take {needed / 1e9:.1f} GB in {dtype}, and {free / 1e9:.1f} GB are free on "
+        f"{compute.resolved_device}: each block's are read from the disk when it runs (--stream)."
+    )
+    return True
+
+
+def plain_arguments(**values: Any) -> dict[str, Any]:
+    """Arguments as plain data."""
+    return {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in values.items()}

@@ -1,0 +1,1 @@
+"""Serve a checkpoint: GGUF files and inference engines."""

@@ -1,0 +1,252 @@
+"""Which inference engines take a checkpoint, and in which formats, told from its configuration by `engines`."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from hifiprune.commands.messages import width_range
+from hifiprune.deployment.engines import (
+    BLOCK,
+    BLOCKS,
+    ENGINES,
+    FAILS,
+    FORMS,
+    KEYS,
+    MIXTURES,
+    SHARE,
+    SUPPORT,
+    THETA,
+    Form,
+    shown,
+)  # fmt: skip
+from hifiprune.errors import UserError
+from hifiprune.models.checkpoint import Checkpoint
+from hifiprune.models.config_file import CONFIG
+from hifiprune.models.detect import family_of
+from hifiprune.models.mlp import find_mlps
+
+TENSOR_PARALLEL, TEXT = (1, 2, 4, 8), "text_config"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the answers depend on.
+
+    Attributes:
+        model_type: of the configuration.
+        widths: of the MLPs, in layer order.
+        hidden: the hidden size.
+        heads: attention heads.
+        key_heads: heads of keys and values.
+        head: size of a head.
+        gated: whether MLPs have a gate.
+        own_code: whether the checkpoint comes with code of its own.
+        keys: what its `config.json` states, in the section of the text model where there is one.
+        values: what its configuration comes to for keys that engines look for there.
+        section: name of that section.
+        text_type: the text model's type.
+    """
+
+    model_type: str
+    widths: tuple[int, ...]
+    hidden: int
+    heads: int
+    key_heads: int
+    head: int
+    gated: bool = True
+    own_code: bool = False
+    keys: frozenset[str] = frozenset()
+    values: tuple[tuple[str, Any], ...] = ()
+    section: str = ""
+    text_type: str = ""
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "Facts":
+        """Those of a checkpoint.
+
+        Raises:
+            UserError: it is a GGUF file, which only engines for GGUF read.
+        """
+        if checkpoint.gguf:
+            raise UserError(
+                f"{checkpoint.name} is a GGUF file: whether engines take it is told of the folder that it was made "
+                "from, or that prune makes of it"
+            )
+        skeleton = checkpoint.skeleton()
+        config, family = skeleton.config.get_text_config(), family_of(skeleton.config)
+        stated = json.loads((checkpoint.folder / CONFIG).read_text(encoding="utf-8"))
+        section = TEXT if isinstance(stated.get(TEXT), dict) else ""
+        return cls(
+            skeleton.config.model_type,
+            tuple(mlp.neurons for mlp in find_mlps(skeleton)),
+            config.hidden_size,
+            config.num_attention_heads,
+            getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            _head(config),
+            len(family.inputs) > 1,
+            hasattr(config, "mlp_widths"),
+            frozenset(stated[section] if section else stated),
+            tuple(_values(skeleton.config).items()),
+            section,
+            config.model_type,
+        )
+
+
+def _values(whole: PretrainedConfig) -> dict[str, Any]:
+    """What a configuration comes to, by the names that engines have for it."""
+    config = whole.get_text_config()
+    rope, layers = getattr(config, "rope_parameters", None) or {}, getattr(config, "layer_types", None) or []
+    full = rope.get("full_attention", rope)
+    theta, share = full.get(THETA), full.get(SHARE)
+    found = {
+        THETA: theta,
+        "rope_local_base_freq": rope.get("sliding_attention", {}).get(THETA),
+        "rotary_emb_base": theta,
+        SHARE: share,
+        "rotary_pct": share or 1.0,
+        "n_ctx": config.max_position_embeddings if config.model_type == "gpt2" else None,
+        "head_dim": _head(config),
+        "sliding_window_pattern": layers.index("full_attention") + 1 if "full_attention" in layers else None,
+        "num_experts": getattr(config, "num_experts", None),
+        "tie_word_embeddings": bool(whole.tie_word_embeddings),
+    }
+    scaled = full.get("rope_type", "default") != "default"
+    return {name: value for name, value in found.items() if value is not None} | {
+        "rope_scaling": full if scaled else None
+    }
+
+
+def _head(config: PretrainedConfig) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Whether an engine takes a checkpoint in a format.
+
+    Attributes:
+        engine: its name.
+        version: that was looked at.
+        form: the format.
+        verdict: `yes`, `partly`, `no` or `unknown`.
+        why: of it.
+        tensor_parallel: numbers of GPUs to share each layer that the width and the heads allow; empty for engines that
+            do not share layers, or where the answer is no.
+        sources: addresses of what says so.
+    """
+
+    engine: str
+    version: str
+    form: str
+    verdict: str
+    why: str
+    tensor_parallel: tuple[int, ...]
+    sources: tuple[str, ...]
+
+
+def deployment(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """What every engine would do with a checkpoint, a row a format, without its weights.
+
+    Raises:
+        UserError: it is a GGUF file, or not a checkpoint that can be read.
+    """
+    facts = Facts.of(checkpoint)
+    return [asdict(answer(facts, form)) for form in FORMS]
+
+
+def answer(facts: Facts, form: Form) -> Answer:
+    """Whether the engine of a format takes such a checkpoint in it."""
+    engine = ENGINES[form.engine]
+    verdict, why, source = _at_all(facts, form.engine)
+    sizes: tuple[int, ...] = ()
+    sources = [source]
+    if verdict == "yes":
+        verdict, why_not, sizes = _by_sizes(facts, form)
+        why = "; ".join(filter(None, (why, why_not)))
+        sources += [each for each in (form.source, engine.splits) if each]
+    return Answer(engine.name, engine.version, form.name, verdict, why, sizes, tuple(dict.fromkeys(sources)))
+
+
+def _at_all(facts: Facts, key: str) -> tuple[str, str, str]:
+    """The answer before any format is looked at, why, and what says so."""
+    engine, kind = ENGINES[key], dict(zip(ENGINES, SUPPORT.get(facts.model_type, ()), strict=False)).get(key, "unknown")
+    name = f"'{facts.model_type}'"
+    if facts.own_code:
+        return engine.mixed, engine.why, engine.code
+    if kind == "no":
+        return "no", f"has no model of the type {name}", engine.models
+    if kind == "unknown":
+        return "unknown", f"nothing was found about the type {name}", engine.models
+    if kind == "fixed" and {*facts.widths} != {4 * facts.hidden}:
+        what = f"its model of the type {name} is {4 * facts.hidden:,} wide, four times the hidden size"
+        mend = f": {engine.mend.format(facts.widths[0])}" if engine.mend else ""
+        return "no", f"{what}; here it is {width_range([*facts.widths])}{mend}", engine.fixed
+    if missing := missing_keys(facts, key):
+        stated = ", ".join(f'"{name}": {json.dumps(value)}' for name, value in missing.items())
+        defaults = [shown(value) for name in missing if (value := _wanted(facts, key).get(name, FAILS)) != FAILS]
+        taken = f"computes with {', '.join(defaults)} in place of it"
+        then = taken if defaults else "fails or computes something else without it"
+        place = f"in {facts.section}" if facts.section else "at the top"
+        why = f"reads {' and '.join(missing)} {place} of config.json and {then}; write there {stated}"
+        return "no", why, engine.models
+    how = {"backend": "by its Transformers backend", "autodeploy": "by AutoDeploy"}
+    return "yes", how.get(kind, ""), engine.models
+
+
+def missing_keys(facts: Facts, key: str) -> dict[str, Any]:
+    """What an engine looks for in `config.json` and would miss or take for something else."""
+    values, wanted = dict(facts.values), _wanted(facts, key)
+    if key == "mlx" and THETA in wanted:
+        wanted = {"rope_scaling": None} | wanted
+    absent = {name: default for name, default in wanted.items() if name not in facts.keys}
+    return {name: values[name] for name, default in absent.items() if name in values and values[name] != default}
+
+
+def _wanted(facts: Facts, key: str) -> dict[str, Any]:
+    """The keys that an engine reads of such a model, or of the text model in it."""
+    name = facts.text_type if facts.text_type in SUPPORT else facts.model_type
+    return dict(KEYS.get(key, {}).get(name, {}))
+
+
+def _by_sizes(facts: Facts, form: Form) -> tuple[str, str, tuple[int, ...]]:
+    """The answer that the sizes of the maps give, why it is not yes, and the numbers of GPUs that they allow."""
+    shares = bool(ENGINES[form.engine].splits)
+    if facts.model_type in MIXTURES and form.multiple > 1 and shares:
+        return "unknown", "the kernels of experts were not looked up", ()
+    even = [size for size in TENSOR_PARALLEL if facts.heads % size == 0 and not any(w % size for w in facts.widths)]
+    whole = even if shares else [1]
+    if sizes := [size for size in whole if not _obstacles(facts, form, size)]:
+        return "yes", "", tuple(sizes) if shares else ()
+    obstacles = _obstacles(facts, form, 1)
+    then, odd = form.then, [name for name, size in obstacles.items() if size % BLOCK]
+    if form.engine == "llama.cpp" and odd:
+        then = f"{then}; f16 for {' and '.join(odd)}" if len(odd) < len(obstacles) else "such maps become f16"
+    found = " and ".join(f"{name} {size:,}" for name, size in obstacles.items())
+    verb = "does" if len(obstacles) == 1 else "do"
+    why = f"{found} {verb} not divide by {form.multiple}: {then}"
+    return form.otherwise, why, tuple(whole) if shares and form.otherwise == "partly" else ()
+
+
+def _obstacles(facts: Facts, form: Form, gpus: int) -> dict[str, int]:
+    """Sizes, on each of so many GPUs, that do not divide by what a format needs."""
+    heads, keys = facts.heads // gpus * facts.head, max(1, facts.key_heads // gpus) * facts.head
+    sizes = {"the width": facts.widths[0] // gpus}  # of all layers, or the engine has refused by now
+    if form.name == BLOCKS:  # of matrices laid together, and of shares; what reads the hidden size is neither
+        others = {"the width of queries": heads, "the width of keys": keys}
+        sizes = sizes if facts.gated or gpus > 1 else {}
+    else:
+        others = {"the hidden size": facts.hidden, "the width of attention": heads}
+    return {name: size for name, size in (sizes | others).items() if size % form.multiple}
+
+
+def remark_on_mixed() -> str:
+    """Who runs checkpoints whose MLPs differ in width, in a sentence."""
+    by = {verdict: [each.name for each in ENGINES.values() if each.mixed == verdict] for verdict in ("yes", "no")}
+    runs, not_by = (" and ".join(filter(None, (", ".join(names[:-1]), names[-1]))) for names in (
+        ["transformers (trust_remote_code=True)", *by["yes"]], by["no"],
+    ))  # fmt: skip
+    unknown = ", ".join(each.name for each in ENGINES.values() if each.mixed == "unknown")
+    rest = f"; of {unknown} it is not known" if unknown else ""
+    return f"Checkpoints whose layers differ in width are run by {runs}, not by {not_by}{rest}."

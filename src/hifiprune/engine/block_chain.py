@@ -1,0 +1,350 @@
+"""A causal language model as embedding, decoder blocks and head, run block by block.
+
+Every stage that needs the network's inner values goes through `BlockChain`. The keyword arguments of each block (masks,
+rotary embeddings, per-layer variants) are recorded from the model's own forward, so no architecture is written twice.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hifiprune.engine.hooks import (
+    BlockCall,
+    KnownProduct,
+    MapPass,
+    MlpPass,
+    Seen,
+    Trace,
+    Visit,
+    grown,
+    overridden,
+    taps_on,
+)
+from hifiprune.engine.lm_head import Head
+from hifiprune.engine.offload import few_rows, shelf_of, walk
+from hifiprune.engine.spill import Kept, set_aside
+from hifiprune.engine.verify import check_head, prove, with_outputs
+from hifiprune.errors import RunError
+from hifiprune.models.detect import family_of
+from hifiprune.models.mlp import LinearMap, Mlp, by_block, find_blocks, find_mlps, find_norm
+from hifiprune.scoring.objectives import Kernel, mean_over_positions
+
+
+@dataclass
+class Batch:
+    """Windows on their way forward through the blocks, and back.
+
+    Attributes:
+        tokens: token ids.
+        first_window: number of the first of them.
+        teacher: the teacher's final hidden state, for kernels that need one.
+        hidden: state before the next block.
+        calls: of all blocks.
+        stored: what is kept of the blocks so far: the graph; or the input, and the MLP's output if that is known.
+        values: each objective of each window, in float32 or better.
+        gradients: of each objective, before the block that comes next on the way back.
+        final: the final hidden state after the last norm.
+    """
+
+    tokens: Int[Tensor, "windows positions"]
+    first_window: int = 0
+    teacher: Float[Tensor, "windows positions hidden"] | None = None
+    hidden: Tensor = field(init=False)
+    calls: list[BlockCall] = field(init=False)
+    stored: list[Trace | tuple[Kept, Tensor | None]] = field(default_factory=list)
+    values: list[Float[Tensor, "windows"]] = field(default_factory=list)
+    gradients: list[Tensor] = field(default_factory=list)
+    final: Float[Tensor, "windows positions hidden"] = field(init=False)
+
+
+class BlockChain:
+    """Runs `model` block by block; the weights stay where they are, be it on the disk, and never require grad.
+
+    Raises:
+        UserError: the architecture is not supported, or its logits cannot be rebuilt from the final hidden state.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        family = family_of(model.config)
+        self.family = with_outputs(family, model) if family.found else family
+        self.model = model
+        self.shelf = shelf_of(model)
+        self.scratch = self.shelf.scratch if self.shelf else None
+        self.mlps = find_mlps(model)
+        self.of_block = by_block(self.mlps)
+        self.blocks = list(find_blocks(model))
+        self.norm = find_norm(model)
+        self.head = Head.of(model)
+        check_head(self)
+        if family.found:
+            prove(self)
+
+    def embed(self, tokens: Int[Tensor, "windows positions"]) -> tuple[Tensor, list[BlockCall]]:
+        """The first block's input, and the call of every block, as the model's own forward makes them."""
+        calls: list[BlockCall] = []
+        inputs: list[Tensor] = []
+
+        def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            inputs.append(hidden)
+            calls.append(BlockCall(args, kwargs))
+            return (hidden,) if self.family.tuples else hidden
+
+        hooked = overridden([(block, record) for block in self.blocks])
+        with hooked, torch.no_grad(), few_rows(self.model, tokens) as numbers:
+            self.model.base_model(input_ids=numbers, use_cache=False)
+        return inputs[0], calls
+
+    def final_hidden(self, tokens: Int[Tensor, "windows positions"]) -> Float[Tensor, "windows positions hidden"]:
+        """The final hidden state after the last norm, the input of the head.
+
+        Raises:
+            RunError: a block's output is not finite; the error names the block.
+        """
+        return self.run_from(0, *self.embed(tokens))
+
+    def final_states(
+        self, batches: Sequence[Int[Tensor, "windows positions"]]
+    ) -> list[Float[Tensor, "windows positions hidden"]]:
+        """The same of several batches, which go through a block in turn."""
+        moving = [Batch(tokens) for tokens in batches]
+        self.sweep_all(moving, [], lambda seen: None)
+        return [
+            batch.final if batch.final.isfinite().all() else self.final_hidden(batch.tokens)  # which names the block
+            for batch in moving
+        ]
+
+    @torch.no_grad()
+    def run_from(
+        self,
+        first: int,
+        hidden: Float[Tensor, "windows positions hidden"],
+        calls: Sequence[BlockCall],
+        *,
+        removed: tuple[int, Int[Tensor, "_"]] | None = None,
+        inputs: dict[int, Tensor] | None = None,
+        check_each: bool = False,
+    ) -> Float[Tensor, "windows positions hidden"]:
+        """The same from the input of block `first` on.
+
+        Args:
+            first: number of the block.
+            hidden: its input.
+            calls: of all blocks, from `embed`.
+            removed: number of an MLP, and its neurons whose activations are set to zero.
+            inputs: receives the input of every block.
+            check_each: look for NaN and infinity after every block instead of at the end.
+        """
+        start = hidden
+
+        def write(number: int, activation: Tensor, tokens: Tensor | None) -> Tensor:
+            if removed and number == removed[0]:
+                activation = activation.index_fill(-1, removed[1], 0)
+            return self.mlps[number].output(activation)
+
+        for index in walk(self.model, range(first, len(self.blocks))):
+            if inputs is not None:
+                inputs[index] = hidden
+            with overridden(taps_on(self._mlps(index), self.of_block[index].start, hidden, write)):
+                hidden = self.run_block(index, hidden, calls[index])
+            if check_each and not hidden.isfinite().all():
+                raise RunError(
+                    f"the activations of decoder block {index} of {len(self.blocks)} are NaN or infinite in "
+                    f"{hidden.dtype}; check the checkpoint, or compute in float32 (--dtype float32)"
+                )
+        if not check_each and not hidden.isfinite().all():  # asked once: it makes a GPU wait
+            return self.run_from(first, start, calls, removed=removed, check_each=True)
+        normed: Tensor = self.norm(hidden)
+        return normed
+
+    def sweep(
+        self,
+        tokens: Int[Tensor, "windows positions"],
+        kernels: Sequence[Kernel],
+        visit: Visit,
+        *,
+        recompute: bool = False,
+        maps: Sequence[int] = (),
+        teacher: Float[Tensor, "windows positions hidden"] | None = None,
+        first_window: int = 0,
+    ) -> tuple[list[Float[Tensor, "windows"]], Float[Tensor, "windows positions hidden"]]:
+        """Forward through all blocks, then backward from each objective, showing `visit` every MLP.
+
+        Same as `C = objective(logits).mean(-1).sum(); C.backward()` with a hook on every MLP's activation, without
+        weight gradients, without the logits as a whole, and with each block's graph freed as soon as it is used. One
+        forward serves all objectives.
+
+        Args:
+            tokens: token ids.
+            kernels: the scalars of each position whose means over a window's positions are differentiated; none for a
+                forward pass alone.
+            visit: sees every MLP on the way forward, first to last, and on the way back, last to first, once a kernel.
+            recompute: keep only each block's input and its MLP's output, and run the block again for its backward.
+            maps: numbers of the kernels for which `visit` is shown the linear maps too.
+            teacher: the teacher's final hidden state, for kernels that need one.
+            first_window: number of the first window.
+
+        Returns:
+            each objective of each window, in float32 or better, and the final hidden state after the last norm.
+        """
+        batch = Batch(tokens, first_window, teacher)
+        self.sweep_all([batch], kernels, visit, recompute=recompute, maps=maps)
+        return batch.values, batch.final
+
+    def sweep_all(
+        self,
+        batches: Sequence[Batch],
+        kernels: Sequence[Kernel],
+        visit: Visit,
+        *,
+        recompute: bool = False,
+        maps: Sequence[int] = (),
+    ) -> None:
+        """The same for several batches, which go through a block one after another before the next block's turn.
+
+        So weights on the disk are read once for all of them; they leave nothing of a block but its input. Where weights
+        are in memory, one batch at a time takes the least.
+        """
+        last = len(self.blocks) - 1
+        for batch in batches:
+            batch.hidden, batch.calls = self.embed(batch.tokens)
+        for index in walk(self.model, range(len(self.blocks))):
+            whole = bool(kernels) and not self.shelf and not (recompute and index < last)
+            for batch in batches:
+                state = batch.hidden
+                for each in self._forwards(index, batch, whole=whole, keep=bool(kernels), maps=bool(maps)):
+                    visit(Seen(each.number, None, each.activation(state), windows=batch.first_window))
+        self._turn(batches, kernels)
+        for index in walk(self.model, range(last, -1, -1) if kernels else ()):
+            for batch in batches:
+                self._backwards(index, batch, visit, maps)
+
+    def _forwards(self, index: int, batch: Batch, *, whole: bool, keep: bool, maps: bool) -> list[MlpPass]:
+        """Run a block, keeping its graph as a whole, or its input, or nothing; its MLPs."""
+        call = batch.calls[index]
+        if whole:
+            trace = self._trace(index, batch.hidden, call, maps=maps)
+            batch.stored.append(trace)
+            batch.hidden = trace.output
+            return trace.mlps
+        output, mlps = self.run(index, batch.hidden, call)
+        if keep:
+            products = [each.maps[-1].output for each in mlps]
+            changed = any(each._version > 0 for each in products)  # Falcon adds to it in place, what attention gives
+            known = None if self.shelf or changed or len(products) > 1 else products[0]
+            batch.stored.append((set_aside(self.scratch, batch.hidden), known))
+        batch.hidden = output
+        return mlps
+
+    def _turn(self, batches: Sequence[Batch], kernels: Sequence[Kernel]) -> None:
+        """Objectives at the end of the blocks, and their gradients there."""
+        head = self.head.at_hand() if kernels else self.head
+        for batch in batches:
+            hidden = batch.hidden.detach().requires_grad_()
+            with torch.enable_grad():
+                normed = self.norm(hidden)
+            batch.final = normed.detach()
+            means = mean_over_positions(
+                kernels, batch.final, head, batch.tokens, teacher=batch.teacher, first_window=batch.first_window
+            )
+            batch.values = [values for values, _ in means]
+            batch.gradients = [
+                torch.autograd.grad(normed, hidden, (slope * scale_in(normed)).to(normed.dtype), retain_graph=True)[0]
+                for _, slope in means
+            ]
+
+    def _backwards(self, index: int, batch: Batch, visit: Visit, maps: Sequence[int]) -> None:
+        """Carry the gradient of every objective through a block, whose graph is freed."""
+        entry, count = batch.stored.pop(), len(batch.gradients)
+        if not isinstance(entry, Trace):
+            entry = self._trace(index, entry[0](), batch.calls[index], entry[1], maps=bool(maps))
+        for number, gradient in enumerate(batch.gradients):
+            shown, more = number in maps, number < count - 1
+            batch.gradients[number], mlps = self._back(entry, gradient, index > 0, maps=shown, more=more)
+            for each, (slope, slopes) in zip(entry.mlps, mlps, strict=True):
+                own = [
+                    MapPass(one.linear, each.spread(one.input.detach(), entry.input), each.spread(at, entry.input))
+                    for one, at in zip(each.maps, slopes, strict=False)
+                ]
+                activation, spread = each.activation(entry.input), each.spread(slope, entry.input)
+                visit(Seen(each.number, number, activation, spread, own, batch.first_window))
+
+    def _back(
+        self, trace: Trace, gradient: Tensor, further: bool, *, maps: bool, more: bool
+    ) -> tuple[Tensor, list[tuple[Tensor, list[Tensor]]]]:
+        """One objective's gradient at a block's input, and in it those at each MLP's activation and behind its maps.
+
+        The graph stays if there are `more` objectives.
+        """
+        wanted = [each.maps[-1].input for each in trace.mlps]
+        behind = [[one.output for one in each.maps] if maps else [] for each in trace.mlps]
+        inputs = [trace.input] if further else []
+        flat = [output for outputs in behind for output in outputs]
+        found = [*torch.autograd.grad(trace.output, [*wanted, *flat, *inputs], gradient, retain_graph=more)]
+        rest = found.pop() if inputs else gradient
+        if (scale := scale_in(gradient)) != 1:
+            found = [each.float() / scale for each in found]
+        late = iter(found[len(wanted) :])
+        return rest, [(slope, [next(late) for _ in outputs]) for slope, outputs in zip(found, behind, strict=False)]
+
+    @torch.no_grad()
+    def run(self, index: int, hidden: Tensor, call: BlockCall) -> tuple[Tensor, list[MlpPass]]:
+        """Output of a block, and its MLPs with what went through their output maps."""
+        passes: list[MlpPass] = []
+
+        def write(number: int, activation: Tensor, tokens: Tensor | None) -> Tensor:
+            linear = self.mlps[number].output
+            passes.append(MlpPass(number, [MapPass(linear, activation, linear(activation))], tokens))
+            return passes[-1].maps[-1].output
+
+        with overridden(taps_on(self._mlps(index), self.of_block[index].start, hidden, write)):
+            output = self.run_block(index, hidden, call)
+        return output, sorted(passes, key=lambda each: each.number)
+
+    def _mlps(self, index: int) -> list[Mlp]:
+        """Of a block."""
+        own = self.of_block[index]
+        return self.mlps[own.start : own.stop]
+
+    def run_block(self, index: int, hidden: Tensor, call: BlockCall) -> Tensor:
+        """Output of a block as its modules are now."""
+        output = self.blocks[index](hidden, *call.args, **call.kwargs)
+        state: Tensor = output[0] if self.family.tuples else output
+        return state
+
+    def _trace(
+        self, index: int, hidden: Tensor, call: BlockCall, mlp_output: Tensor | None = None, *, maps: bool = False
+    ) -> Trace:
+        """Run a block with its graph; where the output map's product is known, it is not computed again."""
+        own = self.of_block[index]
+        passes = {number: MlpPass(number, []) for number in own}
+        hidden = hidden.detach().requires_grad_(index > 0)
+
+        def read(number: int, linears: Sequence[LinearMap], values: Tensor) -> Tensor:
+            found = [MapPass(linear, values, grown(linear(values))) for linear in linears]
+            passes[number].maps += found
+            return found[0].output if len(found) == 1 else torch.cat([each.output for each in found], -1)
+
+        def write(number: int, activation: Tensor, tokens: Tensor | None) -> Tensor:
+            activation, linear = grown(activation), self.mlps[number].output
+            if mlp_output is None:
+                output = linear(activation)
+            else:
+                output = KnownProduct.apply(activation, linear.weight, mlp_output)  # type: ignore[no-untyped-call]
+            passes[number].tokens = tokens
+            passes[number].maps.append(MapPass(linear, activation, output))
+            return output
+
+        taps = taps_on(self._mlps(index), own.start, hidden, write, read if maps else None)
+        with overridden(taps), torch.enable_grad():
+            output = self.run_block(index, hidden, call)
+        return Trace(hidden, [*passes.values()], output)
+
+
+def scale_in(tensor: Tensor) -> int:
+    """By what gradients are multiplied on their way: float16 holds nothing below 6e-8, so there they are larger."""
+    return 2**12 if tensor.dtype == torch.float16 else 1

@@ -1,0 +1,116 @@
+"""From the final hidden state to the logits, a slice of positions at a time."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hifiprune.engine.offload import shelf_of
+from hifiprune.errors import UserError
+from hifiprune.io.safetensors_stream import Stored
+
+SLICE_BYTES = 24 * 2**20  # one [slice, vocabulary] float32 matrix
+SLICE_ROWS = 128  # at least, for a fast matrix product
+PART = 16_384  # of the vocabulary, for one matrix product
+CACHE_BYTES = 3 * 2**20  # rows that a CPU's cache holds while the elementwise steps pass over them
+
+
+@dataclass(frozen=True)
+class Head:
+    """From the normalised final hidden state to the logits, as the model computes them but in float32 or better.
+
+    The weight of a streamed model is `stored` in a file, and read a part at a time unless it is `held`.
+
+    `logits = cap * tanh(scale * (hidden @ weight.T + bias) / cap)`, without the outer part where `cap` is None.
+    """
+
+    linear: nn.Linear
+    scale: float = 1.0
+    cap: float | None = None
+    stored: Stored | None = None
+    held: Float[Tensor, "vocabulary hidden"] | None = None
+    room: int = 0
+    device: torch.device = torch.device("cpu")
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Head":
+        """The head of `model`, with the logit scaling of Cohere and Granite and the soft-capping of Gemma 2."""
+        config = model.config.get_text_config()
+        linear = model.get_output_embeddings()
+        if not isinstance(linear, nn.Linear):
+            raise UserError(
+                f"{type(model).__name__} has no plain Linear as its output head; give the causal language model"
+            )
+        scale = getattr(config, "logit_scale", None) or 1.0
+        divisor = getattr(config, "logits_scaling", None) or 1.0
+        cap = getattr(config, "final_logit_softcapping", None)
+        shelf = shelf_of(model)
+        stored, room = (shelf.head, shelf.head_room) if shelf else (None, 0)
+        return cls(linear, scale / divisor, cap, stored, room=room, device=model.device)
+
+    def at_hand(self) -> "Head":
+        """The same, with the weight of a streamed model in memory if its `room` there has as many bytes."""
+        if self.stored is None or self.stored.bytes > self.room:
+            return self
+        return replace(self, held=self.stored.whole().to(self.device))
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of logits per position."""
+        return self.linear.out_features
+
+    @property
+    def slice_rows(self) -> int:
+        """Positions per matrix product."""
+        return rows_of_slice(self.vocabulary)
+
+    @property
+    def cache_rows(self) -> int:
+        """Rows per elementwise pass: on a CPU as many as stay in its cache, elsewhere a whole slice."""
+        on_cpu = self.device.type == "cpu"
+        return max(1, CACHE_BYTES // (4 * self.vocabulary)) if on_cpu else self.slice_rows
+
+    def logits(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocabulary"]:
+        """Logits of a few positions, in float32 or better."""
+        hidden = precise(hidden)
+        logits = hidden.new_empty(len(hidden), self.vocabulary)
+        for columns, weight in self._weight(hidden):
+            torch.mm(hidden, weight.T, out=logits[:, columns])
+        if self.linear.bias is not None:
+            logits += self.linear.bias
+        if self.scale != 1.0:
+            logits *= self.scale
+        if self.cap is not None:
+            logits.div_(self.cap).tanh_().mul_(self.cap)
+        return logits
+
+    def pull_back(self, gradient: Float[Tensor, "rows vocabulary"]) -> Float[Tensor, "rows hidden"]:
+        """Gradient at the hidden rows from the gradient at the logits before soft-capping."""
+        hidden = gradient.new_zeros(len(gradient), self.linear.in_features)
+        for columns, weight in self._weight(gradient):
+            hidden.addmm_(gradient[:, columns], weight, alpha=self.scale)
+        return hidden
+
+    def _weight(self, like: Tensor) -> Iterator[tuple[slice, Float[Tensor, "columns hidden"]]]:
+        """The weight where `like` is and in its dtype, a part of the vocabulary at a time."""
+        if self.stored is not None and self.held is None:
+            parts = self.stored.chunks(PART)
+        else:
+            parts = iter((self.linear.weight.detach() if self.held is None else self.held).split(PART))
+        start = 0
+        for part in parts:
+            yield slice(start, start + len(part)), part.to(like)
+            start += len(part)
+
+
+def rows_of_slice(vocabulary: int) -> int:
+    """As many rows of logits as fit into `SLICE_BYTES`, at least `SLICE_ROWS`."""
+    return max(SLICE_ROWS, SLICE_BYTES // (4 * vocabulary))
+
+
+def precise(tensor: Tensor) -> Tensor:
+    """`tensor` in float32, or in its own dtype if that holds more digits."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,136 @@
+"""From measured cells to what they say: means with spread, paired differences, overlaps, and where the score is."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hifiprune.commands.compare_plans import Measured
+from hifiprune.evaluation import bootstrap_paired, estimate
+from hifiprune.plan import Plan
+from hifiprune.scoring.criteria import find_criterion
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A criterion at a ratio with one draw of the calibration windows: its plan, and the scores of each layer."""
+
+    criterion: str
+    ratio: float
+    seed: int
+    plan: Plan
+    scores: list[Float[Tensor, "_"]]
+
+
+def contrast(
+    cells: Sequence[Cell], dense: Sequence[Measured], measured: Sequence[Sequence[Measured]], texts: int
+) -> dict[str, Any]:
+    """Everything that a comparison reports, as plain data.
+
+    Args:
+        cells: what was measured.
+        dense: metrics of the dense model on each text, by window, perplexities as their logarithms; then of the tasks.
+        measured: the same of each cell.
+        texts: how many of these are texts.
+
+    Returns:
+        `dense`: estimates; `cells`: every value by window; `summary`: over seeds, with the difference to the first
+        criterion; `overlap`: Jaccard similarity of kept neurons; `mass`: share of the score in each layer, of criteria
+        whose scores can be added across layers.
+    """
+    ratios = list(dict.fromkeys(cell.ratio for cell in cells))
+    criteria = list(dict.fromkeys(cell.criterion for cell in cells))
+    return {
+        "dense": [{name: asdict(each) for name, each in _estimates(text).items()} for text in dense[:texts]],
+        "dense_tasks": {name: value for tasks in dense[texts:] for name, (value,) in tasks.items()},
+        "cells": [
+            {"criterion": cell.criterion, "ratio": cell.ratio, "seed": cell.seed, "windows": found}
+            for cell, found in zip(cells, measured, strict=True)
+        ],
+        "summary": [
+            _summary(name, ratio, text, metric, cells, measured)
+            for text in range(len(dense))
+            for metric in measured[0][text]
+            if metric != "dense_perplexity"
+            for ratio in ratios
+            for name in criteria
+        ],
+        "overlap": {f"{ratio:g}": _overlaps([cell for cell in cells if cell.ratio == ratio]) for ratio in ratios},
+        "mass": {
+            name: _mass([cell for cell in cells if cell.criterion == name])
+            for name in criteria
+            if find_criterion(name).across_layers
+        },
+    }
+
+
+def _summary(
+    name: str, ratio: float, text: int, metric: str, cells: Sequence[Cell], measured: Sequence[Sequence[Measured]]
+) -> dict[str, Any]:
+    """Mean and standard deviation over seeds, and the paired difference to the first criterion.
+
+    Of perplexity the difference is that of its logarithm, in nats a token.
+    """
+
+    def table(criterion: str) -> Float[Tensor, "seeds windows"]:
+        chosen = [m for c, m in zip(cells, measured, strict=True) if (c.criterion, c.ratio) == (criterion, ratio)]
+        return torch.tensor([texts[text][metric] for texts in chosen], dtype=torch.float64)
+
+    values = table(name)
+    by_seed = [_mean(metric, row) for row in values]
+    difference = bootstrap_paired(values - table(cells[0].criterion))
+    return {
+        "text": text,
+        "metric": metric,
+        "ratio": ratio,
+        "criterion": name,
+        "mean": mean(by_seed),
+        "spread": stdev(by_seed) if len(by_seed) > 1 else None,
+        "difference": asdict(difference),
+    }
+
+
+def _mean(metric: str, windows: Float[Tensor, "windows"]) -> float:
+    average = windows.double().mean()
+    return float(average.exp() if metric.endswith("perplexity") else average)
+
+
+def _estimates(measured: Measured) -> dict[str, Any]:
+    return estimate({name: torch.tensor(values, dtype=torch.float64) for name, values in measured.items()})
+
+
+def _overlaps(cells: Sequence[Cell]) -> dict[str, Any]:
+    """Jaccard similarity of kept neurons: between criteria at the same seed, and between seeds of one criterion."""
+    criteria = list(dict.fromkeys(cell.criterion for cell in cells))
+    seeds = list(dict.fromkeys(cell.seed for cell in cells))
+    pairs = list(combinations(seeds, 2))
+    plans = {(cell.criterion, cell.seed): cell.plan for cell in cells}
+    return {
+        "criteria": {
+            a: {b: mean(jaccard(plans[a, s], plans[b, s]) for s in seeds) for b in criteria} for a in criteria
+        },
+        "seeds": {
+            name: mean(jaccard(plans[name, s], plans[name, t]) for s, t in pairs) if pairs else None
+            for name in criteria
+        },
+    }
+
+
+def jaccard(first: Plan, second: Plan) -> float:
+    """Neurons that both plans keep over neurons that either keeps."""
+    shared = sum(int(torch.isin(a, b).sum()) for a, b in zip(first.kept, second.kept, strict=True))
+    return shared / (sum(first.widths) + sum(second.widths) - shared)
+
+
+def _mass(cells: Sequence[Cell]) -> list[float]:
+    """Share of the positive scores in each layer, averaged over a criterion's cells."""
+    shares = []
+    for cell in cells:
+        sums = torch.stack([values.double().clamp(min=0).sum() for values in cell.scores])
+        shares.append(sums / sums.sum())
+    return [float(share) for share in torch.stack(shares).mean(0)]

@@ -1,0 +1,67 @@
+"""Held-out texts to measure on."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Int
+from torch import Tensor
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from hifiprune.bounds import check_numbers
+from hifiprune.calibration import Track, cut_windows, join_documents, untracked, window_start, with_start
+from hifiprune.errors import UserError
+from hifiprune.io.text_sources import check_named, read_documents
+
+
+@dataclass(frozen=True)
+class Text:
+    """A held-out text to measure on.
+
+    Attributes:
+        source: anything that a calibration's source may be but `self`.
+        seq_len: tokens per window.
+        max_windows: use only the first ones.
+        fidelity: measure every metric; else perplexity and entropy alone, in less time.
+        text_column: column of the text, guessed if not given.
+
+    Raises:
+        UserError: a number is out of range.
+    """
+
+    source: str
+    seq_len: int = 1024
+    max_windows: int | None = None
+    fidelity: bool = True
+    text_column: str | None = None
+
+    def __post_init__(self) -> None:
+        check_named(self.source)
+        check_numbers(vars(self))
+
+    def held(self, tokenizer: PreTrainedTokenizerBase, track: Track = untracked) -> "Held":
+        """The text as one stream of tokens, cut without overlap; no more is read than is used.
+
+        Every window begins as the tokenizer begins a text, as with a start token, and has that many fewer tokens of the
+        text. All of these but the first of a window without such a start are predicted.
+
+        Raises:
+            UserError: there is no text, or too little of it.
+        """
+        most = self.max_windows and self.max_windows * self.seq_len
+        stream = join_documents(read_documents(self.source, self.text_column), tokenizer, most, track)
+        start = window_start(tokenizer, seq_len=self.seq_len)
+        windows = cut_windows(stream[len(start) :], self.seq_len - len(start))[: self.max_windows]
+        if len(windows) == 0:
+            raise UserError(
+                f"too little text in {self.source}: its {len(stream)} tokens make no window of {self.seq_len}; "
+                f"use more text or --seq-len {max(2, len(stream))}"
+            )
+        return Held(self.source, self.fidelity, with_start(start, windows))
+
+
+@dataclass(frozen=True)
+class Held:
+    """The windows of a text."""
+
+    source: str
+    fidelity: bool
+    windows: Int[Tensor, "windows positions"]

@@ -1,0 +1,75 @@
+"""What two models expect at every token of a passage, side by side."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from hifiprune.engine.block_chain import BlockChain
+from hifiprune.engine.context import check_windows, frozen
+from hifiprune.evaluation.fidelity import compare
+
+TOP = 10
+CONTEXT = 4
+"""Tokens that may share a character, or a space, with the next."""
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+
+
+@torch.no_grad()
+def read_passage(
+    dense: PreTrainedModel,
+    pruned: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Int[Tensor, "positions"],
+) -> list[dict[str, Any]]:
+    """Each token of a passage, and from the second on the KL divergence there and both models' likeliest tokens.
+
+    Args:
+        dense: the dense model.
+        pruned: the other, of the same vocabulary.
+        tokenizer: of both.
+        tokens: the passage.
+
+    Returns:
+        `text` of every token; `kl` in nats, and under `dense` and `pruned` pairs of token and probability.
+    """
+    window, ids = tokens[None], tokens.tolist()
+    check_windows(pruned, window, 1, least=2)
+    expected = [_expected(model, window) for model in (dense, pruned)]
+    expected[0] = expected[0].to(expected[1])
+    divergence = compare(*expected)["kl"].tolist()
+    likeliest = [_likeliest(each, tokenizer, ids) for each in expected]
+    texts = [in_place(tokenizer, ids[:place], token) for place, token in enumerate(ids)]
+    return [{"text": texts[0]}] + [
+        {"text": text, "kl": kl, "dense": theirs, "pruned": ours}
+        for text, kl, theirs, ours in zip(texts[1:], divergence, *likeliest, strict=True)
+    ]
+
+
+def _expected(model: PreTrainedModel, window: Int[Tensor, "1 positions"]) -> Tensor:
+    """Log-probabilities at every position but the last."""
+    with frozen(model):
+        chain = BlockChain(model)
+        hidden = chain.final_hidden(window.to(model.device, torch.int64))[0, :-1]
+        return chain.head.logits(hidden).log_softmax(-1)
+
+
+def _likeliest(logs: Tensor, tokenizer: PreTrainedTokenizerBase, passage: list[int]) -> list[list[tuple[str, float]]]:
+    """Pairs of token and probability for the place after every one of the passage but the last."""
+    top = logs.exp().topk(min(TOP, logs.shape[1]))
+    return [
+        [
+            (in_place(tokenizer, passage[: place + 1], token), round(share, 4))
+            for token, share in zip(tokens, shares, strict=True)
+        ]
+        for place, (tokens, shares) in enumerate(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+    ]
+
+
+def in_place(tokenizer: PreTrainedTokenizerBase, before: list[int], token: int) -> str:
+    """What a token adds to the text of those before it: some tokenizers drop the space of a first token."""
+    start = str(tokenizer.decode(before[-CONTEXT:])).rstrip(INCOMPLETE)
+    return str(tokenizer.decode([*before[-CONTEXT:], token]))[len(start) :]

@@ -1,0 +1,251 @@
+"""Zero-shot accuracy by the tasks of lm-evaluation-harness, an optional package: `hifiprune[tasks]`."""
+
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hifiprune.bounds import check_numbers
+from hifiprune.engine.context import check_vocabulary
+from hifiprune.evaluation.bootstrap import Estimate, bootstrap_average
+from hifiprune.evaluation.lm_eval_harness import (
+    as_it_is,
+    built_once,
+    explained,
+    files_explained,
+    find_tasks,
+    quiet,
+    seeded,
+)
+from hifiprune.evaluation.loglikelihood import Request, likelihoods
+from hifiprune.io.hashing import hash_texts
+
+PAPERS = (
+    "arc_easy", "arc_challenge", "boolq", "crows_pairs_english", "openbookqa", "piqa", "race", "social_iqa",
+    "truthfulqa_mc2", "winogrande",
+)  # fmt: skip
+"""The ten of arXiv 2603.08083 and 2506.11120, by the harness's names; `papers` stands for them."""
+METRICS = ("acc_norm", "acc", "pct_stereotype", "")
+"""A task's main metric is the first of these that it has, else whatever comes first: as the papers report the ten."""
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Which tasks to run.
+
+    Attributes:
+        names: of tasks, groups or tags; `papers` stands for those of `PAPERS`. Of a group its own value, if it defines
+            one, and that of every task.
+        include_path: folder of task files, which come before the harness's own tasks.
+        limit: so many items of each task, drawn at random.
+        seed: of that draw.
+
+    Raises:
+        UserError: the limit is out of range.
+    """
+
+    names: Sequence[str]
+    include_path: str | Path | None = None
+    limit: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_numbers({"limit": self.limit, "seed": self.seed})
+        names = tuple(each for name in self.names for each in (PAPERS if name == "papers" else [name]))
+        object.__setattr__(self, "names", names)
+
+    def check(self) -> None:
+        """Fail before a model is loaded; takes some 20 seconds if a name is not found in `include_path`.
+
+        Raises:
+            UserError: the harness is not installed, the folder does not exist, or a task is unknown or named twice.
+        """
+        find_tasks(self.names, self.include_path)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How a model did on a task.
+
+    Attributes:
+        accuracy: the task's main metric; 1.96 of the harness's standard errors to each side, where it has one, with
+            nothing to keep them between 0 and 1.
+        items: the metric of every item, where it is the mean of these; none of a group.
+    """
+
+    accuracy: Estimate
+    items: tuple[float, ...] = ()
+
+
+class Exam:
+    """Tasks without examples in the prompt, by lm-evaluation-harness: read once, for one model after another.
+
+    Prompts longer than the model's positions lose their beginning. Log-probabilities are float32 whatever the model's
+    dtype; the harness's command line keeps that dtype, and in bfloat16 the answers of a question often tie.
+    """
+
+    def __init__(self, tasks: Tasks):
+        """Read the tasks' data, and build every prompt.
+
+        Raises:
+            UserError: as `Tasks.check`; or a task cannot be used.
+            RunError: the data of a task cannot be had.
+        """
+        manager = find_tasks(tasks.names, tasks.include_path)
+        self.tasks = tasks
+        with quiet(), seeded(), explained(tasks.names), files_explained(tasks.names):
+            self._loaded = manager.load(list(tasks.names))
+            self._drawn = {name: _drawn(len(task.eval_docs), tasks) for name, task in self._tasks.items()}
+            for name, task in self._tasks.items():
+                task.set_config("num_fewshot", 0)
+                built_once(task, self._drawn[name])
+
+    @property
+    def _tasks(self) -> dict[str, Any]:
+        tasks: dict[str, Any] = self._loaded["tasks"]
+        return tasks
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        """What models will be asked, each with its answer."""
+        return ["".join(map(str, each.args)) for task in self._tasks.values() for each in task.instances]
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash of what is asked: tasks, prompts, and the answers that count."""
+        asked = [(name, task.eval_docs[number]) for name, task in self._tasks.items() for number in self._drawn[name]]
+        answers = [f"{name}: {self._tasks[name].doc_to_target(item)}" for name, item in asked]
+        return hash_texts([*self._tasks, *self.prompts, *answers])
+
+    @property
+    def items(self) -> dict[str, tuple[int, int]]:
+        """How many items of each task are asked, and how many it has."""
+        return {name: (len(self._drawn[name]), len(task.eval_docs)) for name, task in self._tasks.items()}
+
+    def ask(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int = 8,
+        track: Callable[[Iterable[int]], Iterable[int]] = lambda prompts: prompts,
+    ) -> dict[str, Answers]:
+        """The main metric of each task.
+
+        Args:
+            model: the model, measured where it is and as it is, and left so.
+            tokenizer: its tokenizer.
+            batch_size: prompts per step.
+            track: wraps the numbers of the prompts, to show progress.
+
+        Returns:
+            answers for each `task/metric`, such as `piqa/acc_norm`.
+
+        Raises:
+            UserError: the batch size or a task cannot be used.
+            RunError: memory ran out.
+        """
+        check_numbers({"batch_size": batch_size})
+        from lm_eval.evaluator import evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        with quiet(), seeded(), as_it_is(model), explained(self.tasks.names, batch_size):
+            # the tokenizer gets a padding token, hence the copy
+            asked = HFLM(
+                model, "causal", tokenizer=deepcopy(tokenizer), batch_size=batch_size, softmax_dtype="float32",
+                trust_remote_code=False,
+            )  # fmt: skip
+            done = iter(track(range(sum(len(task.instances) for task in self._tasks.values()))))
+            answer: Any = asked._model_call
+            vocabulary = model.config.get_text_config().vocab_size
+
+            def count(prompts: int) -> None:
+                for _ in range(prompts):
+                    next(done, None)
+
+            def counted(rows: torch.Tensor, *rest: Any, **more: Any) -> Any:
+                check_vocabulary(int(rows.max()), vocabulary)
+                count(len(rows))
+                return answer(rows, *rest, **more)
+
+            def continued(requests: list[Request], *_: Any, **__: Any) -> list[tuple[float, bool]]:
+                check_vocabulary(max(max(*text, *answer) for _, text, answer in requests), vocabulary)
+                return likelihoods(model, requests, longest=asked.max_length, batch_size=batch_size, done=count)
+
+            asked._model_call = counted
+            if model.device.type == "cpu":  # where tokens take the time, not steps
+                asked._loglikelihood_tokens = continued
+            # a task's metrics that are not means are resampled even when they are not the main one
+            found = evaluate(asked, self._loaded, samples=self._drawn, bootstrap_iters=1000)
+            for _ in done:  # prompts that shared a step
+                pass
+        samples = found["samples"]
+        return dict(
+            named
+            for name, metrics in found["results"].items()
+            for named in _main_metric(name, metrics, samples.get(name, []))
+        )
+
+
+def zero_shot(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Tasks, *, batch_size: int = 8
+) -> dict[str, Estimate]:
+    """The main metric of each task for one model; see `Exam`."""
+    answers = Exam(tasks).ask(model, tokenizer, batch_size=batch_size)
+    return {name: each.accuracy for name, each in answers.items()}
+
+
+def average(answers: dict[str, Answers]) -> Estimate | None:
+    """The plain mean over tasks, with 1.96 of its standard error to each side; None if no metric is a mean of items."""
+    each = [found.accuracy for found in answers.values() if found.items]
+    if not each:
+        return None
+    value = sum(estimate.value for estimate in each) / len(each)
+    if any(estimate.high is None for estimate in each):
+        return Estimate(value)
+    margin = math.sqrt(
+        sum((estimate.high - estimate.value) ** 2 for estimate in each if estimate.high is not None)
+    ) / len(each)
+    return Estimate(value, value - margin, value + margin)
+
+
+def differences(answers: dict[str, Answers], reference: dict[str, Answers]) -> dict[str, Estimate]:
+    """What a model gains on another in every task, and on average over them under the name `average`.
+
+    Both answered the same items, so the difference is taken item by item; the 95% intervals are percentiles of a
+    bootstrap over the items of each task.
+    """
+    pairs = {name: (found.items, reference[name].items) for name, found in answers.items() if found.items}
+    gains = {name: torch.tensor(ours) - torch.tensor(theirs) for name, (ours, theirs) in pairs.items()}
+    found = {name: bootstrap_average([gain]) for name, gain in gains.items()}
+    return found | ({"average": bootstrap_average(list(gains.values()))} if gains else {})
+
+
+def _drawn(count: int, tasks: Tasks) -> list[int]:
+    """The items to ask: a random choice, in order, or all."""
+    return sorted(random.Random(tasks.seed).sample(range(count), min(count, tasks.limit or count)))
+
+
+def _main_metric(
+    name: str, metrics: dict[str, Any], samples: Sequence[dict[str, Any]]
+) -> Iterator[tuple[str, Answers]]:
+    """The one metric to report, if there is any, from the harness's `metric,filter` and `metric_stderr,filter`."""
+    keys = [key for key in metrics if "," in key and "_stderr," not in key]
+    wanted = [key for metric in METRICS for key in keys if key.startswith(f"{metric}," if metric else "")]
+    for key in wanted[:1]:
+        metric, _, filtered = key.partition(",")
+        value, error = float(metrics[key]), metrics.get(f"{metric}_stderr,{filtered}")
+        # the error of a single item is "N/A"
+        margin = 1.96 * float(error) if isinstance(error, int | float) else None
+        interval = () if margin is None else (value - margin, value + margin)
+        items = [each[metric] for each in samples if each["filter"] == filtered]
+        means = all(isinstance(each, int | float) for each in items) and items
+        items = items if means and math.isclose(sum(items) / len(items), value, abs_tol=1e-9) else []
+        yield f"{name}/{metric}", Answers(Estimate(value, *interval), tuple(map(float, items)))

@@ -1,0 +1,1 @@
+"""Atomic writes, safetensors streaming, hashing, resuming, processes and text sources."""

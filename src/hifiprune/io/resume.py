@@ -1,0 +1,118 @@
+"""What an interrupted run leaves beside its output: finished parts, each found again by all that it was made from."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from transformers import PreTrainedModel
+
+from hifiprune.errors import UserError
+from hifiprune.io.atomic import replacing
+from hifiprune.io.output_paths import UNFINISHED, note_unfinished
+from hifiprune.progress import Voice
+
+T = TypeVar("T")
+MARK = "made-by-hifiprune"
+"""A file that tells a folder of ours from a user's."""
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A folder of finished parts.
+
+    Attributes:
+        folder: beside the output, made with the first part.
+        voice: tells of parts that cannot be read.
+        made_of: what all parts depend on.
+        reused: parts that were there from before.
+    """
+
+    folder: Path
+    voice: Voice
+    made_of: Sequence[str] = ()
+    reused: set[Path] = field(default_factory=set)
+
+    @classmethod
+    def beside(cls, target: Path, command: str, voice: Voice) -> "Unfinished":
+        """The parts of the command that makes `target`.
+
+        Raises:
+            UserError: something else has the folder's name.
+        """
+        folder = target.with_name(f"{target.name}.{command}{UNFINISHED}")
+        if folder.exists() and not (folder / MARK).is_file():
+            raise UserError(f"{folder} is needed for unfinished work but is not hifiprune's; rename or remove it")
+        note_unfinished(folder)
+        return cls(folder, voice)
+
+    def of(self, model: PreTrainedModel, model_hash: str) -> "Unfinished":
+        """Those parts that were made from this model, in this arithmetic, by this version."""
+        made_of = [model_hash, str(model.dtype), model.config._attn_implementation, version("hifiprune")]
+        return replace(self, made_of=made_of)
+
+    def path(self, kind: str, *facts: Any, suffix: str = ".json") -> Path:
+        """Where a part is kept that was made of these facts, which JSON must know."""
+        key = hashlib.sha256(json.dumps([*self.made_of, *facts]).encode()).hexdigest()[:24]
+        return self.folder / kind / f"{key}{suffix}"
+
+    def read(self, path: Path, reader: Callable[[Path], T]) -> T | None:
+        """A part, or None if it is not there or damaged, which `reader` tells by a `ValueError`."""
+        if not path.is_file():
+            return None
+        try:
+            part = reader(path)
+        except ValueError:
+            self.voice.say(f"{path} is damaged and is made again.")
+            path.unlink()
+            return None
+        self.reused.add(path)
+        return part
+
+    def make(self) -> None:
+        """The folder, if it is not there."""
+        if not self.folder.exists():
+            with replacing(self.folder) as whole:
+                whole.mkdir()
+                (whole / MARK).write_text(
+                    "Finished parts of an interrupted run: the same command goes on from here.\n", encoding="utf-8"
+                )
+
+    def write(self, path: Path, writer: Callable[[Path], object]) -> None:
+        """Keep a part."""
+        self.make()
+        with replacing(path) as temporary:
+            writer(temporary)
+
+    def read_json(self, path: Path) -> Any:
+        """A part that `write_json` wrote, or None."""
+        return self.read(path, lambda found: json.loads(found.read_text(encoding="utf-8")))
+
+    def write_json(self, path: Path, part: dict[str, Any]) -> None:
+        """Keep plain data."""
+        self.write(path, lambda temporary: temporary.write_text(json.dumps(part), encoding="utf-8"))
+
+    def remove(self) -> None:
+        """All is done; the mark goes last, so that what an interruption leaves is still known as ours."""
+        if not self.folder.exists():
+            return
+        for part in self.folder.iterdir():
+            if part.name != MARK:
+                shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def kept(parts: Unfinished | None, facts: list[Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What was made of these facts before, else what is made now, kept if anything is; the first fact is its kind."""
+    if parts is None:
+        return make()
+    path = parts.path(*facts)
+    found: dict[str, Any] | None = parts.read_json(path)
+    if found is None:
+        found = make()
+        parts.write_json(path, found)
+    return found

@@ -1,0 +1,1 @@
+"""What a model is: families, MLPs, checkpoints and their files."""

@@ -1,0 +1,426 @@
+"""Reading and writing checkpoints: local folders, hub ids and GGUF files in; ordinary safetensors folders out.
+
+Weights are read from safetensors or GGUF only: no user's file is ever unpickled, and no code from a checkpoint runs.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import safe_open
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from hifiprune.errors import HifipruneError, RunError, UserError
+from hifiprune.io.atomic import local_path
+from hifiprune.io.json_files import check_objects
+from hifiprune.io.quiet_libraries import quiet
+from hifiprune.io.safetensors_stream import Stacked, Stored
+from hifiprune.models.companion_files import COMPANIONS, WEIGHTS, companions, copy_companions, has_vocabulary
+from hifiprune.models.config_checks import check_sizes, configuration_explained, read_configuration
+from hifiprune.models.config_file import CONFIG, config_text, with_rope_theta
+from hifiprune.models.detect import family_of, stock_class
+from hifiprune.models.families import known_family
+from hifiprune.models.modeling_pruned import pruned_class
+from hifiprune.models.unsupported import ADAPTER, METHOD_FILES, refuse_adapter, refuse_kernels, refuse_quantized
+from hifiprune.models.weight_files import (
+    Tensors,
+    check_tensors,
+    check_whole,
+    model_tensors,
+    refuse_pointers,
+    tied_once,
+    untie_,
+    untied_names,
+)
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on this disk that has been found but not loaded.
+
+    Attributes:
+        name: what the user called it.
+        folder: where its files are.
+        gguf: name of its GGUF file in the folder, if it is one.
+        on_hub: whether its weights are still to be downloaded from the hub, where it is called `name`.
+    """
+
+    name: str
+    folder: Path
+    gguf: str | None = None
+    on_hub: bool = False
+
+    @property
+    def path(self) -> Path:
+        """The file or folder that is read."""
+        return self.folder / self.gguf if self.gguf else self.folder
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """The files of the weights, there or not.
+
+        Raises:
+            UserError: the weights are in another format, or their index is damaged.
+        """
+        if self.gguf:
+            return [self.path]
+        if (self.folder / INDEX).is_file():
+            refuse_pointers(self.name, [self.folder / INDEX])
+            try:
+                index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+                shards = {Path(shard) for shard in index["weight_map"].values()}
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+                raise UserError(f"{self.name}: {INDEX} is damaged ({error}); copy the checkpoint again") from error
+            for shard in shards:
+                if shard.is_absolute() or ".." in shard.parts:
+                    raise UserError(
+                        f"{self.name}: {INDEX} names {shard}, outside of its folder; no checkpoint does that"
+                    )
+            return sorted(self.folder / shard for shard in shards)
+        pickled = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in self.folder.glob(kind))
+        if pickled and not (self.folder / SINGLE).is_file():
+            hint = f"{pickled[0]} would have to be unpickled: convert it to safetensors first"
+            raise UserError(f"{self.name} has no {SINGLE} and no {INDEX}; {hint}")
+        return [self.folder / SINGLE]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the weight files that are on this disk."""
+        return sum(file.stat().st_size for file in self.weight_files if file.is_file())
+
+    @property
+    def is_here(self) -> bool:
+        """Whether all weights are on this disk."""
+        return all(file.is_file() for file in self.weight_files)
+
+    def config(self) -> PretrainedConfig:
+        """The model's configuration, a new copy.
+
+        Raises:
+            UserError: it is missing or broken, of an unsupported family, or says that the weights are quantized.
+        """
+        return deepcopy(self._config)
+
+    @cached_property
+    def _config(self) -> PretrainedConfig:
+        facts = None if self.gguf else self._facts
+        if facts:  # before transformers refuses what it does not know or has no library for
+            if facts.get("model_type") not in CONFIG_MAPPING:
+                known_family(facts.get("model_type", "none"), facts.get("architectures"))
+            refuse_quantized(self.name, self.folder, facts)
+            refuse_kernels(self.name, facts)
+            check_objects(self.folder, "generation_config.json")
+        with configuration_explained(self.name, facts, lambda facts: _configured(facts)):
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                self.folder, gguf_file=self.gguf, trust_remote_code=False
+            )
+            check_sizes(self.name, config)
+            family_of(config)
+        if getattr(config, "quantization_config", None) is not None:  # a GGUF file's, whose weights are dequantized
+            del config.quantization_config
+        return config
+
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
+        return read_configuration(self.folder)
+
+    def dtype(self) -> torch.dtype:
+        """The dtype of the stored weights; float32 for GGUF, whose blocks are dequantized."""
+        if self.gguf:
+            return torch.float32
+        stated = self._config.dtype
+        if isinstance(stated, torch.dtype):
+            return stated
+        if not self.is_here:
+            self.fetch()
+        self._check_files()
+        with safe_open(self.weight_files[0], "pt") as file:
+            tensor: torch.Tensor = file.get_tensor(next(iter(file.keys())))
+        return tensor.dtype
+
+    def fetch(self) -> None:
+        """Have every weight file on this disk, from the hub if need be, and check by headers that a model can be made.
+
+        Raises:
+            UserError: a file cannot be had, is missing, truncated or damaged, or holds other tensors than the model's.
+        """
+        if self.on_hub:
+            _download(self.name, [file.name for file in self.weight_files])
+        if self.gguf:
+            self._check_files()
+        else:
+            _ = self._stored
+
+    def _check_files(self) -> None:
+        files = self.weight_files
+        for file in files:
+            if not file.is_file():
+                raise UserError(f"{self.name} lacks the weight file {file.name}, one of {len(files)}; copy it again")
+        refuse_pointers(self.name, files)
+        for file in files if not self.gguf else ():
+            check_whole(self.name, file)
+
+    def check_files(self) -> None:
+        """Check as the loader would, but without reading weights, that the files are whole and fit together.
+
+        Raises:
+            UserError: the configuration or tokenizer cannot be read, or the weights are not the model's.
+        """
+        self.fetch()
+        if (self.folder / "generation_config.json").is_file():
+            with _explained(self.name, "generation_config.json"):
+                GenerationConfig.from_pretrained(self.folder, trust_remote_code=False)
+        with _explained(self.name, "the weights"), quiet():
+            loaded: Any = self.model_class.from_pretrained(
+                self.folder,
+                config=self.config(),
+                device_map="meta",
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        _, report = loaded
+        if report["missing_keys"]:
+            missing = sorted(report["missing_keys"])
+            raise UserError(f"{self.name} lacks {len(missing)} tensors, such as {missing[0]}; copy it again")
+        if has_vocabulary(self.folder):
+            self.tokenizer()
+
+    def tensors(self) -> dict[str, Stored | Stacked]:
+        """What the weight files hold, by the model's names, in the order of their bytes; tied tensors once."""
+        return dict(self._stored[0])
+
+    @cached_property
+    def _stored(self) -> tuple[Tensors, frozenset[str]]:
+        """What the files hold, checked, and which parameters they keep apart that the configuration ties."""
+        self._check_files()
+        skeleton = self._as_configured()
+        tensors = model_tensors(self.weight_files, family_of(self._config), skeleton)
+        check_tensors(self.name, skeleton, tensors)
+        apart = untied_names(skeleton, tensors, self.dtype())
+        untie_(skeleton, apart)
+        return tied_once(skeleton, tensors), apart
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model on the meta device: all shapes, no weights.
+
+        Where files are here, what they keep apart is not tied, as in the loaded model.
+        """
+        model = self._as_configured()
+        self.untie_as_stored_(model)
+        return model
+
+    def untie_as_stored_(self, model: PreTrainedModel) -> None:
+        """Have a model on the meta device, made as its configuration says, tied as transformers ties the loaded one."""
+        if not self.gguf and self.is_here:
+            untie_(model, self._stored[1])
+
+    def _as_configured(self) -> PreTrainedModel:
+        facts = None if self.gguf else self._facts
+        with configuration_explained(self.name, facts, lambda facts: self._skeleton_of(_configured(facts))):
+            return self._skeleton_of(self.config())
+
+    def _skeleton_of(self, config: PretrainedConfig) -> PreTrainedModel:
+        with torch.device("meta"):
+            model: PreTrainedModel = self.model_class._from_config(config)
+        return model
+
+    def check_attention(self, attention: str) -> None:
+        """Refuse an attention implementation that the model's class does not take.
+
+        Raises:
+            UserError: it does not.
+        """
+        try:
+            with torch.device("meta"):
+                self.model_class._from_config(self.config(), attn_implementation=attention)
+        except (ValueError, ImportError) as error:
+            said = str(error).partition(". ")[0]
+            raise UserError(
+                f"{self.name} does not run with attention '{attention}' ({said}); leave out --attention"
+            ) from error
+
+    @property
+    def model_class(self) -> type[PreTrainedModel]:
+        """Its stock class, or ours where its MLPs differ in width; never one from code of the checkpoint."""
+        return pruned_class(stock_class(self._config), mixed=hasattr(self._config, "mlp_widths"))
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer.
+
+        Raises:
+            UserError: there is none.
+        """
+        if not self.gguf and not has_vocabulary(self.folder):
+            raise UserError(f"{self.name} has no tokenizer files; copy those of the original model to {self.folder}")
+        refuse_pointers(self.name, (self.folder / file for file in companions(self.folder)))
+        if not self.gguf:
+            check_objects(self.folder, *TOKENIZER_SETTINGS)
+        alone = (self.folder / "tokenizer.model").is_file() and not (self.folder / "tokenizer.json").is_file()
+        if alone and find_spec("sentencepiece") is None:
+            raise UserError(
+                f"{self.name} has its tokenizer in tokenizer.model alone, which needs sentencepiece: pip install "
+                "sentencepiece"
+            )
+        try:
+            with _explained(self.name, "the tokenizer"):
+                tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                    self.folder, gguf_file=self.gguf, trust_remote_code=False
+                )
+        except UserError as error:
+            if alone and "tiktoken" in str(error):  # the format that transformers tries last
+                raise UserError(
+                    f"{self.name}: tokenizer.model is no whole sentencepiece model; copy it again"
+                ) from error
+            raise
+        return tokenizer
+
+    def load(
+        self, dtype: torch.dtype | None = None, device: str = "cpu", attention: str | None = None
+    ) -> PreTrainedModel:
+        """Load the weights, in the checkpoint's own dtype if none is given.
+
+        Raises:
+            UserError: a shard is missing or damaged, tensors are missing, or the attention is not available.
+            RunError: not enough memory.
+        """
+        config = self.config()
+        self.fetch()
+        arguments: dict[str, Any] = {"config": config}
+        if self.gguf:
+            arguments = {"gguf_file": self.gguf, "quantization_config": GgufConfig(dequantize=True)}
+        if family_of(config).experts and dtype == torch.float64:
+            arguments["experts_implementation"] = "eager"  # the others do not know it
+        with _explained(self.name, "the weights"), quiet():
+            loaded: Any = self.model_class.from_pretrained(
+                self.folder,
+                dtype=dtype or self.dtype(),
+                attn_implementation=attention,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # which are refused below, by name
+                **arguments,
+            )
+        model, report = loaded
+        for tensor, found, wanted in sorted(report["mismatched_keys"]):
+            sizes = f"{list(found)} in the files, where the configuration asks for {list(wanted)}"
+            raise UserError(f"{self.name}: {tensor} is {sizes}; copy the checkpoint again")
+        if report["missing_keys"]:
+            missing = sorted(report["missing_keys"])
+            raise UserError(f"{self.name} lacks {len(missing)} tensors, such as {missing[0]}; copy it again")
+        if self.gguf:
+            model.hf_quantizer, model.is_quantized = None, False  # its weights are plain now: it can be saved
+            model.config.__dict__.pop("quantization_config", None)
+        with _explained(self.name, "the weights"):
+            placed: PreTrainedModel = model.to(device).eval()
+        return placed
+
+    def save(self, model: PreTrainedModel, folder: Path, shard_size: str = "5GB", **how: Any) -> None:
+        """Write `model`, made from this checkpoint, into a new `folder`, with this one's tokenizer and licence.
+
+        `how` goes to its `save_pretrained`.
+        """
+        if not self.gguf:
+            model.generation_config = GenerationConfig()  # which transformers may refuse; the source's file is copied
+        with quiet():
+            model.save_pretrained(folder, max_shard_size=shard_size, **how)
+        saved = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if self.gguf:
+            text = json.dumps(with_rope_theta(saved), indent=2, sort_keys=True) + "\n"
+            self.tokenizer().save_pretrained(folder)
+        else:
+            text = config_text((self.folder / CONFIG).read_bytes().decode(), self.config(), model, saved)
+        (folder / CONFIG).write_bytes(text.encode())
+        if not self.gguf:
+            (folder / "generation_config.json").unlink(missing_ok=True)
+            copy_companions(self.folder, folder)
+
+
+def _configured(facts: dict[str, Any]) -> PretrainedConfig:
+    """The configuration that these facts make, where all of it can be used."""
+    config: PretrainedConfig = CONFIG_MAPPING[facts["model_type"]].from_dict(facts)
+    check_sizes("config.json", config)
+    return config
+
+
+def find_checkpoint(name: str) -> Checkpoint:
+    """Find a model by local folder, GGUF file or hub id; of a hub id all but the weights is downloaded.
+
+    Raises:
+        UserError: there is no such model, or it is an adapter of one.
+    """
+    path = local_path(name)
+    on_hub = not path.exists() and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) is not None
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(f"{name} is neither a model folder, a .gguf file nor a hub id")
+        refuse_pointers(name, [path])
+        return Checkpoint(name, path.parent, path.name)
+    if not path.exists() and not on_hub:
+        raise UserError(f"there is no model folder or .gguf file {name}")
+    asked = ["config.json", INDEX, "README.md", ADAPTER, *METHOD_FILES, *COMPANIONS, "*.py"]
+    folder = _download(name, asked, WEIGHTS) if on_hub else path
+    refuse_pointers(name, [folder / "config.json"])
+    refuse_adapter(name, folder)
+    if not (folder / "config.json").is_file():
+        found = sorted(file.name for file in folder.iterdir())[:5]
+        raise UserError(f"{name} holds no config.json (found: {', '.join(found) or 'nothing'}); is it a model folder?")
+    return Checkpoint(name, folder, on_hub=on_hub)
+
+
+def _download(name: str, patterns: list[str], never: list[str] | None = None) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=never))
+    except HfHubHTTPError as error:
+        answer = error.server_message or error
+        raise UserError(f"there is no folder {Path(name).absolute()}, and the hub answered: {answer}") from error
+    except Exception as error:
+        raise UserError(
+            f"there is no folder {Path(name).absolute()}, and the model hub could not be reached to look for {name} "
+            "there; check the spelling, or download the model first and give its folder"
+        ) from error
+
+
+@contextmanager
+def _explained(name: str, what: str) -> Iterator[None]:
+    """Turn a library's error about a user's file into one line."""
+    try:
+        yield
+    except HifipruneError:
+        raise
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise RunError(f"not enough memory for {what} of {name}; try --dtype bfloat16") from error
+    except Exception as error:  # libraries raise errors of any class about files that they do not expect
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{what} of {name} is code that comes with it (auto_map), and hifiprune runs no code of a checkpoint; "
+                "where you trust that code, write a plain checkpoint with it in Python first, with a tokenizer.json"
+            ) from error
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if "allocate memory" in first:
+            raise RunError(f"not enough memory for {what} of {name}; try --dtype bfloat16") from error
+        raise UserError(f"{what} of {name} cannot be read: {first[:300]}") from error

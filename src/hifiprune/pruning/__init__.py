@@ -1,0 +1,1 @@
+"""Allocate widths, cut neurons, repair what is left."""

@@ -1,0 +1,191 @@
+"""Cutting a checkpoint on the disk, shard by shard, without loading the model."""
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hifiprune.engine.offload import shelf_of
+from hifiprune.engine.spill import Kept, set_aside
+from hifiprune.errors import UserError
+from hifiprune.io.atomic import check_shard_size, check_space, replacing
+from hifiprune.io.hashing import hash_chunks
+from hifiprune.io.output_paths import check_target, exclusive
+from hifiprune.io.safetensors_stream import DTYPES, Piece, Stacked, Stored, write_shard
+from hifiprune.models.checkpoint import INDEX, Checkpoint, find_checkpoint
+from hifiprune.models.detect import family_of
+from hifiprune.models.lineage import read_with
+from hifiprune.models.mlp import find_mlps
+from hifiprune.models.modeling_pruned import MixedWidths
+from hifiprune.models.neuron_slices import Places
+from hifiprune.plan import Plan
+from hifiprune.pruning.cut import cut_, cuts_of, matching_mlps
+
+PATTERN = "model{suffix}.safetensors"
+
+
+@exclusive
+def cut_checkpoint(
+    model: str, output: str | Path, plan: Plan, *, shard_size: str = "5GB", overwrite: bool = False
+) -> None:
+    """Prune a checkpoint as `hifiprune.cut_` prunes a model, in its own dtype, a chunk of a tensor in memory at a time.
+
+    Args:
+        model: local folder or hub id.
+        output: folder to be made, an ordinary checkpoint.
+        plan: which neurons to keep.
+        shard_size: largest weight file.
+        overwrite: replace an existing output.
+
+    Raises:
+        UserError: the plan is for a model of another shape, or the checkpoint stores its MLPs in another way.
+        RunError: the disk is full.
+    """
+    check_shard_size(shard_size)
+    checkpoint = find_checkpoint(model)
+    target = check_target(output, folder=True, overwrite=overwrite, inputs=read_with(checkpoint))
+    checkpoint.fetch()
+    if not stored_plainly(checkpoint):
+        raise UserError(f"{model} does not store its tensors as the model has them: load it, and use cut_")
+    with replacing(target, overwrite=overwrite) as folder:
+        write_cut(checkpoint, plan, folder, shard_size)
+
+
+def stored_plainly(checkpoint: Checkpoint) -> bool:
+    """Whether the files hold each of the model's parameters by its own name and in its own shape, tied ones once."""
+    if checkpoint.gguf:
+        return False
+    skeleton, stored = checkpoint.skeleton(), checkpoint.tensors()
+    state = skeleton.state_dict()
+    buffers = {name: buffer for name, buffer in skeleton.named_buffers() if name in state}
+    wanted = {name: tuple(values.shape) for name, values in (*skeleton.named_parameters(), *buffers.items())}
+    known = {name: stored[name] for name in state if name in stored}
+    return wanted == {name: each.shape for name, each in known.items() if each.kind in DTYPES}
+
+
+def write_cut(
+    checkpoint: Checkpoint, plan: Plan, folder: Path, shard_size: str = "5GB", changed: dict[str, Kept] | None = None
+) -> None:
+    """Write what `plan` leaves of a checkpoint into a folder.
+
+    Args:
+        checkpoint: all of whose files are on this disk, `stored_plainly`.
+        plan: which neurons to keep.
+        folder: to be made.
+        shard_size: largest weight file.
+        changed: tensors that take the place of those of the same names, after the cut.
+    """
+    skeleton: Any = checkpoint.skeleton()
+    matching_mlps(skeleton, plan)
+    pieces = _pieces(checkpoint, skeleton, plan, changed or {})
+    check_space(folder, sum(piece.bytes for piece in pieces.values()))
+    cut_(skeleton.to(checkpoint.dtype()), plan)  # of the meta device: sizes alone
+    checkpoint.save(skeleton, folder, state_dict={})
+    if not isinstance(skeleton, MixedWidths):
+        family = family_of(skeleton.config)
+        pieces = {family.in_files(name): piece for name, piece in pieces.items()}
+    split = split_state_dict_into_shards_factory(
+        pieces, get_storage_size=lambda piece: piece.bytes, filename_pattern=PATTERN, max_shard_size=shard_size
+    )
+    for file, names in split.filename_to_tensors.items():
+        write_shard(folder / file, {name: pieces[name] for name in names})
+    if split.is_sharded:
+        places = {name: file for file, names in split.filename_to_tensors.items() for name in names}
+        index = {"metadata": split.metadata, "weight_map": dict(sorted(places.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _pieces(
+    checkpoint: Checkpoint, skeleton: PreTrainedModel, plan: Plan, changed: dict[str, Kept]
+) -> dict[str, Piece]:
+    """Every tensor of the output, from those of the dense model in the order of their bytes."""
+    cuts, known = cuts_of(skeleton, plan), skeleton.state_dict().keys()
+    pieces = {}
+    for name, stored in checkpoint.tensors().items():
+        if name not in known:
+            continue
+        cut, other = cuts.get(name), changed.get(name)
+        if isinstance(stored, Stacked):
+            for expert, parts in enumerate(stored.parts):
+                own = other and partial(_matrix, other, expert)
+                for (part, each), rows in zip(parts.items(), _shares(cut, expert, parts), strict=True):
+                    pieces[part] = _piece(each, rows, own)
+        else:
+            pieces[name] = _piece(stored, cut, other)
+    return pieces
+
+
+def _piece(stored: Stored, cut: Places | None, changed: Kept | None) -> Piece:
+    """A tensor of the output."""
+    shape, rows = stored.shape, stored.chunks
+    if cut is not None:
+        shape, rows = tuple(cut.shape(shape)), partial(_kept_rows, stored, cut)
+    if changed is not None:
+        rows = partial(_changed, changed, stored.dtype)
+    return Piece(stored.kind, shape, rows)
+
+
+def _shares(cut: Places | None, expert: int, parts: dict[str, Stored]) -> Iterator[Places | None]:
+    """What is kept of each of the matrices that an expert's lies in files as."""
+    first = 0
+    for part in parts.values():
+        if cut is None:
+            yield None
+            continue
+        kept, last = cut.rows[expert], first + part.shape[0]
+        if cut.dim == 0:
+            kept = kept[(kept >= first) & (kept < last)] - first
+        yield Places([kept], cut.dim)
+        first = last
+
+
+def _matrix(values: Kept, expert: int) -> Tensor:
+    """One expert's of those that are stacked."""
+    return values()[expert]
+
+
+def _changed(values: Kept, dtype: torch.dtype) -> Iterator[Tensor]:
+    """A tensor that takes the place of a stored one."""
+    yield values().to("cpu", dtype)
+
+
+def _kept_rows(stored: Stored, cut: Places) -> Iterator[Tensor]:
+    """The rows of a tensor, of which only the kept neurons are left."""
+    if cut.stacked:
+        for (matrix,), kept in zip(stored.chunks(1), cut.rows, strict=True):
+            yield matrix.index_select(cut.dim, kept).unsqueeze(0)
+        return
+    (kept,), first = cut.rows, 0
+    for rows in stored.chunks():
+        if cut.dim == 0:
+            here = kept[(kept >= first) & (kept < first + len(rows))] - first
+            first += len(rows)
+            yield rows.index_select(0, here)
+        else:
+            yield rows.index_select(1, kept)
+
+
+def output_maps(model: PreTrainedModel) -> dict[str, Kept]:
+    """The tensors of the output map of every MLP, by name; of a streamed model those that were changed."""
+    if shelf := shelf_of(model):
+        return shelf.changed
+    maps = {mlp.output.module: mlp.output for mlp in find_mlps(model)}
+    return {name: set_aside(None, values) for each in maps.values() for name, values in each.state().items()}
+
+
+def hash_stored(checkpoint: Checkpoint) -> str:
+    """What `hash_model` gives for the model, from its files; they must be `stored_plainly`.
+
+    Raises:
+        UserError: a weight is NaN or infinite.
+    """
+    stored = checkpoint.tensors()
+    return hash_chunks(
+        (name, stored[name].shape, stored[name].chunks()) for name, _ in checkpoint.skeleton().named_parameters()
+    )

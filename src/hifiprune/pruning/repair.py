@@ -1,0 +1,241 @@
+"""Repair of a cut in closed form: the neurons that stay take over what the removed ones did, as far as they can.
+
+Removing neurons `R` of an MLP with output map `W` leaves the plain cut `h_K W_K`. What is missing, the residual `D`, is
+regressed on the activations `h_K` that are still there, by ridge regression over all tokens:
+
+    change = argmin  sum over tokens of  weight * |D - change h_K|^2  +  damping * |change|^2,    W' = W_K + change
+
+so damping leads back to the plain cut, not to zero. `D` is what the removed neurons wrote (parallel form), or the whole
+difference to the dense model's residual stream, errors of earlier blocks included (sequential form). How much damping,
+and whether the change is taken at all, is decided for each map by windows that were held out.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from hifiprune.engine.block_chain import BlockChain
+from hifiprune.engine.context import check_windows, frozen, memory_explained
+from hifiprune.engine.hooks import BlockCall
+from hifiprune.engine.offload import walk
+from hifiprune.engine.spill import Kept, set_aside
+from hifiprune.errors import UserError
+from hifiprune.models.mlp import LinearMap, find_mlps, siblings
+from hifiprune.plan import Plan
+from hifiprune.pruning.cut import cuts_of, forget_gradients_, keep_, matching_mlps, others, put_back, state_widths
+from hifiprune.pruning.ridge import HeldOut, Refit
+
+HELD_OUT = 8
+"""Every so many windows one is held out."""
+
+
+@torch.no_grad()
+def cut_and_repair_(
+    model: PreTrainedModel,
+    plan: Plan,
+    windows: Int[Tensor, "windows positions"],
+    *,
+    sequential: bool = True,
+    weighted: bool = True,
+    dense: Float[Tensor, "blocks windows positions hidden"] | None = None,
+    batch_size: int = 1,
+    track: Callable[[Iterable[int]], Iterable[int]] = lambda layers: layers,
+) -> list[Refit]:
+    """Cut `model` by `plan`, and refit each output map so that the dense model's hidden states are kept.
+
+    Args:
+        model: the dense model.
+        plan: which neurons to keep.
+        windows: token ids, at least two windows.
+        sequential: close the whole difference to the dense residual stream; else only what the block's own cut opens,
+            as always in families whose MLPs do not write to the stream directly, or have experts.
+        weighted: weigh each token by the inverse square norm of the dense residual stream there, as the norms that
+            read the stream do.
+        dense: what `residual_stream` gives for the dense model and these windows, where several plans are tried.
+        batch_size: windows per step; the result depends on it only by rounding.
+        track: wraps the layers, to show progress.
+
+    Returns:
+        how each refit went.
+
+    Raises:
+        UserError: the plan or the windows do not fit the model.
+        RunError: activations are not finite, or memory ran out.
+    """
+    check_windows(model, windows, batch_size)
+    if len(windows) < 2:
+        raise UserError("repair needs at least 2 windows, of which it holds one out")
+    mlps = matching_mlps(model, plan)
+    with frozen(model):
+        chain = BlockChain(model)
+        streams = _start(chain, windows, batch_size, dense)
+        form = _sequential_ if sequential and chain.family.additive and not chain.family.experts else _parallel_
+        refits: list[Refit] = []
+        cuts, blocks = cuts_of(model, plan), range(len(chain.blocks))
+        kept = [each.to(model.device) for each in plan.kept]
+        for block, _ in zip(walk(model, blocks), track(blocks), strict=True):
+            own = chain.of_block[block]
+            with memory_explained(model, windows[:batch_size].numel()):
+                refits += form(chain, block, kept[own.start : own.stop], streams, weighted)
+                if chain.shelf:
+                    for _, group in siblings(mlps[own.start : own.stop]):
+                        chain.shelf.keep(group[0], cuts)
+    forget_gradients_(mlps)
+    state_widths(model, plan.widths)
+    return refits
+
+
+@contextmanager
+def cut_and_repaired(
+    model: PreTrainedModel, plan: Plan, windows: Int[Tensor, "windows positions"], **how: Any
+) -> Iterator[list[Refit]]:
+    """Have `model` cut and repaired as by `cut_and_repair_` within; after, every weight is back, bit for bit.
+
+    What is cut away, and a copy of each output map, is set aside.
+    """
+    maps = [each for _, group in siblings(find_mlps(model)) for each in group[0].output.parameters().values()]
+    before = [parameter.detach().clone() for parameter in maps]
+    try:
+        with put_back(model, plan):
+            yield cut_and_repair_(model, plan, windows, **how)
+    finally:
+        for parameter, values in zip(maps, before, strict=True):
+            parameter.data.copy_(values)
+
+
+@torch.no_grad()
+def residual_stream(
+    model: PreTrainedModel, windows: Int[Tensor, "windows positions"], batch_size: int = 1
+) -> Float[Tensor, "blocks windows positions hidden"]:
+    """The hidden states after every block, on the CPU: as many numbers as blocks, windows, positions and width make."""
+    found = []
+    with frozen(model):
+        chain = BlockChain(model)
+        for batch in windows.split(batch_size):
+            hidden, calls = chain.embed(batch.to(model.device, torch.int64))
+            after = []
+            for layer, call in enumerate(calls):
+                hidden, _ = chain.run(layer, hidden, call)
+                after.append(hidden.cpu())
+            found.append(torch.stack(after))
+    return torch.cat(found, 1)
+
+
+@dataclass
+class Stream:
+    """A batch of windows on its way through the blocks, kept on the CPU or the disk.
+
+    Attributes:
+        calls: what the blocks are called with.
+        held: which of its windows are held out.
+        dense: the dense model's residual stream `[windows, positions, hidden]`.
+        known: that after every block, if it was computed before.
+        cut: that of the cut and repaired model; in the parallel form the dense one's.
+    """
+
+    calls: list[BlockCall]
+    held: Bool[Tensor, "windows"]
+    dense: Kept
+    cut: Kept
+    known: Float[Tensor, "blocks windows positions hidden"] | None
+
+
+def _start(
+    chain: BlockChain, windows: Int[Tensor, "windows positions"], batch_size: int, dense: Tensor | None
+) -> list[Stream]:
+    """All batches before the first block; what blocks are called with depends on a batch's shape alone."""
+    streams: list[Stream] = []
+    shape = None
+    for batch, numbers in zip(windows.split(batch_size), torch.arange(len(windows)).split(batch_size), strict=True):
+        hidden, calls = chain.embed(batch.to(chain.model.device, torch.int64))
+        if hidden.shape == shape:
+            calls = streams[0].calls
+        shape = shape or hidden.shape
+        held = numbers % HELD_OUT == min(HELD_OUT, len(windows)) - 1
+        known = dense[:, numbers] if dense is not None else None
+        start = set_aside(chain.scratch, hidden.cpu())
+        streams.append(Stream(calls, held, start, start, known))
+    return streams
+
+
+def _sequential_(
+    chain: BlockChain, block: int, kept: list[Int[Tensor, "_"]], streams: list[Stream], weighted: bool
+) -> list[Refit]:
+    """Close what the cut and repaired model's stream lacks after this block, which has one MLP."""
+    device, moments, activations = chain.model.device, HeldOut(weighted), []
+    for stream in streams:
+        stream.dense = set_aside(chain.scratch, _dense_output(chain, block, stream))
+    mlp = chain.mlps[chain.of_block[block].start]
+    keep_([mlp], kept)
+    linear = mlp.output
+    for stream in streams:
+        output, (tap,) = chain.run(block, stream.cut().to(device), stream.calls[block])
+        stream.cut = set_aside(chain.scratch, output.cpu())
+        dense, activation = stream.dense().to(device), tap.maps[0].input
+        moments.add(with_one(activation, linear), dense - output, dense, stream.held)
+        activations.append(set_aside(chain.scratch, activation.cpu()))
+    change, refit = moments.refit(mlp.name)
+    if change is not None:
+        change = change.to(linear.weight)
+        _add_(linear, change)
+        for stream, read in zip(streams, activations, strict=True):
+            found = functional.linear(with_one(read().to(device), linear), change).cpu()
+            stream.cut = set_aside(chain.scratch, stream.cut() + found)
+    return [refit]
+
+
+def _parallel_(
+    chain: BlockChain, block: int, kept: list[Int[Tensor, "_"]], streams: list[Stream], weighted: bool
+) -> list[Refit]:
+    """Close what the cut of each of this block's MLPs opens in the dense model."""
+    own = chain.of_block[block]
+    mlps = chain.mlps[own.start : own.stop]
+    sums = [HeldOut(weighted) for _ in mlps]
+    rests = [others(chosen, mlp.neurons) for chosen, mlp in zip(kept, mlps, strict=True)]
+    removed = [mlp.output.weight[:, rest] for mlp, rest in zip(mlps, rests, strict=True)]
+    for stream in streams:
+        dense, taps = chain.run(block, stream.dense().to(chain.model.device), stream.calls[block])
+        stream.dense = set_aside(chain.scratch, dense.cpu())
+        for place, tap in enumerate(taps):
+            activation, linear = tap.maps[0].input, mlps[place].output
+            residual = functional.linear(activation[..., rests[place]], removed[place])
+            seen, held = dense, stream.held
+            if tap.tokens is not None:  # an expert's: each token by itself
+                seen = dense.flatten(0, 1)[tap.tokens, None]
+                held = stream.held.repeat_interleave(dense.shape[1])[tap.tokens.cpu()]
+                activation, residual = activation.unsqueeze(1), residual.unsqueeze(1)
+            sums[place].add(with_one(activation[..., kept[place]], linear), residual, seen, held)
+    keep_(mlps, kept)
+    refits = []
+    for mlp, moments in zip(mlps, sums, strict=True):
+        change, refit = moments.refit(mlp.name)
+        refits.append(refit)
+        if change is not None:
+            _add_(mlp.output, change.to(mlp.output.weight))
+    return refits
+
+
+def with_one(activation: Float[Tensor, "*batch kept"], linear: LinearMap) -> Float[Tensor, "*batch kept_and_one"]:
+    """The input of a map, with a 1 that its bias weighs if it has one."""
+    return activation if linear.bias is None else functional.pad(activation, (0, 1), value=1.0)
+
+
+def _add_(linear: LinearMap, change: Float[Tensor, "hidden kept"]) -> None:
+    """Change the weight, and the bias by the last column if there is one."""
+    linear.weight.add_(change[:, : linear.in_features])
+    if linear.bias is not None:
+        linear.bias.add_(change[:, -1])
+
+
+def _dense_output(chain: BlockChain, layer: int, stream: Stream) -> Tensor:
+    """The dense model's stream after the block."""
+    if stream.known is not None:
+        return stream.known[layer]
+    return chain.run(layer, stream.dense().to(chain.model.device), stream.calls[layer])[0].cpu()

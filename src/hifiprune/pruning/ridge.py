@@ -1,0 +1,124 @@
+"""Ridge regression of what a cut leaves missing on the activations that stay, damped as held-out tokens want it."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hifiprune.engine.lm_head import precise
+from hifiprune.errors import RunError
+from hifiprune.scoring.obs import gram
+
+DAMPINGS = (10.0, 3.0, 1.0, 0.3, 0.1, 1e-2, 1e-3, 1e-4, 1e-6)
+"""Candidates in falling order, relative to the mean square of an activation."""
+
+
+@dataclass(frozen=True)
+class Refit:
+    """How the refit of one output map went.
+
+    Attributes:
+        name: of the MLP.
+        damping: that was best on held-out windows; None if the plain cut was.
+        plain_error: squared residual of the plain cut on held-out windows, relative to that of the dense output.
+        error: the same after the refit.
+    """
+
+    name: str
+    damping: float | None
+    plain_error: float
+    error: float
+
+
+class Moments:
+    """Sums over tokens from which every ridge regression of the residual on the activations follows, in float64."""
+
+    def __init__(self) -> None:
+        self.gram = torch.zeros(())
+        self.cross = torch.zeros(())
+        self.residual = 0.0
+        self.output = 0.0
+
+    def add(
+        self,
+        activation: Float[Tensor, "tokens kept"],
+        residual: Float[Tensor, "tokens hidden"],
+        output: Float[Tensor, "tokens hidden"],
+    ) -> None:
+        """Add a batch: products in the tensors' dtype, sums in float64."""
+        if not len(activation):
+            return
+        self.gram = self.gram.to(activation.device) + gram(activation).double()
+        self.cross = self.cross.to(activation.device) + (residual.T @ activation).double()
+        self.residual += float(residual.double().square().sum())
+        self.output += float(output.double().square().sum())
+
+    def error(self, change: Float[Tensor, "hidden kept"] | None) -> float:
+        """Squared residual that is left after a change of the output map, relative to the output."""
+        if change is None:
+            return self.residual / self.output
+        left = self.residual - 2 * (change * self.cross).sum() + ((change @ self.gram) * change).sum()
+        return float(left) / self.output
+
+    def solve(self, damping: float) -> Float[Tensor, "hidden kept"] | None:
+        """The best change of the output map under a damping; None if the system cannot be solved."""
+        damped = self.gram.clone()
+        damped.diagonal().add_(damping * self.gram.diagonal().mean())
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if failed:
+            return None
+        return torch.cholesky_solve(self.cross.T, factor).T
+
+    def merge(self, other: "Moments") -> "Moments":
+        """The sums over the tokens of both."""
+        total = Moments()
+        for name, value in vars(self).items():
+            setattr(total, name, value + getattr(other, name))
+        return total
+
+
+class HeldOut:
+    """Moments of what is fitted and of what is held out."""
+
+    def __init__(self, weighted: bool):
+        self.weighted = weighted
+        self.fit, self.held = Moments(), Moments()
+
+    def add(
+        self,
+        activation: Float[Tensor, "windows positions kept"],
+        residual: Float[Tensor, "windows positions hidden"],
+        dense: Float[Tensor, "windows positions hidden"],
+        held: Bool[Tensor, "windows"],
+    ) -> None:
+        """Add a batch, each token with the inverse square of the dense stream's norm there, or all alike."""
+        size = precise(dense).square().mean(-1, keepdim=True)
+        scale = size.clamp(min=torch.finfo(size.dtype).tiny).rsqrt() if self.weighted else 1.0
+        rows = [precise(each) * scale for each in (activation, residual, dense)]
+        for moments, windows in ((self.fit, ~held), (self.held, held)):
+            moments.add(*(each[windows.to(each.device)].flatten(0, 1) for each in rows))
+
+    def refit(self, name: str) -> tuple[Float[Tensor, "hidden kept"] | None, Refit]:
+        """The change whose damping is best on what is held out, solved on everything; None if the plain cut is better.
+
+        Damping falls as long as that helps. An expert that saw nothing of what is fitted or held out stays as it is.
+
+        Raises:
+            RunError: activations are not finite.
+        """
+        if not all(map(math.isfinite, (self.fit.residual, self.fit.output, self.held.residual, self.held.output))):
+            raise RunError(f"activations of {name} are not finite; check the checkpoint, or compute in --dtype float32")
+        if not (self.fit.output and self.held.output):
+            return None, Refit(name, None, 0.0, 0.0)
+        plain = least = self.held.error(None)
+        best = None
+        for damping in DAMPINGS:
+            change = self.fit.solve(damping)
+            error = least if change is None else self.held.error(change)
+            if not error < least:
+                break
+            best, least = damping, error
+        change = None if best is None else self.fit.merge(self.held).solve(best)
+        return change, Refit(name, best, plain, least)

@@ -1,0 +1,1 @@
+"""Train a pruned model: data, packing, distillation, the loss and the trainer."""

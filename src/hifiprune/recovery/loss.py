@@ -1,0 +1,154 @@
+"""The loss of recovery training: cross-entropy, divergence from the dense model, or both, a slice of tokens at a time.
+
+The model's own forward would make logits of all positions, several times `[tokens, vocabulary]`. Here it is replaced by
+one that stops at the final hidden state; the loss and its gradients there, and at the head's weight, are computed
+together, so that the logits exist for a slice only. Everything happens inside the model's forward, where DDP and FSDP
+expect its weights to be used.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from hifiprune.engine.hooks import overridden
+from hifiprune.engine.lm_head import Head, precise
+from hifiprune.recovery.distillation import LikeliestTarget, Target, Teacher, WholeTarget, guided, hidden_states
+from hifiprune.scoring.objectives import Rows, SoftLabels, through_cap
+
+
+@contextmanager
+def sliced_loss(
+    model: PreTrainedModel, kernel: SoftLabels, teacher: Teacher | None = None, *, match_hidden: float = 0.0
+) -> Iterator[None]:
+    """Have `model` return nothing but its loss within, as transformers' `Trainer` wants it.
+
+    In evaluation mode that is the cross-entropy, and in place of logits come its sum and the number of labels, for each
+    row `[rows, 2]`.
+
+    Args:
+        model: called with `input_ids`, `position_ids`, `labels`, when several batches make a step with
+            `num_items_in_batch`, the number of labels that the sum over tokens is divided by, and with what
+            `hifiprune.recovery.distillation.Remembered` adds.
+        kernel: the loss of a token.
+        teacher: for a kernel that needs one, where rows do not bring what it would say.
+        match_hidden: weight of the squared difference between the model's hidden states and the teacher's, relative to
+            the square of the latter, mean over the blocks.
+    """
+    head = Head.of(model)
+
+    def forward(
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        guide_values: Tensor | None = None,
+        guide_columns: Tensor | None = None,
+        **unused: Any,
+    ) -> CausalLMOutput:
+        learned = guided(labels)
+        answers = labels.roll(-1, 1)[learned]
+        every = model.training and match_hidden > 0
+        states = [each[learned] for each in hidden_states(model, input_ids, position_ids, every=every)]
+        hidden = states[-1]
+        count = learned.sum() if num_items_in_batch is None else num_items_in_batch
+        if not model.training:
+            losses = hidden.new_zeros(learned.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
+            losses[learned] = torch.cat(
+                [values for *_, values in _slices(hidden.detach(), head, SoftLabels(0.0), answers, None)]
+            )
+            rows = torch.stack((losses.sum(1), learned.sum(1).to(losses)), 1)
+            return CausalLMOutput(loss=losses.sum() / count, logits=rows)
+        target: Target | None = None
+        if guide_values is not None and guide_columns is not None:
+            kept = guide_values[learned], guide_columns[learned]
+            target = LikeliestTarget(*kept, kernel.temperature)
+        elif teacher:
+            wanted = [each[learned] for each in teacher.states(input_ids, position_ids, every=every)]
+            target = WholeTarget(wanted[-1], Head.of(teacher.model))
+        weight, bias = head.linear.weight, head.linear.bias
+        total = SlicedLoss.apply(hidden, weight, bias, head, kernel, answers, target)  # type: ignore[no-untyped-call]
+        if every:
+            total = total + match_hidden * sum(map(relative_difference, states, wanted)) / len(states)
+        return CausalLMOutput(loss=total / count)
+
+    forward_: Callable[..., Any] = forward
+    with overridden([(model, forward_)]):
+        yield
+
+
+def relative_difference(
+    states: Float[Tensor, "tokens hidden"], wanted: Float[Tensor, "tokens hidden"]
+) -> Float[Tensor, ""]:
+    """Squared difference of the states of each token, relative to the square of what is wanted; the sum over tokens."""
+    wanted = precise(wanted).to(states.device)
+    return ((precise(states) - wanted).square().sum(-1) / wanted.square().sum(-1)).sum()
+
+
+def _slices(
+    hidden: Float[Tensor, "tokens hidden"],
+    head: Head,
+    kernel: SoftLabels,
+    labels: Int[Tensor, "tokens"],
+    target: Target | None,
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Where a slice of tokens is, the gradient at its logits, and the kernel's values."""
+    ones = hidden.new_ones(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    for start in range(0, len(hidden), head.slice_rows):
+        here = slice(start, start + head.slice_rows)
+        logits = head.logits(hidden[here])
+        wanted = target.logits(here, logits) if target else None
+        rows = Rows(logits, labels[here], ones[here], wanted, 0, start, len(hidden))
+        values = torch.cat([through_cap(kernel, part, head.cap) for part in rows.split(head.cache_rows)])
+        yield here, logits, values
+
+
+class SlicedLoss(torch.autograd.Function):
+    """Sum over tokens of a kernel's value, with its gradients at the hidden state and at the head.
+
+    Same as `kernel(head.logits(hidden)).sum()` under autograd, with logits of one slice of tokens at a time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Float[Tensor, "tokens hidden"],
+        weight: Float[Tensor, "vocabulary hidden"],
+        bias: Float[Tensor, "vocabulary"] | None,
+        head: Head,
+        kernel: SoftLabels,
+        labels: Int[Tensor, "tokens"],
+        target: Target | None,
+    ) -> Float[Tensor, ""]:
+        """The sum; gradients are made on the way."""
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        slopes = torch.empty_like(hidden, dtype=dtype)
+        steep = torch.zeros_like(weight, dtype=dtype) if ctx.needs_input_grad[1] else None
+        lean = torch.zeros_like(bias, dtype=dtype) if bias is not None and ctx.needs_input_grad[2] else None
+        total = hidden.new_zeros((), dtype=dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for here, gradient, values in _slices(hidden, head, kernel, labels, target):
+                total += values.sum()
+                slopes[here] = head.pull_back(gradient)
+                if steep is not None:
+                    steep.addmm_(gradient.T, hidden[here].to(dtype), alpha=head.scale)
+                if lean is not None:
+                    lean.add_(gradient.sum(0), alpha=head.scale)
+        ctx.save_for_backward(slopes.to(hidden), *(each for each in (steep, lean) if each is not None))
+        ctx.found = (weight.dtype, steep is not None, lean is not None)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients at hidden state, weight and bias."""
+        slopes, *rest = ctx.saved_tensors
+        dtype, steep, lean = ctx.found
+        scaled = [(each * gradients[0]).to(dtype) for each in rest]
+        weight = scaled.pop(0) if steep else None
+        bias = scaled.pop(0) if lean else None
+        return slopes * gradients[0].to(slopes), weight, bias, None, None, None, None

@@ -1,0 +1,101 @@
+"""Examples in rows of one length, several to a row, none of which sees another.
+
+A row's positions start anew with every example: from that transformers makes a block-diagonal attention mask, and flash
+attention its sequence lengths.
+"""
+
+import hashlib
+import random
+from array import array
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from hifiprune.recovery.training_data import Example
+
+IGNORED = -100
+"""Label of a token that is not learned."""
+OPEN_ROWS = 256
+"""How many rows are looked at for room."""
+
+
+class Packed(Dataset[dict[str, Tensor]]):
+    """Rows of packed examples, each with `input_ids`, `position_ids` and `labels`, int64 `[positions]`.
+
+    Labels stand at the token itself, as transformers has them; an example's first token has none, nor has filling.
+    """
+
+    def __init__(self, rows: Sequence[Sequence[Example]], length: int, filling: int):
+        self.rows, self.length, self.filling = rows, length, filling
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Int[Tensor, "positions"]]:
+        """One row."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        labels: list[int] = []
+        for example in self.rows[index]:
+            tokens += example.tokens
+            positions += range(len(example.tokens))
+            shown = zip(example.tokens, [False, *example.learned[1:]], strict=True)
+            labels += [token if learned else IGNORED for token, learned in shown]
+        missing = self.length - len(tokens)
+        tokens += [self.filling] * missing
+        positions += range(missing)
+        labels += [IGNORED] * missing
+        found = {"input_ids": tokens, "position_ids": positions, "labels": labels}
+        return {name: torch.tensor(values) for name, values in found.items()}
+
+    def first(self, count: int) -> "Packed":
+        """So many of the rows."""
+        return Packed(self.rows[:count], self.length, self.filling)
+
+    def digest(self) -> str:
+        """A hash of all that the rows hold."""
+        digest = hashlib.sha256(f"{self.length} {self.filling}\n".encode())
+        for row in self.rows:
+            digest.update(f"{[len(example.tokens) for example in row]}\n".encode())
+            for example in row:
+                digest.update(array("i", example.tokens).tobytes() + bytes(example.learned))
+        return digest.hexdigest()
+
+
+def pack(examples: Sequence[Example], length: int, *, filling: int = 0, seed: int = 0, together: bool = True) -> Packed:
+    """Put examples into rows of `length`, in random order, each into the first of the open rows that has room.
+
+    Longer examples are cut into pieces; those without anything to learn are left out. If not `together`, as for models
+    whose blocks do not keep examples apart, each has a row of its own.
+    """
+    pieces = [piece for example in examples for piece in cut_to(example, length)]
+    random.Random(seed).shuffle(pieces)
+    rows: list[list[Example]] = []
+    room: list[int] = []
+    first = 0  # rows before it are as good as full
+    shortest = min((len(piece.tokens) for piece in pieces), default=1)
+    for piece in pieces:
+        size = len(piece.tokens)
+        open_rows = range(max(first, len(rows) - OPEN_ROWS), len(rows)) if together else ()
+        place = next((row for row in open_rows if room[row] >= size), len(rows))
+        if place == len(rows):
+            rows.append([])
+            room.append(length)
+        rows[place].append(piece)
+        room[place] -= size
+        while first < len(rows) and room[first] < shortest:
+            first += 1
+    return Packed(rows, length, filling)
+
+
+def cut_to(example: Example, length: int) -> list[Example]:
+    """Pieces of an example that fit into rows of a length, without those that have nothing to learn."""
+    parts = [
+        Example(example.tokens[start : start + length], example.learned[start : start + length])
+        for start in range(0, len(example.tokens), length)
+    ]
+    return [part for part in parts if any(part.learned[1:])]

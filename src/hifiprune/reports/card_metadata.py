@@ -1,0 +1,129 @@
+"""What a model card takes over from the base model's files, validated, since files of others may hold anything.
+
+Only hub ids, licence ids, language codes and pipeline tags come through: no text of a base model becomes our markup.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from hifiprune.io.atomic import local_path
+from hifiprune.models.checkpoint import Checkpoint
+from hifiprune.progress import Voice
+
+CARD, TAG = "README.md", "hifiprune"
+LARGEST = 4_000_000
+"""Bytes of a model card that is read."""
+CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/")
+"""A model's id in the path of its files in the hub's cache."""
+UNSAFE = re.compile(r"[^\w ./:+@=,()-]")
+"""What could be markup, in a name."""
+
+
+def read_card(folder: Path) -> ModelCard | None:
+    """The card in a folder, if there is one that can be read."""
+    path = folder / CARD
+    try:
+        if not path.is_file() or path.stat().st_size > LARGEST:
+            return None
+        return ModelCard(path.read_text(encoding="utf-8-sig"), ignore_metadata_errors=True)
+    except Exception:  # noqa: BLE001 - whatever the parsers raise of a file that may hold anything
+        return None
+
+
+def ours(card: ModelCard) -> bool:
+    """Whether it is that of a checkpoint that we made."""
+    tags = card.data.get("tags")
+    return isinstance(tags, list) and TAG in tags
+
+
+def plain(text: str) -> str:
+    """A name of somebody else's in one line, without what could be markup."""
+    return UNSAFE.sub("", " ".join(text.split()))[:96]
+
+
+def called(name: str) -> str:
+    """A model's name for a reader: its hub id, or the last part of its path."""
+    cached = CACHED.search(name)
+    if cached:
+        return plain("/".join(cached.groups()))
+    on_hub = is_hub_id(name) and not local_path(name).exists()
+    return plain(name if on_hub else Path(name).name) or "a model"
+
+
+def is_hub_id(value: Any) -> bool:
+    """Whether a value is the id of a model on the hub."""
+    try:
+        validate_repo_id(value)
+    except HFValidationError:
+        return False
+    return True
+
+
+def base_metadata(checkpoint: Checkpoint, voice: Voice) -> dict[str, Any]:
+    """Return the metadata that outputs of a checkpoint inherit, and remark once on what cannot be used.
+
+    Args:
+        checkpoint: the base model, whose card may be missing, broken or hostile.
+        voice: told what was left out.
+    """
+    if checkpoint.gguf:
+        return {}
+    card = read_card(checkpoint.folder)
+    stated = {key: found for key in VALID if card and (found := card.data.get(key)) is not None}
+    usable = {key: value for key, value in stated.items() if _all_are(VALID[key], value)}
+    if card is None and (checkpoint.folder / CARD).exists():
+        voice.note(
+            f"{CARD} of {checkpoint.name} cannot be read as a model card: licence, language and base model are not "
+            "taken over from it."
+        )
+    elif usable.keys() != stated.keys():
+        names = ", ".join(sorted(stated.keys() - usable.keys()))
+        voice.note(
+            f"{CARD} of {checkpoint.name} states what is no valid {names}: not taken over into the output's card."
+        )
+    return usable | _origin(checkpoint, usable.get("base_model"))
+
+
+def _origin(checkpoint: Checkpoint, stated: Any) -> dict[str, Any]:
+    """The hub id of the base model, or of the model that it was made from itself."""
+    cached = CACHED.search(str(checkpoint.folder))
+    if checkpoint.on_hub or cached:
+        return {"base_model": "/".join(cached.groups()) if cached and not checkpoint.on_hub else checkpoint.name}
+    found = stated or _name_or_path(checkpoint)
+    return {"base_model": found} if found else {}
+
+
+def _name_or_path(checkpoint: Checkpoint) -> str | None:
+    """What transformers noted in `config.json` of where a model was loaded from, if that is a hub id."""
+    try:
+        name = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))["_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return name if is_hub_id(name) and "/" in name and not local_path(name).exists() else None
+
+
+def _all_are(valid: Callable[[str], object], value: Any) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return 0 < len(values) <= 200 and all(isinstance(each, str) and valid(each) for each in values)
+
+
+def _matching(pattern: str) -> Callable[[str], object]:
+    return re.compile(pattern).fullmatch
+
+
+VALID: dict[str, Callable[[str], object]] = {
+    "license": _matching(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}"),
+    "license_name": _matching(r"[A-Za-z0-9][\w .,+()-]{0,95}"),
+    "license_link": _matching(r"(https?://)?[A-Za-z0-9][\w.~/%#?&=+-]{0,500}"),
+    "language": _matching(r"[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*|code|multilingual"),
+    "pipeline_tag": _matching(r"[a-z0-9]+(-[a-z0-9]+){0,9}"),
+    "base_model": is_hub_id,
+}
+"""What a card takes over from that of its base, and what each must be."""

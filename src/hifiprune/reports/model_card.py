@@ -1,0 +1,285 @@
+"""The model card that every output carries: `README.md` in the hub's format, with what was done and measured."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from hifiprune.commands.messages import accuracies, asked_of, width_range, with_error, with_interval
+from hifiprune.errors import UserError
+from hifiprune.evaluation.fidelity import METRICS
+from hifiprune.io.atomic import replacing
+from hifiprune.io.manifest import is_unchanged, update_manifest
+from hifiprune.models.checkpoint import Checkpoint
+from hifiprune.models.detect import family_of
+from hifiprune.models.lineage import record_of
+from hifiprune.progress import Voice
+from hifiprune.reports.card_metadata import CARD, TAG, base_metadata, called, ours, plain, read_card
+
+START, END = "<!-- measured by hifiprune -->", "<!-- end of what was measured -->"
+MEASURED = re.compile(f"{re.escape(START)}.*?{re.escape(END)}", re.DOTALL)
+PART = re.compile("<!-- (text|tasks) -->\n(.*?)\n(?=<!-- )", re.DOTALL)
+"""What was measured on a text, or by tasks, between those."""
+UNMEASURED = "Nothing has been measured yet"
+LOADED = re.compile(r'from_pretrained\("(?:[^"\\]|\\.)*"')
+"""What the code of a card loads."""
+LIMITS = (
+    "On texts, tasks and languages that were not measured the loss may be larger. An estimate from the entropy of "
+    "predictions, or from any other score, guarantees nothing about the predictions themselves: what is known of them "
+    "is what was measured, above. All limits of the base model remain, and so does its licence."
+)
+
+
+@dataclass(frozen=True)
+class Story:
+    """How a checkpoint was made, in Markdown.
+
+    Attributes:
+        summary: what became of which model, a paragraph.
+        steps: what was done to it, in order, a list item each.
+    """
+
+    summary: str
+    steps: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a card says of the model that its checkpoint is made from.
+
+    Attributes:
+        name: of the model, for a reader.
+        metadata: what the card takes over.
+        story: how hifiprune made that model, if it did.
+    """
+
+    name: str
+    metadata: dict[str, Any]
+    story: Story | None = None
+
+
+def describe_base(checkpoint: Checkpoint, voice: Voice) -> Base:
+    """Read what a card will need of the base model, before the work: no file of it can fail the run afterwards.
+
+    Args:
+        checkpoint: the base model.
+        voice: told of what cannot be used.
+    """
+    story = None
+    try:
+        record = record_of(checkpoint)
+        story = _story(record) if record else None
+    except (UserError, KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        voice.note(f"run.json of {checkpoint.name} does not say how it was made: the output's card will not either.")
+    name = checkpoint.name if checkpoint.on_hub else str(checkpoint.path)
+    return Base(called(name), base_metadata(checkpoint, voice), story)
+
+
+def write_card(folder: Path, record: dict[str, Any], base: Base, name: str) -> None:
+    """Write the card of a checkpoint.
+
+    Args:
+        folder: of the checkpoint.
+        record: of the run that made it, as plain data.
+        base: the model that it was made from.
+        name: of the checkpoint.
+    """
+    facts: dict[str, Any] = {"pipeline_tag": "text-generation", "model_name": name} | base.metadata
+    code = ["custom_code"] if (folder / "modeling_pruned.py").is_file() else []
+    data = ModelCardData(library_name="transformers", tags=[TAG, "pruned", *code], **facts)
+    story, version = _story(record, base), record["environment"]["versions"][TAG]
+    parts = [
+        f"# {plain(name)}",
+        story.summary,
+        "## How it was made",
+        "\n".join(f"- {step}" for step in story.steps),
+        f"`run.json` holds all arguments, versions and hashes (hifiprune {version}).",
+        "## What was measured",
+        f"{START}\n{UNMEASURED}: `hifiprune evaluate` with `--card` puts results here.\n{END}",
+        _use(folder, name),
+        "## Limits",
+        LIMITS,
+    ]
+    text = "\n\n".join(parts)
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(folder / CARD)
+
+
+def for_repository(card: ModelCard, repository: str) -> str:
+    """Return the content of a card whose code loads the model from the hub."""
+    card.text = LOADED.sub(lambda _: f'from_pretrained("{repository}"', card.text)
+    return str(card.content)
+
+
+def is_measured(card: ModelCard) -> bool:
+    """Whether the card of a checkpoint of ours holds results."""
+    return UNMEASURED not in card.text
+
+
+def check_cards(checkpoints: Sequence[Checkpoint]) -> None:
+    """Refuse checkpoints whose card is not ours to change.
+
+    Raises:
+        UserError: one is on the hub, has no card, or that of somebody else's model.
+    """
+    for checkpoint in checkpoints:
+        if checkpoint.on_hub:
+            raise UserError(f"{checkpoint.name} is on the hub: --card changes the cards of folders on this disk")
+        card = read_card(checkpoint.folder)
+        if card is None or not ours(card):
+            raise UserError(f"{checkpoint.name} has no {CARD} of a checkpoint that hifiprune made; leave out --card")
+        try:
+            str(card.content)
+        except Exception as error:  # whatever the hub's library raises of metadata that it cannot write again
+            raise UserError(
+                f"{CARD} of {checkpoint.name} has metadata that cannot be written again: {error}"
+            ) from error
+
+
+def add_results(folder: Path, name: str, results: dict[str, Any], text: str | None) -> None:
+    """Put what `evaluate` found for a model into its card, as text and as the hub's `model-index`.
+
+    What was measured before on a text stays if only tasks were asked now, and the other way round.
+
+    Args:
+        folder: of the checkpoint.
+        name: by which the results know it.
+        results: of the run.
+        text: that was measured on.
+    """
+    card, unchanged = read_card(folder), is_unchanged(folder, CARD)
+    assert card is not None
+    row, source = results["models"][name], plain(Path(text).name) if text else ""
+    data: Any = card.data
+    data.model_name = data.get("model_name") or folder.name
+    fresh = {"text": "metrics" in row, "tasks": "tasks" in row}
+    kept = [each for each in data.eval_results or [] if not fresh["text" if each.dataset_type == "text" else "tasks"]]
+    data.eval_results = [*kept, *_listed(row, results, source)]
+    parts = dict(PART.findall(card.text)) | dict(_tables(row, results, source))
+    lines = [START, *(f"<!-- {kind} -->\n{part}" for kind, part in sorted(parts.items(), reverse=True)), END]
+    measured = "\n".join(lines)
+    body, replaced = MEASURED.subn(lambda _: measured, card.text, count=1)
+    body = body if replaced else f"{body}\n\n{measured}\n"
+    with replacing(folder / CARD) as temporary:
+        ModelCard(f"---\n{data.to_yaml()}\n---\n{body}").save(temporary)
+    if unchanged:
+        update_manifest(folder, CARD)
+
+
+def _story(record: dict[str, Any], base: Base | None = None) -> Story:
+    """Return how the run of a record made its checkpoint, told from the dense model on.
+
+    Args:
+        record: of `prune` or `recover`.
+        base: the model that it started from; if not given, what the record itself says of it.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: the record is not of that form.
+    """
+    if record["command"] == "prune":
+        return _pruned(record, base.name if base else called(record["arguments"]["model"]))
+    before = record["results"].get("pruning")
+    story = base.story if base else _story(before) if before else None
+    if story:
+        return Story(story.summary, (*story.steps, f"then trained: {_trained(record)}"))
+    name = base.name if base else called(record["arguments"]["model"])
+    return Story(f"`{name}`, trained by hifiprune.", (f"trained: {_trained(record)}",))
+
+
+def _pruned(record: dict[str, Any], name: str) -> Story:
+    """Return how a model of this name was pruned."""
+    arguments, results = record["arguments"], record["results"]
+    parameters, widths = results["parameters"], results["width"]
+    text, scoring = arguments["calibration"], results["scoring"]
+    read = "by weights alone"
+    if "windows" in scoring:
+        read = f"on {scoring['windows']:,} windows of {scoring['positions']:,} tokens"
+    return Story(
+        f"`{name}` without {results['ratio']['reached']:.1%} of its parameters: MLP neurons, removed by hifiprune. "
+        f"{parameters['before']:,} parameters became {parameters['after']:,}, MLPs of width {widths['before']:,} "
+        f"ones of {width_range(widths['after'])}.",
+        (
+            f"neurons scored by `{plain(results['criterion'])}` {read}, widths "
+            f"{plain(arguments['sharing']['allocation'])}",
+            f"output maps refitted in closed form on {text['num_samples']:,} windows of {text['seq_len']:,} tokens"
+            if arguments["repair"] == "ridge"
+            else "output maps left as they were",
+        ),
+    )
+
+
+def _trained(record: dict[str, Any]) -> str:
+    """Return how a run of `recover` trained, and which state it wrote."""
+    training, results = record["arguments"]["training"], record["results"]
+    how = "all weights" if training["method"] == "full" else f"low-rank changes of rank {training['lora_r']:,}"
+    target = "the dense model's predictions" if training["distill_weight"] or training["match_hidden"] else "labels"
+    steps = f"{how} on {target}, {results['steps']:,} steps"
+    if results["best_step"] == 0:
+        return f"{steps}, none of which was better than the start: the weights are as they were before"
+    perplexity = results["held_out_perplexity"]
+    return (
+        f"{steps}, the best state that of step {results['best_step']:,}; perplexity of held-out rows "
+        f"{perplexity['before']:.4g} before and {perplexity['after']:.4g} after"
+    )
+
+
+def _use(folder: Path, name: str) -> str:
+    """Return how it is loaded, by its name until it has one on the hub."""
+    mixed = (folder / "modeling_pruned.py").is_file()
+    why = "Its layers differ in width, so it carries a modeling file of its own.\n\n" if mixed else ""
+    trust = ", trust_remote_code=True" if mixed else ""
+    family = family_of(Checkpoint(str(folder), folder).config())
+    kind = "AutoModelForImageTextToText" if family.sees else "AutoModelForCausalLM"
+    where = json.dumps(name, ensure_ascii=False)
+    return (
+        f"## How to use it\n\n{why}```python\nfrom transformers import {kind}, AutoTokenizer\n\n"
+        f"model = {kind}.from_pretrained({where}{trust})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({where})\n```"
+    )
+
+
+def _listed(row: dict[str, Any], results: dict[str, Any], source: str) -> Iterator[EvalResult]:
+    """Results as the hub's index lists them."""
+    for metric, estimate in row.get("metrics", {}).items():
+        if metric != "dense_perplexity":  # another model's
+            yield EvalResult(
+                task_type="text-generation",
+                dataset_type="text",
+                dataset_name=f"{source}, {results['windows']} windows of {results['positions']} tokens",
+                metric_type=metric,
+                metric_name=METRICS[metric][0],
+                metric_value=estimate["value"],
+            )
+    for key, estimate in row.get("tasks", {}).items():
+        task, _, metric = key.partition("/")
+        size = asked_of(results["items"], task)
+        yield EvalResult(
+            task_type="text-generation",
+            dataset_type=task,
+            dataset_name=f"{task}, zero-shot" + (f", {size} items" if size else ""),
+            metric_type=metric,
+            metric_value=estimate["value"],
+        )
+
+
+def _tables(row: dict[str, Any], results: dict[str, Any], source: str) -> Iterator[tuple[str, str]]:
+    """Results for a reader, by kind."""
+    if "metrics" in row:
+        lines = [f"On {results['windows']} windows of {results['positions']} tokens of {source}, with 95% intervals:\n"]
+        lines += ["| metric | value | |\n|---|---|---|"]
+        for metric, estimate in row["metrics"].items():
+            title, meaning = (text.replace("|", "\\|") for text in METRICS[metric][:2])  # a bar would end the cell
+            lines.append(f"| {title} | {with_interval(estimate, '.4g')} | {meaning} |")
+        yield "text", "\n".join([*lines, ""])
+    if "tasks" in row:
+        reference = plain(Path(results["reference"]).name)
+        lines = [f"Zero-shot, no examples in the prompt; with standard errors, and the difference to `{reference}`:\n"]
+        lines += ["| task | items | accuracy | difference |\n|---|---|---|---|"]
+        for key, estimate in accuracies(row).items():
+            gain, size = row.get("differences", {}).get(key), asked_of(results["items"], key.partition("/")[0])
+            difference = with_interval(gain, "+.3f") if gain else ""
+            lines.append(f"| {key} | {size} | {with_error(estimate)} | {difference} |")
+        yield "tasks", "\n".join([*lines, ""])

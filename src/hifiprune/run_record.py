@@ -1,0 +1,117 @@
+"""`RunRecord`: what a run did, with which versions, on what, and what it cost; saved as `run.json`."""
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from hifiprune.io.atomic import replacing
+
+LIBRARIES = ("hifiprune", "torch", "transformers", "safetensors", "tokenizers", "datasets")
+
+
+@dataclass
+class RunRecord:
+    """A run's arguments, environment, stages and results.
+
+    Attributes:
+        command: name of the command.
+        arguments: as given, defaults filled in.
+        results: what came out: ratios, widths, hashes, metrics.
+        stages: seconds and peak memory in bytes of each stage, in order.
+        expected: what stages were expected to cost, before they began.
+        environment: versions, platform and device.
+        reused_parts: how many were there from an interrupted run, whose seconds the stages do not count.
+    """
+
+    command: str
+    arguments: dict[str, Any]
+    results: dict[str, Any] = field(default_factory=dict)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    expected: list[dict[str, Any]] = field(default_factory=list)
+    environment: dict[str, Any] = field(default_factory=lambda: describe_environment())
+    reused_parts: int = 0
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure what happens within: wall-clock seconds and peak memory (resident, and of a GPU if there is one)."""
+        reset_peak_memory()
+        start = time.perf_counter()
+        yield
+        seconds = round(time.perf_counter() - start, 3)
+        self.stages.append({"name": name, "seconds": seconds, **peak_memory()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain data, as its file holds it."""
+        facts: dict[str, Any] = json.loads(json.dumps({"format": "hifiprune-run-1", **vars(self)}, default=str))
+        return facts
+
+    def save(self, path: str | Path) -> None:
+        """Write the record as JSON, in place of a file that hifiprune wrote, but of no other."""
+        with replacing(path, overwrite=True) as temporary:
+            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions and the machine."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in LIBRARIES},
+        "platform": platform.platform(),
+        "processor": _processor_name(),
+        "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+    }
+
+
+def reset_peak_memory() -> None:
+    """Start measuring peak memory anew where the system allows it (Linux and CUDA)."""
+    for gpu in range(torch.cuda.device_count()):
+        torch.cuda.reset_peak_memory_stats(gpu)
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    except OSError:
+        return
+
+
+def peak_memory() -> dict[str, int]:
+    """Peak resident memory in bytes since `reset_peak_memory` (since the start, if not on Linux), and of all GPUs."""
+    peaks = {"peak_memory_bytes": _high_water_bytes()}
+    if torch.cuda.is_available():
+        gpus = range(torch.cuda.device_count())
+        peaks["peak_gpu_memory_bytes"] = sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
+    return peaks
+
+
+def _high_water_bytes() -> int:
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())

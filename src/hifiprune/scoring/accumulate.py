@@ -1,0 +1,285 @@
+"""One run over the calibration windows that serves any number of criteria."""
+
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hifiprune.engine.block_chain import Batch, BlockChain
+from hifiprune.engine.context import memory_explained
+from hifiprune.engine.hooks import Seen
+from hifiprune.engine.lm_head import SLICE_BYTES, SLICE_ROWS
+from hifiprune.engine.offload import shelf_of
+from hifiprune.errors import RunError
+from hifiprune.io.distributed import meet, neighbours, processes, rank
+from hifiprune.io.hashing import hash_tokens
+from hifiprune.io.pass_checkpoint import Keeper
+from hifiprune.models.mlp import find_mlps, width_of
+from hifiprune.scoring.neuron_statistics import Statistic
+from hifiprune.scoring.objectives import Kernel
+
+Track = Callable[[Iterable[Any]], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one statistic needs of a pass."""
+
+    statistic: Statistic
+    kernels: tuple[Kernel, ...]
+    maps: bool
+
+    def __str__(self) -> str:
+        return f"{self.statistic.__name__} of {', '.join(map(repr, self.kernels))}"
+
+
+def needs(jobs: Sequence[Job]) -> tuple[list[Kernel], list[int]]:
+    """The kernels that a sweep for these jobs differentiates, and the numbers of those for which maps are seen."""
+    kernels = list(dict.fromkeys(kernel for job in jobs for kernel in job.kernels))
+    return kernels, [n for n, kernel in enumerate(kernels) if any(job.maps and kernel in job.kernels for job in jobs)]
+
+
+def serves(job: Job, kernels: Sequence[Kernel], seen: Seen) -> bool:
+    """Whether a job takes from what is seen on the way forward, or back from one of these kernels."""
+    return not job.kernels if seen.kernel is None else kernels[seen.kernel] in job.kernels
+
+
+@dataclass
+class Pass:
+    """One run over all windows, for any number of jobs, shared out among the processes that there are.
+
+    Attributes:
+        chain: the model.
+        windows: token ids.
+        batch_size: windows per step.
+        recompute: see `BlockChain.sweep`.
+        track: shows progress.
+        group: batches that go through a block in turn, more than one where weights are read from the disk.
+        keeper: keeps the sums of the batches that are done, if an interrupted run is to go on from there.
+        totals: of each job and layer, `[statistics, neurons]` in float64.
+        sums: of each kernel over the windows.
+        hidden: final hidden state of each batch of this process, kept where asked for.
+        halves: share of the totals that comes from every other batch, kept where asked for.
+        done: batches that are done.
+    """
+
+    chain: BlockChain
+    windows: Int[Tensor, "windows positions"]
+    batch_size: int
+    recompute: bool
+    track: Track
+    group: int = 1
+    keeper: Keeper | None = None
+    totals: dict[Job, dict[int, Tensor]] = field(default_factory=dict)
+    sums: dict[Kernel, float] = field(default_factory=dict)
+    hidden: list[Tensor] = field(default_factory=list)
+    halves: dict[Job, dict[int, Tensor]] = field(default_factory=dict)
+    done: int = 0
+
+    @property
+    def objectives(self) -> dict[Kernel, float]:
+        """Mean of each kernel over the windows, in nats."""
+        return {kernel: total / len(self.windows) for kernel, total in self.sums.items()}
+
+    def run(
+        self,
+        jobs: Iterable[Job],
+        teacher: Sequence[Tensor] = (),
+        *,
+        keep_hidden: bool = False,
+        looks: Sequence[int] = (),
+        settled: Callable[["Pass"], bool] | None = None,
+    ) -> "Pass":
+        """Sweep over the windows and collect what the jobs ask for.
+
+        Args:
+            jobs: what to collect.
+            teacher: the teacher's final hidden state for each batch, for kernels that need one.
+            keep_hidden: keep those of this model.
+            looks: after how many batches it is asked whether that is enough.
+            settled: is asked then, and halves of the totals are kept for it.
+        """
+        wanted = list(dict.fromkeys(jobs))
+        kernels, maps = needs(wanted)
+        self.totals, self.sums = {job: {} for job in wanted}, dict.fromkeys(kernels, 0.0)
+        self.halves = {job: {} for job in wanted} if settled else {}
+
+        def visit(seen: Seen) -> None:
+            for job in wanted:
+                if serves(job, kernels, seen):
+                    self._add(job, seen)
+
+        starts = range(0, len(self.windows), self.batch_size)
+        own = [*zip(starts, self.windows.split(self.batch_size), strict=True)][rank() :: processes()]
+        keeper = self._keeper(wanted)
+        if processes() > 1:
+            meet(self.chain.model.device, keeper.unfinished.make if keeper else None)
+        done = self._resume(keeper.read() if keeper else None)
+        if keep_hidden:
+            for some in self._groups(0, done):
+                self.hidden += [each.cpu() for each in self.chain.final_states([self._placed(own[n][1]) for n in some])]
+        for places in self.track(self._groups(done, len(own), looks)):
+            batches = [
+                Batch(self._placed(tokens), first, teacher[place] if teacher else None)
+                for place, (first, tokens) in zip(places, own[places.start : places.stop], strict=True)
+            ]
+            with memory_explained(self.chain.model, self.windows[: self.batch_size].numel()):
+                self.chain.sweep_all(batches, kernels, visit, recompute=self.recompute, maps=maps)
+            self._require_finite([batch.tokens for batch in batches])
+            for batch in batches:
+                if keep_hidden:
+                    self.hidden.append(batch.final.cpu())
+                for kernel, value in zip(kernels, batch.values, strict=True):
+                    self.sums[kernel] += value.double().sum().item()
+            self.done = places.stop
+            if settled and places.stop in looks and settled(self):
+                self.windows = self.windows[: places.stop * self.batch_size]
+                break
+            if keeper:  # after the look, which a resumed run does not take again
+                keeper.write(self._state(places.stop))
+        self._add_up()
+        return self
+
+    def _groups(self, first: int, last: int, stops: Sequence[int] = ()) -> list[range]:
+        """Numbers of the batches that go through a block in turn; a group ends at a stop at the latest."""
+        edges = [*range(first, last, self.group), *(stop for stop in stops if first < stop < last)]
+        return [range(one, other) for one, other in pairwise(sorted({*edges, last}))]
+
+    def _placed(self, batch: Tensor) -> Int[Tensor, "windows positions"]:
+        return batch.to(self.chain.model.device, torch.int64)
+
+    def _keeper(self, jobs: Sequence[Job]) -> Keeper | None:
+        """For states of just this pass and this process's part of it."""
+        part = rank(), processes(), self.batch_size, self.recompute, bool(self.halves)
+        return self.keeper.of(hash_tokens(self.windows), [*map(str, jobs)], *part) if self.keeper else None
+
+    def _state(self, done: int) -> dict[str, Tensor]:
+        """Sums over the first `done` batches."""
+        sums = {"done": torch.tensor(done), "sums": torch.tensor([*self.sums.values()], dtype=torch.float64)}
+        totals = {
+            f"{place}.{layer}": total.cpu()
+            for place, found in enumerate([*self.totals.values(), *self.halves.values()])
+            for layer, total in found.items()
+        }
+        return sums | totals
+
+    def _resume(self, state: dict[str, Tensor] | None) -> int:
+        """Take over a state; how many batches it covers."""
+        if state is None:
+            return 0
+        done, sums = int(state.pop("done")), state.pop("sums").tolist()
+        self.sums = dict(zip(self.sums, sums, strict=True))
+        tables = [*self.totals.values(), *self.halves.values()]
+        for name, total in state.items():
+            place, layer = map(int, name.split("."))
+            tables[place][layer] = total.to(self.chain.model.device)
+        return done
+
+    def _add_up(self) -> None:
+        """Sums over all processes; each of them has them after."""
+        if processes() == 1:
+            return
+        sums = torch.tensor([*self.sums.values()], dtype=torch.float64, device=self.chain.model.device)
+        totals = [found[layer] for found in self.totals.values() for layer in sorted(found)]  # whatever was resumed
+        for tensor in (sums, *totals):
+            torch.distributed.all_reduce(tensor)
+        self.sums = dict(zip(self.sums, sums.tolist(), strict=True))
+
+    def _add(self, job: Job, seen: Seen) -> None:
+        """Sum in float64 where the model is, so that nothing waits for a GPU."""
+        found, tables = job.statistic(seen).double(), [self.totals[job]]
+        if self.halves and seen.windows // self.batch_size % 2:
+            tables.append(self.halves[job])
+        for totals in tables:
+            totals[seen.layer] = totals[seen.layer] + found if seen.layer in totals else found
+
+    def _require_finite(self, batches: Sequence[Int[Tensor, "windows positions"]]) -> None:
+        layers = [layer for totals in self.totals.values() for layer in totals]
+        sums = torch.stack([total.sum() for totals in self.totals.values() for total in totals.values()])
+        if not sums.isfinite().all():
+            for tokens in batches:
+                self.chain.final_hidden(tokens)  # names the block if the forward pass is to blame
+            worst = max(layer for layer, finite in zip(layers, sums.isfinite().tolist(), strict=True) if not finite)
+            raise RunError(
+                f"the gradients at {self.chain.mlps[worst].name} are NaN or infinite in {self.chain.model.dtype}; "
+                "compute in float32 (--dtype float32)"
+            )
+
+
+def choose_recompute(model: PreTrainedModel, tokens: int) -> bool:
+    """Whether the graphs of all blocks would not fit into half of the memory that is free."""
+    return working_bytes(model, tokens, recompute=False) > free_bytes(model.device) // 2
+
+
+def working_bytes(
+    model: PreTrainedModel, tokens: int, *, recompute: bool, objectives: int = 1, maps: bool = False
+) -> int:
+    """Estimated memory above the weights for steps of `tokens` positions: graphs, gradients, slices of logits.
+
+    With `maps` also the weight gradients of one MLP.
+    """
+    config, state, graph = model.config.get_text_config(), state_bytes(model, tokens), graph_bytes(model, tokens)
+    kept = 2 * graph + 2 * config.num_hidden_layers * state if recompute else config.num_hidden_layers * graph
+    products = 3 * 4 * width_of(model.config) * config.hidden_size if maps else 0
+    return int(kept + (objectives - 1) * state + slice_bytes(model) + products)
+
+
+def state_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Bytes of the hidden states of so many tokens, as they are between two blocks."""
+    return int(tokens * model.config.get_text_config().hidden_size * model.dtype.itemsize)
+
+
+def graph_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Bytes that the graph of one block keeps for so many tokens."""
+    config = model.config.get_text_config()
+    return int(tokens * (4 * width_of(model.config) + 14 * config.hidden_size) * model.dtype.itemsize)
+
+
+def slice_bytes(model: PreTrainedModel) -> int:
+    """Bytes of logits and their gradients, of which one slice of positions is there at a time."""
+    return int(4 * max(SLICE_BYTES, 4 * SLICE_ROWS * model.config.get_text_config().vocab_size))
+
+
+def group_of(model: PreTrainedModel, tokens: int, objectives: int = 0) -> int:
+    """How many batches of `tokens` positions go through a block in turn: one, where weights are in memory."""
+    shelf = shelf_of(model)
+    if shelf is None:
+        return 1
+    return choose_group(model, tokens, objectives, shelf.device, shelf.scratch.folder if shelf.scratch else None)
+
+
+def choose_group(
+    model: PreTrainedModel, tokens: int, objectives: int, device: torch.device, scratch: str | Path | None
+) -> int:
+    """How many batches of `tokens` positions go through a streamed model's block in turn: what memory has room for.
+
+    The inputs of all blocks are kept of each, while weights are read twice for the whole group; they take a quarter of
+    the memory that is free, or half of what is free on the disk where `scratch` is.
+    """
+    state = state_bytes(model, tokens)
+    inputs, moving = int(model.config.get_text_config().num_hidden_layers) * state, (2 + objectives) * state
+    memory = free_bytes(device) // 4 // (neighbours() if device.type == "cpu" else 1)
+    if scratch is None:
+        return max(1, memory // (inputs + moving))
+    return max(1, min(memory // moving, shutil.disk_usage(scratch).free // 2 // neighbours() // inputs))
+
+
+def moment_bytes(model: PreTrainedModel) -> int:
+    """Memory of the second moments that `obs` sums up in float64."""
+    return sum(8 * mlp.neurons * (mlp.neurons + mlp.output.out_features) for mlp in find_mlps(model))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a new allocation on `device` could still get."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,271 @@
+"""Named criteria: which objective a pass differentiates, what it collects, and where that comes from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hifiprune import DEFAULT_CRITERION
+from hifiprune.bounds import check_numbers
+from hifiprune.errors import unknown
+from hifiprune.scoring import neuron_statistics as st
+from hifiprune.scoring.objectives import CrossEntropy, Distillation, Entropy, Kernel, SampledLabel
+
+HFPRUNE, SDMPRUNE = "arXiv 2603.08083", "arXiv 2506.11120"
+PRESETS = {0.2: (0.4, 0.2), 0.3: (0.42, 0.5), 0.4: (0.1, 0.2)}
+"""Alpha and temperature of self-distillation that arXiv 2506.11120 uses at each ratio."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What criteria leave open; each criterion uses what it knows.
+
+    Attributes:
+        alpha: share of the divergence from the dense model in self-distillation, in [0, 1]; None is the papers'.
+        temperature: of the dense model in self-distillation; None is the papers'.
+        light_cut: fraction of the neurons that self-distillation removes before it looks.
+        label_samples: labels that `fisher` draws at each position, one backward pass each.
+        seed: of everything drawn at random.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    alpha: float | None = None
+    temperature: float | None = None
+    light_cut: float = 0.025
+    label_samples: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_numbers(vars(self))
+
+    def for_ratio(self, ratio: float) -> "Options":
+        """With the papers' alpha and temperature at their nearest ratio, where these are left open."""
+        papers = PRESETS[min(PRESETS, key=lambda known: abs(known - ratio))]
+        given = (self.alpha, self.temperature)
+        alpha, temperature = (known if own is None else own for own, known in zip(given, papers, strict=True))
+        return replace(self, alpha=alpha, temperature=temperature)
+
+
+Objective = Callable[[Options], tuple[Kernel, ...]]
+
+
+def _entropy(options: Options) -> tuple[Kernel, ...]:
+    return (Entropy(),)
+
+
+def _cross_entropy(options: Options) -> tuple[Kernel, ...]:
+    return (CrossEntropy(),)
+
+
+def _self_distillation(options: Options) -> tuple[Kernel, ...]:
+    settled = options.for_ratio(min(PRESETS))
+    assert settled.alpha is not None
+    assert settled.temperature is not None
+    return (Distillation(settled.alpha, settled.temperature),)
+
+
+def _own_labels(options: Options) -> tuple[Kernel, ...]:
+    samples = options.label_samples
+    return tuple(SampledLabel(options.seed, number, samples) for number in range(samples))
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """How neurons are scored; more is more important.
+
+    Attributes:
+        name: what it is called.
+        summary: one line on what it measures.
+        reference: its source.
+        kernels: the objectives that one pass differentiates for it, if any.
+        statistic: what is collected; None needs no data.
+        finish: makes scores of it.
+        maps: whether the statistic looks at the linear maps.
+        two_stages: whether a light cut by cross-entropy comes first.
+        options: names of the options that matter to it.
+        across_layers: whether scores of different layers are on one scale.
+    """
+
+    name: str
+    summary: str
+    reference: str
+    kernels: Objective | None = None
+    statistic: st.Statistic | None = None
+    finish: st.Finish = st.as_summed
+    maps: bool = False
+    two_stages: bool = False
+    options: tuple[str, ...] = ()
+    across_layers: bool = True
+
+    @property
+    def collects_means(self) -> bool:
+        """Whether mean activations come with the scores."""
+        return self.statistic is st.moments
+
+    @property
+    def collects_moments(self) -> bool:
+        """Whether second moments of all neurons are collected, which are large."""
+        return self.statistic is st.curvatures
+
+    def used(self, options: Options) -> dict[str, Any]:
+        """The options that matter to it."""
+        return {name: getattr(options, name) for name in self.options}
+
+
+CRITERIA: dict[str, Criterion] = {
+    criterion.name: criterion
+    for criterion in (
+        Criterion(
+            "hfprune",
+            "first-order change of the output entropy, sum of |h dH/dh|: the paper's exact definition",
+            f"{HFPRUNE}, eq. 3-4",
+            _entropy,
+            st.absolute,
+        ),
+        Criterion("entropy", "the same as hfprune", f"{HFPRUNE}, eq. 3-4", _entropy, st.absolute),
+        Criterion("entropy-square", "output entropy, sum of (h dH/dh)^2", HFPRUNE, _entropy, st.square),
+        Criterion(
+            "cross-entropy",
+            "plain Taylor pruning: loss of the next token, sum of |h dC/dh|",
+            "arXiv 1906.10771",
+            _cross_entropy,
+            st.absolute,
+        ),
+        Criterion(
+            "cross-entropy-square",
+            "loss of the next token, sum of (h dC/dh)^2: the empirical Fisher information",
+            "arXiv 1906.10771",
+            _cross_entropy,
+            st.square,
+        ),
+        Criterion(
+            "cross-entropy-weight",
+            "loss of the next token, Taylor importance of the weights: SDMPrune's first stage",
+            SDMPRUNE,
+            _cross_entropy,
+            st.weight_absolute,
+            maps=True,
+        ),
+        Criterion(
+            "cross-entropy-weight-square",
+            "the same with squares in place of absolute values",
+            SDMPRUNE,
+            _cross_entropy,
+            st.weight_square,
+            maps=True,
+        ),
+        Criterion(
+            "self-distillation",
+            "SDMPrune: light cut by cross-entropy, then divergence from the dense model, in weight form",
+            SDMPRUNE,
+            _self_distillation,
+            st.weight_absolute,
+            maps=True,
+            two_stages=True,
+            options=("alpha", "temperature", "light_cut"),
+        ),
+        Criterion(
+            "self-distillation-square",
+            "the same with squares in place of absolute values",
+            SDMPRUNE,
+            _self_distillation,
+            st.weight_square,
+            maps=True,
+            two_stages=True,
+            options=("alpha", "temperature", "light_cut"),
+        ),
+        Criterion(
+            "fisher",
+            "labels drawn from the model itself, sum of (h dC/dh)^2: KL divergence to second order, diagonal, in nats",
+            "arXiv 1801.05787, with labels from the model",
+            _own_labels,
+            st.square,
+            st.as_divergence,
+            options=("label_samples", "seed"),
+        ),
+        Criterion(
+            "obs",
+            "the same labels, Kronecker-factored: KL divergence of greedy removal where the others are refitted",
+            "arXiv 2203.07259 and 1503.05671, for neurons",
+            _own_labels,
+            st.curvatures,
+            st.surgeon,
+            maps=True,
+            options=("label_samples", "seed"),
+        ),
+        Criterion(
+            "fisher-abs",
+            "the same labels, sum of |h dC/dh|",
+            "arXiv 1801.05787",
+            _own_labels,
+            st.absolute,
+            options=("label_samples", "seed"),
+        ),
+        Criterion(
+            "wanda-sp",
+            "activation norm times mean absolute outgoing weight",
+            "arXiv 2306.11695, structured as in arXiv 2312.11983",
+            statistic=st.moments,
+            finish=st.wanda,
+        ),
+        Criterion(
+            "flap",
+            "variance of the activation times squared norm of the outgoing weights, standardised",
+            "arXiv 2312.11983",
+            statistic=st.moments,
+            finish=st.flap,
+            across_layers=False,
+        ),
+        Criterion(
+            "minitron",
+            "mean magnitude of the activation, l2 norm over windows",
+            "arXiv 2407.14679",
+            statistic=st.squared_mean_magnitude,
+            finish=st.minitron,
+        ),
+        Criterion("magnitude", "l2 norm of a neuron's weights; no data", "arXiv 1608.08710", finish=st.magnitude),
+        Criterion(
+            "ppm", "peak-to-peak of a neuron's incoming weights; no data", "arXiv 2512.22671", finish=st.peak_to_peak
+        ),
+        Criterion(
+            "random",
+            "uniform noise; no data",
+            "the control",
+            finish=st.random,
+            options=("seed",),
+            across_layers=False,
+        ),
+    )
+}
+
+
+def describe_criteria() -> list[dict[str, str]]:
+    """Name, what it needs, summary and source of every criterion; the default says that it is."""
+    return [
+        {
+            "name": criterion.name,
+            "needs": _needs(criterion),
+            "summary": criterion.summary + (" (default)" if criterion.name == DEFAULT_CRITERION else ""),
+            "reference": criterion.reference,
+        }
+        for criterion in CRITERIA.values()
+    ]
+
+
+def _needs(criterion: Criterion) -> str:
+    if criterion.statistic is None:
+        return "weights"
+    passes = "forward, backward" if criterion.kernels else "forward"
+    return f"2 x ({passes})" if criterion.two_stages else passes
+
+
+def find_criterion(name: str) -> Criterion:
+    """Return the criterion called `name`.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in CRITERIA:
+        raise unknown("criterion", name, CRITERIA)
+    return CRITERIA[name]

@@ -1,0 +1,96 @@
+"""When to stop scoring: once more windows would hardly change which neurons are kept.
+
+Scores from two disjoint halves of the windows so far are independent draws. If their noise falls with the square root
+of the windows, the kept sets of two halves of `n` windows disagree twice as much as one of all `n` and one of the
+whole calibration set would, if that were endless; of a set of `N` windows, which holds the `n`, `sqrt(1 - n / N)` of
+that.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hifiprune.bounds import check_numbers
+from hifiprune.errors import UserError
+from hifiprune.io.distributed import processes
+from hifiprune.plan import Plan
+from hifiprune.progress import SILENT, Voice
+from hifiprune.pruning.allocate import Budget, Sharing, allocate
+from hifiprune.scores import Scores
+from hifiprune.scoring.criteria import find_criterion
+
+LEAST = 8
+GROWTH = 1.25
+
+
+@dataclass
+class Stability:
+    """Stops scoring once the kept set is known well enough, and tells how it went.
+
+    Attributes:
+        wanted: agreement of the kept set with that of all windows, as a share of the neurons kept.
+        budget: how much will be removed.
+        round_to: see `hifiprune.allocate`.
+        sharing: likewise.
+        voice: tells of every look.
+        curve: of every look the windows so far, the agreement of their halves, and what it is extrapolated to.
+
+    Raises:
+        UserError: no set agrees so well, or so badly.
+    """
+
+    wanted: float
+    budget: Budget
+    round_to: int = 128
+    sharing: Sharing = Sharing()
+    voice: Voice = SILENT
+    curve: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_numbers({"until_stable": self.wanted})
+
+    def check(self, criteria: Sequence[str]) -> None:
+        """Refuse scoring that it cannot watch.
+
+        Raises:
+            UserError: there are several criteria or processes, or the criterion has two stages or reads no text.
+        """
+        found = [find_criterion(name) for name in criteria]
+        if processes() > 1 or len(found) > 1 or any(each.two_stages or not each.statistic for each in found):
+            raise UserError("until-stable watches one criterion that reads a text once, in one process: leave it out")
+
+    def settled(self, windows: int, of: int, halves: Callable[[], tuple[Scores, Scores]]) -> bool:
+        """Whether the scores of so many windows of a larger number are enough."""
+        one, other = (self._plan(scores) for scores in halves())
+        agreement = overlap(one, other)
+        extrapolated = 1 - (1 - agreement) / 2 * math.sqrt(1 - windows / of)
+        self.curve.append({"windows": windows, "halves": agreement, "extrapolated": extrapolated})
+        self.voice.say(
+            f"{windows} of {of} windows: two halves agree on {agreement:.2%} of the kept neurons, so all of them would "
+            f"on about {extrapolated:.2%}"
+        )
+        return extrapolated >= self.wanted
+
+    def _plan(self, scores: Scores) -> Plan:
+        return allocate(scores, self.budget, round_to=self.round_to, sharing=self.sharing)
+
+
+def looks(windows: int, batch_size: int) -> list[int]:
+    """After how many batches to look, always an even number, before all windows are read.
+
+    From `LEAST` windows on, a quarter more each time.
+    """
+    found, batches = [], 2 * math.ceil(LEAST / (2 * batch_size))
+    while batches * batch_size < windows:
+        found.append(batches)
+        batches = 2 * math.ceil(batches * GROWTH / 2)
+    return found
+
+
+def overlap(one: Plan, other: Plan) -> float:
+    """Neurons that two plans keep, as a share of those that one of them keeps."""
+    shared = sum(
+        len(set(ours.tolist()) & set(theirs.tolist())) for ours, theirs in zip(one.kept, other.kept, strict=True)
+    )
+    return shared / sum(one.widths)

@@ -1,0 +1,176 @@
+"""What a pass collects about the neurons of an MLP, and what scores are made of it.
+
+A statistic turns what a sweep shows of one layer and batch into `[statistics, neurons]`, which is summed over batches.
+A finish turns the sum, and the weights, into one score a neuron.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hifiprune.engine.hooks import MapPass, Seen
+from hifiprune.engine.lm_head import precise
+from hifiprune.models.mlp import Mlp
+from hifiprune.scoring.obs import gram, removal_costs
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What was summed over.
+
+    Attributes:
+        windows: number of windows.
+        positions: of each window.
+        passes: gradients taken of each window.
+        seed: of what is drawn at random.
+        layer: number of the MLP.
+    """
+
+    windows: int
+    positions: int
+    passes: int
+    seed: int
+    layer: int
+
+
+Statistic = Callable[[Seen], Float[Tensor, "statistics neurons"]]
+Finish = Callable[[Float[Tensor, "statistics neurons"], Mlp, Sample], Float[Tensor, "neurons"]]
+
+
+def absolute(seen: Seen) -> Float[Tensor, "1 neurons"]:
+    """First-order Taylor importance, `(h * dC/dh).abs()` summed over positions: eq. 4, arXiv 2603.08083."""
+    total: Tensor = torch.linalg.vector_norm(seen.taylor.flatten(0, 1), 1, dim=0, keepdim=True)
+    return total
+
+
+def square(seen: Seen) -> Float[Tensor, "1 neurons"]:
+    """`(h * dC/dh) ** 2` summed over positions: large changes count for more than many small ones."""
+    return seen.taylor.flatten(0, 1).square().sum(0, keepdim=True)
+
+
+def weight_absolute(seen: Seen) -> Float[Tensor, "1 neurons"]:
+    """Taylor importance of the weights: `|down + up + gate|` of `w * dC/dw`, summed over windows.
+
+    Element `j` of neuron `i` is one weight of each map: `gate[i, j]`, `up[i, j]` and `down[j, i]`; their products are
+    added before the absolute value, which is taken for each window, and averaged over `j`. Source: arXiv 2506.11120.
+    """
+    return torch.stack([product.abs_().mean(1) for product in _weight_products(seen)]).sum(0, keepdim=True)
+
+
+def weight_square(seen: Seen) -> Float[Tensor, "1 neurons"]:
+    """The same with squares in place of absolute values."""
+    return torch.stack([product.square_().mean(1) for product in _weight_products(seen)]).sum(0, keepdim=True)
+
+
+def _weight_products(seen: Seen) -> Iterator[Float[Tensor, "neurons hidden"]]:
+    """The sum over the maps of `w * dC/dw`, for each window, in float32 or better."""
+    *inputs, output = seen.maps
+    for window in range(len(seen.activation)):
+        total = _weight_product(output, window).T
+        for each in inputs:
+            total += _weight_product(each, window)
+        yield total
+
+
+def _weight_product(each: MapPass, window: int) -> Float[Tensor, "outputs inputs"]:
+    slope = each.output[window].T @ each.input[window].to(each.output.dtype)  # dC/dw
+    return precise(slope).mul_(each.linear.weight.detach())
+
+
+def moments(seen: Seen) -> Float[Tensor, "2 neurons"]:
+    """Sums over positions of `h` and of `h ** 2`."""
+    h = precise(seen.activation.flatten(0, 1))
+    return torch.stack((h.sum(0), h.square().sum(0)))
+
+
+def curvatures(seen: Seen) -> Float[Tensor, "statistics neurons"]:
+    """Second moments of `h`, and below them those of `dC/dy` times `W`, where `y = W h` is the MLP's output."""
+    output = seen.maps[-1]
+    h, slopes = (precise(each.flatten(0, 1)) for each in (seen.activation, output.output))
+    return torch.cat((gram(h), gram(slopes) @ output.linear.weight.to(slopes.dtype)))
+
+
+def squared_mean_magnitude(seen: Seen) -> Float[Tensor, "1 neurons"]:
+    """`h.abs().mean("positions") ** 2` summed over windows."""
+    h = precise(seen.activation)
+    means: Tensor = torch.linalg.vector_norm(h, 1, dim=1) / h.shape[1]
+    return means.square_().sum(0, keepdim=True)
+
+
+def as_summed(totals: Float[Tensor, "1 neurons"], mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:
+    """The sum itself."""
+    return totals[0]
+
+
+def as_divergence(totals: Float[Tensor, "1 neurons"], mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:
+    """Squared gradients of the mean over positions as nats of KL divergence a position.
+
+    `KL / positions = 1/2 sum_t (h g_t) ** 2 / positions` with `g` the gradient of the sum over positions.
+    """
+    return totals[0] * sample.positions / (2 * sample.windows * sample.passes)
+
+
+def surgeon(totals: Float[Tensor, "statistics neurons"], mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:
+    """Costs of greedy removal with refit, in nats of KL divergence a position as in `as_divergence`.
+
+    `h` and the slopes count as independent, so the mean over tokens of a product is the product of the means. Both are
+    summed over the passes.
+    """
+    moments, pulled = totals.split((mlp.neurons, mlp.output.out_features))
+    scale = 2 * (sample.windows * sample.passes) ** 2
+    return removal_costs(moments / scale, mlp.output.weight, pulled)
+
+
+def wanda(totals: Float[Tensor, "2 neurons"], mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:
+    """Mean over the outputs of `|w| * ||h||`: Wanda's metric averaged over a channel, as FLAP's authors made it."""
+    return totals[1].sqrt() * _norm(mlp.output.weight, 1, 0) / mlp.output.out_features
+
+
+def flap(totals: Float[Tensor, "2 neurons"], mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:
+    """Weighted input feature variance, standardised in each layer: arXiv 2312.11983."""
+    count = sample.windows * sample.positions
+    variance = (totals[1] - totals[0].square() / count) / max(1, count - 1)
+    metric = variance.clamp(min=0) * _norm(mlp.output.weight, 2, 0).square()
+    return (metric - metric.mean()) / metric.std().clamp(min=torch.finfo(metric.dtype).tiny)
+
+
+def mean_activation(totals: Float[Tensor, "2 neurons"], mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:
+    """Mean of `h` over all positions."""
+    return totals[0] / (sample.windows * sample.positions)
+
+
+def minitron(totals: Float[Tensor, "1 neurons"], mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:
+    """Mean magnitude over a window's positions, l2 norm over windows: arXiv 2407.14679."""
+    return totals[0].sqrt()
+
+
+def magnitude(totals: Tensor, mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:
+    """l2 norm of all weights that go with a neuron, biases left out."""
+    norms = [_norm(linear.weight, 2, 1) for linear in mlp.inputs]
+    whole: Tensor = torch.linalg.vector_norm(torch.stack((*norms, _norm(mlp.output.weight, 2, 0))), 2, dim=0)
+    return whole
+
+
+def peak_to_peak(totals: Tensor, mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:
+    """Largest minus smallest weight that a neuron reads through, added up over its input maps."""
+    return torch.stack([precise(linear.weight.amax(1) - linear.weight.amin(1)) for linear in mlp.inputs]).sum(0)
+
+
+def random(totals: Tensor, mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:
+    """Uniform noise."""
+    generator = torch.Generator().manual_seed(sample.seed * 1_000_003 + sample.layer)
+    return torch.rand(mlp.neurons, generator=generator)
+
+
+def _norm(weight: Tensor, order: int, dim: int) -> Float[Tensor, "neurons"]:
+    """Norm along a dimension in float32 or better, without a copy of the weight."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(weight.detach(), order, dim=dim, dtype=dtype)
+    return norm
+
+
+WEIGHING = (wanda, flap, surgeon, magnitude, peak_to_peak)
+"""Those that look at weights too."""

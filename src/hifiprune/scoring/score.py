@@ -1,0 +1,316 @@
+"""From calibration windows to `Scores`, by one criterion or by many that share their passes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hifiprune import DEFAULT_CRITERION
+from hifiprune.engine.block_chain import BlockChain
+from hifiprune.engine.context import check_windows, frozen
+from hifiprune.engine.offload import walk
+from hifiprune.errors import RunError, UserError
+from hifiprune.io.distributed import check_share
+from hifiprune.io.hashing import hash_model, hash_tokens
+from hifiprune.io.pass_checkpoint import Keeper
+from hifiprune.models.mlp import Mlp, by_block, count_parameters, find_mlps
+from hifiprune.models.unsupported import refuse_altered
+from hifiprune.plan import Plan, highest
+from hifiprune.pruning.allocate import in_proportion
+from hifiprune.pruning.cut import cut
+from hifiprune.scores import Scores
+from hifiprune.scoring.accumulate import Job, Pass, Track, choose_recompute, free_bytes, group_of, moment_bytes, needs
+from hifiprune.scoring.criteria import PRESETS, Criterion, Options, find_criterion
+from hifiprune.scoring.early_stopping import Stability, looks
+from hifiprune.scoring.neuron_statistics import WEIGHING, Sample, mean_activation, weight_absolute
+from hifiprune.scoring.objectives import CrossEntropy
+
+Request = tuple[str, Options]
+"""A criterion by name, and its options."""
+LIGHT = Job(weight_absolute, (CrossEntropy(),), maps=True)
+"""What self-distillation makes its light cut by."""
+
+
+def score(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "windows positions"] | None,
+    criterion: str = DEFAULT_CRITERION,
+    options: Options = Options(),
+    **settings: Any,
+) -> Scores:
+    """Score every MLP neuron of `model` on `windows`; the model is not changed.
+
+    Args:
+        model: a causal language model of a supported family, on any device and in any floating dtype.
+        windows: integer token ids; None for criteria that need no data.
+        criterion: see `hifiprune.scoring.criteria.CRITERIA`.
+        options: what the criterion leaves open.
+        settings: see `score_all`.
+
+    Returns:
+        scores with one float32 `[neurons]` tensor per MLP in layer order.
+
+    Raises:
+        UserError: the criterion, the windows or the architecture cannot be used.
+        RunError: an activation or gradient is NaN or infinite, or memory ran out.
+    """
+    return score_all(model, windows, [(criterion, options)], **settings)[0]
+
+
+def score_all(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "windows positions"] | None,
+    requests: Sequence[Request],
+    *,
+    batch_size: int = 1,
+    recompute: bool | None = None,
+    track: Track = lambda batches: batches,
+    settings: dict[str, Any] | None = None,
+    model_hash: str | None = None,
+    keeper: Keeper | None = None,
+    stability: Stability | None = None,
+) -> list[Scores]:
+    """Score by several criteria at once: one forward pass, and one backward pass for each objective among them.
+
+    Of several processes that `torchrun` or `accelerate launch` started, each reads its share of the windows, and all
+    have the scores after.
+
+    Self-distillation adds a second pass, over the model after its light cut; the dense model's final hidden states are
+    kept from the first, so the teacher costs `windows * positions * hidden_size` numbers and no second model.
+
+    Args:
+        model: as in `score`.
+        windows: as in `score`.
+        requests: criteria with their options.
+        batch_size: windows per step; scores do not depend on it, since every window's mean is taken by itself.
+        recompute: run each block twice instead of keeping its graph, for a fraction of the memory; by default only
+            where the graphs would not fit into half of the free memory.
+        track: wraps the batches of each pass, to show progress.
+        settings: more facts to keep in the scores.
+        model_hash: of the weights as stored, if known; else these are hashed.
+        keeper: keeps sums on disk as they grow, so that an interrupted call goes on from there, to the same scores.
+        stability: ends scoring by a single criterion of one stage before all windows are read; in one process.
+
+    Returns:
+        scores in the order of the requests.
+    """
+    refuse_altered(model)
+    asked = [Asked(find_criterion(name), options.for_ratio(min(PRESETS))) for name, options in requests]
+    needing = [each.criterion.name for each in asked if each.criterion.statistic]
+    if stability:
+        stability.check([each.criterion.name for each in asked])
+    if windows is None and needing:
+        raise UserError(f"criterion '{needing[0]}' needs calibration data")
+    facts: dict[str, Any] = {
+        "compute_dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "attention": model.config._attn_implementation,
+        "hifiprune": version("hifiprune"),
+    }
+    if windows is not None and needing:
+        check_windows(model, windows, batch_size)
+        check_share(-(-len(windows) // batch_size))
+        if recompute is None:
+            recompute = choose_recompute(model, batch_size * windows.shape[1])
+        if any(each.criterion.collects_moments for each in asked):
+            _require_room_for_moments(model)
+        facts |= {"windows": len(windows), "positions": windows.shape[1]}
+        facts |= {"batch_size": batch_size, "recompute": recompute}
+    with frozen(model):
+        objectives = max([len(needs(jobs)[0]) for jobs in passes_of(requests)], default=0)
+        group = group_of(model, batch_size * windows.shape[1], objectives) if windows is not None else 1
+        how = {"batch_size": batch_size, "recompute": bool(recompute), "track": track, "group": group}
+        outcomes = _run(model, windows, asked, keeper, stability, **how)
+        model_hash = model_hash or hash_model(model)
+    if stability and windows is not None and outcomes[0].windows < len(windows):
+        windows = windows[: outcomes[0].windows]
+        facts |= {"windows": len(windows), "stability": stability.curve[-1]}
+    return [
+        replace(
+            _as_scores(outcome, model, each),
+            model_hash=model_hash,
+            data_hash=hash_tokens(windows) if windows is not None and each.criterion.statistic else "",
+            settings=facts | (settings or {}) | {"options": each.criterion.used(each.options)},
+        )
+        for each, outcome in zip(asked, outcomes, strict=True)
+    ]
+
+
+def _require_room_for_moments(model: PreTrainedModel) -> None:
+    needed, free = moment_bytes(model), free_bytes(model.device)
+    if needed > free:
+        raise RunError(
+            f"'obs' keeps {needed / 1e9:.3g} GB of second moments on {model.device}, where {free / 1e9:.3g} GB are "
+            "free; use another criterion, such as fisher"
+        )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A criterion with its options."""
+
+    criterion: Criterion
+    options: Options
+
+    @property
+    def job(self) -> Job | None:
+        """What it needs of a pass; None if it looks at the weights alone."""
+        if self.criterion.statistic is None:
+            return None
+        kernels = self.criterion.kernels(self.options) if self.criterion.kernels else ()
+        return Job(self.criterion.statistic, kernels, self.criterion.maps)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which jobs the pass over the dense model does, and which the pass over each lightly cut one, by its light cut."""
+
+    first: list[Job]
+    later: dict[float, list[Asked]]
+
+    @classmethod
+    def of(cls, asked: Sequence[Asked]) -> "Schedule":
+        """Everything that is asked for, once."""
+        later: dict[float, list[Asked]] = {}
+        for each in asked:
+            if each.criterion.two_stages:
+                later.setdefault(each.options.light_cut, []).append(each)
+        first = [each.job for each in asked if each.job and not each.criterion.two_stages]
+        return cls(first + [LIGHT] * bool(later), later)
+
+
+def count_passes(requests: Sequence[Request]) -> tuple[int, int]:
+    """How many forward and backward passes over the windows `score_all` will take."""
+    passes = passes_of(requests)
+    return len(passes), sum(len(needs(jobs)[0]) for jobs in passes)
+
+
+def passes_of(requests: Sequence[Request]) -> list[list[Job]]:
+    """The jobs of each pass over the windows that `score_all` will make."""
+    schedule = Schedule.of([Asked(find_criterion(name), options) for name, options in requests])
+    passes = [schedule.first, *([each.job for each in group if each.job] for group in schedule.later.values())]
+    return [jobs for jobs in passes if jobs]
+
+
+@dataclass
+class Outcome:
+    """What scoring by a criterion gave: float32 scores and mean activations a layer, mean objective, windows read."""
+
+    values: list[Float[Tensor, "_"]]
+    means: list[Float[Tensor, "_"]] | None
+    objective: float | None
+    windows: int = 0
+
+
+def _run(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "windows positions"] | None,
+    asked: list[Asked],
+    keeper: Keeper | None,
+    stability: Stability | None,
+    **how: Any,
+) -> list[Outcome]:
+    """The pass over the dense model, then one over each lightly cut model that is asked for."""
+    mlps = find_mlps(model)
+    schedule = Schedule.of(asked)
+    for fraction in schedule.later:
+        if int(min(mlp.neurons for mlp in mlps) * (1 - fraction)) < 1:
+            raise UserError(f"light-cut {fraction:g} leaves no neuron in a layer; use a smaller one")
+    first = None
+    if windows is not None and schedule.first:
+        first = Pass(BlockChain(model), windows, keeper=keeper, **how)
+        if stability:
+            settled = partial(_settled, asked[0], model, stability, len(windows))
+            first.run(schedule.first, looks=looks(len(windows), first.batch_size), settled=settled)
+            windows = first.windows
+        else:
+            first.run(schedule.first, keep_hidden=bool(schedule.later))
+    found = {each: _finish(each, first, model, windows) for each in asked if not each.criterion.two_stages}
+    for fraction, group in schedule.later.items():
+        assert first
+        assert windows is not None
+        light = _light_plan(first.totals[LIGHT], mlps, fraction)
+        with cut(model, light):
+            jobs = [each.job for each in group if each.job]
+            late = keeper.of("light cut", fraction) if keeper else None
+            second = Pass(BlockChain(model), windows, keeper=late, **how).run(jobs, first.hidden)
+            for each in group:
+                kept = _finish(each, second, model, windows)
+                found[each] = Outcome(_spread(kept.values, light, first.totals[LIGHT]), None, kept.objective)
+    return [found[each] for each in asked]
+
+
+def _finish(
+    each: Asked, run: Pass | None, model: PreTrainedModel, windows: Int[Tensor, "windows positions"] | None
+) -> Outcome:
+    """Scores from what a pass collected, and from the weights."""
+    job, mlps = each.job, find_mlps(model)
+    sizes = (len(windows), windows.shape[1]) if windows is not None else (0, 0)
+    layers = range(len(mlps))
+    samples = [Sample(*sizes, len(job.kernels) if job else 0, each.options.seed, layer) for layer in layers]
+    nothing = torch.empty(0)
+    totals = [run.totals[job][layer] if run and job else nothing for layer in layers]
+    parts = list(zip(totals, mlps, samples, strict=True))
+    blocks = by_block(mlps)
+    order = walk(model, range(len(blocks))) if each.criterion.finish in WEIGHING else range(len(blocks))
+    values = [each.criterion.finish(*parts[layer]).float().cpu() for block in order for layer in blocks[block]]
+    means = [mean_activation(*part).float().cpu() for part in parts] if each.criterion.collects_means else None
+    objective = run.objectives[job.kernels[0]] if run and job and job.kernels else None
+    return Outcome(values, means, objective, sizes[0])
+
+
+def _settled(each: Asked, model: PreTrainedModel, stability: Stability, of: int, run: Pass) -> bool:
+    """Whether the kept set would hardly change with more windows."""
+    size = run.batch_size
+
+    def halves() -> tuple[Scores, Scores]:
+        odd = run.halves
+        even = {
+            job: {layer: total - odd[job][layer] for layer, total in found.items()} for job, found in run.totals.items()
+        }
+        half = run.windows[: run.done * size : 2]
+        one, other = (_finish(each, replace(run, totals=totals), model, half) for totals in (even, odd))
+        return _as_scores(one, model, each), _as_scores(other, model, each)
+
+    return stability.settled(run.done * size, of, halves)
+
+
+def _as_scores(outcome: Outcome, model: PreTrainedModel, each: Asked) -> Scores:
+    """The scores, before it is said of which weights and texts they are."""
+    mlps = find_mlps(model)
+    return Scores(
+        values=outcome.values,
+        means=outcome.means,
+        names=[mlp.name for mlp in mlps],
+        parameters_per_neuron=[mlp.parameters_per_neuron for mlp in mlps],
+        total_parameters=count_parameters(model),
+        criterion=each.criterion.name,
+        objective=outcome.objective,
+        model_hash="",
+        data_hash="",
+    )
+
+
+def _light_plan(totals: dict[int, Tensor], mlps: list[Mlp], fraction: float) -> Plan:
+    """Remove the `fraction` of the neurons with the lowest scores."""
+    least = min(mlp.neurons for mlp in mlps)
+    widths = [in_proportion(int(least * (1 - fraction)), least, mlp.neurons) for mlp in mlps]
+    kept = [highest(totals[layer][0].cpu(), width) for layer, width in enumerate(widths)]
+    return Plan(kept, [mlp.neurons for mlp in mlps], [mlp.name for mlp in mlps], None, 0.0, 0, 0)
+
+
+def _spread(values: list[Tensor], light: Plan, before: dict[int, Tensor]) -> list[Float[Tensor, "_"]]:
+    """Scores of all neurons: the first stage's, below zero, for those that it cut; the second's for the others."""
+    whole = []
+    for layer, (late, kept) in enumerate(zip(values, light.kept, strict=True)):
+        early = before[layer][0].cpu()
+        scores = (early - early[kept].min()).float()
+        scores[kept] = late
+        whole.append(scores)
+    return whole
