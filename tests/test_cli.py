@@ -404,7 +404,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_that_fills_up_leaves_nothing(
     cli: Cli, checkpoint: Path, text: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for story in ("pipeline", "cutting"):
+    for story in ("commands.prune", "pruning.cut_checkpoint"):
         monkeypatch.setattr(f"hifiprune.{story}.check_space", lambda *_: None)
     arguments = ("--width", 8, "--calibration", text, *CALIBRATION)
     refused(cli("prune", checkpoint, "--output", small_disk / "out", *arguments), "the disk is full", code=1)
@@ -412,14 +412,14 @@ def test_a_disk_that_fills_up_leaves_nothing(
 
 
 STAGES = [
-    "pipeline.prepare",
-    "stages.load_windows",
-    "checkpoint.Checkpoint.load",
-    "stages.score",
-    "stages.allocate",
-    "stages.cut_and_repair_",
-    "cutting.write_shard",
-    "checkpoint.Checkpoint.save",
+    "commands.prune.prepare",
+    "commands.stages.load_windows",
+    "models.checkpoint.Checkpoint.load",
+    "commands.stages.score",
+    "commands.stages.allocate",
+    "commands.stages.cut_and_repair_",
+    "pruning.cut_checkpoint.write_shard",
+    "models.checkpoint.Checkpoint.save",
     "plan.Plan.save",
 ]
 
@@ -442,7 +442,7 @@ def test_signals_in_every_stage_leave_nothing(
         folder.mkdir()
         (folder / "note").write_text(old[1])
     arguments = ["--width", 8, "--calibration", text, *CALIBRATION, "--overwrite"]
-    arguments += ["--repair", "none"] if stage == "cutting.write_shard" else []
+    arguments += ["--repair", "none"] if stage == "pruning.cut_checkpoint.write_shard" else []
     result = cli("prune", checkpoint, "--output", tmp_path / "out", *arguments)
     refused(result, f"interrupted by {signal.Signals(number).name}", code=1)
     assert (old[0] / "note").read_text() == old[1]
@@ -453,10 +453,10 @@ def test_signals_in_every_stage_leave_nothing(
 @pytest.mark.parametrize(
     ("command", "stage"),
     [
-        (("score", "--calibration", "TEXT", "--output", "OUT"), "stages.score"),
-        (("score", "--calibration", "self", "--output", "OUT"), "stages.sample_windows"),
-        (("evaluate", "--text", "TEXT"), "measurement.measure"),
-        (("evaluate", "--text", "TEXT"), "checkpoint.Checkpoint.load"),
+        (("score", "--calibration", "TEXT", "--output", "OUT"), "commands.stages.score"),
+        (("score", "--calibration", "self", "--output", "OUT"), "commands.stages.sample_windows"),
+        (("evaluate", "--text", "TEXT"), "commands.evaluate.measure"),
+        (("evaluate", "--text", "TEXT"), "models.checkpoint.Checkpoint.load"),
     ],
 )
 def test_signals_in_the_other_commands(
@@ -542,7 +542,7 @@ def test_importing_the_command_line_loads_no_torch() -> None:
 def test_nothing_is_imported_before_signals_are_handled() -> None:
     code = "import sys; before = {*sys.modules}; import hifiprune.cli.start; print(sorted({*sys.modules} - before))"
     found = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
-    assert found.stdout == "['hifiprune', 'hifiprune.cli.start']\n"
+    assert found.stdout == "['hifiprune', 'hifiprune.cli', 'hifiprune.cli.start']\n"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), Stopped("SIGINT")])

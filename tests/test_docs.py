@@ -1,7 +1,7 @@
 """The documents keep to what exists: commands parse, targets exist, names resolve, figures come from the results."""
 
-import importlib
 import json
+import pkgutil
 import re
 import shlex
 from pathlib import Path
@@ -61,14 +61,9 @@ def test_the_families_are_those_of_the_table() -> None:
 
 def test_functions_named_in_the_method_exist() -> None:
     names = re.findall(r"`((?:\w+\.)+\w+_?)`", (ROOT / "docs" / "method.md").read_text())
-    resolved = 0
+    assert len(names) >= 50
     for name in names:
-        module, *path = name.split(".")
-        found: Any = importlib.import_module(f"hifiprune.{module}")
-        for part in path:
-            found = getattr(found, part)
-        resolved += 1
-    assert resolved >= 10
+        pkgutil.resolve_name(f"hifiprune.{name}")
 
 
 def test_the_public_names_resolve() -> None:
