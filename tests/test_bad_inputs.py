@@ -397,6 +397,32 @@ def test_settings_that_are_no_objects(world: Path, tmp_path: Path, name: str) ->
     refused(run("score", model, "--output", tmp_path / "s", *words), f"{name} must hold a JSON object, not []")
 
 
+@pytest.mark.parametrize(
+    ("file", "path", "value"),
+    [
+        ("tokenizer_config.json", ("eos_token",), 5),
+        ("tokenizer_config.json", ("added_tokens_decoder",), [1]),
+        ("tokenizer_config.json", ("added_tokens_decoder", "x"), {"content": "a"}),
+        ("special_tokens_map.json", ("pad_token",), [[]]),
+        ("tokenizer.json", ("normalizer", "type"), "frob"),
+    ],
+)
+def test_the_key_of_a_tokenizers_files_is_named(
+    world: Path, tmp_path: Path, file: str, path: tuple[str, ...], value: object
+) -> None:
+    dense = shutil.copytree(world / "dense", tmp_path / "dense")
+    facts = json.loads((dense / file).read_text()) if (dense / file).exists() else {}
+    part = facts
+    for key in path[:-1]:
+        part[key] = part = part.get(key) or {}
+    part[path[-1]] = value
+    (dense / file).write_text(json.dumps(facts))
+    before = {each.name: each.read_bytes() for each in dense.iterdir()}
+    words = ("--output", tmp_path / "out", "--calibration", world / "calibration.txt", "--seq-len", 8)
+    refused(run("score", dense, *words), f"cannot be read: in {file}, {path[0]}")
+    assert {each.name: each.read_bytes() for each in dense.iterdir()} == before
+
+
 def test_an_index_that_nests_too_deeply(world: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(world / "dense", model)

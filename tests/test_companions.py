@@ -95,7 +95,9 @@ def test_a_tokenizer_of_any_kind_is_one(
     with pytest.raises(hp.UserError, match="has no tokenizer files"):
         find_checkpoint(str(folder)).tokenizer()
     (folder / kind).write_text("")
-    monkeypatch.setattr("hifiprune.models.checkpoint.AutoTokenizer.from_pretrained", lambda *_, **__: byte_tokenizer())
+    monkeypatch.setattr(
+        "hifiprune.models.tokenizer_files.AutoTokenizer.from_pretrained", lambda *_, **__: byte_tokenizer()
+    )
     assert len(find_checkpoint(str(folder)).tokenizer()) == 257
 
 

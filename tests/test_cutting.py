@@ -16,7 +16,8 @@ from torch import Tensor
 import hifiprune as hp
 from hifiprune.io.hashing import hash_model
 from hifiprune.io.safetensors_stream import Piece, Stored, stored_tensors, write_shard
-from hifiprune.models.checkpoint import INDEX, find_checkpoint
+from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.weight_files import INDEX
 from hifiprune.plan import Plan
 from hifiprune.pruning.allocate import in_proportion
 from hifiprune.pruning.cut_checkpoint import hash_stored, stored_plainly

@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -22,6 +21,7 @@ from hifiprune.errors import RunError, UserError
 from hifiprune.evaluation.speed import Workload, operations, request
 from hifiprune.io.atomic import replacing
 from hifiprune.io.output_paths import check_target, exclusive
+from hifiprune.io.processes import run_program
 from hifiprune.io.resume import Unfinished, kept
 from hifiprune.models.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.models.lineage import read_with
@@ -175,15 +175,7 @@ def _told(run: dict[str, Any], number: int) -> str:
 def _timed(name: str, asked: str) -> dict[str, Any]:
     """What a fresh process finds."""
     command = [sys.executable, "-m", "hifiprune.evaluation.speed", asked]
-    done = subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-        encoding="utf-8",
-        errors="replace",
-    )
+    done = run_program(command)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise (UserError if done.returncode == UserError.exit_code else RunError)(

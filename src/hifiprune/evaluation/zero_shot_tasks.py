@@ -21,7 +21,7 @@ from hifiprune.evaluation.lm_eval_harness import (
     explained,
     files_explained,
     find_tasks,
-    quiet,
+    harness_quiet,
     seeded,
 )
 from hifiprune.evaluation.loglikelihood import Request, likelihoods
@@ -100,7 +100,7 @@ class Exam:
         """
         manager = find_tasks(tasks.names, tasks.include_path)
         self.tasks = tasks
-        with quiet(), seeded(), explained(tasks.names), files_explained(tasks.names):
+        with harness_quiet(), seeded(), explained(tasks.names), files_explained(tasks.names):
             self._loaded = manager.load(list(tasks.names))
             self._drawn = {name: _drawn(len(task.eval_docs), tasks) for name, task in self._tasks.items()}
             for name, task in self._tasks.items():
@@ -156,7 +156,7 @@ class Exam:
         from lm_eval.evaluator import evaluate
         from lm_eval.models.huggingface import HFLM
 
-        with quiet(), seeded(), as_it_is(model), explained(self.tasks.names, batch_size):
+        with harness_quiet(), seeded(), as_it_is(model), explained(self.tasks.names, batch_size):
             # the tokenizer gets a padding token, hence the copy
             asked = HFLM(
                 model, "causal", tokenizer=deepcopy(tokenizer), batch_size=batch_size, softmax_dtype="float32",

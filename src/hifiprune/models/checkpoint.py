@@ -5,12 +5,9 @@ Weights are read from safetensors or GGUF only: no user's file is ever unpickled
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,6 @@ from safetensors import safe_open
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
-    AutoTokenizer,
     GenerationConfig,
     GgufConfig,
     PretrainedConfig,
@@ -29,31 +25,34 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from hifiprune.errors import HifipruneError, RunError, UserError
+from hifiprune.errors import UserError
 from hifiprune.io.atomic import local_path
 from hifiprune.io.json_files import check_objects
 from hifiprune.io.quiet_libraries import quiet
 from hifiprune.io.safetensors_stream import Stacked, Stored
-from hifiprune.models.companion_files import COMPANIONS, WEIGHTS, companions, copy_companions, has_vocabulary
+from hifiprune.models.companion_files import COMPANIONS, WEIGHTS, copy_companions, has_vocabulary
 from hifiprune.models.config_checks import check_sizes, configuration_explained, read_configuration
 from hifiprune.models.config_file import CONFIG, config_text, with_rope_theta
 from hifiprune.models.detect import family_of, stock_class
 from hifiprune.models.families import known_family
+from hifiprune.models.library_errors import explained
 from hifiprune.models.modeling_pruned import pruned_class
+from hifiprune.models.tokenizer_files import read_tokenizer
 from hifiprune.models.unsupported import ADAPTER, METHOD_FILES, refuse_adapter, refuse_kernels, refuse_quantized
 from hifiprune.models.weight_files import (
+    INDEX,
     Tensors,
     check_tensors,
     check_whole,
+    listed_files,
     model_tensors,
+    refuse_missing,
     refuse_pointers,
     tied_once,
     untie_,
     untied_names,
 )
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -87,24 +86,7 @@ class Checkpoint:
         """
         if self.gguf:
             return [self.path]
-        if (self.folder / INDEX).is_file():
-            refuse_pointers(self.name, [self.folder / INDEX])
-            try:
-                index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
-                shards = {Path(shard) for shard in index["weight_map"].values()}
-            except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-                raise UserError(f"{self.name}: {INDEX} is damaged ({error}); copy the checkpoint again") from error
-            for shard in shards:
-                if shard.is_absolute() or ".." in shard.parts:
-                    raise UserError(
-                        f"{self.name}: {INDEX} names {shard}, outside of its folder; no checkpoint does that"
-                    )
-            return sorted(self.folder / shard for shard in shards)
-        pickled = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in self.folder.glob(kind))
-        if pickled and not (self.folder / SINGLE).is_file():
-            hint = f"{pickled[0]} would have to be unpickled: convert it to safetensors first"
-            raise UserError(f"{self.name} has no {SINGLE} and no {INDEX}; {hint}")
-        return [self.folder / SINGLE]
+        return listed_files(self.name, self.folder)
 
     @property
     def weight_bytes(self) -> int:
@@ -126,7 +108,7 @@ class Checkpoint:
 
     @cached_property
     def _config(self) -> PretrainedConfig:
-        facts = None if self.gguf else self._facts
+        facts = None if self.gguf else self.stated
         if facts:  # before transformers refuses what it does not know or has no library for
             if facts.get("model_type") not in CONFIG_MAPPING:
                 known_family(facts.get("model_type", "none"), facts.get("architectures"))
@@ -144,7 +126,12 @@ class Checkpoint:
         return config
 
     @cached_property
-    def _facts(self) -> dict[str, Any]:
+    def stated(self) -> dict[str, Any]:
+        """What `config.json` states, as it is written; not of a GGUF file.
+
+        Raises:
+            UserError: it cannot be read, or states something of a wrong type or size.
+        """
         return read_configuration(self.folder)
 
     def dtype(self) -> torch.dtype:
@@ -191,9 +178,9 @@ class Checkpoint:
         """
         self.fetch()
         if (self.folder / "generation_config.json").is_file():
-            with _explained(self.name, "generation_config.json"):
+            with explained(self.name, "generation_config.json"):
                 GenerationConfig.from_pretrained(self.folder, trust_remote_code=False)
-        with _explained(self.name, "the weights"), quiet():
+        with explained(self.name, "the weights"), quiet():
             loaded: Any = self.model_class.from_pretrained(
                 self.folder,
                 config=self.config(),
@@ -203,9 +190,7 @@ class Checkpoint:
                 output_loading_info=True,
             )
         _, report = loaded
-        if report["missing_keys"]:
-            missing = sorted(report["missing_keys"])
-            raise UserError(f"{self.name} lacks {len(missing)} tensors, such as {missing[0]}; copy it again")
+        refuse_missing(self.name, report["missing_keys"])
         if has_vocabulary(self.folder):
             self.tokenizer()
 
@@ -239,7 +224,7 @@ class Checkpoint:
             untie_(model, self._stored[1])
 
     def _as_configured(self) -> PreTrainedModel:
-        facts = None if self.gguf else self._facts
+        facts = None if self.gguf else self.stated
         with configuration_explained(self.name, facts, lambda facts: self._skeleton_of(_configured(facts))):
             return self._skeleton_of(self.config())
 
@@ -272,31 +257,9 @@ class Checkpoint:
         """The tokenizer.
 
         Raises:
-            UserError: there is none.
+            UserError: there is none, or it cannot be read.
         """
-        if not self.gguf and not has_vocabulary(self.folder):
-            raise UserError(f"{self.name} has no tokenizer files; copy those of the original model to {self.folder}")
-        refuse_pointers(self.name, (self.folder / file for file in companions(self.folder)))
-        if not self.gguf:
-            check_objects(self.folder, *TOKENIZER_SETTINGS)
-        alone = (self.folder / "tokenizer.model").is_file() and not (self.folder / "tokenizer.json").is_file()
-        if alone and find_spec("sentencepiece") is None:
-            raise UserError(
-                f"{self.name} has its tokenizer in tokenizer.model alone, which needs sentencepiece: pip install "
-                "sentencepiece"
-            )
-        try:
-            with _explained(self.name, "the tokenizer"):
-                tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                    self.folder, gguf_file=self.gguf, trust_remote_code=False
-                )
-        except UserError as error:
-            if alone and "tiktoken" in str(error):  # the format that transformers tries last
-                raise UserError(
-                    f"{self.name}: tokenizer.model is no whole sentencepiece model; copy it again"
-                ) from error
-            raise
-        return tokenizer
+        return read_tokenizer(self.name, self.folder, self.gguf)
 
     def load(
         self, dtype: torch.dtype | None = None, device: str = "cpu", attention: str | None = None
@@ -314,7 +277,7 @@ class Checkpoint:
             arguments = {"gguf_file": self.gguf, "quantization_config": GgufConfig(dequantize=True)}
         if family_of(config).experts and dtype == torch.float64:
             arguments["experts_implementation"] = "eager"  # the others do not know it
-        with _explained(self.name, "the weights"), quiet():
+        with explained(self.name, "the weights"), quiet():
             loaded: Any = self.model_class.from_pretrained(
                 self.folder,
                 dtype=dtype or self.dtype(),
@@ -329,13 +292,11 @@ class Checkpoint:
         for tensor, found, wanted in sorted(report["mismatched_keys"]):
             sizes = f"{list(found)} in the files, where the configuration asks for {list(wanted)}"
             raise UserError(f"{self.name}: {tensor} is {sizes}; copy the checkpoint again")
-        if report["missing_keys"]:
-            missing = sorted(report["missing_keys"])
-            raise UserError(f"{self.name} lacks {len(missing)} tensors, such as {missing[0]}; copy it again")
+        refuse_missing(self.name, report["missing_keys"])
         if self.gguf:
             model.hf_quantizer, model.is_quantized = None, False  # its weights are plain now: it can be saved
             model.config.__dict__.pop("quantization_config", None)
-        with _explained(self.name, "the weights"):
+        with explained(self.name, "the weights"):
             placed: PreTrainedModel = model.to(device).eval()
         return placed
 
@@ -403,24 +364,3 @@ def _download(name: str, patterns: list[str], never: list[str] | None = None) ->
             f"there is no folder {Path(name).absolute()}, and the model hub could not be reached to look for {name} "
             "there; check the spelling, or download the model first and give its folder"
         ) from error
-
-
-@contextmanager
-def _explained(name: str, what: str) -> Iterator[None]:
-    """Turn a library's error about a user's file into one line."""
-    try:
-        yield
-    except HifipruneError:
-        raise
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise RunError(f"not enough memory for {what} of {name}; try --dtype bfloat16") from error
-    except Exception as error:  # libraries raise errors of any class about files that they do not expect
-        if "trust_remote_code" in str(error):
-            raise UserError(
-                f"{what} of {name} is code that comes with it (auto_map), and hifiprune runs no code of a checkpoint; "
-                "where you trust that code, write a plain checkpoint with it in Python first, with a tokenizer.json"
-            ) from error
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        if "allocate memory" in first:
-            raise RunError(f"not enough memory for {what} of {name}; try --dtype bfloat16") from error
-        raise UserError(f"{what} of {name} cannot be read: {first[:300]}") from error

@@ -1,19 +1,16 @@
 """A model's `config.json`, checked when it is read: what cannot be is told by key, value and what is wanted."""
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from copy import deepcopy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
-import torch
 from transformers import PretrainedConfig
 
-from hifiprune.errors import HifipruneError, RunError, UserError
+from hifiprune.errors import UserError
 from hifiprune.io.json_files import brief, read_json
+from hifiprune.models.library_errors import Facts, explained, find_culprit, in_short, value_at
 
-Facts = dict[str, Any]
 LIMITS = {
     "num_hidden_layers": 1000,
     "hidden_size": 2**20,
@@ -109,8 +106,9 @@ def wrong(name: str | Path, key: str, value: object, wanted: str) -> UserError:
     )
 
 
-@contextmanager
-def configuration_explained(name: str, facts: Facts | None, use: Callable[[Facts], object]) -> Iterator[None]:
+def configuration_explained(
+    name: str, facts: Facts | None, use: Callable[[Facts], object]
+) -> AbstractContextManager[None]:
     """Turn whatever a library raises about a configuration into one message that names the key.
 
     Args:
@@ -122,42 +120,11 @@ def configuration_explained(name: str, facts: Facts | None, use: Callable[[Facts
         UserError: something was raised.
         RunError: there was not enough memory.
     """
-    try:
-        yield
-    except HifipruneError:
-        raise
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise RunError(f"not enough memory for the configuration of {name}; try --dtype bfloat16") from error
-    except Exception as error:  # libraries raise errors of any class about values that they do not expect
-        said = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
-        said = re.sub(r"^.*(TypeError|ValueError): ", "", said)[:200] or type(error).__name__
-        key = _culprit(facts, use) if facts else None
+
+    def describe(error: Exception) -> UserError:
+        said, key = in_short(error), find_culprit(facts, use) if facts else None
         if key and facts:
-            raise wrong(name, ".".join(key), _value(facts, key), f"something else ({said})") from error
-        raise UserError(f"the configuration of {name} cannot be read: {said}; copy config.json again") from error
+            return wrong(name, ".".join(key), value_at(facts, key), f"something else ({said})")
+        return UserError(f"the configuration of {name} cannot be read: {said}; copy config.json again")
 
-
-def _culprit(facts: Facts, use: Callable[[Facts], object], path: tuple[str, ...] = ()) -> tuple[str, ...] | None:
-    """Return the key without which a configuration can be used, as deep as it lies; None if there is no such one."""
-    here = _value(facts, path)
-    for key in here:
-        fewer = deepcopy(facts)
-        del _value(fewer, path)[key]
-        if key != "model_type" and _works(fewer, use):
-            deeper = _culprit(facts, use, (*path, key)) if isinstance(here[key], dict) else None
-            return deeper or (*path, key)
-    return None
-
-
-def _works(facts: Facts, use: Callable[[Facts], object]) -> bool:
-    with suppress(Exception):
-        use(facts)
-        return True
-    return False
-
-
-def _value(facts: Facts, path: tuple[str, ...]) -> Any:
-    value: Any = facts
-    for key in path:
-        value = value[key]
-    return value
+    return explained(name, "the configuration", describe)

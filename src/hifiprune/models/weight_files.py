@@ -1,7 +1,8 @@
 """What the headers of weight files say, checked against the model before a weight is read."""
 
+import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 
@@ -18,9 +19,52 @@ from hifiprune.models.config_file import FURTHER
 from hifiprune.models.detect import family_of
 from hifiprune.models.families import Family
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 POINTER = b"version https://git-lfs"
 FLOATS = ("F64", "F32", "F16", "BF16")
 Tensors = dict[str, Stored | Stacked]
+
+
+def listed_files(name: str, folder: Path) -> list[Path]:
+    """Return the weight files that a folder should hold: those that its index names, or the single one.
+
+    Args:
+        name: checkpoint, for messages.
+        folder: directory of its files.
+
+    Raises:
+        UserError: the weights are in another format, or their index is damaged.
+    """
+    if (folder / INDEX).is_file():
+        refuse_pointers(name, [folder / INDEX])
+        try:
+            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            shards = {Path(shard) for shard in index["weight_map"].values()}
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            raise UserError(f"{name}: {INDEX} is damaged ({error}); copy the checkpoint again") from error
+        for shard in shards:
+            if shard.is_absolute() or ".." in shard.parts:
+                raise UserError(f"{name}: {INDEX} names {shard}, outside of its folder; no checkpoint does that")
+        return sorted(folder / shard for shard in shards)
+    pickled = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in folder.glob(kind))
+    if pickled and not (folder / SINGLE).is_file():
+        hint = f"{pickled[0]} would have to be unpickled: convert it to safetensors first"
+        raise UserError(f"{name} has no {SINGLE} and no {INDEX}; {hint}")
+    return [folder / SINGLE]
+
+
+def refuse_missing(name: str, tensors: Collection[str]) -> None:
+    """Refuse weights that lack tensors of the model.
+
+    Args:
+        name: checkpoint, for the message.
+        tensors: names of those that it lacks.
+
+    Raises:
+        UserError: there are some.
+    """
+    if tensors:
+        raise UserError(f"{name} lacks {len(tensors)} tensors, such as {min(tensors)}; copy it again")
 
 
 def refuse_pointers(name: str, files: Iterable[Path]) -> None:
@@ -91,8 +135,7 @@ def check_tensors(name: str, model: PreTrainedModel, tensors: Tensors) -> None:
         raise UserError(f"{name}: {_shapes(wrong[0], tensors[wrong[0]], state[wrong[0]], model)}{_more(wrong)}")
     if not strangers:  # from which transformers might make what is missing
         shared = [names for names in tied_names(model) if not any(each in tensors for each in names)]
-        if shared:
-            raise UserError(f"{name} lacks {len(shared)} tensors, such as {shared[0][0]}; copy it again")
+        refuse_missing(name, [names[0] for names in shared])
 
 
 def _check_layers(name: str, model: PreTrainedModel, strangers: Iterable[str]) -> None:

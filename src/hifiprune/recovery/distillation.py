@@ -20,13 +20,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from hifiprune.commands.messages import megabytes
 from hifiprune.engine.compute import Compute, estimate_seconds
 from hifiprune.engine.context import memory_explained
 from hifiprune.engine.lm_head import Head
 from hifiprune.engine.machine import condition
 from hifiprune.errors import UserError
-from hifiprune.io.atomic import nearest_folder
+from hifiprune.io.atomic import disk_size, nearest_folder
 from hifiprune.io.distributed import meet, processes, rank
 from hifiprune.io.resume import Unfinished
 from hifiprune.progress import duration
@@ -201,7 +200,7 @@ def remember(
     needed = found.bytes(missing)
     if needed > free:
         raise UserError(
-            f"cache-teacher {kept} takes {megabytes(needed)} beside the output, where {megabytes(free)} are free; "
+            f"cache-teacher {kept} takes {disk_size(needed)} beside the output, where {disk_size(free)} are free; "
             "use a smaller one"
         )
     if missing:
@@ -214,7 +213,7 @@ def remember(
                 f"max-minutes is {limit.minutes:g}: give more of them, or leave out --cache-teacher"
             )
         voice.say(
-            f"Asking the dense model about {len(rows):,} rows; its {kept} likeliest tokens take {megabytes(needed)} on "
+            f"Asking the dense model about {len(rows):,} rows; its {kept} likeliest tokens take {disk_size(needed)} on "
             f"the disk until all is done: about {duration(seconds)}{condition(model.device)}."
         )
     meet(device, unfinished.make)  # all have seen the same files missing

@@ -3,7 +3,6 @@
 Only hub ids, licence ids, language codes and pipeline tags come through: no text of a base model becomes our markup.
 """
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from hifiprune.errors import UserError
 from hifiprune.io.atomic import local_path
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.progress import Voice
@@ -103,10 +103,10 @@ def _origin(checkpoint: Checkpoint, stated: Any) -> dict[str, Any]:
 def _name_or_path(checkpoint: Checkpoint) -> str | None:
     """What transformers noted in `config.json` of where a model was loaded from, if that is a hub id."""
     try:
-        name = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))["_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
+        name: Any = checkpoint.stated.get("_name_or_path")
+    except UserError:  # which whoever reads the model tells
         return None
-    return name if is_hub_id(name) and "/" in name and not local_path(name).exists() else None
+    return name if isinstance(name, str) and is_hub_id(name) and "/" in name and not local_path(name).exists() else None
 
 
 def _all_are(valid: Callable[[str], object], value: Any) -> bool:
