@@ -396,3 +396,44 @@ def test_the_readme_shows_what_is_printed(
     assert table in readme
     (note,) = (line for line in told.splitlines() if line.startswith("As their source"))
     assert note in " ".join(readme.split())
+
+
+def test_rules_are_what_the_readers_did() -> None:
+    """What was run (`make test-readers`) says the same as what was read in the engines' source."""
+    facts = json.loads((ROOT / "benchmarks" / "results" / "readers.json").read_text())
+    tiny = {("gemma3", "mlx"): "262208", ("phi3", "llama.cpp"): "tokenizer.model"}  # what these tiny models lack
+    assert len(facts) == 15
+    for name, answers in facts.items():
+        assert len(answers) == 4
+        assert not any(answer.get("failed") or answer.get("different_tensors") for answer in answers.values())
+        for key, reader in (("mlx", "mlx-lm 0.32.2"), ("llama.cpp", "llama.cpp's converter")):
+            refusal = answers[reader].get("refused", "")
+            if (name, key) in tiny:
+                assert tiny[name, key] in refusal
+            elif name in SUPPORT:
+                assert dict(zip(ENGINES, SUPPORT[name], strict=True))[key] == ("no" if refusal else "yes"), name
+
+
+@pytest.mark.parametrize(
+    ("name", "engine", "key", "stated"),
+    [
+        ("llava", "MLX (mlx-lm)", "hidden_size", 24),
+        ("internvl", "llama.cpp", "architectures", ["Qwen2ForCausalLM"]),
+    ],
+)
+def test_keys_that_the_text_model_leaves_out(name: str, engine: str, key: str, stated: Any, tmp_path: Path) -> None:
+    save_pruned(tmp_path, name, width=None)
+    (tmp_path / "model.safetensors").unlink()  # the configuration alone tells
+    facts = json.loads((tmp_path / "config.json").read_text())
+    part = facts["text_config"] | {"rope_theta": 1e4, "architectures": ["Qwen2ForCausalLM"]}
+    assert part.get(key) == stated
+    (tmp_path / "config.json").write_text(json.dumps(facts | {"text_config": part}))
+    assert "yes" in {verdict for verdict, _ in whys(tmp_path, engine)}
+    facts["text_config"] = {k: value for k, value in part.items() if k != key}
+    if key == "hidden_size":
+        facts["text_config"]["num_attention_heads"] = 32  # of Llama's default hidden size
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    ((verdict, why),) = whys(tmp_path, engine)
+    assert verdict == "no"
+    assert f"reads {key} in text_config" in why
+    assert f'write there "{key}": ' in why

@@ -23,8 +23,7 @@ from hifiprune.deployment.engines import (
 )  # fmt: skip
 from hifiprune.errors import UserError
 from hifiprune.models.checkpoint import Checkpoint
-from hifiprune.models.config_file import CONFIG
-from hifiprune.models.detect import family_of
+from hifiprune.models.detect import family_of, stock_class
 from hifiprune.models.mlp import find_mlps
 
 TENSOR_PARALLEL, TEXT = (1, 2, 4, 8), "text_config"
@@ -76,7 +75,7 @@ class Facts:
             )
         skeleton = checkpoint.skeleton()
         config, family = skeleton.config.get_text_config(), family_of(skeleton.config)
-        stated = json.loads((checkpoint.folder / CONFIG).read_text(encoding="utf-8"))
+        stated = checkpoint.stated
         section = TEXT if isinstance(stated.get(TEXT), dict) else ""
         return cls(
             skeleton.config.model_type,
@@ -108,6 +107,10 @@ def _values(whole: PretrainedConfig) -> dict[str, Any]:
         "rotary_pct": share or 1.0,
         "n_ctx": config.max_position_embeddings if config.model_type == "gpt2" else None,
         "head_dim": _head(config),
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "architectures": [stock_class(config).__name__] if config.model_type in SUPPORT else None,
         "sliding_window_pattern": layers.index("full_attention") + 1 if "full_attention" in layers else None,
         "num_experts": getattr(config, "num_experts", None),
         "tie_word_embeddings": bool(whole.tie_word_embeddings),
@@ -206,8 +209,8 @@ def missing_keys(facts: Facts, key: str) -> dict[str, Any]:
 
 def _wanted(facts: Facts, key: str) -> dict[str, Any]:
     """The keys that an engine reads of such a model, or of the text model in it."""
-    name = facts.text_type if facts.text_type in SUPPORT else facts.model_type
-    return dict(KEYS.get(key, {}).get(name, {}))
+    rows = KEYS.get(key, {})
+    return {**rows.get(facts.model_type, {}), **rows.get(facts.text_type, {})}
 
 
 def _by_sizes(facts: Facts, form: Form) -> tuple[str, str, tuple[int, ...]]:

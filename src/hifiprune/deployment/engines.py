@@ -193,9 +193,9 @@ SUPPORT = {
     "granite": (Y, A, Y, Y, Y),
     "helium": (B, U, B, Y, N),
     "hunyuan_v1_dense": (B, Y, Y, Y, Y),
-    "internvl": (Y, U, U, N, N),
+    "internvl": (Y, U, U, N, Y),
     "llama": (Y, Y, Y, Y, Y),
-    "llava": (Y, U, Y, N, Y),
+    "llava": (Y, U, Y, Y, Y),
     "ministral": (B, U, B, N, N),
     "ministral3": (Y, U, Y, Y, Y),
     "mistral": (Y, Y, Y, Y, Y),
@@ -210,7 +210,7 @@ SUPPORT = {
     "phi": (B, U, F, Y, F),
     "phi3": (Y, Y, Y, Y, Y),
     "qwen2": (Y, Y, Y, Y, Y),
-    "qwen2_5_vl": (Y, U, Y, U, Y),
+    "qwen2_5_vl": (Y, U, Y, Y, Y),
     "qwen2_moe": (Y, Y, Y, Y, Y),
     "qwen2_vl": (Y, Y, Y, Y, Y),
     "qwen3": (Y, Y, Y, Y, Y),
@@ -243,22 +243,27 @@ KEYS: dict[str, dict[str, dict[str, Value]]] = {
         "glm4": {THETA: FAILS, SHARE: FAILS}, "glm4_moe": {THETA: FAILS, "rope_scaling": FAILS, SHARE: FAILS},
         "gpt2": {"n_ctx": FAILS}, "granite": {THETA: FAILS},
         "gpt_neox": {"rotary_emb_base": FAILS, "rotary_pct": FAILS},
-        "helium": {THETA: FAILS}, "hunyuan_v1_dense": {THETA: 1e4}, "llama": {THETA: 1e4}, "mistral": {THETA: 1e4},
-        "mixtral": {THETA: 1e6}, "nemotron": {THETA: 1e4, SHARE: 0.5}, "olmo2": {THETA: 1e4},
+        "helium": {THETA: FAILS}, "hunyuan_v1_dense": {THETA: 1e4}, "llama": {THETA: 1e4},
+        "llava": {"hidden_size": FAILS, "num_hidden_layers": FAILS, "num_attention_heads": FAILS},
+        "mistral": {THETA: 1e4}, "mixtral": {THETA: 1e6}, "nemotron": {THETA: 1e4, SHARE: 0.5}, "olmo2": {THETA: 1e4},
         "olmo3": {THETA: FAILS}, "olmoe": {THETA: 1e4}, "phi": {THETA: 1e4, SHARE: 0.4},
         "phi3": {THETA: 1e4, SHARE: 1.0}, "qwen2": {THETA: 1e6, "tie_word_embeddings": True},
-        "qwen2_moe": {THETA: 1e6}, "qwen2_vl": {THETA: 1e6, "tie_word_embeddings": True},
+        "qwen2_5_vl": {THETA: 1e6, "tie_word_embeddings": True}, "qwen2_moe": {THETA: 1e6},
+        "qwen2_vl": {THETA: 1e6, "tie_word_embeddings": True},
         "qwen3": {"tie_word_embeddings": FAILS, "head_dim": FAILS},
         "qwen3_moe": {THETA: FAILS, "num_experts": FAILS},
         "qwen3_vl": {"tie_word_embeddings": FAILS, "head_dim": FAILS}, "seed_oss": {THETA: 1e4},
         "smollm3": {THETA: 1e4}, "stablelm": {THETA: FAILS, SHARE: FAILS}, "starcoder2": {THETA: 1e5},
     },
-    "llama.cpp": {"cohere2": {"rotary_pct": FAILS}, "gpt2": {"n_ctx": FAILS}, "gpt_neox": {"rotary_pct": 0.25}},
+    "llama.cpp": {
+        "cohere2": {"rotary_pct": FAILS}, "gpt2": {"n_ctx": FAILS}, "gpt_neox": {"rotary_pct": 0.25},
+        "internvl": {"architectures": FAILS},
+    },
 }  # fmt: skip
 """What engines read in `config.json`, and take where it is not there, if they do not fail.
 
 Transformers 5 writes these into `rope_parameters`, by other names, or not at all. Models with images are read by the
-row of their text model, in its section.
+row of their text model as well, in its section.
 """
 
 
