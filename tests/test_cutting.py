@@ -49,6 +49,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hifiprune.io.safetensors_stream.CHUNK_BYTES", 300)
 
 
+@pytest.mark.by_layout
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize(
     ("variant", "mixed"), [(each, mixed) for each in VARIANTS for mixed in (False, True) if each in MIXED or not mixed]

@@ -23,7 +23,7 @@ from hifiprune.deployment import llama_cpp
 from hifiprune.errors import RunError
 from hifiprune.progress import Voice
 from tests.commands import Interruption, leftovers, refused, run
-from tests.conftest import ROOT, save_checkpoint
+from tests.conftest import fetching, save_checkpoint
 from tests.families import load
 
 WIDTH = 24
@@ -49,7 +49,8 @@ def converter() -> Path:
     if find_spec("sentencepiece") is None:
         pytest.skip("llama.cpp's converter needs sentencepiece, which is not installed: pip install '.[dev]'")
     try:
-        return fetch_converter(ROOT / ".cache" / "llama.cpp")
+        with fetching() as cache:
+            return fetch_converter(cache / "llama.cpp")
     except RunError as error:
         pytest.skip(f"llama.cpp's converter cannot be had: {error}")
 

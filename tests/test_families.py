@@ -178,6 +178,7 @@ def test_only_where_it_is_said_a_norm_or_factor_follows_the_mlp(variant: str) ->
     assert torch.allclose(after - before, more.expand_as(before)) == chain.family.additive
 
 
+@pytest.mark.by_layout
 def test_every_criterion_gives_finite_scores(variant: str) -> None:
     model = tiny_model(variant, torch.float32)
     found = score_all(model, tiny_tokens(4), [(name, Options()) for name in CRITERIA])
@@ -187,6 +188,7 @@ def test_every_criterion_gives_finite_scores(variant: str) -> None:
         assert [len(values) for values in scores.values] == [mlp.neurons for mlp in find_mlps(model)]
 
 
+@pytest.mark.by_layout
 @pytest.mark.parametrize("recompute", [False, True])
 def test_half_precision_weights_score_near_the_truth(variant: str, recompute: bool) -> None:
     model, tokens = tiny_model(variant, torch.bfloat16), tiny_tokens()

@@ -37,6 +37,7 @@ def both(make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pyte
     return made
 
 
+@pytest.mark.by_layout
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_streamed_scores_equal_resident_ones(
