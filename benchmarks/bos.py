@@ -19,9 +19,9 @@ from torch import Tensor
 import hifiprune as hp
 from benchmarks.gemma import PARTS, fetch_gemma
 from hifiprune.commands.presets import PRESETS
-from hifiprune.evaluation import measure
+from hifiprune.engine.temporary_cut import cut
+from hifiprune.evaluation.fidelity import measure
 from hifiprune.models.checkpoint import find_checkpoint
-from hifiprune.pruning.cut import cut
 from hifiprune.pruning.repair import cut_and_repaired
 from hifiprune.run_record import describe_environment
 

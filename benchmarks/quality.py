@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 import hifiprune as hp
 from hifiprune.commands.demo import fetch_smollm2
-from hifiprune.evaluation import measure_windows
+from hifiprune.evaluation.fidelity import divergence_of, measure_windows
 from hifiprune.io.atomic import replacing
 from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.pruning.iterative import Course, score_in_steps
@@ -148,7 +148,8 @@ class Draw:
         """What a variant keeps, and the seconds that a search took."""
         start, budget = time.perf_counter(), hp.Budget(ratio=ratio)
         if variant.allocation == "searched":
-            plan = search(self.bench.dense(), scores, budget, search_windows(self.windows), round_to=1)
+            divergence = divergence_of(self.bench.dense(), search_windows(self.windows))
+            plan = search(self.bench.dense(), scores, budget, divergence, round_to=1)
         else:
             plan = hp.allocate(scores, budget, round_to=1, sharing=hp.Sharing(variant.allocation))
         return plan, time.perf_counter() - start

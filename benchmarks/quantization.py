@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig
 
 import hifiprune as hp
 from hifiprune.commands.demo import fetch_smollm2
-from hifiprune.evaluation import measure_windows
 from hifiprune.evaluation.bootstrap import bootstrap_mean
+from hifiprune.evaluation.fidelity import measure_windows
 from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.models.mlp import find_mlps
 from hifiprune.run_record import describe_environment

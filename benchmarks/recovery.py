@@ -23,7 +23,7 @@ from rich.console import Console
 import hifiprune as hp
 from hifiprune.cli.console import voice
 from hifiprune.commands.demo import fetch_smollm2
-from hifiprune.evaluation import measure_windows
+from hifiprune.evaluation.fidelity import measure_windows
 from hifiprune.io.atomic import replacing
 from hifiprune.models.checkpoint import find_checkpoint
 

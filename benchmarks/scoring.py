@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 
 from hifiprune.calibration import Calibration, load_windows
 from hifiprune.commands.demo import fetch_smollm2
-from hifiprune.engine.block_chain import BlockChain
 from hifiprune.engine.context import frozen
 from hifiprune.engine.hooks import Seen
+from hifiprune.engine.verify import verified_chain
 from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.run_record import describe_environment, peak_memory, reset_peak_memory
 from hifiprune.scoring.neuron_statistics import absolute
@@ -43,7 +43,7 @@ def papers_way(model: PreTrainedModel, windows: Tensor, seconds: list[float]) ->
         activations.append(arguments[0])
 
     model.requires_grad_()
-    maps = [mlp.output for mlp in BlockChain(model).mlps]
+    maps = [mlp.output for mlp in verified_chain(model).mlps]
     hooks = [linear.module.register_forward_pre_hook(keep) for linear in maps]
     scores = [torch.zeros(linear.in_features) for linear in maps]
     for window in windows:
@@ -66,7 +66,7 @@ def papers_way(model: PreTrainedModel, windows: Tensor, seconds: list[float]) ->
 def our_way(model: PreTrainedModel, windows: Tensor, seconds: list[float], *, recompute: bool) -> list[Tensor]:
     """Score by one sweep a window through the block chain."""
     with frozen(model):
-        chain = BlockChain(model)
+        chain = verified_chain(model)
         scores = [torch.zeros(mlp.neurons) for mlp in chain.mlps]
 
         def add(seen: Seen) -> None:
@@ -87,7 +87,7 @@ def product_seconds(model: PreTrainedModel) -> tuple[float, float]:
     """
     seconds = operations = 0.0
     timed: dict[tuple[int, int, int], float] = {}
-    chain = BlockChain(model)
+    chain = verified_chain(model)
     slices = chain.head.slice_rows
     shapes = [
         (POSITIONS, *linear.weight.shape, POSITIONS, 2 if layer or linear is chain.mlps[0].output.module else 1)

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 import hifiprune as hp
 from hifiprune.cli.console import voice
 from hifiprune.commands.demo import fetch_smollm2
-from hifiprune.evaluation import Answers, Estimate, Exam, Tasks, average, differences
+from hifiprune.evaluation.bootstrap import Estimate
+from hifiprune.evaluation.zero_shot_tasks import Answers, Exam, Tasks, average, differences
 from hifiprune.io.atomic import replacing
 from hifiprune.models.checkpoint import find_checkpoint
 

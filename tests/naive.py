@@ -11,9 +11,9 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from hifiprune import find_mlps
+from hifiprune.engine.sliced_objective import Kernel, Rows
 from hifiprune.models.mlp import LinearMap, Mlp
 from hifiprune.plan import Plan
-from hifiprune.scoring.objectives import Kernel, Rows
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """From one window's logits `[positions, vocabulary]` and tokens to a scalar."""

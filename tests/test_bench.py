@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 
 import hifiprune as hp
 from hifiprune.commands.bench import told_apart
-from hifiprune.commands.messages import gain_told
 from hifiprune.engine.machine import Machine
 from hifiprune.evaluation.speed import Workload, _timed_or_told, operations, write
+from hifiprune.formatting import gain_told
 from tests.commands import Interruption, refused, run
 from tests.families import FORMS, ROUTED, tiny_model, tiny_tokens
 

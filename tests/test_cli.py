@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hifiprune import Plan
 from hifiprune.cli import start
 from hifiprune.cli.app import main
-from hifiprune.cli.start import Stopped
+from hifiprune.cli.signals import Stopped
 from hifiprune.io.atomic import replacing
 from hifiprune.models.checkpoint import Checkpoint
 from tests.commands import Cli, Result, leftovers, refused, run
@@ -542,7 +542,10 @@ def test_importing_the_command_line_loads_no_torch() -> None:
 def test_nothing_is_imported_before_signals_are_handled() -> None:
     code = "import sys; before = {*sys.modules}; import hifiprune.cli.start; print(sorted({*sys.modules} - before))"
     found = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
-    assert found.stdout == "['hifiprune', 'hifiprune.cli', 'hifiprune.cli.start']\n"
+    assert (
+        found.stdout
+        == "['hifiprune', 'hifiprune.cli', 'hifiprune.cli.signals', 'hifiprune.cli.start', 'hifiprune.version']\n"
+    )
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), Stopped("SIGINT")])

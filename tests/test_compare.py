@@ -26,9 +26,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import hifiprune as hp
 from hifiprune.calibration import sample_windows
 from hifiprune.commands import compare_plans, prepare
-from hifiprune.evaluation import Exam, bootstrap_paired, fidelity, lm_eval_harness
+from hifiprune.evaluation import fidelity, lm_eval_harness
+from hifiprune.evaluation.bootstrap import bootstrap_paired
 from hifiprune.evaluation.criteria_comparison import jaccard
 from hifiprune.evaluation.fidelity import METRICS
+from hifiprune.evaluation.zero_shot_tasks import Exam
 from hifiprune.io.hashing import hash_tokens
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.reports import plots

@@ -18,8 +18,7 @@ from hifiprune.io.hashing import hash_model
 from hifiprune.io.safetensors_stream import Piece, Stored, stored_tensors, write_shard
 from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.models.weight_files import INDEX
-from hifiprune.plan import Plan
-from hifiprune.pruning.allocate import in_proportion
+from hifiprune.plan import Plan, in_proportion
 from hifiprune.pruning.cut_checkpoint import hash_stored, stored_plainly
 from tests.commands import Interruption, refused, run
 from tests.families import FORMS, MIXED, VARIANTS, load, tiny_tokens

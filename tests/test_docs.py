@@ -16,6 +16,7 @@ from benchmarks.criteria import readme_table
 from hifiprune.cli.app import app
 from hifiprune.cli.tables import demo_rows
 from hifiprune.commands.export import TYPES
+from hifiprune.defaults import DEFAULT_CRITERION
 from tests import families
 
 ROOT = Path(__file__).parent.parent
@@ -76,7 +77,7 @@ def test_the_public_names_resolve() -> None:
 
 def test_the_readmes_demo_table_is_the_recorded_one() -> None:
     results = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
-    assert results["results"]["criterion"] == hifiprune.DEFAULT_CRITERION
+    assert results["results"]["criterion"] == DEFAULT_CRITERION
     rows = [f"| {' | '.join(row)} |" for row in demo_rows(results)]
     readme = (ROOT / "README.md").read_text()
     assert [row for row in rows if row not in readme] == []

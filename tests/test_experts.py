@@ -13,7 +13,7 @@ from torch import Tensor
 import hifiprune as hp
 from hifiprune.io.hashing import hash_model
 from hifiprune.models.checkpoint import find_checkpoint
-from hifiprune.pruning.allocate import Shape, in_proportion
+from hifiprune.plan import Shape, in_proportion
 from hifiprune.pruning.cut_checkpoint import hash_stored, stored_plainly
 from hifiprune.pruning.repair import HELD_OUT, cut_and_repair_
 from tests.commands import refused, run

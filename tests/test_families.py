@@ -10,12 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hifiprune import find_mlps, score
-from hifiprune.engine.block_chain import BlockChain
 from hifiprune.engine.context import frozen
 from hifiprune.engine.hooks import Seen
+from hifiprune.engine.verify import verified_chain
 from hifiprune.models.families import FAMILIES
-from hifiprune.plan import Plan
-from hifiprune.pruning.allocate import in_proportion
+from hifiprune.plan import Plan, in_proportion
 from hifiprune.pruning.cut import cut_
 from hifiprune.scoring.criteria import CRITERIA, Options
 from hifiprune.scoring.objectives import Entropy
@@ -74,7 +73,7 @@ def chain_sweep(model: PreTrainedModel, tokens: Tensor, *, recompute: bool) -> t
             pairs[seen.layer] = (seen.activation.clone(), seen.gradient.clone())
 
     with frozen(model):
-        (values,), _ = BlockChain(model).sweep(tokens, [Entropy()], keep, recompute=recompute)
+        (values,), _ = verified_chain(model).sweep(tokens, [Entropy()], keep, recompute=recompute)
     return values, pairs
 
 
@@ -165,7 +164,7 @@ def test_a_cut_model_reloads_without_our_code(variant: str, dtype: torch.dtype, 
 
 def test_only_where_it_is_said_a_norm_or_factor_follows_the_mlp(variant: str) -> None:
     model, tokens = tiny_model(variant), tiny_tokens()
-    chain, hidden_size = BlockChain(model), model.config.get_text_config().hidden_size
+    chain, hidden_size = verified_chain(model), model.config.get_text_config().hidden_size
     more = 0.1 * torch.arange(1.0, 1 + hidden_size, dtype=torch.float64)
     hidden, calls = chain.embed(tokens)
     before, _ = chain.run(1, hidden, calls[1])

@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 
 from hifiprune import Options, find_mlps, score, score_all
 from hifiprune.engine import lm_head as head_module
-from hifiprune.engine.block_chain import BlockChain
 from hifiprune.engine.context import frozen
 from hifiprune.engine.hooks import Seen
 from hifiprune.engine.lm_head import Head
+from hifiprune.engine.sliced_objective import mean_over_positions
+from hifiprune.engine.verify import verified_chain
 from hifiprune.evaluation.ranks import spearman
-from hifiprune.scoring.objectives import SampledLabel, mean_over_positions
+from hifiprune.scoring.objectives import SampledLabel
 from tests.families import tiny_model
 from tests.naive import activations_of, divergence, drawn_labels, logits_of, replaced_activation
 
@@ -129,7 +130,7 @@ def squares_by_draw(model: PreTrainedModel, windows: Tensor, seed: int) -> list[
             squares[seen.layer] = seen.taylor.square().sum(1)
 
     with frozen(model):
-        BlockChain(model).sweep(windows, [SampledLabel(seed)], keep)
+        verified_chain(model).sweep(windows, [SampledLabel(seed)], keep)
     return squares
 
 

@@ -12,21 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hifiprune.engine import lm_head as head_module
-from hifiprune.engine.block_chain import BlockChain
 from hifiprune.engine.context import frozen
 from hifiprune.engine.hooks import Seen
 from hifiprune.engine.lm_head import Head
+from hifiprune.engine.sliced_objective import Kernel, Rows, mean_over_positions
+from hifiprune.engine.verify import verified_chain
 from hifiprune.errors import UserError
-from hifiprune.scoring.objectives import (
-    CrossEntropy,
-    Distillation,
-    Entropy,
-    Kernel,
-    Rows,
-    SampledLabel,
-    entropy_,
-    mean_over_positions,
-)
+from hifiprune.scoring.objectives import CrossEntropy, Distillation, Entropy, SampledLabel, entropy_
 from tests.families import tiny_model, tiny_tokens
 from tests.naive import Loss, distillation_loss, divergence, drawn_labels, labels_loss, mean_entropy, next_token_loss
 
@@ -246,7 +238,7 @@ def test_an_unknown_head_is_refused_instead_of_ignored() -> None:
     original = model.lm_head.forward
     model.lm_head.forward = lambda hidden: 1.5 * original(hidden)
     with pytest.raises(UserError, match="head has a step that hifiprune does not know"):
-        BlockChain(model)
+        verified_chain(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -280,7 +272,7 @@ def test_self_distillation_at_zero_pruning_has_exactly_zero_gradient_everywhere(
             slopes[seen.layer, seen.kernel] = seen.gradient.clone()
 
     with frozen(model):
-        chain = BlockChain(model)
+        chain = verified_chain(model)
         _, teacher = chain.sweep(tokens, [], lambda seen: None)
         kernels = [Distillation(1.0, 1.0), Distillation(1.0, 0.5)]
         chain.sweep(tokens, kernels, keep, recompute=recompute, teacher=teacher)

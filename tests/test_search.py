@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import hifiprune as hp
+from hifiprune.defaults import DEFAULT_CRITERION
+from hifiprune.evaluation.fidelity import divergence_of
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.pruning.allocate import plan_with, share_out
 from hifiprune.pruning.search_widths import exchange_size, search
@@ -77,7 +79,7 @@ def test_search_never_ends_worse_than_uniform_widths_and_leaves_the_model_whole(
     model, tokens = tiny_model("llama"), tiny_tokens(4)
     scores, budget, sharing = hp.score(model, tokens, "fisher"), hp.Budget(width=17), hp.Sharing("searched", 0.5, 40)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    plan = search(model, scores, budget, tokens, round_to=1, sharing=sharing)
+    plan = search(model, scores, budget, divergence_of(model, tokens), round_to=1, sharing=sharing)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     assert sum(plan.widths) == 3 * 17
     assert min(plan.widths) >= 8
@@ -94,7 +96,7 @@ def test_search_never_ends_worse_than_uniform_widths_and_leaves_the_model_whole(
         }
     assert min(found, key=lambda each: found[each]) == tuple(plan.widths)
     assert len(found) > 1
-    again = search(model, scores, budget, tokens, round_to=1, sharing=sharing)
+    again = search(model, scores, budget, divergence_of(model, tokens), round_to=1, sharing=sharing)
     assert again.to_json() == plan.to_json()
 
 
@@ -109,7 +111,7 @@ def test_exchanges_are_halved_at_every_quarter(neurons: int, unit: int, sizes: l
 def test_searched_widths_are_multiples() -> None:
     model, tokens = tiny_model("llama"), tiny_tokens(4)
     scores, sharing = hp.score(model, tokens, "fisher"), hp.Sharing("searched", 0.5, 24)
-    plan = search(model, scores, hp.Budget(neuron_ratio=0.4), tokens, round_to=4, sharing=sharing)
+    plan = search(model, scores, hp.Budget(neuron_ratio=0.4), divergence_of(model, tokens), round_to=4, sharing=sharing)
     assert sum(plan.widths) == 3 * 24
     assert not any(width % 4 for width in plan.widths)
 
@@ -163,7 +165,7 @@ def test_scores_made_before_can_be_searched_with(world: Path, tmp_path: Path) ->
     [
         ("hfprune", "none", ("--criterion", "hfprune", "--round-to", 1)),
         ("sdmprune", "none", ("--criterion", "self-distillation", "--round-to", 1)),
-        ("default", "ridge", ("--criterion", hp.DEFAULT_CRITERION, "--round-to", 128, "--allocation", "uniform")),
+        ("default", "ridge", ("--criterion", DEFAULT_CRITERION, "--round-to", 128, "--allocation", "uniform")),
     ],
 )
 def test_presets_are_what_their_flags_say(

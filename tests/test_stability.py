@@ -1,6 +1,7 @@
 """Scoring that stops by itself: when it does, what it has then, and whether the extrapolation can be believed."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def scored(model: Any, windows: Any, stability: Stability | None = None, **how: 
 @pytest.mark.parametrize(("batch_size", "first"), [(1, 8), (2, 8), (3, 12), (8, 16), (9, 18)])
 def test_scores_that_stopped_early_are_those_of_the_windows_read(batch_size: int, first: int) -> None:
     model, windows = tiny_model("llama"), tiny_tokens(40, 9)
-    stability = Stability(0.5, HALF, round_to=1)
+    stability = Stability(0.5, partial(hp.allocate, budget=HALF, round_to=1))
     early = scored(model, windows, stability, batch_size=batch_size)
     assert [look["windows"] for look in stability.curve] == [first]
     assert equal(early, scored(model, windows[:first], batch_size=batch_size))
@@ -38,7 +39,7 @@ def test_scores_that_stopped_early_are_those_of_the_windows_read(batch_size: int
 
 def test_batches_that_do_not_divide_the_windows_are_no_trouble() -> None:
     for windows, batch_size in ((9, 2), (100, 32), (9, 8), (17, 16)):
-        stability = Stability(0.999999, HALF, round_to=1)
+        stability = Stability(0.999999, partial(hp.allocate, budget=HALF, round_to=1))
         scores = scored(tiny_model("llama"), tiny_tokens(windows, 9), stability, batch_size=batch_size)
         assert scores.settings["windows"] == windows
         assert "stability" not in scores.settings
@@ -46,7 +47,7 @@ def test_batches_that_do_not_divide_the_windows_are_no_trouble() -> None:
 
 def test_halves_are_those_of_every_other_window() -> None:
     model, windows = tiny_model("llama"), tiny_tokens(30, 9)
-    stability = Stability(0.999999, HALF, round_to=1)
+    stability = Stability(0.999999, partial(hp.allocate, budget=HALF, round_to=1))
     whole = scored(model, windows, stability)
     assert equal(whole, scored(model, windows)), "it went to the end"
     assert [look["windows"] for look in stability.curve] == [8, 10, 14, 18, 24]
@@ -72,7 +73,7 @@ def test_the_extrapolation_holds_for_noise_that_falls_with_the_root_of_the_windo
         return Scores([rows.mean(0).float()], ["mlp"], [3], 100_000, "noise", None, "", "")
 
     full = hp.allocate(scores(draws), budget, round_to=1)
-    stability = Stability(0.9999, budget, round_to=1)
+    stability = Stability(0.9999, partial(hp.allocate, budget=budget, round_to=1))
     for windows in (38, 76, 120):
 
         def halves(rows: torch.Tensor = draws[:windows]) -> tuple[Scores, Scores]:
@@ -90,13 +91,13 @@ def test_an_interrupted_run_stops_where_a_quiet_one_does(tmp_path: Path, monkeyp
     monkeypatch.setattr("hifiprune.io.pass_checkpoint.COST", float("inf"))
     model, windows = tiny_model("llama"), tiny_tokens(40, 9)
     wanted = 0.93
-    quiet = Stability(wanted, HALF, round_to=1)
+    quiet = Stability(wanted, partial(hp.allocate, budget=HALF, round_to=1))
     whole = scored(model, windows, quiet)
     read = whole.settings["windows"]
     assert 8 < read < 40, "neither at once nor never"
     for stop in (9, read - 1):
         again: dict[str, Any] = {
-            "stability": Stability(wanted, HALF, round_to=1),
+            "stability": Stability(wanted, partial(hp.allocate, budget=HALF, round_to=1)),
             "keeper": keeper_in(tmp_path / str(stop)),
         }
         with pytest.raises(Interruption):
@@ -104,7 +105,12 @@ def test_an_interrupted_run_stops_where_a_quiet_one_does(tmp_path: Path, monkeyp
         resumed = scored(model, windows, **again)
         assert equal(resumed, whole)
         assert resumed.settings == whole.settings
-    known = scored(model, windows, Stability(wanted, HALF, round_to=1), keeper=keeper_in(tmp_path / "9"))
+    known = scored(
+        model,
+        windows,
+        Stability(wanted, partial(hp.allocate, budget=HALF, round_to=1)),
+        keeper=keeper_in(tmp_path / "9"),
+    )
     assert known.settings == whole.settings, "also once all was done"
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ import pytest
 import torch
 
 import hifiprune as hp
-from hifiprune.engine.block_chain import BlockChain
 from hifiprune.engine.offload import Shelf, stream
 from hifiprune.engine.spill import Scratch
+from hifiprune.engine.verify import verified_chain
 from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.models.mlp import find_blocks
 from hifiprune.pruning.cut_checkpoint import output_maps
@@ -63,7 +64,7 @@ def test_streamed_scores_equal_resident_ones(
 def test_streamed_states_equal_resident_ones(variant: str, both: Callable[..., Pair]) -> None:
     resident, streamed = both(variant)
     tokens = tiny_tokens(2, 9)
-    ours, theirs = (BlockChain(model) for model in (streamed, resident))
+    ours, theirs = (verified_chain(model) for model in (streamed, resident))
     final = ours.final_hidden(tokens)
     assert torch.equal(final, theirs.final_hidden(tokens))
     assert torch.equal(ours.head.logits(final[0]), theirs.head.logits(final[0]))
@@ -137,7 +138,7 @@ def test_models_that_do_not_fit_are_streamed_unasked(
 
 def test_a_file_that_shrinks_meanwhile_is_told(both: Callable[..., Pair]) -> None:
     _, streamed = both("llama")
-    chain = BlockChain(streamed)
+    chain = verified_chain(streamed)
     assert chain.shelf
     path = chain.shelf.head.path
     path.write_bytes(path.read_bytes()[:-2000])
@@ -149,7 +150,7 @@ def test_a_file_that_shrinks_meanwhile_is_told(both: Callable[..., Pair]) -> Non
 def test_a_padding_token_far_down_the_vocabulary_is_no_trouble(variant: str, both: Callable[..., Pair]) -> None:
     resident, streamed = both(variant, pad_token_id=200)
     tokens = tiny_tokens(2, 9)
-    assert torch.equal(BlockChain(streamed).final_hidden(tokens), BlockChain(resident).final_hidden(tokens))
+    assert torch.equal(verified_chain(streamed).final_hidden(tokens), verified_chain(resident).final_hidden(tokens))
     assert streamed.get_input_embeddings().padding_idx == resident.get_input_embeddings().padding_idx
 
 
@@ -170,7 +171,7 @@ def test_two_blocks_at_most_are_in_memory(both: Callable[..., Pair], monkeypatch
 def test_streamed_scoring_stops_where_resident_scoring_does(both: Callable[..., Pair]) -> None:
     windows, found = tiny_tokens(30, 9), []
     for model in both("llama"):
-        stability = Stability(0.9, hp.Budget(width=20), round_to=1)
+        stability = Stability(0.9, partial(hp.allocate, budget=hp.Budget(width=20), round_to=1))
         asked: list[Request] = [("hfprune", hp.Options())]
         found.append(score_all(model, windows, asked, stability=stability, recompute=True, model_hash="known")[0])
     assert found[0].settings == found[1].settings

@@ -23,7 +23,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hifiprune import RunError, UserError
-from hifiprune.evaluation import Answers, Estimate, Exam, Tasks, average, differences, lm_eval_harness, zero_shot
+from hifiprune.evaluation import lm_eval_harness
+from hifiprune.evaluation.bootstrap import Estimate
+from hifiprune.evaluation.zero_shot_tasks import Answers, Exam, Tasks, average, differences, zero_shot
 from tests.commands import Interruption, refused, run
 
 Item = dict[str, Any]

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from hifiprune.engine.sliced_objective import Rows
 from hifiprune.recovery.distillation import ROWS_A_FILE, LikeliestTarget, Remembered, Teacher
 from hifiprune.recovery.loss import sliced_loss
 from hifiprune.recovery.packing import IGNORED, pack
 from hifiprune.recovery.training_data import Example
-from hifiprune.scoring.objectives import Rows, SoftLabels
+from hifiprune.scoring.objectives import SoftLabels
 from tests.families import FORMS, ROUTED, tiny_model, tiny_tokens
 
 

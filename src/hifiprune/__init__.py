@@ -1,5 +1,7 @@
 """hifiprune: structured pruning of large language models that keeps their predictions."""
 
+from hifiprune.version import __version__ as __version__
+
 TYPE_CHECKING = False  # as in `typing`, which takes a while to import: a Ctrl-C would find nobody listening yet
 
 if TYPE_CHECKING:
@@ -15,13 +17,16 @@ if TYPE_CHECKING:
     from hifiprune.commands.recover import recover
     from hifiprune.commands.report import report
     from hifiprune.engine.compute import Compute
+    from hifiprune.engine.temporary_cut import cut
     from hifiprune.errors import HifipruneError, RunError, UserError
-    from hifiprune.evaluation import Estimate, Reference, Tasks, measure, zero_shot
+    from hifiprune.evaluation.bootstrap import Estimate
+    from hifiprune.evaluation.fidelity import Reference, measure
     from hifiprune.evaluation.text import Text
+    from hifiprune.evaluation.zero_shot_tasks import Tasks, zero_shot
     from hifiprune.models.mlp import Mlp, find_mlps
-    from hifiprune.plan import Plan
-    from hifiprune.pruning.allocate import Budget, Sharing, allocate
-    from hifiprune.pruning.cut import cut, cut_
+    from hifiprune.plan import Budget, Plan
+    from hifiprune.pruning.allocate import Sharing, allocate
+    from hifiprune.pruning.cut import cut_
     from hifiprune.pruning.cut_checkpoint import cut_checkpoint
     from hifiprune.pruning.repair import cut_and_repair_
     from hifiprune.recovery.config import Training
@@ -30,9 +35,6 @@ if TYPE_CHECKING:
     from hifiprune.scoring.criteria import CRITERIA, Criterion, Options
     from hifiprune.scoring.score import score, score_all
 
-__version__ = "0.1.0"
-DEFAULT_CRITERION = "entropy-square"
-"""How neurons are scored unless another criterion is asked for: first at 20% in `benchmarks/criteria.py`."""
 
 __all__ = [
     "CRITERIA",
@@ -79,22 +81,22 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Budget": "pruning.allocate",
+    "Budget": "plan",
     "CRITERIA": "scoring.criteria",
     "Calibration": "calibration",
     "Compute": "engine.compute",
     "Criterion": "scoring.criteria",
-    "Estimate": "evaluation",
+    "Estimate": "evaluation.bootstrap",
     "HifipruneError": "errors",
     "Mlp": "models.mlp",
     "Options": "scoring.criteria",
     "Plan": "plan",
-    "Reference": "evaluation",
+    "Reference": "evaluation.fidelity",
     "RunError": "errors",
     "RunRecord": "run_record",
     "Scores": "scores",
     "Sharing": "pruning.allocate",
-    "Tasks": "evaluation",
+    "Tasks": "evaluation.zero_shot_tasks",
     "Text": "evaluation.text",
     "Training": "recovery.config",
     "UserError": "errors",
@@ -102,7 +104,7 @@ _HOMES = {
     "allocate": "pruning.allocate",
     "bench": "commands.bench",
     "compare": "commands.compare",
-    "cut": "pruning.cut",
+    "cut": "engine.temporary_cut",
     "cut_": "pruning.cut",
     "cut_checkpoint": "pruning.cut_checkpoint",
     "cut_and_repair_": "pruning.repair",
@@ -111,7 +113,7 @@ _HOMES = {
     "find_mlps": "models.mlp",
     "inspect": "commands.inspect",
     "load_windows": "calibration",
-    "measure": "evaluation",
+    "measure": "evaluation.fidelity",
     "prune": "commands.prune",
     "push": "commands.push",
     "recover": "commands.recover",
@@ -119,7 +121,7 @@ _HOMES = {
     "score": "scoring.score",
     "score_all": "scoring.score",
     "score_checkpoint": "commands.prune",
-    "zero_shot": "evaluation",
+    "zero_shot": "evaluation.zero_shot_tasks",
 }
 
 

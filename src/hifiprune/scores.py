@@ -10,14 +10,11 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from hifiprune.errors import UserError, nearest_name
+from hifiprune.errors import UserError
 from hifiprune.io.atomic import local_path, replacing
 from hifiprune.io.json_files import checked
 from hifiprune.io.schemas import ScoresFacts
-from hifiprune.models.mlp import count_parameters, find_mlps
-from hifiprune.scoring.criteria import CRITERIA
 
 FORMAT = "hifiprune-scores-1"
 
@@ -107,29 +104,6 @@ class Scores:
                 f"this model's are {model_hash[:12]}; score this model with 'hifiprune score'"
             )
 
-    def require_layout(self, model: PreTrainedModel) -> None:
-        """Refuse scores of other MLPs than those of `model`, which may be on the meta device.
-
-        Raises:
-            UserError: names, widths, parameters of a neuron or the number of all parameters differ.
-        """
-        sizes = [len(values) for values in self.values]
-        scored = [*zip(self.names, sizes, self.parameters_per_neuron, strict=True)]
-        there = [(mlp.name, mlp.neurons, mlp.parameters_per_neuron) for mlp in find_mlps(model)]
-        total, difference = count_parameters(model), ""
-        if len(scored) != len(there):
-            difference = f"{len(scored)} MLPs were scored, this model has {len(there)}"
-        elif scored != there:
-            ours, theirs = next(pair for pair in zip(scored, there, strict=True) if pair[0] != pair[1])
-            described = ("{} of {} neurons with {} parameters each".format(*mlp) for mlp in (ours, theirs))
-            difference = "{} was scored, this model has {}".format(*described)
-        elif self.total_parameters != total:
-            difference = f"a model of {self.total_parameters:,} parameters was scored, this one has {total:,}"
-        if difference:
-            raise UserError(
-                f"these scores belong to another model: {difference}; score this model with 'hifiprune score'"
-            )
-
     def require_finite(self) -> None:
         """Refuse scores that are NaN or infinite.
 
@@ -143,9 +117,7 @@ class Scores:
 
 def _trouble(facts: dict[str, Any], tensors: dict[str, Tensor], mean_names: list[str]) -> str:
     """Say what of a scores file cannot be; nothing if all of it can."""
-    names, criterion = facts["names"], facts["criterion"]
-    if criterion not in CRITERIA:
-        return f"criterion '{criterion}' is not known{nearest_name(criterion, CRITERIA)}"
+    names = facts["names"]
     if len({*names}) != len(names) or len(facts["parameters_per_neuron"]) != len(names):
         return f"{len({*names})} different names of {len(names)}, {len(facts['parameters_per_neuron'])} sizes"
     if strange := sorted(tensors.keys() ^ {*names, *mean_names}):

@@ -12,7 +12,6 @@ import typer
 from typer import Option
 from typer.exceptions import TyperException
 
-from hifiprune import DEFAULT_CRITERION, __version__
 from hifiprune.cli.console import hush_torchao, show, voice
 from hifiprune.cli.evidence import bench, evaluate, push, report
 from hifiprune.cli.export import export
@@ -57,13 +56,15 @@ from hifiprune.cli.options import (
     drawn_from,
 )
 from hifiprune.cli.recover import recover
-from hifiprune.cli.start import Stopped, handle_signals
+from hifiprune.cli.signals import Stopped, handle_signals
 from hifiprune.cli.study import ablate, compare, criteria
 from hifiprune.cli.usage import Command, explain
+from hifiprune.defaults import DEFAULT_CRITERION
 from hifiprune.errors import HifipruneError
 from hifiprune.io.atomic import local_path
 from hifiprune.io.distributed import check_command, follow_first, leave
 from hifiprune.progress import console
+from hifiprune.version import __version__
 
 app = typer.Typer(
     name="hifiprune",

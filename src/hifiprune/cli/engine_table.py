@@ -5,9 +5,9 @@ from typing import Any
 
 from rich.table import Table
 
-from hifiprune.commands.messages import width_range
 from hifiprune.commands.next_steps import cut_flags, is_there, next_is_pruning, next_step
 from hifiprune.deployment.engines import K_BLOCK
+from hifiprune.formatting import width_range
 from hifiprune.progress import console
 
 

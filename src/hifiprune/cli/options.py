@@ -11,7 +11,7 @@ from hifiprune.errors import UserError
 
 if TYPE_CHECKING:
     from hifiprune.calibration import Calibration
-    from hifiprune.evaluation import Tasks
+    from hifiprune.evaluation.zero_shot_tasks import Tasks
 
 SCORING_FLAGS = (
     "--criterion", "--recompute", "--keep-graphs", "--alpha", "--temperature", "--light-cut", "--label-samples",
@@ -140,7 +140,7 @@ def mixture(words: list[str]) -> tuple[str, tuple[tuple[str, float], ...]]:
 
 def asked_tasks(names: str | None, path: Path | None, limit: int | None) -> "Tasks | None":
     """The `Tasks` that `--tasks` and its companions ask for."""
-    from hifiprune.evaluation import Tasks
+    from hifiprune.evaluation.zero_shot_tasks import Tasks
 
     if names is None and (path or limit is not None):
         raise UserError("--task-path and --limit need --tasks with the names of tasks")

@@ -5,7 +5,6 @@ from typing import Annotated
 
 from typer import Option
 
-from hifiprune import DEFAULT_CRITERION
 from hifiprune.bounds import meant
 from hifiprune.cli.console import show, voice
 from hifiprune.cli.options import (
@@ -37,6 +36,7 @@ from hifiprune.cli.options import (
     drawn_from,
     listed,
 )
+from hifiprune.defaults import DEFAULT_CRITERION
 from hifiprune.errors import UserError
 from hifiprune.io.atomic import local_path
 

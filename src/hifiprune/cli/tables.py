@@ -6,16 +6,6 @@ from typing import Any
 
 from rich.table import Table
 
-from hifiprune.commands.messages import (
-    accuracies,
-    asked_of,
-    gain_told,
-    megabytes,
-    short,
-    width_range,
-    with_error,
-    with_interval,
-)
 from hifiprune.commands.next_steps import (
     free_name,
     next_is_measuring,
@@ -25,6 +15,16 @@ from hifiprune.commands.next_steps import (
     next_step,
 )
 from hifiprune.evaluation.fidelity import METRICS
+from hifiprune.formatting import (
+    accuracies,
+    asked_of,
+    gain_told,
+    megabytes,
+    short,
+    width_range,
+    with_error,
+    with_interval,
+)
 from hifiprune.io.atomic import disk_size
 from hifiprune.models.lineage import dense_of, pruning_of
 from hifiprune.progress import console, duration, how_many

@@ -14,14 +14,14 @@ from transformers import PreTrainedModel
 
 from hifiprune.bounds import check_numbers
 from hifiprune.commands.prepare import check_tokens, load_hashed, plain_arguments, prepare
-from hifiprune.engine.block_chain import BlockChain
 from hifiprune.engine.compute import Compute, estimate_seconds
 from hifiprune.engine.context import check_windows, frozen, memory_explained
 from hifiprune.engine.hooks import BlockCall
 from hifiprune.engine.lm_head import Head
 from hifiprune.engine.machine import condition
+from hifiprune.engine.verify import verified_chain
 from hifiprune.errors import UserError
-from hifiprune.evaluation import Estimate
+from hifiprune.evaluation.bootstrap import Estimate
 from hifiprune.evaluation.ranks import correlation
 from hifiprune.evaluation.text import Text
 from hifiprune.io.atomic import replacing
@@ -31,6 +31,7 @@ from hifiprune.io.resume import Unfinished
 from hifiprune.progress import SILENT, Voice, duration
 from hifiprune.run_record import RunRecord
 from hifiprune.scores import Scores
+from hifiprune.scoring.load_scores import check_layout, load_scores
 
 PER_LAYER = 16  # single neurons tried in a layer: enough to rank them
 Trial = tuple[int, tuple[int, ...]]
@@ -88,7 +89,7 @@ def ablate(
         model, output, [text], scores, compute=compute, folder=True, overwrite=overwrite
     )
     for layer_scores in loaded_scores.values():
-        layer_scores.require_layout(skeleton)
+        check_layout(layer_scores, skeleton)
     unfinished = Unfinished.beside(target, "ablate", voice)
     trials = sample(next(iter(loaded_scores.values())), neurons, groups, group_size, seed)
     windows = text.held(checkpoint.tokenizer(), voice.track("reading the text, pieces")).windows
@@ -166,7 +167,7 @@ class Bench:
         self.model = model
         self.starts: list[Start] = []
         with frozen(model):
-            self.chain = BlockChain(model)
+            self.chain = verified_chain(model)
             for batch in windows.split(batch_size):
                 with memory_explained(model, batch.numel()):
                     hidden, calls = self.chain.embed(batch.to(model.device, torch.int64))
@@ -267,7 +268,7 @@ def _load_scores(paths: Sequence[str | Path]) -> dict[str, Scores]:
     """Scores by criterion; files of one criterion are told apart by their names."""
     if not paths:
         raise UserError("give at least one --scores file; make it with 'hifiprune score'")
-    loaded = [(Path(path), Scores.load(path)) for path in paths]
+    loaded = [(Path(path), load_scores(path)) for path in paths]
     for _, each in loaded:
         each.require_finite()
     criteria = [scores.criterion for _, scores in loaded]

@@ -12,13 +12,13 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from hifiprune.bounds import check_numbers
-from hifiprune.commands.messages import short
 from hifiprune.commands.prepare import check_model, plain_arguments
 from hifiprune.engine.compute import Compute
 from hifiprune.engine.context import check_names
 from hifiprune.engine.machine import Machine
 from hifiprune.errors import RunError, UserError
 from hifiprune.evaluation.speed import Workload, operations, request
+from hifiprune.formatting import short
 from hifiprune.io.atomic import replacing
 from hifiprune.io.output_paths import check_target, exclusive
 from hifiprune.io.processes import run_program

@@ -16,17 +16,18 @@ from hifiprune.commands.inspect import shape_of
 from hifiprune.commands.prepare import check_tokens, load_hashed, plain_arguments, prepare
 from hifiprune.engine.compute import Compute
 from hifiprune.errors import UserError
-from hifiprune.evaluation import Tasks
 from hifiprune.evaluation.criteria_comparison import Cell, contrast
 from hifiprune.evaluation.text import Text
+from hifiprune.evaluation.zero_shot_tasks import Tasks
 from hifiprune.io.atomic import local_path, replacing
 from hifiprune.io.hashing import hash_tokens
 from hifiprune.io.output_paths import exclusive
 from hifiprune.io.resume import Unfinished
 from hifiprune.io.text_files import is_pipe
 from hifiprune.io.text_sources import SELF, text_files
+from hifiprune.plan import Budget
 from hifiprune.progress import SILENT, Voice
-from hifiprune.pruning.allocate import Budget, allocate
+from hifiprune.pruning.allocate import allocate
 from hifiprune.run_record import RunRecord
 from hifiprune.scores import Scores
 from hifiprune.scoring.criteria import Options, find_criterion

@@ -20,21 +20,21 @@ from hifiprune.commands.cost_model import Estimator
 from hifiprune.commands.messages import announce_scoring
 from hifiprune.engine.compute import Compute, estimate_seconds
 from hifiprune.engine.machine import condition
-from hifiprune.evaluation import Exam, Reference, Tasks, measure_windows
+from hifiprune.engine.temporary_cut import cut
+from hifiprune.evaluation.criteria_comparison import Measured
+from hifiprune.evaluation.fidelity import Reference, measure_windows
 from hifiprune.evaluation.text import Held
+from hifiprune.evaluation.zero_shot_tasks import Exam, Tasks
 from hifiprune.io.hashing import hash_tokens
 from hifiprune.io.pass_checkpoint import Keeper
 from hifiprune.io.resume import Unfinished
 from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.plan import Plan
 from hifiprune.progress import Voice, duration
-from hifiprune.pruning.cut import cut
 from hifiprune.scores import Scores
 from hifiprune.scoring.criteria import find_criterion
+from hifiprune.scoring.load_scores import check_layout, load_scores
 from hifiprune.scoring.score import Request, score_all
-
-Measured = dict[str, list[float]]
-"""Every metric by window, perplexities as their logarithms; or the value of every task."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ class Workbench:
         return [(found[path], path) for path in paths]
 
     def _read_scores(self, path: Path) -> Scores:
-        scores = Scores.load(path)
-        scores.require_layout(self.model)
+        scores = load_scores(path)
+        check_layout(scores, self.model)
         return scores
 
     @cached_property

@@ -14,12 +14,12 @@ from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune.engine.block_chain import BlockChain
 from hifiprune.engine.compute import Compute, product_speed
 from hifiprune.engine.context import frozen, memory_explained
 from hifiprune.engine.hooks import Seen
 from hifiprune.engine.lm_head import rows_of_slice
 from hifiprune.engine.offload import LEAST_ROOM, place, return_what_is_freed
+from hifiprune.engine.verify import verified_chain
 from hifiprune.io.distributed import processes
 from hifiprune.io.hashing import hash_chunks
 from hifiprune.io.safetensors_stream import Stored
@@ -343,7 +343,7 @@ def _timed(model: PreTrainedModel, tokens: Tensor, jobs: Sequence[Job], *, recom
 
     seconds: list[float] = []
     with frozen(model), memory_explained(model, tokens.numel()):
-        chain = BlockChain(model)
+        chain = verified_chain(model)
         teacher = chain.final_hidden(tokens)
         while len(seconds) < ROUNDS and sum(seconds) < ROUNDS * TRIAL_SECONDS:
             start = time.perf_counter()

@@ -19,8 +19,8 @@ from hifiprune.io.output_paths import claim, exclusive
 from hifiprune.io.processes import run_program
 from hifiprune.io.text_sources import python_docs
 from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.plan import Budget
 from hifiprune.progress import SILENT, Voice
-from hifiprune.pruning.allocate import Budget
 from hifiprune.reports.card_metadata import CARD
 from hifiprune.run_record import RunRecord
 

@@ -17,13 +17,16 @@ from hifiprune.engine.compute import Compute, estimate_seconds
 from hifiprune.engine.context import check_names
 from hifiprune.engine.machine import condition
 from hifiprune.errors import UserError
-from hifiprune.evaluation import Answers, Estimate, Exam, Tasks, average, differences, measure
+from hifiprune.evaluation.bootstrap import Estimate
+from hifiprune.evaluation.fidelity import measure
 from hifiprune.evaluation.text import Text
 from hifiprune.evaluation.token_comparison import read_passage
+from hifiprune.evaluation.zero_shot_tasks import Answers, Exam, Tasks, average, differences
 from hifiprune.io.atomic import replacing
 from hifiprune.io.hashing import hash_tokens
 from hifiprune.io.output_paths import check_target, exclusive
 from hifiprune.io.resume import Unfinished, kept
+from hifiprune.io.schemas import PASSAGES
 from hifiprune.models.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.models.lineage import read_with
 from hifiprune.models.mlp import count_parameters
@@ -31,7 +34,6 @@ from hifiprune.progress import SILENT, Voice, duration, how_many
 from hifiprune.reports.model_card import add_results, check_cards
 from hifiprune.run_record import RunRecord
 
-PASSAGES = "passages.json"
 PASSAGES_READ, PASSAGE_TOKENS = 3, 96
 """How many passages of a text are shown token by token, and how much of each."""
 PROMPTS = 8

@@ -10,7 +10,6 @@ from typing import Any
 
 from gguf import GGUFReader
 
-from hifiprune import __version__
 from hifiprune.deployment.engines import BLOCK, K_BLOCK
 from hifiprune.deployment.llama_cpp import find_converter, find_quantizer, run
 from hifiprune.errors import RunError, UserError, unknown
@@ -23,6 +22,7 @@ from hifiprune.models.lineage import read_with
 from hifiprune.models.mlp import count_parameters, find_mlps
 from hifiprune.models.unsupported import refuse_own_tokenizer
 from hifiprune.progress import SILENT, Voice
+from hifiprune.version import __version__
 
 FORMATS = ("gguf", "onnx")
 DOWN, EXPERTS = re.compile(r"\.ffn_down(_exps|_shexp)?\.weight$"), re.compile(r"\.ffn_down_exps\.")

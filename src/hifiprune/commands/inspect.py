@@ -9,7 +9,7 @@ from hifiprune.errors import UserError
 from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.models.lineage import dense_of, record_of
 from hifiprune.models.mlp import count_parameters, find_mlps
-from hifiprune.pruning.allocate import Budget, Shape
+from hifiprune.plan import Budget, Shape
 
 
 def inspect(model: str, *, deploy: bool = False) -> dict[str, Any]:

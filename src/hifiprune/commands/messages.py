@@ -1,9 +1,7 @@
 """What is said before work begins: what it will cost, and what may surprise."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -19,15 +17,13 @@ from hifiprune.engine.machine import condition
 from hifiprune.io.atomic import disk_size
 from hifiprune.io.distributed import processes
 from hifiprune.io.tokenization import special_tokens
+from hifiprune.plan import EXPERT, Budget, Shape
 from hifiprune.progress import Voice, duration
-from hifiprune.pruning.allocate import EXPERT, Budget, Shape, Sharing
+from hifiprune.pruning.allocate import Sharing
 from hifiprune.pruning.iterative import Course
 from hifiprune.scores import Scores
 from hifiprune.scoring.criteria import CRITERIA, Options, find_criterion
 from hifiprune.scoring.score import Request, count_passes
-
-LEAST_PROMISE = 1.02
-"""Speed-up by operations below which a share of it means nothing."""
 
 
 def announce_plan(budget: Budget, shape: Shape, width: int, round_to: int, allocation: str) -> str:
@@ -152,60 +148,3 @@ def remark_on_unused(options: Options | None, criterion: str, sharing: Sharing, 
     if unused:
         names = ", ".join(name.replace("_", "-") for name in unused)
         voice.note(f"Without effect with criterion '{criterion}' and {sharing.allocation} allocation: {names}.")
-
-
-def megabytes(count: int) -> str:
-    """Bytes for a reader."""
-    return f"{count / 1e6:,.1f} MB"
-
-
-def accuracies(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Of a model that was asked tasks, what was found for each, and on average where that means anything."""
-    found: dict[str, dict[str, Any]] = row["tasks"]
-    return found | ({"average": row["average"]} if "average" in row else {})
-
-
-def with_interval(estimate: dict[str, Any], form: str = ".3g") -> str:
-    """An estimate for a reader, its interval in brackets."""
-    if estimate["value"] is None:
-        return "none"
-    bounds = "" if estimate["low"] is None else f" ({estimate['low']:{form}} to {estimate['high']:{form}})"
-    return f"{estimate['value']:{form}}{bounds}"
-
-
-def with_error(estimate: dict[str, Any]) -> str:
-    """An accuracy for a reader, with its standard error."""
-    error = estimate["standard_error"]
-    return f"{estimate['value']:.3f}" + ("" if error is None else f" ± {error:.3f}")
-
-
-def asked_of(items: dict[str, list[int]], task: str) -> str:
-    """How many items of a task were asked, and of how many if not all; nothing is known of a group's."""
-    asked, there = items.get(task, ("", ""))
-    return f"{asked:,} of {there:,}" if asked != there else str(asked)
-
-
-def gain_told(found: dict[str, Any]) -> tuple[str, str]:
-    """A speed-up with its range over the rounds, and the share of the promised saving, of what `bench` found.
-
-    Neither is told where the rounds do not tell it apart from noise, nor a share of next to nothing.
-    """
-    speedup = found["speedup"]
-    varied = speedup["low"] < speedup["high"] and not speedup["low"] <= 1 <= speedup["high"]
-    if not found.get("told_apart", varied):
-        return "not told apart from noise", ""
-    share = found["share"] if speedup["median"] > 1 and found["promised"] > LEAST_PROMISE else None
-    told = "" if share is None else f"{share:.0%}"
-    return f"{speedup['median']:.2f}, {speedup['low']:.2f} to {speedup['high']:.2f}", told
-
-
-def short(names: Collection[str]) -> list[str]:
-    """The last part of each path, where that tells them apart."""
-    ends = [Path(name).name for name in names]
-    return ends if len(set(ends)) == len(ends) else list(names)
-
-
-def width_range(widths: int | list[int]) -> str:
-    """The width of every MLP, or of the narrowest to the widest."""
-    ends = [widths] if isinstance(widths, int) else sorted({min(widths), max(widths)})
-    return " to ".join(f"{width:,}" for width in ends)

@@ -14,8 +14,8 @@ from hifiprune.errors import HifipruneError
 from hifiprune.io.atomic import local_path
 from hifiprune.io.text_sources import PYTHON_DOCS, SELF
 from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.plan import Budget
 from hifiprune.progress import console
-from hifiprune.pruning.allocate import Budget
 
 NAME = "hifiprune"
 ROUNDINGS = (128, 64, 32, 8, 1)

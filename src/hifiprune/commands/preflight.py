@@ -1,6 +1,7 @@
 """What is asked of `score` and `prune`: settled, and checked before the work begins."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -13,13 +14,15 @@ from hifiprune.io.text_sources import SELF
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.detect import family_of
 from hifiprune.models.mlp import find_mlps
+from hifiprune.plan import Shape
 from hifiprune.progress import Voice
-from hifiprune.pruning.allocate import Shape
+from hifiprune.pruning.allocate import allocate
 from hifiprune.pruning.cut import require_bias
 from hifiprune.pruning.iterative import Course
 from hifiprune.scores import Scores
 from hifiprune.scoring.criteria import find_criterion
 from hifiprune.scoring.early_stopping import Stability
+from hifiprune.scoring.load_scores import check_layout
 
 REPAIRS = ("none", "ridge")
 
@@ -44,7 +47,7 @@ def width_for(skeleton: PreTrainedModel, course: Course, scores: Scores | None) 
     """
     if scores:
         scores.require_finite()
-        scores.require_layout(skeleton)
+        check_layout(scores, skeleton)
     shape = shape_of(skeleton)
     width = shape.width_at(course.budget, course.round_to)
     shape.check_experts(course.sharing.allocation, width)
@@ -150,6 +153,8 @@ def stability_of(
     sharing = (
         replace(course.sharing, allocation="global") if course.sharing.allocation == "searched" else course.sharing
     )
-    stability = Stability(wanted, course.budget, course.round_to, sharing, voice)
+    stability = Stability(
+        wanted, partial(allocate, budget=course.budget, round_to=course.round_to, sharing=sharing), voice
+    )
     stability.check([criterion])
     return stability

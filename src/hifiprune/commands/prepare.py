@@ -99,11 +99,6 @@ def _parts(source: Calibration | Text | None) -> Sequence[Calibration | Text]:
     return [source] if source else []
 
 
-def load(checkpoint: Checkpoint, compute: Compute) -> PreTrainedModel:
-    """The model in the arithmetic asked for."""
-    return checkpoint.load(compute.dtype_for(checkpoint), compute.resolved_device, compute.attention)
-
-
 def load_hashed(
     checkpoint: Checkpoint,
     compute: Compute,

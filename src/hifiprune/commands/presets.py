@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from hifiprune import DEFAULT_CRITERION
+from hifiprune.defaults import DEFAULT_CRITERION
 from hifiprune.errors import unknown
 
 ACROSS_LAYERS = "fisher"

@@ -1,10 +1,10 @@
 """The story of each command, told in order: what is checked, what is computed, what is written."""
 
+from functools import partial
 from pathlib import Path
 from statistics import mode
 from typing import Any
 
-from hifiprune import DEFAULT_CRITERION
 from hifiprune.calibration import Calibration
 from hifiprune.commands.inspect import shape_of
 from hifiprune.commands.messages import announce_plan, remark_on_blocks, remark_on_options, remark_on_unused
@@ -21,6 +21,7 @@ from hifiprune.commands.preflight import (
 )
 from hifiprune.commands.prepare import plain_arguments, prepare
 from hifiprune.commands.stages import Stages
+from hifiprune.defaults import DEFAULT_CRITERION
 from hifiprune.engine.compute import Compute
 from hifiprune.errors import UserError
 from hifiprune.io.atomic import check_shard_size, check_space, replacing
@@ -28,15 +29,16 @@ from hifiprune.io.distributed import rank
 from hifiprune.io.output_paths import exclusive
 from hifiprune.io.resume import Unfinished
 from hifiprune.models.checkpoint import Checkpoint
-from hifiprune.plan import Plan
+from hifiprune.plan import Budget, Plan
 from hifiprune.progress import SILENT, Voice
-from hifiprune.pruning.allocate import Budget, Sharing
+from hifiprune.pruning.allocate import Sharing, allocate
 from hifiprune.pruning.iterative import Course
 from hifiprune.reports.model_card import Base, describe_base, write_card
 from hifiprune.run_record import RunRecord
 from hifiprune.scores import Scores
 from hifiprune.scoring.criteria import Options
 from hifiprune.scoring.early_stopping import Stability
+from hifiprune.scoring.load_scores import load_scores
 
 
 @exclusive
@@ -78,7 +80,7 @@ def score_checkpoint(
         raise UserError("until-stable and ratio go together: stable is what is kept at a ratio")
     stability = None
     if until_stable is not None:
-        stability = Stability(until_stable, Budget(ratio=ratio), round_to=1, voice=voice)
+        stability = Stability(until_stable, partial(allocate, budget=Budget(ratio=ratio), round_to=1), voice)
         stability.check([criterion])
     request = (criterion, options or Options(seed=calibration.seed if calibration else 0))
     record = RunRecord(
@@ -175,7 +177,7 @@ def prune(
     system = settle_system(preset, asked, calibration, voice, scored=bool(scores), bias_compensation=bias_compensation)
     calibration = text_for(system, calibration, voice, scored=bool(scores))
     path = scores if isinstance(scores, str | Path) else None
-    used = Scores.load(scores) if isinstance(scores, str | Path) else scores
+    used = load_scores(scores) if isinstance(scores, str | Path) else scores
     if used:
         system = scored_by(used, system, asked=bool(criterion) or preset != "default")
     criterion, repair, round_to = system.criterion, system.repair, system.round_to

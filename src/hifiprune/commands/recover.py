@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, TrainerState, set_seed
 
-from hifiprune.commands.prepare import load, load_hashed, plain_arguments, prepare
+from hifiprune.commands.prepare import load_hashed, plain_arguments, prepare
 from hifiprune.commands.recover_preflight import check_compute, check_purpose, check_tracker, find_dense, needed_bytes
-from hifiprune.engine.compute import Compute, estimate_seconds
+from hifiprune.engine.compute import Compute, estimate_seconds, load
 from hifiprune.engine.context import memory_explained
 from hifiprune.engine.machine import condition
 from hifiprune.errors import RunError, UserError

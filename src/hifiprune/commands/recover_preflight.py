@@ -1,23 +1,19 @@
 """What a training run refuses before it begins, and where its dense model is."""
 
 import os
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from torch import nn
-from transformers import PreTrainedModel
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-from transformers.pytorch_utils import Conv1D
 
 from hifiprune.engine.compute import Compute
 from hifiprune.errors import UserError, unknown
 from hifiprune.io.distributed import check_launcher
 from hifiprune.models.checkpoint import Checkpoint, find_checkpoint
-from hifiprune.models.detect import family_of
 from hifiprune.models.lineage import dense_of, record_of
-from hifiprune.models.mlp import count_parameters, find_blocks
+from hifiprune.models.mlp import count_parameters
 from hifiprune.recovery.config import Training
+from hifiprune.recovery.lora import linears_of
 
 
 def check_purpose(training: Training, teacher: str | None, *, control: bool, keep_adapter: bool) -> None:
@@ -99,10 +95,3 @@ def needed_bytes(checkpoint: Checkpoint, training: Training) -> int:
         linears = [module for name, module in linears_of(skeleton) if not chosen or name.rpartition(".")[2] in chosen]
         trained = sum(training.lora_r * sum(linear.weight.shape) for linear in linears)
     return checkpoint.dtype().itemsize * total + 3 * 3 * 4 * trained
-
-
-def linears_of(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
-    """Path and map of each linear map in the decoder blocks."""
-    for name, module in find_blocks(model).named_modules(prefix=family_of(model.config).blocks):
-        if isinstance(module, (nn.Linear, Conv1D)):
-            yield name, module

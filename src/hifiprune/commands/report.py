@@ -8,12 +8,12 @@ from pathlib import Path
 
 from jinja2 import Environment
 
-from hifiprune import __version__
 from hifiprune.errors import UserError
 from hifiprune.io.atomic import local_path, replacing
 from hifiprune.io.output_paths import check_target, exclusive
 from hifiprune.models.lineage import pruning_of
 from hifiprune.reports.runs import Run, read_runs
+from hifiprune.version import __version__
 
 
 @exclusive

@@ -26,14 +26,15 @@ from hifiprune.commands.messages import (
 from hifiprune.commands.prepare import check_tokens, load_hashed, streams
 from hifiprune.engine.compute import Compute
 from hifiprune.errors import UserError
+from hifiprune.evaluation.fidelity import divergence_of
 from hifiprune.io.pass_checkpoint import Keeper
 from hifiprune.io.resume import Unfinished
 from hifiprune.io.text_sources import SELF
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.mlp import find_mlps
-from hifiprune.plan import Plan
+from hifiprune.plan import Budget, Plan
 from hifiprune.progress import Voice
-from hifiprune.pruning.allocate import Budget, Sharing, allocate
+from hifiprune.pruning.allocate import Sharing, allocate
 from hifiprune.pruning.cut import cut_
 from hifiprune.pruning.cut_checkpoint import hash_stored, output_maps, stored_plainly, write_cut
 from hifiprune.pruning.iterative import Course, score_in_steps
@@ -274,7 +275,8 @@ class Stages:
         self.voice.say(announce_search(model, few, sharing.trials, self.compute))
         with self.record.stage("searching widths"):
             size, track = self.compute.batch_size, self.voice.track("searching widths")
-            return search(model, scores, budget, few, round_to=round_to, sharing=sharing, batch_size=size, track=track)
+            divergence = divergence_of(model, few, size)
+            return search(model, scores, budget, divergence, round_to=round_to, sharing=sharing, track=track)
 
     def repair_(self, model: PreTrainedModel, plan: Plan) -> list[dict[str, Any]]:
         """Cut and repair the model; how each layer's refit went, as plain data."""

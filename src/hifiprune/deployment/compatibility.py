@@ -6,7 +6,6 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from hifiprune.commands.messages import width_range
 from hifiprune.deployment.engines import (
     BLOCK,
     BLOCKS,
@@ -22,6 +21,7 @@ from hifiprune.deployment.engines import (
     shown,
 )  # fmt: skip
 from hifiprune.errors import UserError
+from hifiprune.formatting import width_range
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.detect import family_of, stock_class
 from hifiprune.models.mlp import find_mlps

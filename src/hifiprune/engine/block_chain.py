@@ -27,12 +27,11 @@ from hifiprune.engine.hooks import (
 )
 from hifiprune.engine.lm_head import Head
 from hifiprune.engine.offload import few_rows, shelf_of, walk
+from hifiprune.engine.sliced_objective import Kernel, mean_over_positions
 from hifiprune.engine.spill import Kept, set_aside
-from hifiprune.engine.verify import check_head, prove, with_outputs
 from hifiprune.errors import RunError
-from hifiprune.models.detect import family_of
+from hifiprune.models.families import Family
 from hifiprune.models.mlp import LinearMap, Mlp, by_block, find_blocks, find_mlps, find_norm
-from hifiprune.scoring.objectives import Kernel, mean_over_positions
 
 
 @dataclass
@@ -65,13 +64,11 @@ class Batch:
 class BlockChain:
     """Runs `model` block by block; the weights stay where they are, be it on the disk, and never require grad.
 
-    Raises:
-        UserError: the architecture is not supported, or its logits cannot be rebuilt from the final hidden state.
+    `engine.verify.verified_chain` makes one and checks on the model's own weights that it computes what the model does.
     """
 
-    def __init__(self, model: PreTrainedModel):
-        family = family_of(model.config)
-        self.family = with_outputs(family, model) if family.found else family
+    def __init__(self, model: PreTrainedModel, family: Family):
+        self.family = family
         self.model = model
         self.shelf = shelf_of(model)
         self.scratch = self.shelf.scratch if self.shelf else None
@@ -80,9 +77,6 @@ class BlockChain:
         self.blocks = list(find_blocks(model))
         self.norm = find_norm(model)
         self.head = Head.of(model)
-        check_head(self)
-        if family.found:
-            prove(self)
 
     def embed(self, tokens: Int[Tensor, "windows positions"]) -> tuple[Tensor, list[BlockCall]]:
         """The first block's input, and the call of every block, as the model's own forward makes them."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hifiprune.bounds import check_numbers
@@ -143,3 +143,8 @@ def product_speed(hidden: int, width: int, device: str, dtype: torch.dtype) -> f
         (left @ right).sum().item()
         products += 1
     return products * 2 * 512 * hidden * width / (time.perf_counter() - start)
+
+
+def load(checkpoint: Checkpoint, compute: Compute) -> PreTrainedModel:
+    """The model in the arithmetic asked for."""
+    return checkpoint.load(compute.dtype_for(checkpoint), compute.resolved_device, compute.attention)

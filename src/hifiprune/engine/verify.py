@@ -2,27 +2,39 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hifiprune.engine.block_chain import BlockChain
 from hifiprune.engine.hooks import BlockCall, eager_experts, overridden, taps_on
 from hifiprune.engine.offload import few_rows, first_rows
 from hifiprune.errors import RunError, UserError
+from hifiprune.models.detect import family_of
+from hifiprune.models.edit import keep_, others, state_sizes
 from hifiprune.models.families import Family
 from hifiprune.models.mlp import Mlp, find_blocks
 from hifiprune.models.neuron_slices import parts_of
-from hifiprune.pruning.cut import keep_, others, state_sizes
-
-if TYPE_CHECKING:
-    from hifiprune.engine.block_chain import BlockChain
 
 TOKENS, TOLERANCE = 8, 0.02
 
 
-def check_head(chain: "BlockChain") -> None:
+def verified_chain(model: PreTrainedModel) -> BlockChain:
+    """Return the block chain of a model, verified on its weights to compute what the model's own forward does.
+
+    Raises:
+        UserError: the architecture is not supported, or its logits cannot be rebuilt from the final hidden state.
+    """
+    family = family_of(model.config)
+    chain = BlockChain(model, with_outputs(family, model) if family.found else family)
+    check_head(chain)
+    if family.found:
+        prove(chain)
+    return chain
+
+
+def check_head(chain: BlockChain) -> None:
     """Prove on a few tokens that the logits follow from the final hidden state as `Head` says."""
     tokens = torch.arange(8, device=chain.model.device).unsqueeze(0) % chain.head.vocabulary
     whole = (lambda hidden: (hidden,)) if chain.family.tuples else (lambda hidden: hidden)
@@ -58,7 +70,7 @@ def with_outputs(family: Family, model: PreTrainedModel) -> Family:
 
 
 @torch.no_grad()
-def prove(chain: "BlockChain") -> None:
+def prove(chain: BlockChain) -> None:
     """Cut half of each block's neurons, and see that this does what setting their activations to zero does.
 
     Raises:
@@ -83,7 +95,7 @@ def _without(mlp: Mlp, removed: Tensor, number: int, activation: Tensor, tokens:
     return mlp.output(activation.index_fill(-1, removed, 0))
 
 
-def _cut(chain: "BlockChain", index: int, hidden: Tensor, call: BlockCall, kept: Tensor) -> Tensor:
+def _cut(chain: BlockChain, index: int, hidden: Tensor, call: BlockCall, kept: Tensor) -> Tensor:
     """Output of a block whose MLP is cut for that long."""
     mlp = chain.mlps[index]
     before = [part.parameter.data for part in parts_of(mlp)]

@@ -10,10 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hifiprune.commands.compare_plans import Measured
-from hifiprune.evaluation import bootstrap_paired, estimate
+from hifiprune.evaluation.bootstrap import bootstrap_paired
+from hifiprune.evaluation.fidelity import estimate
 from hifiprune.plan import Plan
 from hifiprune.scoring.criteria import find_criterion
+
+Measured = dict[str, list[float]]
+"""Every metric by window, perplexities as their logarithms; or the value of every task."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ exist. All arithmetic on distributions is float32, sums over positions are float
 """
 
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -13,9 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune.engine.block_chain import BlockChain
 from hifiprune.engine.context import check_windows, frozen, memory_explained
 from hifiprune.engine.lm_head import Head
+from hifiprune.engine.verify import verified_chain
 from hifiprune.errors import UserError
 from hifiprune.evaluation.bootstrap import Estimate, bootstrap_mean
 from hifiprune.scoring.accumulate import Track, group_of
@@ -62,7 +63,7 @@ class Reference:
         """Run `model` over `windows`."""
         check_windows(model, windows, batch_size, least=2)
         with frozen(model):
-            chain = BlockChain(model)
+            chain = verified_chain(model)
             hidden = torch.empty(*windows.shape, chain.head.linear.in_features, dtype=model.dtype)
             group = batch_size * group_of(model, batch_size * windows.shape[1])
             for some, target in zip(track(windows.split(group)), hidden.split(group), strict=True):
@@ -110,6 +111,14 @@ def estimate(values: dict[str, Float[Tensor, "windows"]], seed: int = 0) -> dict
     return {name: each.exp() if name.endswith("perplexity") else each for name, each in estimates.items()}
 
 
+def divergence_of(
+    model: PreTrainedModel, windows: Int[Tensor, "windows positions"], batch_size: int = 1
+) -> Callable[[], float]:
+    """Return what measures the mean KL divergence, in nats, of `model` as it then is from what it is now."""
+    reference = Reference.of(model, windows, batch_size)
+    return lambda: float(measure_windows(model, windows, reference, batch_size=batch_size)["kl"].mean())
+
+
 @torch.no_grad()
 def measure_windows(
     model: PreTrainedModel,
@@ -126,7 +135,7 @@ def measure_windows(
         models = [model, against] if isinstance(against, PreTrainedModel) else [model]
         for each in models:
             stack.enter_context(frozen(each))
-        chains = [BlockChain(each) for each in models]
+        chains = [verified_chain(each) for each in models]
         heads = [chain.head for chain in chains] + ([against.head] if isinstance(against, Reference) else [])
         sizes = [head.vocabulary for head in heads]
         if len(set(sizes)) != 1:

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.pytorch_utils import Conv1D
 
-from hifiprune.commands.prepare import load
-from hifiprune.engine.compute import Compute
+from hifiprune.engine.compute import Compute, load
 from hifiprune.engine.context import frozen
 from hifiprune.errors import HifipruneError
 from hifiprune.models.checkpoint import find_checkpoint

@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from hifiprune.engine.block_chain import BlockChain
 from hifiprune.engine.context import check_windows, frozen
+from hifiprune.engine.verify import verified_chain
 from hifiprune.evaluation.fidelity import compare
 
 TOP = 10
@@ -52,7 +52,7 @@ def read_passage(
 def _expected(model: PreTrainedModel, window: Int[Tensor, "1 positions"]) -> Tensor:
     """Log-probabilities at every position but the last."""
     with frozen(model):
-        chain = BlockChain(model)
+        chain = verified_chain(model)
         hidden = chain.final_hidden(window.to(model.device, torch.int64))[0, :-1]
         return chain.head.logits(hidden).log_softmax(-1)
 

@@ -298,3 +298,6 @@ class Token(TypedDict):
 
 Passages = dict[str, list[list[Token]]]
 """`passages.json`, by model."""
+
+
+PASSAGES = "passages.json"

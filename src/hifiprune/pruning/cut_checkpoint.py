@@ -20,13 +20,14 @@ from hifiprune.io.output_paths import check_target, exclusive
 from hifiprune.io.safetensors_stream import DTYPES, Piece, Stacked, Stored, write_shard
 from hifiprune.models.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.models.detect import family_of
+from hifiprune.models.edit import cuts_of, matching_mlps
 from hifiprune.models.lineage import read_with
 from hifiprune.models.mlp import find_mlps
 from hifiprune.models.modeling_pruned import MixedWidths
 from hifiprune.models.neuron_slices import Places
 from hifiprune.models.weight_files import INDEX
 from hifiprune.plan import Plan
-from hifiprune.pruning.cut import cut_, cuts_of, matching_mlps
+from hifiprune.pruning.cut import cut_
 
 PATTERN = "model{suffix}.safetensors"
 

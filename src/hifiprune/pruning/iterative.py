@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hifiprune.bounds import check_numbers
+from hifiprune.engine.temporary_cut import cut
 from hifiprune.io.pass_checkpoint import Keeper
-from hifiprune.plan import Plan
-from hifiprune.pruning.allocate import Budget, Shape, Sharing, allocate
-from hifiprune.pruning.cut import cut, others
+from hifiprune.models.edit import others
+from hifiprune.plan import Budget, Plan, Shape
+from hifiprune.pruning.allocate import Sharing, allocate
 from hifiprune.pruning.repair import cut_and_repaired
 from hifiprune.scores import Scores
 from hifiprune.scoring.score import Request, score

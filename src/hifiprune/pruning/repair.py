@@ -26,10 +26,12 @@ from hifiprune.engine.context import check_windows, frozen, memory_explained
 from hifiprune.engine.hooks import BlockCall
 from hifiprune.engine.offload import walk
 from hifiprune.engine.spill import Kept, set_aside
+from hifiprune.engine.temporary_cut import put_back
+from hifiprune.engine.verify import verified_chain
 from hifiprune.errors import UserError
+from hifiprune.models.edit import cuts_of, forget_gradients_, keep_, matching_mlps, others, state_widths
 from hifiprune.models.mlp import LinearMap, find_mlps, siblings
 from hifiprune.plan import Plan
-from hifiprune.pruning.cut import cuts_of, forget_gradients_, keep_, matching_mlps, others, put_back, state_widths
 from hifiprune.pruning.ridge import HeldOut, Refit
 
 HELD_OUT = 8
@@ -74,7 +76,7 @@ def cut_and_repair_(
         raise UserError("repair needs at least 2 windows, of which it holds one out")
     mlps = matching_mlps(model, plan)
     with frozen(model):
-        chain = BlockChain(model)
+        chain = verified_chain(model)
         streams = _start(chain, windows, batch_size, dense)
         form = _sequential_ if sequential and chain.family.additive and not chain.family.experts else _parallel_
         refits: list[Refit] = []
@@ -117,7 +119,7 @@ def residual_stream(
     """The hidden states after every block, on the CPU: as many numbers as blocks, windows, positions and width make."""
     found = []
     with frozen(model):
-        chain = BlockChain(model)
+        chain = verified_chain(model)
         for batch in windows.split(batch_size):
             hidden, calls = chain.embed(batch.to(model.device, torch.int64))
             after = []

@@ -11,10 +11,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune.evaluation import Reference, measure_windows
-from hifiprune.plan import Plan
-from hifiprune.pruning.allocate import Budget, Shape, Sharing, plan_with, share_out, step_of
-from hifiprune.pruning.cut import cut
+from hifiprune.engine.temporary_cut import cut
+from hifiprune.plan import Budget, Plan, Shape
+from hifiprune.pruning.allocate import Sharing, plan_with, share_out, step_of
 from hifiprune.scores import Scores
 
 WINDOWS, POSITIONS = 4, 512
@@ -25,12 +24,11 @@ def search(
     model: PreTrainedModel,
     scores: Scores,
     budget: Budget,
-    windows: Int[Tensor, "windows positions"],
+    divergence: Callable[[], float],
     *,
     round_to: int = 128,
     sharing: Sharing = Sharing("searched"),
     seed: int = 0,
-    batch_size: int = 1,
     track: Callable[[Iterable[int]], Iterable[int]] = lambda trials: trials,
 ) -> Plan:
     """The plan whose plain cut diverges least from the dense model, of those that were tried.
@@ -43,11 +41,10 @@ def search(
         model: the dense model, whole again after.
         scores: of every neuron; they decide which neurons of a layer stay.
         budget: how much to remove.
-        windows: token ids to measure the divergence on.
+        divergence: measures how far `model`, as it is cut at the moment, diverges from what it was.
         round_to: widths become multiples of it.
         sharing: the floor, and how many plans to try, a forward pass over the windows each.
         seed: of the random layers.
-        batch_size: windows per step.
         track: wraps the numbers of the trials, to show progress.
 
     Raises:
@@ -59,7 +56,6 @@ def search(
     floors = (1.0, (1 + sharing.floor) / 2, sharing.floor)
     starts = [share_out(scores.values, width, round_to=round_to, floor=floor) for floor in floors]
     unit = step_of(width, round_to)
-    reference = Reference.of(model, windows, batch_size)
     chance = torch.Generator().manual_seed(seed)
     best, least = starts[0], float("inf")
     tried: set[tuple[int, ...]] = set()
@@ -74,9 +70,9 @@ def search(
         tried.add(tuple(widths))
         plan = plan_with(scores, widths, budget)
         with cut(model, plan):
-            divergence = float(measure_windows(model, windows, reference, batch_size=batch_size)["kl"].mean())
-        if divergence < least:
-            best, least = widths, divergence
+            measured = divergence()
+        if measured < least:
+            best, least = widths, measured
     return plan_with(scores, best, budget)
 
 

@@ -7,10 +7,13 @@ from unittest.mock import patch
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import transformers_weight_conversion
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from hifiprune.commands.recover_preflight import linears_of
 from hifiprune.errors import UserError, unknown
+from hifiprune.models.detect import family_of
+from hifiprune.models.mlp import find_blocks
 from hifiprune.recovery.config import Training
 
 
@@ -76,3 +79,10 @@ def _names_as_given() -> Iterator[None]:
     """
     with patch.object(transformers_weight_conversion, "convert_peft_config_for_transformers"):
         yield
+
+
+def linears_of(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
+    """Path and map of each linear map in the decoder blocks."""
+    for name, module in find_blocks(model).named_modules(prefix=family_of(model.config).blocks):
+        if isinstance(module, (nn.Linear, Conv1D)):
+            yield name, module

@@ -18,8 +18,9 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from hifiprune.engine.hooks import overridden
 from hifiprune.engine.lm_head import Head, precise
+from hifiprune.engine.sliced_objective import Rows, through_cap
 from hifiprune.recovery.distillation import LikeliestTarget, Target, Teacher, WholeTarget, guided, hidden_states
-from hifiprune.scoring.objectives import Rows, SoftLabels, through_cap
+from hifiprune.scoring.objectives import SoftLabels
 
 
 @contextmanager

@@ -9,9 +9,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from hifiprune.commands.messages import accuracies, asked_of, width_range, with_error, with_interval
 from hifiprune.errors import UserError
 from hifiprune.evaluation.fidelity import METRICS
+from hifiprune.formatting import accuracies, asked_of, width_range, with_error, with_interval
 from hifiprune.io.atomic import replacing
 from hifiprune.io.manifest import is_unchanged, update_manifest
 from hifiprune.models.checkpoint import Checkpoint

@@ -12,9 +12,9 @@ import torch
 from plotly.colors import qualitative
 from torch import Tensor
 
-from hifiprune.commands.messages import accuracies, asked_of, gain_told, megabytes, short, width_range
 from hifiprune.deployment.compatibility import remark_on_mixed
 from hifiprune.evaluation.fidelity import METRICS
+from hifiprune.formatting import accuracies, asked_of, gain_told, megabytes, short, width_range
 from hifiprune.recovery.callback import perplexity
 from hifiprune.reports.runs import Run
 

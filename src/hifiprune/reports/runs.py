@@ -5,11 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hifiprune.commands.evaluate import PASSAGES
-from hifiprune.commands.messages import short
 from hifiprune.errors import UserError
+from hifiprune.formatting import short
 from hifiprune.io.json_files import checked, read_record, read_text
-from hifiprune.io.schemas import Passages, ReportedRun
+from hifiprune.io.schemas import PASSAGES, Passages, ReportedRun
 from hifiprune.models.lineage import pruning_of
 from hifiprune.plan import Plan
 from hifiprune.scores import Scores

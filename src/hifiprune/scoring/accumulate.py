@@ -18,13 +18,13 @@ from hifiprune.engine.context import memory_explained
 from hifiprune.engine.hooks import Seen
 from hifiprune.engine.lm_head import SLICE_BYTES, SLICE_ROWS
 from hifiprune.engine.offload import shelf_of
+from hifiprune.engine.sliced_objective import Kernel
 from hifiprune.errors import RunError
 from hifiprune.io.distributed import meet, neighbours, processes, rank
 from hifiprune.io.hashing import hash_tokens
 from hifiprune.io.pass_checkpoint import Keeper
 from hifiprune.models.mlp import find_mlps, width_of
 from hifiprune.scoring.neuron_statistics import Statistic
-from hifiprune.scoring.objectives import Kernel
 
 Track = Callable[[Iterable[Any]], Iterable[Any]]
 

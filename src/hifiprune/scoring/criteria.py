@@ -4,11 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hifiprune import DEFAULT_CRITERION
 from hifiprune.bounds import check_numbers
+from hifiprune.defaults import DEFAULT_CRITERION
+from hifiprune.engine.sliced_objective import Kernel
 from hifiprune.errors import unknown
 from hifiprune.scoring import neuron_statistics as st
-from hifiprune.scoring.objectives import CrossEntropy, Distillation, Entropy, Kernel, SampledLabel
+from hifiprune.scoring.objectives import CrossEntropy, Distillation, Entropy, SampledLabel
 
 HFPRUNE, SDMPRUNE = "arXiv 2603.08083", "arXiv 2506.11120"
 PRESETS = {0.2: (0.4, 0.2), 0.3: (0.42, 0.5), 0.4: (0.1, 0.2)}

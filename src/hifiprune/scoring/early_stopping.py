@@ -16,7 +16,6 @@ from hifiprune.errors import UserError
 from hifiprune.io.distributed import processes
 from hifiprune.plan import Plan
 from hifiprune.progress import SILENT, Voice
-from hifiprune.pruning.allocate import Budget, Sharing, allocate
 from hifiprune.scores import Scores
 from hifiprune.scoring.criteria import find_criterion
 
@@ -30,9 +29,7 @@ class Stability:
 
     Attributes:
         wanted: agreement of the kept set with that of all windows, as a share of the neurons kept.
-        budget: how much will be removed.
-        round_to: see `hifiprune.allocate`.
-        sharing: likewise.
+        select: returns the plan by which neurons would be kept with given scores.
         voice: tells of every look.
         curve: of every look the windows so far, the agreement of their halves, and what it is extrapolated to.
 
@@ -41,9 +38,7 @@ class Stability:
     """
 
     wanted: float
-    budget: Budget
-    round_to: int = 128
-    sharing: Sharing = Sharing()
+    select: Callable[[Scores], Plan]
     voice: Voice = SILENT
     curve: list[dict[str, Any]] = field(default_factory=list)
 
@@ -62,7 +57,7 @@ class Stability:
 
     def settled(self, windows: int, of: int, halves: Callable[[], tuple[Scores, Scores]]) -> bool:
         """Whether the scores of so many windows of a larger number are enough."""
-        one, other = (self._plan(scores) for scores in halves())
+        one, other = (self.select(scores) for scores in halves())
         agreement = overlap(one, other)
         extrapolated = 1 - (1 - agreement) / 2 * math.sqrt(1 - windows / of)
         self.curve.append({"windows": windows, "halves": agreement, "extrapolated": extrapolated})
@@ -71,9 +66,6 @@ class Stability:
             f"on about {extrapolated:.2%}"
         )
         return extrapolated >= self.wanted
-
-    def _plan(self, scores: Scores) -> Plan:
-        return allocate(scores, self.budget, round_to=self.round_to, sharing=self.sharing)
 
 
 def looks(windows: int, batch_size: int) -> list[int]:

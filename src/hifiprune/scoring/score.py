@@ -11,19 +11,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune import DEFAULT_CRITERION
-from hifiprune.engine.block_chain import BlockChain
+from hifiprune.defaults import DEFAULT_CRITERION
 from hifiprune.engine.context import check_windows, frozen
 from hifiprune.engine.offload import walk
+from hifiprune.engine.temporary_cut import cut
+from hifiprune.engine.verify import verified_chain
 from hifiprune.errors import RunError, UserError
 from hifiprune.io.distributed import check_share
 from hifiprune.io.hashing import hash_model, hash_tokens
 from hifiprune.io.pass_checkpoint import Keeper
 from hifiprune.models.mlp import Mlp, by_block, count_parameters, find_mlps
 from hifiprune.models.unsupported import refuse_altered
-from hifiprune.plan import Plan, highest
-from hifiprune.pruning.allocate import in_proportion
-from hifiprune.pruning.cut import cut
+from hifiprune.plan import Plan, highest, in_proportion
 from hifiprune.scores import Scores
 from hifiprune.scoring.accumulate import Job, Pass, Track, choose_recompute, free_bytes, group_of, moment_bytes, needs
 from hifiprune.scoring.criteria import PRESETS, Criterion, Options, find_criterion
@@ -224,7 +223,7 @@ def _run(
             raise UserError(f"light-cut {fraction:g} leaves no neuron in a layer; use a smaller one")
     first = None
     if windows is not None and schedule.first:
-        first = Pass(BlockChain(model), windows, keeper=keeper, **how)
+        first = Pass(verified_chain(model), windows, keeper=keeper, **how)
         if stability:
             settled = partial(_settled, asked[0], model, stability, len(windows))
             first.run(schedule.first, looks=looks(len(windows), first.batch_size), settled=settled)
@@ -239,7 +238,7 @@ def _run(
         with cut(model, light):
             jobs = [each.job for each in group if each.job]
             late = keeper.of("light cut", fraction) if keeper else None
-            second = Pass(BlockChain(model), windows, keeper=late, **how).run(jobs, first.hidden)
+            second = Pass(verified_chain(model), windows, keeper=late, **how).run(jobs, first.hidden)
             for each in group:
                 kept = _finish(each, second, model, windows)
                 found[each] = Outcome(_spread(kept.values, light, first.totals[LIGHT]), None, kept.objective)

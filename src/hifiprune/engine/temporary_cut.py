@@ -1,0 +1,50 @@
+"""Have a model cut for a while; after, every weight is back, bit for bit."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+
+from hifiprune.engine.offload import shelf_of
+from hifiprune.models.edit import _put_back_, cuts_of, keep_, matching_mlps, others, state_widths
+from hifiprune.models.mlp import find_mlps, siblings
+from hifiprune.models.neuron_slices import parts_of
+from hifiprune.plan import Plan
+
+
+@contextmanager
+def cut(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
+    """Have `model` cut as by `cut_` within; after, every weight is back, bit for bit.
+
+    Only what is cut away is set aside, so there is never a second copy of the weights. The parameters stay the same
+    objects, for optimizers that hold them, also when an error or an interruption ends the cutting itself.
+
+    Raises:
+        UserError: the plan was made for a model of another shape.
+    """
+    with put_back(model, plan):
+        with torch.no_grad():
+            keep_(find_mlps(model), plan.kept)
+        state_widths(model, plan.widths)
+        if shelf := shelf_of(model):
+            shelf.cuts.update(cuts_of(model, plan))
+        yield
+
+
+@contextmanager
+def put_back(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
+    """Whatever of `model` is cut away within, as `plan` says, is set aside and back in its place after."""
+    mlps = matching_mlps(model, plan)
+    rests = [others(kept, mlp.neurons) for mlp, kept in zip(mlps, plan.kept, strict=True)]
+    groups = list(siblings(mlps))
+    removed = [[part.of(rests[own], group[0].neurons) for part in parts_of(group[0])] for own, group in groups]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for (own, group), gone in zip(groups, removed, strict=True):
+                _put_back_(group[0], plan.kept[own], rests[own], gone)
+        state_widths(model, plan.neurons)
+        if shelf := shelf_of(model):
+            shelf.cuts.clear()

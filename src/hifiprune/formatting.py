@@ -1,0 +1,65 @@
+"""Numbers, estimates and names as a reader is shown them."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+LEAST_PROMISE = 1.02
+"""Speed-up by operations below which a share of it means nothing."""
+
+
+def megabytes(count: int) -> str:
+    """Bytes for a reader."""
+    return f"{count / 1e6:,.1f} MB"
+
+
+def accuracies(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of a model that was asked tasks, what was found for each, and on average where that means anything."""
+    found: dict[str, dict[str, Any]] = row["tasks"]
+    return found | ({"average": row["average"]} if "average" in row else {})
+
+
+def with_interval(estimate: dict[str, Any], form: str = ".3g") -> str:
+    """An estimate for a reader, its interval in brackets."""
+    if estimate["value"] is None:
+        return "none"
+    bounds = "" if estimate["low"] is None else f" ({estimate['low']:{form}} to {estimate['high']:{form}})"
+    return f"{estimate['value']:{form}}{bounds}"
+
+
+def with_error(estimate: dict[str, Any]) -> str:
+    """An accuracy for a reader, with its standard error."""
+    error = estimate["standard_error"]
+    return f"{estimate['value']:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+def asked_of(items: dict[str, list[int]], task: str) -> str:
+    """How many items of a task were asked, and of how many if not all; nothing is known of a group's."""
+    asked, there = items.get(task, ("", ""))
+    return f"{asked:,} of {there:,}" if asked != there else str(asked)
+
+
+def gain_told(found: dict[str, Any]) -> tuple[str, str]:
+    """A speed-up with its range over the rounds, and the share of the promised saving, of what `bench` found.
+
+    Neither is told where the rounds do not tell it apart from noise, nor a share of next to nothing.
+    """
+    speedup = found["speedup"]
+    varied = speedup["low"] < speedup["high"] and not speedup["low"] <= 1 <= speedup["high"]
+    if not found.get("told_apart", varied):
+        return "not told apart from noise", ""
+    share = found["share"] if speedup["median"] > 1 and found["promised"] > LEAST_PROMISE else None
+    told = "" if share is None else f"{share:.0%}"
+    return f"{speedup['median']:.2f}, {speedup['low']:.2f} to {speedup['high']:.2f}", told
+
+
+def short(names: Collection[str]) -> list[str]:
+    """The last part of each path, where that tells them apart."""
+    ends = [Path(name).name for name in names]
+    return ends if len(set(ends)) == len(ends) else list(names)
+
+
+def width_range(widths: int | list[int]) -> str:
+    """The width of every MLP, or of the narrowest to the widest."""
+    ends = [widths] if isinstance(widths, int) else sorted({min(widths), max(widths)})
+    return " to ".join(f"{width:,}" for width in ends)
