@@ -36,17 +36,17 @@ from hifiprune.models.mlp import LinearMap, Mlp, by_block, find_blocks, find_mlp
 
 @dataclass
 class Batch:
-    """Windows on their way forward through the blocks, and back.
+    """The state of some windows on their way forward through the blocks, and back.
 
     Attributes:
         tokens: token ids.
-        first_window: number of the first of them.
+        first_window: index of the first window.
         teacher: the teacher's final hidden state, for kernels that need one.
-        hidden: state before the next block.
-        calls: of all blocks.
-        stored: what is kept of the blocks so far: the graph; or the input, and the MLP's output if that is known.
-        values: each objective of each window, in float32 or better.
-        gradients: of each objective, before the block that comes next on the way back.
+        hidden: hidden state before the next block.
+        calls: the arguments of every block.
+        stored: for each block so far its graph, or its input and, if known, its MLP's output.
+        values: every objective for every window, in float32 or better.
+        gradients: every objective's gradient at the output of the next block on the way back.
         final: the final hidden state after the last norm.
     """
 
@@ -62,9 +62,9 @@ class Batch:
 
 
 class BlockChain:
-    """Runs `model` block by block; the weights stay where they are, be it on the disk, and never require grad.
+    """Runs `model` block by block; weights stay where they are, in memory or on disk, and never require grad.
 
-    `engine.verify.verified_chain` makes one and checks on the model's own weights that it computes what the model does.
+    `engine.verify.verified_chain` builds one and checks on the model's weights that it computes what the model does.
     """
 
     def __init__(self, model: PreTrainedModel, family: Family):
@@ -79,7 +79,7 @@ class BlockChain:
         self.head = Head.of(model)
 
     def embed(self, tokens: Int[Tensor, "windows positions"]) -> tuple[Tensor, list[BlockCall]]:
-        """The first block's input, and the call of every block, as the model's own forward makes them."""
+        """Run the model's own forward with recorders for blocks; return the first block's input and all calls."""
         calls: list[BlockCall] = []
         inputs: list[Tensor] = []
 
@@ -94,7 +94,7 @@ class BlockChain:
         return inputs[0], calls
 
     def final_hidden(self, tokens: Int[Tensor, "windows positions"]) -> Float[Tensor, "windows positions hidden"]:
-        """The final hidden state after the last norm, the input of the head.
+        """Return the final hidden state after the last norm, which is the input of the head.
 
         Raises:
             RunError: a block's output is not finite; the error names the block.
@@ -104,7 +104,7 @@ class BlockChain:
     def final_states(
         self, batches: Sequence[Int[Tensor, "windows positions"]]
     ) -> list[Float[Tensor, "windows positions hidden"]]:
-        """The same of several batches, which go through a block in turn."""
+        """Return the final hidden states of several batches, which take turns at each block."""
         moving = [Batch(tokens) for tokens in batches]
         self.sweep_all(moving, [], lambda seen: None)
         return [
@@ -123,15 +123,15 @@ class BlockChain:
         inputs: dict[int, Tensor] | None = None,
         check_each: bool = False,
     ) -> Float[Tensor, "windows positions hidden"]:
-        """The same from the input of block `first` on.
+        """Return the final hidden state after the last norm, given the input of block `first`.
 
         Args:
-            first: number of the block.
+            first: index of the first block to run.
             hidden: its input.
-            calls: of all blocks, from `embed`.
-            removed: number of an MLP, and its neurons whose activations are set to zero.
-            inputs: receives the input of every block.
-            check_each: look for NaN and infinity after every block instead of at the end.
+            calls: the arguments of all blocks, from `embed`.
+            removed: index of an MLP, and the neurons whose activations are set to zero.
+            inputs: if given, receives the input of every block.
+            check_each: check for NaN and infinity after every block instead of at the end.
         """
         start = hidden
 
@@ -166,7 +166,7 @@ class BlockChain:
         teacher: Float[Tensor, "windows positions hidden"] | None = None,
         first_window: int = 0,
     ) -> tuple[list[Float[Tensor, "windows"]], Float[Tensor, "windows positions hidden"]]:
-        """Forward through all blocks, then backward from each objective, showing `visit` every MLP.
+        """Run forward through all blocks, then backward from each objective, and call `visit` for every MLP.
 
         Same as `C = objective(logits).mean(-1).sum(); C.backward()` with a hook on every MLP's activation, without
         weight gradients, without the logits as a whole, and with each block's graph freed as soon as it is used. One
@@ -174,16 +174,17 @@ class BlockChain:
 
         Args:
             tokens: token ids.
-            kernels: the scalars of each position whose means over a window's positions are differentiated; none for a
+            kernels: objectives per position, whose means over a window's positions are differentiated; empty for a
                 forward pass alone.
-            visit: sees every MLP on the way forward, first to last, and on the way back, last to first, once a kernel.
+            visit: called for every MLP in the forward pass, first to last, and in the backward pass, last to first,
+                once a kernel.
             recompute: keep only each block's input and its MLP's output, and run the block again for its backward.
-            maps: numbers of the kernels for which `visit` is shown the linear maps too.
+            maps: indices of the kernels for which `visit` receives the linear maps too.
             teacher: the teacher's final hidden state, for kernels that need one.
-            first_window: number of the first window.
+            first_window: index of the first window.
 
         Returns:
-            each objective of each window, in float32 or better, and the final hidden state after the last norm.
+            every objective for every window, in float32 or better, and the final hidden state after the last norm.
         """
         batch = Batch(tokens, first_window, teacher)
         self.sweep_all([batch], kernels, visit, recompute=recompute, maps=maps)
@@ -198,10 +199,10 @@ class BlockChain:
         recompute: bool = False,
         maps: Sequence[int] = (),
     ) -> None:
-        """The same for several batches, which go through a block one after another before the next block's turn.
+        """Sweep several batches, all of which go through a block before the next block runs.
 
-        So weights on the disk are read once for all of them; they leave nothing of a block but its input. Where weights
-        are in memory, one batch at a time takes the least.
+        Weights on disk are then read once for all batches, and only a block's input is kept. With weights in memory one
+        batch at a time needs the least memory.
         """
         last = len(self.blocks) - 1
         for batch in batches:
@@ -218,7 +219,7 @@ class BlockChain:
                 self._backwards(index, batch, visit, maps)
 
     def _forwards(self, index: int, batch: Batch, *, whole: bool, keep: bool, maps: bool) -> list[MlpPass]:
-        """Run a block, keeping its graph as a whole, or its input, or nothing; its MLPs."""
+        """Run a block and keep its whole graph, its input, or nothing; return its MLPs."""
         call = batch.calls[index]
         if whole:
             trace = self._trace(index, batch.hidden, call, maps=maps)
@@ -235,7 +236,7 @@ class BlockChain:
         return mlps
 
     def _turn(self, batches: Sequence[Batch], kernels: Sequence[Kernel]) -> None:
-        """Objectives at the end of the blocks, and their gradients there."""
+        """Evaluate the objectives after the last block, and their gradients there."""
         head = self.head.at_hand() if kernels else self.head
         for batch in batches:
             hidden = batch.hidden.detach().requires_grad_()
@@ -252,7 +253,7 @@ class BlockChain:
             ]
 
     def _backwards(self, index: int, batch: Batch, visit: Visit, maps: Sequence[int]) -> None:
-        """Carry the gradient of every objective through a block, whose graph is freed."""
+        """Propagate the gradient of every objective through a block, and free the block's graph."""
         entry, count = batch.stored.pop(), len(batch.gradients)
         if not isinstance(entry, Trace):
             entry = self._trace(index, entry[0](), batch.calls[index], entry[1], maps=bool(maps))
@@ -270,9 +271,9 @@ class BlockChain:
     def _back(
         self, trace: Trace, gradient: Tensor, further: bool, *, maps: bool, more: bool
     ) -> tuple[Tensor, list[tuple[Tensor, list[Tensor]]]]:
-        """One objective's gradient at a block's input, and in it those at each MLP's activation and behind its maps.
+        """Return one objective's gradient at a block's input, and those at each MLP's activation and its maps' outputs.
 
-        The graph stays if there are `more` objectives.
+        The graph is kept if `more` objectives follow.
         """
         wanted = [each.maps[-1].input for each in trace.mlps]
         behind = [[one.output for one in each.maps] if maps else [] for each in trace.mlps]
@@ -287,7 +288,7 @@ class BlockChain:
 
     @torch.no_grad()
     def run(self, index: int, hidden: Tensor, call: BlockCall) -> tuple[Tensor, list[MlpPass]]:
-        """Output of a block, and its MLPs with what went through their output maps."""
+        """Run a block; return its output, and the inputs and outputs of its MLPs' output maps."""
         passes: list[MlpPass] = []
 
         def write(number: int, activation: Tensor, tokens: Tensor | None) -> Tensor:
@@ -300,12 +301,12 @@ class BlockChain:
         return output, sorted(passes, key=lambda each: each.number)
 
     def _mlps(self, index: int) -> list[Mlp]:
-        """Of a block."""
+        """Return the MLPs of a block."""
         own = self.of_block[index]
         return self.mlps[own.start : own.stop]
 
     def run_block(self, index: int, hidden: Tensor, call: BlockCall) -> Tensor:
-        """Output of a block as its modules are now."""
+        """Run a block's modules as they are now; return its output."""
         output = self.blocks[index](hidden, *call.args, **call.kwargs)
         state: Tensor = output[0] if self.family.tuples else output
         return state
@@ -340,5 +341,5 @@ class BlockChain:
 
 
 def scale_in(tensor: Tensor) -> int:
-    """By what gradients are multiplied on their way: float16 holds nothing below 6e-8, so there they are larger."""
+    """Return the factor that keeps gradients representable: float16 holds nothing below 6e-8."""
     return 2**12 if tensor.dtype == torch.float16 else 1

@@ -1,4 +1,4 @@
-"""How a run through the blocks is tapped: what is recorded of it, and by which means."""
+"""Hooks that record, or change, what goes through the projections of MLPs while decoder blocks run."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from hifiprune.models.mlp import LinearMap, Mlp, siblings
 
 @dataclass
 class MapPass:
-    """One linear map of an MLP in a run: its input and its output, later with the gradient at the output.
+    """Input and output of one linear map of an MLP in one forward pass.
 
     Attributes:
         linear: the map.
@@ -32,12 +32,12 @@ class MapPass:
 
 @dataclass
 class MlpPass:
-    """One MLP in a run of its block.
+    """Inputs and outputs of one MLP in one forward pass of its block.
 
     Attributes:
-        number: of the MLP.
-        maps: what went through its maps, the output map last.
-        tokens: of an expert those that it saw, by their numbers in the batch, one row of its maps each; else None.
+        number: index of the MLP.
+        maps: its linear maps' inputs and outputs, the output map last.
+        tokens: for an expert the indices of the batch's tokens that were routed to it, one row each; else None.
     """
 
     number: int
@@ -45,28 +45,28 @@ class MlpPass:
     tokens: Int[Tensor, "rows"] | None = None
 
     def spread(self, rows: Tensor, hidden: Float[Tensor, "windows positions hidden"]) -> Tensor:
-        """Rows as `[windows, positions, ...]`, zero where the MLP did not see a token."""
+        """Scatter an expert's rows to `[windows, positions, ...]`, with zeros where it received no token."""
         if self.tokens is None:
             return rows
         whole = rows.new_zeros(hidden.shape[:-1].numel(), rows.shape[-1])
         return whole.index_copy_(0, self.tokens, rows).view(*hidden.shape[:-1], -1)
 
     def activation(self, hidden: Float[Tensor, "windows positions hidden"]) -> Tensor:
-        """What goes into the output map, as `[windows, positions, neurons]`."""
+        """Return the input of the output map, as `[windows, positions, neurons]`."""
         return self.spread(self.maps[-1].input.detach(), hidden)
 
 
 @dataclass
 class Seen:
-    """What a sweep shows of one MLP.
+    """The activations of one MLP, and on the way back their gradients, as a sweep hands them to its visitor.
 
     Attributes:
-        layer: number of the MLP.
-        kernel: number of the objective that was differentiated; None on the way forward.
+        layer: index of the MLP.
+        kernel: index of the objective that was differentiated; None in the forward pass.
         activation: `h`, `[windows, positions, neurons]`, to be left as it is.
-        gradient: `dC/dh` in the same shape, gone once `taylor` is asked for; None on the way forward.
-        maps: input and output gradient of each linear map, where asked for; the output map comes last.
-        windows: number of the first of the windows.
+        gradient: `dC/dh` in the same shape, overwritten by `taylor`; None in the forward pass.
+        maps: input and output gradient of each linear map, if requested; the output map comes last.
+        windows: index of the first window.
     """
 
     layer: int
@@ -78,7 +78,7 @@ class Seen:
 
     @cached_property
     def taylor(self) -> Tensor:
-        """`h * dC/dh` in float32 or better, computed once in place of the gradient."""
+        """Compute `h * dC/dh` in float32 or better, once, in place of the gradient."""
         assert self.gradient is not None
         return precise(self.gradient).mul_(self.activation)
 
@@ -88,7 +88,7 @@ Visit = Callable[[Seen], None]
 
 @dataclass(frozen=True)
 class BlockCall:
-    """What the model's own forward passes to one block beside the hidden state."""
+    """The arguments, apart from the hidden state, that the model's own forward passes to one block."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -96,7 +96,7 @@ class BlockCall:
 
 @dataclass
 class Trace:
-    """One block's run: its input and, with the graph between them, its MLPs and its output."""
+    """One block's forward pass with its autograd graph: input, MLPs and output."""
 
     input: Tensor
     mlps: list[MlpPass]
@@ -104,15 +104,15 @@ class Trace:
 
 
 Write = Callable[[int, Tensor, Tensor | None], Tensor]
-"""From an MLP's number, its activation and the tokens that it sees to what its output map makes of that."""
+"""Maps an MLP's index, its activation and its tokens to the output of its output map."""
 Read = Callable[[int, Sequence[LinearMap], Tensor], Tensor]
-"""From an MLP's number, input maps that share a parameter and their input to what they make of it, side by side."""
+"""Maps an MLP's index, input maps that share a parameter, and their input to their outputs, concatenated."""
 Tap = tuple[nn.Module, Callable[..., Any]]
-"""A module, and what takes the place of its forward."""
+"""A module, and the function that replaces its forward."""
 
 
 def taps_on(mlps: Sequence[Mlp], first: int, hidden: Tensor, write: Write, read: Read | None = None) -> list[Tap]:
-    """What has the MLPs of a block, the first of them of that number, go through `write`, and `read` if given."""
+    """Return the overrides that send a block's MLPs, the first with index `first`, through `write` and `read`."""
     found: list[Tap] = []
     for place, group in siblings(mlps):
         if group[0].is_expert:
@@ -142,7 +142,7 @@ def _routed(
     chosen: Int[Tensor, "tokens top"],
     weights: Float[Tensor, "tokens top"],
 ) -> Float[Tensor, "tokens hidden"]:
-    """What experts make of the tokens that a router sent each of them, weighed before the output map, not after it."""
+    """Run the experts on the tokens routed to them, with routing weights applied before the output map, not after."""
     module: Any = experts[0].output.module
     total = torch.zeros_like(hidden)
     for expert, mlp in enumerate(experts):
@@ -157,32 +157,32 @@ def _routed(
 
 
 def in_windows(values: Tensor, hidden: Float[Tensor, "windows positions hidden"]) -> Tensor:
-    """The input of a map as `[windows, positions, inputs]`, also where a block runs all tokens in one row."""
+    """Reshape a map's input to `[windows, positions, inputs]`, also where a block flattens all tokens into one row."""
     return values if values.ndim == hidden.ndim else values.view(*hidden.shape[:-1], -1)
 
 
 def as_rows(output: Tensor, given: Tensor) -> Tensor:
-    """The output of a map in the form that its input was given in."""
+    """Reshape a map's output to the form of its input."""
     return output if output.ndim == given.ndim else output.flatten(0, -2)
 
 
 def grown(tensor: Tensor) -> Tensor:
-    """`tensor` as part of a graph: in the first block nothing before the MLP has one, so it starts here."""
+    """Make `tensor` require grad: in the first block nothing before the MLP does, so the graph starts here."""
     return tensor if tensor.requires_grad else tensor.detach().requires_grad_()
 
 
 class KnownProduct(torch.autograd.Function):
-    """`activation @ weight.T + bias` where the result is already known: only the gradient is computed."""
+    """Compute the gradient of `activation @ weight.T + bias` when the product itself is already known."""
 
     @staticmethod
     def forward(ctx: Any, activation: Tensor, weight: Tensor, product: Tensor) -> Tensor:
-        """The known result."""
+        """Return the known product."""
         ctx.save_for_backward(weight)
         return product.view_as(product)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """The gradient at the activation."""
+        """Return the gradient with respect to the activation."""
         (weight,) = ctx.saved_tensors
         return gradients[0] @ weight, None, None
 
@@ -204,7 +204,7 @@ def overridden(pairs: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterato
 
 @contextmanager
 def eager_experts(model: PreTrainedModel) -> Iterator[None]:
-    """Experts run one by one within; all at once they take neither float64 nor any width."""
+    """Run experts one by one within this context; grouped products take neither float64 nor every width."""
     config: Any = model.config.get_text_config()
     before = getattr(config, "_experts_implementation", None)
     try:

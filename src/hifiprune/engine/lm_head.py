@@ -1,4 +1,4 @@
-"""From the final hidden state to the logits, a slice of positions at a time."""
+"""The language model head: logits from the final hidden state, a slice of positions at a time."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ CACHE_BYTES = 3 * 2**20  # rows that a CPU's cache holds while the elementwise s
 
 @dataclass(frozen=True)
 class Head:
-    """From the normalised final hidden state to the logits, as the model computes them but in float32 or better.
+    """Computes logits from the normalised final hidden state as the model does, but in float32 or better.
 
     The weight of a streamed model is `stored` in a file, and read a part at a time unless it is `held`.
 
@@ -37,7 +37,7 @@ class Head:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Head":
-        """The head of `model`, with the logit scaling of Cohere and Granite and the soft-capping of Gemma 2."""
+        """Return the head of `model`, with the logit scaling of Cohere and Granite and the soft-capping of Gemma 2."""
         config = model.config.get_text_config()
         linear = model.get_output_embeddings()
         if not isinstance(linear, nn.Linear):
@@ -52,29 +52,29 @@ class Head:
         return cls(linear, scale / divisor, cap, stored, room=room, device=model.device)
 
     def at_hand(self) -> "Head":
-        """The same, with the weight of a streamed model in memory if its `room` there has as many bytes."""
+        """Load a streamed model's head weight into memory if it fits into `room` bytes; return the head that has it."""
         if self.stored is None or self.stored.bytes > self.room:
             return self
         return replace(self, held=self.stored.whole().to(self.device))
 
     @property
     def vocabulary(self) -> int:
-        """The number of logits per position."""
+        """Return the number of logits per position."""
         return self.linear.out_features
 
     @property
     def slice_rows(self) -> int:
-        """Positions per matrix product."""
+        """Return the number of positions per matrix product."""
         return rows_of_slice(self.vocabulary)
 
     @property
     def cache_rows(self) -> int:
-        """Rows per elementwise pass: on a CPU as many as stay in its cache, elsewhere a whole slice."""
+        """Return the rows per elementwise pass: on a CPU as many as its cache holds, elsewhere a whole slice."""
         on_cpu = self.device.type == "cpu"
         return max(1, CACHE_BYTES // (4 * self.vocabulary)) if on_cpu else self.slice_rows
 
     def logits(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocabulary"]:
-        """Logits of a few positions, in float32 or better."""
+        """Compute the logits of a few positions, in float32 or better."""
         hidden = precise(hidden)
         logits = hidden.new_empty(len(hidden), self.vocabulary)
         for columns, weight in self._weight(hidden):
@@ -88,14 +88,14 @@ class Head:
         return logits
 
     def pull_back(self, gradient: Float[Tensor, "rows vocabulary"]) -> Float[Tensor, "rows hidden"]:
-        """Gradient at the hidden rows from the gradient at the logits before soft-capping."""
+        """Return the gradient with respect to the hidden rows, given the gradient at the logits before soft-capping."""
         hidden = gradient.new_zeros(len(gradient), self.linear.in_features)
         for columns, weight in self._weight(gradient):
             hidden.addmm_(gradient[:, columns], weight, alpha=self.scale)
         return hidden
 
     def _weight(self, like: Tensor) -> Iterator[tuple[slice, Float[Tensor, "columns hidden"]]]:
-        """The weight where `like` is and in its dtype, a part of the vocabulary at a time."""
+        """Yield the weight on the device and in the dtype of `like`, a part of the vocabulary at a time."""
         if self.stored is not None and self.held is None:
             parts = self.stored.chunks(PART)
         else:
@@ -107,10 +107,10 @@ class Head:
 
 
 def rows_of_slice(vocabulary: int) -> int:
-    """As many rows of logits as fit into `SLICE_BYTES`, at least `SLICE_ROWS`."""
+    """Return how many rows of logits fit into `SLICE_BYTES`, at least `SLICE_ROWS`."""
     return max(SLICE_ROWS, SLICE_BYTES // (4 * vocabulary))
 
 
 def precise(tensor: Tensor) -> Tensor:
-    """`tensor` in float32, or in its own dtype if that holds more digits."""
+    """Convert `tensor` to float32, or leave it if its own dtype is more precise."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

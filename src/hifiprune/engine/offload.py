@@ -1,8 +1,8 @@
-"""Models whose weights stay on the disk: each block's are read when it runs, and dropped after.
+"""Offload weights to disk: a streamed model reads each block's weights when the block runs, and drops them after.
 
-A streamed model is an ordinary one on the meta device, with the few weights outside blocks, embedding and head in their
-place. `BlockChain` asks its `Shelf` for the rest. Files are read, not mapped, so memory holds two blocks at most: the
-one that runs, and the next in the dtype of the file, which is read meanwhile.
+A streamed model is an ordinary one on the meta device; only the few weights outside blocks, embedding and head are
+loaded. `BlockChain` gets the others from its `Shelf`. Files are read, not memory-mapped, so memory holds two blocks at
+most: the one that runs, and the next one in the dtype of the file, which is prefetched.
 """
 
 import ctypes
@@ -31,23 +31,23 @@ from hifiprune.models.neuron_slices import Places
 Weights = dict[str, Tensor]
 M_MMAP_THRESHOLD = -3
 LEAST_ROOM = 2**28
-"""Bytes that a head may take in any case."""
+"""Bytes that the head may always take."""
 
 
 @dataclass(frozen=True)
 class Shelf:
-    """Where the weights of a streamed model are.
+    """The weights of a streamed model on disk.
 
     Attributes:
         stored: every tensor, by its name in the model.
-        embedding: of the tokens.
-        head: that makes logits; the same tensor where they are tied.
+        embedding: token embedding.
+        head: weight of the language model head; the same tensor if they are tied.
         blocks: path of the decoder blocks.
-        device: where blocks run.
-        dtype: that they run in.
-        scratch: where tensors are set aside that memory need not hold, if not there.
-        cuts: which part is left of tensors of a model that was cut.
-        changed: tensors that took the place of those of the same names, after the cut.
+        device: device that blocks run on.
+        dtype: dtype that blocks run in.
+        scratch: file to spill tensors to, if any.
+        cuts: the slices that remain of a cut model's tensors.
+        changed: tensors that replaced those of the same names after the cut.
     """
 
     stored: dict[str, Stored | Stacked]
@@ -62,14 +62,14 @@ class Shelf:
 
     @property
     def head_room(self) -> int:
-        """Bytes that the head may take while no block is in memory: those of two blocks, on a GPU any number."""
+        """Return the bytes that the head may take while no block is loaded: those of two blocks, unlimited on a GPU."""
         if self.device.type != "cpu":
             return sys.maxsize
         first = [stored for name, stored in self.stored.items() if name.startswith(f"{self.blocks}.0.")]
         return max(LEAST_ROOM, sum(each.bytes + prod(each.shape) * self.dtype.itemsize for each in first))
 
     def walk(self, blocks: Sequence[nn.Module], order: Sequence[int]) -> Iterator[int]:
-        """The numbers of the blocks in an order, each while its weights are in their place."""
+        """Yield block indices in the given order, each while its block's weights are loaded."""
         if not order:
             return
         with ThreadPoolExecutor(1) as reader:
@@ -83,7 +83,7 @@ class Shelf:
                     yield index
 
     def _read(self, block: nn.Module, index: int) -> Weights:
-        """The weights of a block, in the dtype of the file."""
+        """Read the weights of a block, in the dtype of the file."""
         return {name: self._one(f"{self.blocks}.{index}.{name}") for name, _ in block.named_parameters()}
 
     def _one(self, name: str) -> Tensor:
@@ -93,7 +93,7 @@ class Shelf:
         return self.cuts[name].of(values) if name in self.cuts else values
 
     def keep(self, mlp: Mlp, cuts: dict[str, Places]) -> None:
-        """Have an MLP, which is in its place, cut and its output map as it is now whenever it is read again."""
+        """Record an MLP's cut and its present output map, which are applied whenever its block is read again."""
         ours = {name for each in mlp.inputs for name in each.state()}
         self.cuts.update({name: cuts[name] for name in ours & cuts.keys()})
         for name, values in mlp.output.state().items():
@@ -113,7 +113,7 @@ class Shelf:
 
 
 def place(module: nn.Module, name: str, values: Tensor | None) -> None:
-    """Give a module's parameter values, or take them away."""
+    """Set a module's parameter, or move it to the meta device."""
     if values is None:
         set_module_tensor_to_device(module, name, "meta")
     else:
@@ -121,22 +121,22 @@ def place(module: nn.Module, name: str, values: Tensor | None) -> None:
 
 
 def return_what_is_freed() -> None:
-    """Have the C library give large tensors' memory back at once; glibc keeps and splinters it, which adds up.
+    """Make the C library return large tensors' memory at once; glibc would keep and fragment it.
 
-    Their pages are new every time, which takes time too, the more the smaller the model.
+    This costs page faults: the smaller the model, the larger their share of the time.
     """
     with suppress(OSError, AttributeError, TypeError):  # another library, which has no such setting
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def shelf_of(model: PreTrainedModel) -> Shelf | None:
-    """Where the weights of a streamed model are; None if they are in memory."""
+    """Return the weight shelf of a streamed model; None if its weights are in memory."""
     found: Shelf | None = model.__dict__.get("weight_shelf")
     return found
 
 
 def walk(model: PreTrainedModel, order: Sequence[int]) -> Iterator[int]:
-    """The numbers of decoder blocks in an order, each while its weights are in their place."""
+    """Yield decoder block indices in the given order, each while its block's weights are in memory."""
     shelf = shelf_of(model)
     return shelf.walk(list(find_blocks(model)), order) if shelf else iter(order)
 
@@ -148,14 +148,14 @@ def stream(
     attention: str | None = None,
     scratch: Scratch | None = None,
 ) -> PreTrainedModel:
-    """A checkpoint as a model whose blocks, embedding and head are read when they are needed.
+    """Load a checkpoint as a model whose blocks, embedding and head are read from disk when they are needed.
 
     Args:
-        checkpoint: all of whose files are on this disk, `hifiprune.pruning.cut_checkpoint.stored_plainly`.
-        dtype: to compute in.
-        device: where.
-        attention: transformers' name of an implementation.
-        scratch: where what runs make of it is set aside, if not in memory.
+        checkpoint: checkpoint with all its files on this disk, `pruning.cut_checkpoint.stored_plainly`.
+        dtype: dtype to compute in.
+        device: device to compute on.
+        attention: attention implementation, by its name in transformers.
+        scratch: file to spill activations to; None keeps them in memory.
     """
     config = checkpoint.config()
     config.dtype = dtype
@@ -190,7 +190,7 @@ def stream(
 
 @contextmanager
 def few_rows(model: PreTrainedModel, tokens: Int[Tensor, "windows positions"]) -> Iterator[Tensor]:
-    """The embedding of these tokens alone in its place within, and the tokens by their numbers in it."""
+    """Load only the embedding rows of these tokens within this context; yield the tokens as indices into them."""
     shelf, table = shelf_of(model), cast(nn.Embedding, model.get_input_embeddings())
     if shelf is None:
         yield tokens
@@ -208,7 +208,7 @@ def few_rows(model: PreTrainedModel, tokens: Int[Tensor, "windows positions"]) -
 
 @contextmanager
 def first_rows(model: PreTrainedModel, count: int = 64) -> Iterator[None]:
-    """Of a streamed model's head, the first rows in its place within."""
+    """Load only the first rows of a streamed model's head within this context."""
     shelf, table = shelf_of(model), model.get_output_embeddings()
     if shelf is None:
         yield
@@ -225,6 +225,6 @@ def first_rows(model: PreTrainedModel, count: int = 64) -> Iterator[None]:
 
 
 def _name_of(model: PreTrainedModel, weight: Tensor, stored: Collection[str]) -> str:
-    """By which a weight is stored, its own name or that of the one that it is tied to."""
+    """Return the name that a weight is stored by: its own, or that of the weight it is tied to."""
     names = model.named_parameters(remove_duplicate=False)
     return next(name for name, parameter in names if parameter is weight and name in stored)

@@ -1,4 +1,4 @@
-"""Tensors set aside on the disk, in a file without a name: it is gone whatever ends the process."""
+"""Spill tensors to disk, into an unnamed file that disappears however the process ends."""
 
 import os
 import tempfile
@@ -14,14 +14,14 @@ from hifiprune.io.atomic import local_path
 from hifiprune.io.safetensors_stream import bytes_of
 
 Kept = Callable[[], Tensor]
-"""Gives a tensor that was set aside, as often as it is asked."""
+"""Returns a spilled tensor, as often as it is called."""
 
 
 class Scratch:
-    """A file in a folder, whose room is used again once what lay there is forgotten.
+    """An unnamed file that holds spilled tensors; space is reused once a tensor is released.
 
     Attributes:
-        folder: on the disk that takes it.
+        folder: folder on the disk to use.
 
     Raises:
         UserError: no file can be made there.
@@ -35,10 +35,10 @@ class Scratch:
             raise UserError(f"scratch folder {folder} cannot be used: {error.strerror}") from error
         self._end = 0
         self._unused: list[tuple[int, int]] = []
-        """Where unused room before the end begins, and how much it is, in order; never two rooms side by side."""
+        """Start and length of each gap, in order; adjacent gaps are merged."""
 
     def keep(self, tensor: Tensor) -> Kept:
-        """Set a tensor aside; what is given back has its dtype and lies on its device.
+        """Write a tensor to the file; return what reads it back with its dtype, to its device.
 
         Raises:
             RunError: the disk is full.
@@ -46,7 +46,7 @@ class Scratch:
         return _Aside(self, tensor)
 
     def write(self, tensor: Tensor) -> int:
-        """Where the bytes of a tensor are from now on."""
+        """Write the bytes of a tensor; return their offset."""
         left = bytes_of(tensor.to("cpu").contiguous())
         place = start = self._room(len(left))
         try:
@@ -61,7 +61,7 @@ class Scratch:
         return start
 
     def read(self, start: int, tensor: Tensor) -> None:
-        """Fill a tensor with bytes from there on.
+        """Fill a tensor with the bytes from offset `start` on.
 
         Raises:
             RunError: the disk does not give them back.
@@ -77,7 +77,7 @@ class Scratch:
             raise RunError(f"what was set aside in {self.folder} cannot be read: {error.strerror}") from error
 
     def _room(self, size: int) -> int:
-        """The first unused room that is large enough, or more at the end."""
+        """Return the offset of the first gap of at least `size` bytes, or of new space at the end."""
         for number, (start, length) in enumerate(self._unused):
             if length >= size:
                 self._unused[number : number + 1] = [(start + size, length - size)] if length > size else []
@@ -86,7 +86,7 @@ class Scratch:
         return self._end - size
 
     def forget(self, start: int, size: int) -> None:
-        """Its room may be used again."""
+        """Release `size` bytes at offset `start` for reuse."""
         place = bisect(self._unused, (start, size))
         if place and sum(self._unused[place - 1]) == start:  # right after another unused room
             place -= 1
@@ -99,7 +99,7 @@ class Scratch:
 
 
 class _Aside:
-    """A tensor in the file, for as long as somebody has this."""
+    """A tensor in the file, released when this object is."""
 
     def __init__(self, scratch: Scratch, tensor: Tensor):
         self._scratch, self._shape, self._dtype, self._device = scratch, tensor.shape, tensor.dtype, tensor.device
@@ -117,5 +117,5 @@ class _Aside:
 
 
 def set_aside(scratch: Scratch | None, tensor: Tensor) -> Kept:
-    """Keep a tensor on the disk if there is a place for it there, else as it is."""
+    """Spill a tensor to disk if there is a scratch file, else keep it in memory."""
     return scratch.keep(tensor) if scratch else lambda: tensor

@@ -1,4 +1,4 @@
-"""Have a model cut for a while; after, every weight is back, bit for bit."""
+"""Cut a model temporarily; afterwards every weight is restored, bit for bit."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +15,10 @@ from hifiprune.plan import Plan
 
 @contextmanager
 def cut(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
-    """Have `model` cut as by `cut_` within; after, every weight is back, bit for bit.
+    """Cut `model` as `cut_` does within this context; afterwards every weight is restored, bit for bit.
 
-    Only what is cut away is set aside, so there is never a second copy of the weights. The parameters stay the same
-    objects, for optimizers that hold them, also when an error or an interruption ends the cutting itself.
+    Only the removed rows and columns are saved, so there is never a second copy of the weights. Parameters stay the
+    same objects, for optimizers that hold them, also if an error or an interruption ends the cutting itself.
 
     Raises:
         UserError: the plan was made for a model of another shape.
@@ -34,7 +34,7 @@ def cut(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
 
 @contextmanager
 def put_back(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
-    """Whatever of `model` is cut away within, as `plan` says, is set aside and back in its place after."""
+    """Save the neurons that `plan` removes from `model`, and restore them when the context ends."""
     mlps = matching_mlps(model, plan)
     rests = [others(kept, mlp.neurons) for mlp, kept in zip(mlps, plan.kept, strict=True)]
     groups = list(siblings(mlps))

@@ -1,4 +1,4 @@
-"""Change the MLPs of a model in memory: keep some neurons, put others back, and state the widths."""
+"""Edit the MLPs of a model in memory: keep some neurons, restore removed ones, and state the widths."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,14 +18,14 @@ from hifiprune.plan import Plan
 
 
 def others(kept: Int[Tensor, "kept"], neurons: int) -> Int[Tensor, "rest"]:
-    """The neurons that are not kept, where `kept` is."""
+    """Return the indices of the neurons that are not kept, on the device of `kept`."""
     mask = torch.ones(neurons, dtype=torch.bool, device=kept.device)
     mask[kept] = False
     return mask.nonzero()[:, 0]
 
 
 def matching_mlps(model: PreTrainedModel, plan: Plan) -> list[Mlp]:
-    """The MLPs of `model`, for which `plan` must have been made.
+    """Return the MLPs of `model`, after checking that `plan` fits it.
 
     Raises:
         UserError: it was made for a model of another shape, or the model holds adapters or quantized weights.
@@ -43,7 +43,7 @@ def matching_mlps(model: PreTrainedModel, plan: Plan) -> list[Mlp]:
 
 
 def cuts_of(model: PreTrainedModel, plan: Plan) -> dict[str, Places]:
-    """Of every tensor that a cut changes, by its name: what is kept of it."""
+    """Return the slice that is kept of every tensor that a cut changes, by the tensor's name."""
     return {
         f"{part.linear.name}.{part.name}": part.places(plan.kept[own], plan.neurons[own.start])
         for own, group in siblings(find_mlps(model))
@@ -52,7 +52,7 @@ def cuts_of(model: PreTrainedModel, plan: Plan) -> dict[str, Places]:
 
 
 def keep_(mlps: Sequence[Mlp], kept: Sequence[Int[Tensor, "_"]]) -> None:
-    """Remove all other neurons from MLPs, from all experts of a block at once.
+    """Remove all neurons but those in `kept`, from all experts of a block at once.
 
     Raises:
         UserError: experts would differ in width.
@@ -71,7 +71,7 @@ def keep_(mlps: Sequence[Mlp], kept: Sequence[Int[Tensor, "_"]]) -> None:
 
 
 def forget_gradients_(mlps: Sequence[Mlp]) -> None:
-    """Leave no gradient of the shape before a cut."""
+    """Drop gradients, which still have the shape before the cut."""
     for _, (first, *_) in siblings(mlps):
         for part in parts_of(first):
             part.parameter.grad = None
@@ -97,7 +97,7 @@ def _put_back_(
 
 
 def state_sizes(mlp: Mlp) -> None:
-    """Have the modules say how large they are."""
+    """Update the size attributes of an MLP's modules."""
     for each in mlp.maps:
         module: Any = each.module
         if mlp.is_expert:
@@ -109,9 +109,9 @@ def state_sizes(mlp: Mlp) -> None:
 
 
 def state_widths(model: PreTrainedModel, widths: Sequence[int]) -> None:
-    """Say in the configuration how wide the MLPs are; where they differ, the model becomes one that reads them there.
+    """Write the MLP widths into the configuration; a model of several widths gets a class that reads them from there.
 
-    A stock configuration holds one width for all layers, so models of several are saved with their own code.
+    A stock configuration holds one width for all layers, so a model of several widths is saved with its own code.
 
     Raises:
         UserError: they differ where one width must be stated for all, as with experts.

@@ -1,4 +1,4 @@
-"""Which rows and columns of a model's parameters its neurons are."""
+"""Locate neurons in a model's parameters: the rows and columns that belong to them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from hifiprune.models.mlp import LinearMap, Mlp
 
 @dataclass(frozen=True)
 class Places:
-    """Which rows or columns of a matrix are meant, or of each of those that are stacked.
+    """Row or column indices of a matrix, or of each matrix in a stack.
 
     Attributes:
-        rows: numbers in rising order, of each matrix; as many of each.
-        dim: of a matrix, that they count along.
-        stacked: whether the matrices lie in one tensor.
+        rows: ascending indices for each matrix, the same number for all.
+        dim: dimension of a matrix that they index.
+        stacked: whether the matrices are stacked in one tensor.
     """
 
     rows: list[Int[Tensor, "_"]]
@@ -25,17 +25,17 @@ class Places:
     stacked: bool = False
 
     def matrices(self, values: Tensor) -> list[tuple[Tensor, Int[Tensor, "_"]]]:
-        """Each matrix, in the tensor's own memory, and what is meant of it."""
+        """Return a view of each matrix with its indices."""
         found = [*values] if self.stacked else [values]
         return [(each, rows.to(values.device)) for each, rows in zip(found, self.rows, strict=True)]
 
     def of(self, values: Tensor) -> Tensor:
-        """What is meant, as a tensor of its own."""
+        """Copy the indexed rows or columns out of a tensor."""
         found = [each.index_select(self.dim, rows) for each, rows in self.matrices(values)]
         return torch.stack(found) if self.stacked else found[0]
 
     def shape(self, whole: Sequence[int], count: int | None = None) -> list[int]:
-        """The shape of a tensor once it has only so many rows, by default those that are meant."""
+        """Return the shape of a tensor reduced to `count` rows, by default to the indexed ones."""
         size, dim = list(whole), self.dim + self.stacked
         size[dim] = len(self.rows[0]) if count is None else count
         return size
@@ -46,9 +46,9 @@ class Part:
     """A parameter that holds the neurons of one MLP, or of all experts of a block.
 
     Attributes:
-        linear: one of the maps that share it.
-        name: of the parameter in the module.
-        dim: the dimension that counts neurons, of each expert's matrix where they are stacked.
+        linear: one of the linear maps that share it.
+        name: name of the parameter in its module.
+        dim: dimension of the neurons; that of each expert's matrix if experts are stacked.
     """
 
     linear: LinearMap
@@ -57,26 +57,26 @@ class Part:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """As it is now."""
+        """Return the current parameter."""
         found: nn.Parameter = getattr(self.linear.module, self.name)
         return found
 
     def places(self, chosen: Sequence[Int[Tensor, "chosen"]], neurons: int) -> Places:
-        """Where some of so many neurons are, of each MLP."""
+        """Return the places of the chosen neurons of each MLP, which has `neurons` in all."""
         rows = [torch.cat([each + number * neurons for number in range(self.linear.parts)]) for each in chosen]
         return Places(rows, self.dim, stacked=self.linear.expert is not None)
 
     def of(self, chosen: Sequence[Int[Tensor, "chosen"]], neurons: int) -> Tensor:
-        """The values of some of so many neurons."""
+        """Copy the values of the chosen neurons."""
         return self.places(chosen, neurons).of(self.parameter.detach())
 
     def set_(self, values: Tensor) -> None:
-        """Give it other values and another shape; it stays the same object, for whoever else holds it."""
+        """Set new values, of any shape; the parameter stays the same object for others that hold it."""
         self.parameter.data = values.detach()
 
 
 def parts_of(mlp: Mlp) -> Iterator[Part]:
-    """Where the neurons of an MLP are, those of the output map last; siblings have the same parts."""
+    """Yield the parameters that hold an MLP's neurons, the output map's last; experts of a block share theirs."""
     for linear in {(each.module, each.weight_name): each for each in mlp.inputs}.values():
         yield Part(linear, linear.weight_name, int(linear.flipped))
         if linear.bias is not None:
