@@ -124,7 +124,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stopwatch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare the time that estimates of time take, but in tests of those."""
     if request.node.get_closest_marker("stopwatch") is None:
-        monkeypatch.setattr("hifiprune.engine.machine.Machine.now", lambda: Machine(2, 2, 1.0, 1.0, 0.0))
+        monkeypatch.setattr("hifiprune.engine.machine.Machine.now", lambda: Machine(2, 2, 1.0, 0.0))
         monkeypatch.setattr("hifiprune.engine.compute.product_speed", lambda *_: 1e9)
         monkeypatch.setattr("hifiprune.commands.cost_model.Estimator._tried", lambda *_: Pace(1e-3, 1e-3))
         monkeypatch.setattr("hifiprune.commands.cost_model.Estimator._moments", lambda *_: 1e-3)

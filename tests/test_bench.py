@@ -260,10 +260,12 @@ def test_noise_is_not_called_a_speed_up(
         return subprocess.CompletedProcess(command, 0, json.dumps(facts), "")
 
     monkeypatch.setattr("subprocess.run", process)
-    monkeypatch.setattr(Machine, "now", lambda: Machine(2, 2, 8.0, 0.25, 1.5))
+    monkeypatch.setattr(Machine, "now", lambda: Machine(2, 2, 0.25, 1.5))
     result = run("bench", *pair, "--lengths", 8, "--new-tokens", 4, "--output", tmp_path / "timed")
     assert result.code == 0, result.err
-    told = "The machine was busy before the first timing (load 8.0 on 2 cores, 25% of the CPU time wanted was had)"
+    told = (
+        "The machine was busy before the first timing (others use 1.5 of 2 cores, 25% of the CPU time wanted was had)"
+    )
     assert told in result.err
     assert told in result.out
     first, later = (line for line in result.out.splitlines() if "  speed-up" in line)

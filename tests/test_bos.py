@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerFast
 import hifiprune as hp
 from hifiprune.calibration import window_start
 from hifiprune.io.text_sources import read_documents
-from hifiprune.recovery.training_data import read_examples
-from tests.commands import run
+from hifiprune.recovery.packing import cut_to, pack
+from hifiprune.recovery.training_data import Example, read_examples
+from tests.commands import Interruption, run
 from tests.conftest import byte_tokenizer
 from tests.families import load
 
@@ -141,3 +142,49 @@ def test_rows_to_learn_from_begin_so(text: Path, tmp_path: Path) -> None:
             own = [BOS] * len(start.split())
             assert all([*example.tokens[: len(own) + 1]][:-1] == own for example in examples)
             assert all(example.tokens[len(own)] != BOS for example in examples)
+
+
+def test_windows_that_begin_with_a_document_have_one_start_token(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Of windows of 13 tokens of text, one begins with a document's start token and one with the end before it."""
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(f'{{"text": "document {n:03}"}}\n' for n in range(12)))
+    whole = torch.cat([encode(document) for document in read(path)])[1:-1]
+    assert whole[13] == whole[26] == whole[27] == BOS, "or the test could not fail"
+    windows = hp.load_windows(hp.Calibration(str(path), 12, 14, sampler="stream"), tokenizer)
+    assert (windows[:, 0] == BOS).all()
+    assert (windows[:, 1] != BOS).all()
+    places = [0, 14, 28, *range(39, 156, 13)]
+    expected = {tuple(whole[place : place + 13].tolist()) for place in places}
+    assert {tuple(window.tolist()) for window in windows[:, 1:]} == expected
+
+
+def test_every_piece_of_a_long_example_begins_with_the_start_token() -> None:
+    tokens, learned = [BOS, *range(10, 23), BOS], [False, *[True] * 14]
+    pieces = cut_to(Example(tokens, learned), 6, [BOS])
+    assert [[*piece.tokens] for piece in pieces] == [
+        [BOS, 10, 11, 12, 13, 14], [BOS, 15, 16, 17, 18, 19], [BOS, 20, 21, 22, BOS],
+    ]  # fmt: skip
+    assert [[*piece.learned] for piece in pieces] == [[0, *[1] * (len(piece.tokens) - 1)] for piece in pieces]
+    for start in ((), (7,), (BOS, 10, 11, 12, 13)):  # none, of other texts, and one that leaves no room
+        assert [[*piece.tokens] for piece in cut_to(Example(tokens, learned), 6, start)] == [
+            tokens[:6], tokens[6:12], tokens[12:],
+        ]  # fmt: skip
+
+
+def test_rows_of_a_training_begin_so(dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hp.prune(str(dense), tmp_path / "small", hp.Budget(width=24), criterion="magnitude", repair="none")
+    rows: list[Any] = []
+
+    def keep(*arguments: object, **options: object) -> None:
+        rows.extend(pack(*arguments, **options).rows)  # type: ignore[arg-type]
+        raise Interruption
+
+    monkeypatch.setattr("hifiprune.recovery.rows.pack", keep)
+    training = hp.Training(seq_len=16, max_steps=1, distill_weight=0.0)
+    with pytest.raises(Interruption):
+        hp.recover(str(tmp_path / "small"), tmp_path / "out", str(text), training)
+    pieces = [piece for row in rows for piece in row]
+    assert len(pieces) > 10
+    assert all(piece.tokens[0] == BOS for piece in pieces)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,14 @@ from hifiprune.io.text_sources import python_docs, read_documents
 from tests.conftest import byte_tokenizer
 
 DOCUMENTS = ["".join(chr(97 + (i * k) % 26) for i in range(30 * k)) for k in range(1, 9)]
+
+
+class Hub:
+    """A client of a hub that answers."""
+
+    def head(self, address: str, timeout: float) -> None:
+        assert address == "https://huggingface.co"
+        assert 1 <= timeout <= 20
 
 
 def texts_of(source: str, column: str | None = None) -> list[str]:
@@ -149,6 +158,7 @@ def test_hub_data_sets_are_streamed_by_id_config_and_split(monkeypatch: pytest.M
         asked.append((name, config, split, streaming, trust_remote_code))
         return Dataset.from_dict({"text": DOCUMENTS}).to_iterable_dataset()
 
+    monkeypatch.setattr("hifiprune.io.text_sources.get_session", Hub)
     monkeypatch.setattr("datasets.load_dataset", load)
     for source in ("org/data", "org/data:validation", "org/data:en:test"):
         assert sorted(texts_of(source)) == sorted(DOCUMENTS)
@@ -161,15 +171,25 @@ def test_hub_data_sets_are_streamed_by_id_config_and_split(monkeypatch: pytest.M
         texts_of("a:b:c:d")
 
 
-def test_an_unreachable_hub_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_gives_no_data_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise ConnectionError("no route\nlong story")
 
+    monkeypatch.setattr("hifiprune.io.text_sources.get_session", Hub)
     monkeypatch.setattr("datasets.load_dataset", fail)
     with pytest.raises(
         UserError, match=r"there is no file org/data here, and the data hub could not give it: no route$"
     ):
         texts_of("org/data")
+
+
+def test_an_unreachable_hub_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setattr("datasets.load_dataset", None)  # whose client tries again and again
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"no file org/data here, and http://127\.0\.0\.1:9 cannot be reached"):
+        texts_of("org/data")
+    assert time.monotonic() - start < 10
 
 
 def test_python_documentation_is_long_enough_for_the_demo() -> None:

@@ -5,16 +5,15 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from hifiprune.engine.machine import Machine, condition
 from tests.commands import run
 
-BUSY = Machine(cores=2, threads=2, load=8.0, share=0.25, others=1.5)
+BUSY = Machine(cores=2, threads=2, share=0.25, others=1.5)
 SAID = (
-    "The machine is busy now (load 8.0 on 2 cores, 25% of the CPU time wanted was had): this holds for as long as it "
-    "stays so; OMP_NUM_THREADS=1 may be faster"
+    "The machine is busy now (others use 1.5 of 2 cores, 25% of the CPU time wanted was had): this holds for as long "
+    "as it stays so; OMP_NUM_THREADS=1 may be faster"
 )
 
 
@@ -42,18 +41,15 @@ def test_a_crowded_machine_is_busy(crowd: None) -> None:
     assert machine.busy
     assert machine.cores == len(os.sched_getaffinity(0))
     assert machine.share < 0.8 or machine.others > 0.5
-    assert machine.load == pytest.approx(psutil.getloadavg()[0], abs=2)
 
 
 @pytest.mark.parametrize(
     ("machine", "busy"),
     [
-        (Machine(2, 2, 0.3, 0.97, 0.02), False),
-        (Machine(2, 2, 2.2, 0.97, 0.02), False),  # the load is our own
-        (Machine(2, 2, 8.0, 0.97, 0.02), True),  # the load alone tells
-        (Machine(2, 2, 0.3, 0.45, 0.02), True),  # the CPU time alone tells, as where a container is held back
-        (Machine(2, 2, 0.3, 0.90, 0.80), True),  # another process alone tells
-        (Machine(8, 4, 3.0, 0.97, 3.0), False),  # there is room for both
+        (Machine(2, 2, 0.97, 0.02), False),
+        (Machine(2, 2, 0.45, 0.02), True),  # the CPU time alone tells, as where a container is held back
+        (Machine(2, 2, 0.90, 0.80), True),  # another process alone tells
+        (Machine(8, 4, 0.97, 3.0), False),  # there is room for both
     ],
 )
 def test_whichever_tells_counts(machine: Machine, busy: bool) -> None:
@@ -65,9 +61,9 @@ def test_an_estimate_says_what_it_depends_on(monkeypatch: pytest.MonkeyPatch) ->
     assert condition("cuda:1") == ", if nothing else uses the GPU"
     monkeypatch.setattr(Machine, "now", lambda: BUSY)
     assert condition("cpu") == f". {SAID}"
-    monkeypatch.setattr(Machine, "now", lambda: Machine(1, 1, 8.0, 0.25, 1.5))
+    monkeypatch.setattr(Machine, "now", lambda: Machine(1, 1, 0.25, 1.5))
     assert condition("cpu").endswith(
-        "(load 8.0 on 1 core, 25% of the CPU time wanted was had): this holds for as long as it stays so"
+        "(others use 1.5 of 1 core, 25% of the CPU time wanted was had): this holds for as long as it stays so"
     )
 
 

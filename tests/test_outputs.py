@@ -17,10 +17,10 @@ from huggingface_hub import constants
 
 import hifiprune as hp
 from hifiprune.errors import RunError, UserError
-from hifiprune.io.atomic import disk_size, local_path, replacing
-from hifiprune.io.manifest import MANIFEST, fingerprint
+from hifiprune.io.atomic import disk_size, local_path, replacing, update_manifest
+from hifiprune.io.manifest import MANIFEST, fingerprint, sampled_fingerprint
 from hifiprune.io.output_paths import check_target, exclusive
-from tests.commands import Result, leftovers, refused, run
+from tests.commands import Interruption, Result, leftovers, refused, run
 from tests.conftest import save_checkpoint
 
 CUT = ("--width", 24, "--round-to", 1, "--criterion", "magnitude")
@@ -477,3 +477,49 @@ def test_a_model_in_the_working_directory(dense: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(dense.parent)
     assert prune(Path("dense"), "small").code == 0
     assert save_checkpoint(dense.parent / "other").is_dir()
+
+
+def test_one_byte_of_a_file_that_people_edit_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(bytes(5_000_000))
+    before, sampled = fingerprint(path), sampled_fingerprint(path)
+    for place in (4_097, 77_777, 2_500_000 - 5_000):  # between the blocks that are sampled
+        path.write_bytes(bytes(place) + b"\1" + bytes(4_999_999 - place))
+        assert sampled_fingerprint(path) == sampled
+        assert fingerprint(path) != before
+    monkeypatch.setattr("hifiprune.io.manifest.WHOLE", 4_999_999)
+    assert fingerprint(path) == sampled
+
+
+def test_lists_of_samples_are_read_as_before(dense: Path, tmp_path: Path) -> None:
+    """Version 0.1 sampled every file, and what it wrote can be replaced still."""
+    assert prune(dense, tmp_path / "small").code == 0
+    path = tmp_path / "small" / MANIFEST
+    facts = json.loads(path.read_text())
+    facts["files"] = {name: sampled_fingerprint(tmp_path / "small" / name) for name in facts["files"]}
+    path.write_text(json.dumps(facts))
+    assert prune(dense, tmp_path / "small", "--overwrite").code == 0
+    assert json.loads(path.read_text())["files"] != facts["files"]
+    path.write_text(json.dumps(facts | {"files": dict.fromkeys(facts["files"], "0" * 64)}))
+    refused(prune(dense, tmp_path / "small", "--overwrite"), "which was changed since hifiprune wrote it")
+
+
+def test_the_list_is_whole_at_every_moment(
+    dense: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while it is written anew, the old one is there."""
+    assert prune(dense, tmp_path / "small").code == 0
+    path = tmp_path / "small" / MANIFEST
+    before, write = path.read_text(), Path.write_text
+
+    def half(self: Path, text: str, **options: Any) -> int:
+        if MANIFEST not in self.name:
+            return write(self, text, **options)
+        write(self, text[: len(text) // 2], **options)
+        raise Interruption
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(Interruption):
+        update_manifest(tmp_path / "small", "README.md")
+    assert path.read_text() == before
+    assert not leftovers(tmp_path / "small")

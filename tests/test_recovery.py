@@ -473,7 +473,7 @@ def test_a_time_limit_bounds_the_whole_run(
     assert clock.seconds <= 600 - writing
     assert clock.seconds > 600 - writing - step
     said = capsys.readouterr().err
-    assert "50 steps of 64 tokens, about " in said
+    assert "50 steps of 64 tokens, under 1 s" in said
     assert "It ends with these steps or after 10 minutes in all, whichever comes first." in said
     assert f"held-out rows: 6 of {clock.rows // 2}, about {8 * (clock.rows // 2 - 6)} s left" in said
     assert f"step 1 of 50, 1 tokens a second, about {(600 - look - step) / 60:.0f} min left" in said
@@ -498,7 +498,8 @@ def test_a_limit_that_passes_before_the_first_step_leaves_the_checkpoint_as_it_w
     words = ("--data", pruned / "data.jsonl", "--max-minutes", 10, "--seq-len", 32, "--gradient-accumulation", 2)
     result = run_command("recover", pruned / "pruned", "--output", tmp_path / "out", *words, "--lora-r", 4)
     assert result.code == 0, result.err
-    assert "time limit of 10 minutes passed before the first step: the checkpoint is written as it was." in result.err
+    said = "time limit of 10 minutes passed before the first step, so give a larger --max-minutes"
+    assert f"{said}: the checkpoint is written as it was." in result.err
     assert clock.seconds <= 600
     assert json.loads((tmp_path / "out" / "run.json").read_text())["results"]["steps"] == 0
     for name, weight in weights_of(pruned / "pruned").items():
@@ -523,7 +524,10 @@ def test_a_limit_that_passes_while_the_data_is_read_or_the_teacher_asked_is_kept
     monkeypatch.setattr("hifiprune.recovery.distillation.ROWS_A_FILE", 2)
     record = run(pruned, tmp_path / "asked", replace(TIMED, cache_teacher=8))
     assert (clock.seconds, record.results["steps"]) == (800, 0)
-    assert record.results["trouble"] == "the time limit of 10 minutes passed before the first step"
+    assert (
+        record.results["trouble"]
+        == "the time limit of 10 minutes passed before the first step, so give a larger --max-minutes"
+    )
     monkeypatch.setattr("hifiprune.recovery.distillation.estimate_seconds", lambda *_, **__: 7200.0)
     with pytest.raises(hp.UserError, match=r"rows takes about 2\.0 h, and max-minutes is 10: give more of them"):
         run(pruned, tmp_path / "refused", replace(TIMED, cache_teacher=8))

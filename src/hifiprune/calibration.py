@@ -168,16 +168,25 @@ def draw_stream(
     """`num_samples` random windows of the documents joined into one stream, without overlap."""
     stream = join_documents(documents, tokenizer, track=track)
     start = window_start(tokenizer, calibration)
-    windows = cut_windows(stream[len(start) :], calibration.seq_len - len(start))
-    if len(windows) == 0:
+    text, length = stream[len(start) :], calibration.seq_len - len(start)
+    places = [_after_start(text, first, start) for first in range(0, len(text) - length + 1, length)]
+    places = [first for first in places if first + length <= len(text)]
+    if not places:
         asked = f"no window of {calibration.seq_len}"
         raise UserError(
             f"too little text in {calibration.source}: its {len(stream)} tokens make {asked}; use more text"
         )
-    if len(windows) < calibration.num_samples:
-        raise _too_little(calibration, len(windows), "stream")
-    chosen = random.Random(calibration.seed).sample(range(len(windows)), calibration.num_samples)
-    return with_start(start, windows[torch.tensor(chosen)])
+    if len(places) < calibration.num_samples:
+        raise _too_little(calibration, len(places), "stream")
+    chosen = random.Random(calibration.seed).sample(places, calibration.num_samples)
+    return with_start(start, torch.stack([text[first : first + length] for first in chosen]))
+
+
+def _after_start(text: Int[Tensor, "tokens"], first: int, start: Int[Tensor, "start"]) -> int:
+    """Return where a window begins, which gets a start of its own: after that of a document that begins there."""
+    while len(start) and torch.equal(text[first : first + len(start)], start):
+        first += len(start)
+    return first
 
 
 def window_start(

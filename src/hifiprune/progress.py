@@ -19,6 +19,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def about(seconds: float) -> str:
+    """Return an estimate of seconds for a reader, to stand within a sentence."""
+    return f"about {duration(seconds)}" if seconds >= 1 else "under 1 s"
+
+
 def console(**how: Any) -> Console:
     """Make the console of all messages and tables: names stay as they are, `:b:` is no picture."""
     return Console(emoji=False, **how)
@@ -57,7 +62,7 @@ class Voice:
             for done, item in enumerate(items):
                 now = time.monotonic()
                 if now - said > SECONDS_BETWEEN_LINES:
-                    left = f" of {total}, about {duration((now - start) / done * (total - done))} left" if total else ""
+                    left = f" of {total}, {about((now - start) / done * (total - done))} left" if total else ""
                     self.say(f"{what}: {done}{left}")
                     said = now
                 yield item

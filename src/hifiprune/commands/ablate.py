@@ -28,7 +28,7 @@ from hifiprune.io.atomic import replacing
 from hifiprune.io.hashing import hash_tokens
 from hifiprune.io.output_paths import exclusive
 from hifiprune.io.resume import Unfinished
-from hifiprune.progress import SILENT, Voice, duration
+from hifiprune.progress import SILENT, Voice, about
 from hifiprune.run_record import RunRecord
 from hifiprune.scores import Scores
 from hifiprune.scoring.load_scores import check_layout, load_scores
@@ -107,7 +107,7 @@ def ablate(
     cost = estimate_seconds(dense.config, tokens, windows.shape[1], compute.resolved_device, dense.dtype, backwards=0)
     voice.say(
         f"Removing {neurons} single neurons and {groups} groups of {group_size} in turn, {len(missing)} of them still "
-        f"to do, on {len(windows)} windows of {windows.shape[1]} tokens: about {duration(cost)}"
+        f"to do, on {len(windows)} windows of {windows.shape[1]} tokens: {about(cost)}"
         f"{condition(compute.resolved_device)}. Interrupted, the same command goes on where it stopped."
     )
     with record.stage("ablating"):

@@ -30,7 +30,7 @@ from hifiprune.io.pass_checkpoint import Keeper
 from hifiprune.io.resume import Unfinished
 from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.plan import Plan
-from hifiprune.progress import Voice, duration
+from hifiprune.progress import Voice, about
 from hifiprune.scores import Scores
 from hifiprune.scoring.criteria import find_criterion
 from hifiprune.scoring.load_scores import check_layout, load_scores
@@ -128,7 +128,7 @@ class Workbench:
         seconds = sum((number * self._seconds(texts[source]) for source, number in missing.items()), start=0.0)
         tasks = " and the time of the tasks" if any(isinstance(each, Tasks) for each in what) else ""
         self.voice.say(
-            f"Measuring: {len(todo)} of {len(wanted)} measurements are to be made, about {duration(seconds)}{tasks}"
+            f"Measuring: {len(todo)} of {len(wanted)} measurements are to be made, {about(seconds)}{tasks}"
             f"{condition(self.compute.resolved_device)}. Interrupted, the same command goes on where it stopped."
         )
         references = {

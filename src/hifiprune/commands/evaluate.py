@@ -30,7 +30,7 @@ from hifiprune.io.schemas import PASSAGES
 from hifiprune.models.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.models.lineage import read_with
 from hifiprune.models.mlp import count_parameters
-from hifiprune.progress import SILENT, Voice, duration, how_many
+from hifiprune.progress import SILENT, Voice, about, how_many
 from hifiprune.reports.model_card import add_results, check_cards
 from hifiprune.run_record import RunRecord
 
@@ -251,7 +251,7 @@ class Bench:
         dtype, device = self.compute.dtype_for(first), self.compute.resolved_device
         seconds = count * estimate_seconds(first.config(), tokens, 512, device, dtype, backwards=0)
         models = how_many(count, "model")
-        return f"Measuring {models} on {' and '.join(what)}: about {duration(seconds)}{condition(device)}."
+        return f"Measuring {models} on {' and '.join(what)}: {about(seconds)}{condition(device)}."
 
     def results(self) -> dict[str, Any]:
         """All that was found, model by model; differences are to the dense model, or else to the first."""

@@ -18,7 +18,7 @@ from hifiprune.io.atomic import disk_size
 from hifiprune.io.distributed import processes
 from hifiprune.io.tokenization import special_tokens
 from hifiprune.plan import EXPERT, Budget, Shape
-from hifiprune.progress import Voice, duration
+from hifiprune.progress import Voice, about
 from hifiprune.pruning.allocate import Sharing
 from hifiprune.pruning.iterative import Course
 from hifiprune.scores import Scores
@@ -61,7 +61,7 @@ def announce_scoring(
         f"Scoring {estimator.checkpoint.name} by {criteria} on {len(windows)} windows of {windows.shape[1]} tokens"
         f"{shared}, {estimator.dtype} on {estimator.device}: {forwards} forward and "
         f"{backwards} backward pass{'es' * (backwards != 1)}{how}, "
-        f"about {duration(cost.seconds)} and {cost.memory / 1e9:.1f} GB of memory"
+        f"{about(cost.seconds)} and {cost.memory / 1e9:.1f} GB of memory"
     )
 
 
@@ -70,7 +70,7 @@ def announce_costs(costs: Sequence[Cost], device: torch.device) -> str:
     seconds, memory, disk = sum(cost.seconds for cost in costs), max(cost.memory for cost in costs), total_disk(costs)
     each = f" for each of {processes()} processes" if processes() > 1 else ""
     written = f" and {disk_size(disk)} on the disk" if disk else ""
-    return f"In all about {duration(seconds)}, {memory / 1e9:.1f} GB of memory{each}{written}{condition(device)}."
+    return f"In all {about(seconds)}, {memory / 1e9:.1f} GB of memory{each}{written}{condition(device)}."
 
 
 def announce_course(course: Course) -> str:
@@ -84,7 +84,7 @@ def announce_repair(windows: Int[Tensor, "windows positions"], width: int, estim
     cost = estimator.repair(len(windows), windows.shape[1], width)
     return (
         f"Repairing on {len(windows)} windows of {windows.shape[1]} tokens, {estimator.dtype} on {estimator.device}: "
-        f"about {duration(cost.seconds)} and {cost.memory / 1e9:.1f} GB of memory."
+        f"{about(cost.seconds)} and {cost.memory / 1e9:.1f} GB of memory."
     )
 
 
@@ -95,8 +95,8 @@ def announce_search(
     device = compute.resolved_device
     one = estimate_seconds(model.config, windows.numel(), windows.shape[1], device, model.dtype, backwards=0)
     return (
-        f"Searching for widths by {trials} trials on {len(windows)} windows of {windows.shape[1]} tokens: about "
-        f"{duration(1.5 * one * trials)}{condition(device)}."
+        f"Searching for widths by {trials} trials on {len(windows)} windows of {windows.shape[1]} tokens: "
+        f"{about(1.5 * one * trials)}{condition(device)}."
     )
 
 

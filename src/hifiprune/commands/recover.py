@@ -25,10 +25,11 @@ from hifiprune.io.atomic import check_shard_size, check_space, replacing
 from hifiprune.io.distributed import processes, rank
 from hifiprune.io.output_paths import exclusive
 from hifiprune.io.resume import Unfinished
+from hifiprune.io.tokenization import special_tokens
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.detect import family_of
 from hifiprune.models.lineage import check_origin, record_of
-from hifiprune.progress import SILENT, Voice, duration, how_many
+from hifiprune.progress import SILENT, Voice, about, how_many
 from hifiprune.recovery.callback import Watch, describe, is_better
 from hifiprune.recovery.config import Training, gathered, last_state, train
 from hifiprune.recovery.distillation import Remembered, Teacher, remember
@@ -190,15 +191,17 @@ class Job:
         config = self.started.config()
         tracked = self.voice.track("reading the data, rows")
         with self.record.stage("reading the data"):
+            tokenizer = self.checkpoint.tokenizer()
             examples = read_examples(
                 data,
-                self.checkpoint.tokenizer(),
+                tokenizer,
                 seed=self.training.seed,
                 track=lambda rows: tracked(self.limit.within(rows)),
                 **how,
             )
             vocabulary = config.get_text_config().vocab_size
-            return split(examples, self.training, vocabulary, family_of(config).packs)
+            start = special_tokens(tokenizer)[0]
+            return split(examples, self.training, vocabulary, together=family_of(config).packs, start=start)
 
     def train(self, rows: Packed, held: Packed, *, resume: bool) -> Outcome:
         """Train on rows, from the newest state of the same training if there is one."""
@@ -310,7 +313,7 @@ def _announce(model: PreTrainedModel, training: Training, rows: Packed, held: Pa
         forwards=2 if training.taught and not training.cache_teacher else 1,
         backwards=1 if training.method == "lora" else 2,
     )
-    cost = f"{steps:,.0f} steps of {each:,} tokens, about {duration(seconds)}{condition(compute.resolved_device)}."
+    cost = f"{steps:,.0f} steps of {each:,} tokens, {about(seconds)}{condition(compute.resolved_device)}."
     if training.max_minutes:
         limit = how_many(training.max_minutes, "minute")
         cost += f" It ends with these steps or after {limit} in all, whichever comes first."

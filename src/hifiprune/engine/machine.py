@@ -23,14 +23,12 @@ class Machine:
     Attributes:
         cores: that this process may use.
         threads: that it computes with.
-        load: processes that ran or waited to run, on average over the last minute, this one included.
         share: CPU time that its threads got in a trial, of what they wanted.
         others: cores that other processes used during the trial.
     """
 
     cores: int
     threads: int
-    load: float
     share: float
     others: float
 
@@ -47,18 +45,18 @@ class Machine:
             matrix @ matrix
         own, busy = time.process_time() - own, _busy_seconds(cores) - busy
         share = own / (wall * min(threads, len(cores)))
-        return cls(len(cores), threads, psutil.getloadavg()[0], share, max(0.0, busy - own) / wall)
+        return cls(len(cores), threads, share, max(0.0, busy - own) / wall)
 
     @property
     def busy(self) -> bool:
         """Whether work here takes longer than on an idle machine."""
         crowded = self.others + min(self.threads, self.cores) > self.cores + SLACK
-        return self.share < FULL_SHARE or crowded or self.load > self.cores + 2 * SLACK
+        return self.share < FULL_SHARE or crowded
 
     def __str__(self) -> str:
         """What tells that it is busy."""
         cores = "1 core" if self.cores == 1 else f"{self.cores} cores"
-        return f"load {self.load:.1f} on {cores}, {min(self.share, 1):.0%} of the CPU time wanted was had"
+        return f"others use {self.others:.1f} of {cores}, {min(self.share, 1):.0%} of the CPU time wanted was had"
 
 
 def condition(device: str | torch.device) -> str:

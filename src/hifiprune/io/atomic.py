@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from hifiprune.errors import RunError, UserError
-from hifiprune.io.manifest import check_replaceable, write_manifest
+from hifiprune.io.manifest import MANIFEST, check_replaceable, manifest_with, write_manifest
 
 if sys.platform != "win32":
     import fcntl
@@ -130,6 +130,13 @@ def replacing(target: str | Path, *, overwrite: bool | None = None) -> Iterator[
         shutil.rmtree(workplace, ignore_errors=True)
         if held is not None:
             os.close(held)
+
+
+def update_manifest(folder: Path, name: str) -> None:
+    """List one file anew that hifiprune has changed; without effect in a folder that it did not make."""
+    if text := manifest_with(folder, name):
+        with replacing(folder / MANIFEST) as new:
+            new.write_text(text, encoding="utf-8")
 
 
 def _look_again(target: Path, *, folder: bool, overwrite: bool) -> None:

@@ -18,7 +18,9 @@ GENERATOR = "hifiprune"
 HTML_MARK = f'<meta name="generator" content="{GENERATOR}'
 GGUF_FIELD = "general.quantized_by"
 BLOCKS, BLOCK_BYTES = 64, 4096
-"""Parts of a file that its fingerprint is made of."""
+"""Parts of a large file that its fingerprint is made of."""
+WHOLE = 2**26
+"""Bytes up to which the fingerprint of a file is that of all its bytes."""
 NAMED = 3
 """Files that a refusal names at most."""
 
@@ -26,21 +28,18 @@ NAMED = 3
 def write_manifest(folder: Path) -> None:
     """List every file of a finished folder, each with its fingerprint."""
     files = {name: fingerprint(folder / name) for name in list_files(folder) if name != MANIFEST}
-    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=2) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(_text(files), encoding="utf-8")
 
 
-def update_manifest(folder: Path, name: str) -> None:
-    """List one file anew that hifiprune has changed; without effect in a folder that it did not make."""
+def manifest_with(folder: Path, name: str) -> str | None:
+    """Return the text of a folder's list with one file listed anew; None of a folder that hifiprune did not make."""
     listed = _listed(folder)
-    if listed:
-        listed[name] = fingerprint(folder / name)
-        facts = {"format": FORMAT, "files": listed}
-        (folder / MANIFEST).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return _text(listed | {name: fingerprint(folder / name)}) if listed else None
 
 
 def is_unchanged(folder: Path, name: str) -> bool:
     """Return whether a file is as hifiprune wrote it."""
-    return _listed(folder).get(name) == fingerprint(folder / name)
+    return _is_as_listed(folder / name, _listed(folder).get(name))
 
 
 def check_replaceable(path: Path, *, folder: bool, overwrite: bool, name: str | Path = "") -> None:
@@ -73,7 +72,7 @@ def check_replaceable(path: Path, *, folder: bool, overwrite: bool, name: str | 
         return
     listed, here = _listed(path), list_files(path)
     foreign = [file for file in here if file not in listed and file != MANIFEST]
-    changed = [file for file in here if file in listed and fingerprint(path / file) != listed[file]]
+    changed = [file for file in here if file in listed and not _is_as_listed(path / file, listed[file])]
     for files, what in ((foreign, "hifiprune did not write"), (changed, "was changed since hifiprune wrote it")):
         if files:
             shown = ", ".join(files[:NAMED]) + (f" and {len(files) - NAMED} more" if len(files) > NAMED else "")
@@ -84,10 +83,17 @@ def check_replaceable(path: Path, *, folder: bool, overwrite: bool, name: str | 
 
 
 def fingerprint(path: Path) -> str:
-    """Return a hash of a file's size and of blocks spread evenly over it: of all its bytes, if these are few.
+    """Return a hash of a file: of all its bytes up to `WHOLE` of them, else of samples.
 
-    Training a model further changes every block, so that large files need not be read as a whole.
+    Files that people edit are small, and training a model further changes every block of its weights.
     """
+    if path.stat().st_size > WHOLE:
+        return sampled_fingerprint(path)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def sampled_fingerprint(path: Path) -> str:
+    """Return a hash of a file's size and of blocks spread evenly over it."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb", buffering=0) as file:
@@ -95,6 +101,15 @@ def fingerprint(path: Path) -> str:
             file.seek(size * number // BLOCKS)
             digest.update(file.read(BLOCK_BYTES))
     return digest.hexdigest()
+
+
+def _is_as_listed(path: Path, listed: str | None) -> bool:
+    """Return whether a file has a fingerprint; lists of version 0.1 sampled small files too."""
+    return listed is not None and (fingerprint(path) == listed or sampled_fingerprint(path) == listed)
+
+
+def _text(files: dict[str, str]) -> str:
+    return json.dumps({"format": FORMAT, "files": files}, indent=2) + "\n"
 
 
 def list_files(folder: Path) -> list[str]:

@@ -8,12 +8,17 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
+
 from hifiprune.errors import UserError
 from hifiprune.io.atomic import local_path
 from hifiprune.io.text_files import COMPRESSIONS, LONGEST_ROW, PIECE, format_suffix, is_pipe, lines_of, read_pieces
 
 TEXT_COLUMNS = ("text", "content", "document", "article", "passage")
 SELF, PYTHON_DOCS = "self", "python-docs"
+HUB_SECONDS = 10
+"""Seconds in which the hub must answer, before its clients try again and again."""
 HUB_ROWS = 20_000
 """Rows read from a hub data set for text at most, after shuffling its stream."""
 PARQUET_ROWS = 256
@@ -228,6 +233,13 @@ def _hub_rows(source: str, seed: int, most: int | None) -> Iterator[Row]:
         raise UserError(f"'{source}' names no file here, and a hub data set is written id[:config][:split]")
     config = rest[0] if len(rest) == 2 else None
     split = rest[-1] if rest else "train"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    except Exception as error:  # of a client that huggingface_hub chooses
+        raise UserError(
+            f"there is no file {source} here, and {constants.ENDPOINT} cannot be reached to look for a data set of "
+            "that name; check the spelling and the network, or download it and give its file"
+        ) from error
     try:
         rows = load_dataset(name, config, split=split, streaming=True, trust_remote_code=False)
         yield from islice(rows.shuffle(seed=seed), most)

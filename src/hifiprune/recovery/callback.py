@@ -11,7 +11,7 @@ from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hifiprune.io.atomic import replacing
-from hifiprune.progress import SECONDS_BETWEEN_LINES, Voice, duration
+from hifiprune.progress import SECONDS_BETWEEN_LINES, Voice, about
 from hifiprune.recovery.time_limit import OutOfTimeError, TimeLimit
 
 CLOCK = "clock.json"
@@ -153,7 +153,7 @@ class Watch(TrainerCallback):
         """Say now and then how far something is."""
         if self._is_due():
             left = (time.monotonic() - start) / done * (total - done)
-            self.voice.say(f"{what}: {done} of {total}, about {duration(left)} left")
+            self.voice.say(f"{what}: {done} of {total}, {about(left)} left")
 
     def _left(self, state: TrainerState) -> str:
         done = state.global_step - self.first_step
@@ -161,9 +161,7 @@ class Watch(TrainerCallback):
             return ""
         pace = (time.monotonic() - self.train_start) / done
         left = min(pace * (state.max_steps - state.global_step), self.limit.left)
-        return (
-            f" of {state.max_steps}, {self.tokens / pace:,.0f} tokens a second, about {duration(max(0.0, left))} left"
-        )
+        return f" of {state.max_steps}, {self.tokens / pace:,.0f} tokens a second, {about(max(0.0, left))} left"
 
 
 def perplexity(loss: float) -> float:

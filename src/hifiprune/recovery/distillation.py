@@ -28,7 +28,7 @@ from hifiprune.errors import UserError
 from hifiprune.io.atomic import disk_size, nearest_folder
 from hifiprune.io.distributed import meet, processes, rank
 from hifiprune.io.resume import Unfinished
-from hifiprune.progress import duration
+from hifiprune.progress import about
 from hifiprune.recovery.packing import IGNORED, Packed
 from hifiprune.recovery.time_limit import TimeLimit
 
@@ -209,12 +209,12 @@ def remember(
         seconds /= processes()
         if seconds > CLEARLY * max(limit.left, 1.0):
             raise UserError(
-                f"asking the dense model about {len(rows)} rows takes about {duration(seconds)}, and "
+                f"asking the dense model about {len(rows)} rows takes {about(seconds)}, and "
                 f"max-minutes is {limit.minutes:g}: give more of them, or leave out --cache-teacher"
             )
         voice.say(
             f"Asking the dense model about {len(rows):,} rows; its {kept} likeliest tokens take {disk_size(needed)} on "
-            f"the disk until all is done: about {duration(seconds)}{condition(model.device)}."
+            f"the disk until all is done: {about(seconds)}{condition(model.device)}."
         )
     meet(device, unfinished.make)  # all have seen the same files missing
     with memory_explained(model, rows.length):

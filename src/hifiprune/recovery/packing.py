@@ -92,10 +92,20 @@ def pack(examples: Sequence[Example], length: int, *, filling: int = 0, seed: in
     return Packed(rows, length, filling)
 
 
-def cut_to(example: Example, length: int) -> list[Example]:
-    """Pieces of an example that fit into rows of a length, without those that have nothing to learn."""
+def cut_to(example: Example, length: int, start: Sequence[int] = ()) -> list[Example]:
+    """Return the pieces of an example that fit into rows of a length, without those that have nothing to learn.
+
+    Args:
+        example: tokens of a whole text.
+        length: tokens of a row.
+        start: tokens that the tokenizer writes before a text, with which every piece begins as the first one does.
+    """
+    tokens, learned, head = array("i", example.tokens), bytes(example.learned), array("i", start)
+    if tokens[: len(head)] != head or len(head) + 1 >= length:
+        head = array("i")
+    size, step = len(head), length - len(head)
     parts = [
-        Example(example.tokens[start : start + length], example.learned[start : start + length])
-        for start in range(0, len(example.tokens), length)
+        Example(head + tokens[first : first + step], learned[:size] + learned[first : first + step])
+        for first in range(size, len(tokens), step)
     ]
     return [part for part in parts if any(part.learned[1:])]

@@ -14,14 +14,19 @@ HELD_OUT_ROWS = 128
 
 
 def split(
-    examples: Sequence[Example], training: Training, vocabulary: int, together: bool = True
+    examples: Sequence[Example],
+    training: Training,
+    vocabulary: int,
+    *,
+    together: bool = True,
+    start: Sequence[int] = (),
 ) -> tuple[Packed, Packed]:
     """Rows to train on, and rows that are held out: other examples, or other pieces of very few and long ones.
 
-    An example longer than a row is as many as its pieces.
+    An example longer than a row is as many as its pieces, each of which begins with `start` where the example does.
     """
     check_vocabulary(max(max(example.tokens) for example in examples), vocabulary)
-    pieces = [[*cut_to(example, training.seq_len)] for example in examples]
+    pieces = [[*cut_to(example, training.seq_len, start)] for example in examples]
     if training.held_out * len(pieces) < 1:
         pieces = [[piece] for example in pieces for piece in example]
     order = random.Random(training.seed).sample(pieces, len(pieces))

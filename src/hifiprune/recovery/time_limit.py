@@ -44,7 +44,8 @@ class TimeLimit:
     @property
     def passed(self) -> str:
         """What is said where it ended a run too early."""
-        return f"the time limit of {how_many(self.minutes or 0, 'minute')} passed before the first step"
+        limit = how_many(self.minutes or 0, "minute")
+        return f"the time limit of {limit} passed before the first step, so give a larger --max-minutes"
 
     @property
     def left(self) -> float:

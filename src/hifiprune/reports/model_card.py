@@ -12,8 +12,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from hifiprune.errors import UserError
 from hifiprune.evaluation.fidelity import METRICS
 from hifiprune.formatting import accuracies, asked_of, width_range, with_error, with_interval
-from hifiprune.io.atomic import replacing
-from hifiprune.io.manifest import is_unchanged, update_manifest
+from hifiprune.io.atomic import replacing, update_manifest
+from hifiprune.io.manifest import is_unchanged
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.detect import family_of
 from hifiprune.models.lineage import record_of
