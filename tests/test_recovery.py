@@ -4,8 +4,6 @@ import json
 import math
 import random
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +37,7 @@ from tests.commands import run as run_command
 from tests.conftest import save_checkpoint
 from tests.families import VARIANTS, family_name, load, tiny_model, tiny_tokens
 from tests.naive import logits_of
+from tests.processes import command, forked
 
 QUICK = Training(
     max_steps=6, gradient_accumulation=2, seq_len=32, lora_r=4, lora_alpha=8, learning_rate=1e-2, evaluate_every=2,
@@ -682,12 +681,11 @@ def test_two_processes_are_one_with_twice_the_accumulation(
     start = ["recover", pruned / "pruned", *flags]
     one = run_command(*start, "--gradient-accumulation", 4, "--output", tmp_path / "one", "--json")
     assert one.code == 0, one.err
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    words = [*launch, "-m", "hifiprune", *start, "--gradient-accumulation", 2, "--output", tmp_path / "two", "--json"]
-    two = subprocess.run([*map(str, words)], capture_output=True, text=True, check=False, timeout=300)
-    assert two.returncode == 0, two.stderr
-    found = json.loads(two.stdout)  # one process speaks
-    assert two.stderr.count("held-out perplexity") == 3
+    shared = command(*start, "--gradient-accumulation", 2, "--output", tmp_path / "two", "--json")
+    two = forked(tmp_path / "told", shared, 2)
+    assert two.codes == [0, 0], two.err
+    found = json.loads(two.out)  # one process speaks
+    assert two.err.count("held-out perplexity") == 3
     for ours, theirs in zip(found["results"]["held_out_losses"], one.json["results"]["held_out_losses"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
     weights = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch import distributed
 
 import hifiprune as hp
 from hifiprune.engine.block_chain import BlockChain
+from hifiprune.io import pass_checkpoint, safetensors_stream
 from hifiprune.io.atomic import replacing
-from hifiprune.io.distributed import follow_first, leave
+from hifiprune.io.distributed import follow_first, leave, rank
 from hifiprune.io.output_paths import check_target
 from hifiprune.io.pass_checkpoint import Keeper
 from hifiprune.io.resume import Unfinished
@@ -28,6 +30,7 @@ from hifiprune.scoring.accumulate import Track
 from hifiprune.scoring.score import Request, score_all
 from tests.commands import Interruption, refused, run
 from tests.families import tiny_model, tiny_tokens
+from tests.processes import command, forked
 
 TEXT = ("--num-samples", 8, "--seq-len", 24)
 
@@ -134,25 +137,19 @@ def test_short_runs_leave_no_states(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
-KILLED = """
-import os, signal, sys
-import hifiprune.io.pass_checkpoint as resuming
-from hifiprune.cli.app import main
+def dying_in_state(number: int) -> None:
+    """Have this process die in the middle of writing so many states."""
+    pass_checkpoint.SECONDS_BETWEEN, pass_checkpoint.COST = 0.0, float("inf")
+    save, writes = pass_checkpoint.save_file, []
 
-resuming.SECONDS_BETWEEN, resuming.COST, writes = 0.0, float("inf"), []
-save = resuming.save_file
+    def save_or_die(state: Any, path: Path) -> None:
+        writes.append(path)
+        if len(writes) == number:
+            path.write_bytes(b"half a state")
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(state, path)
 
-def save_or_die(state, path):
-    writes.append(path)
-    if len(writes) == {number}:
-        open(path, "wb").write(b"half a state")
-        os.kill(os.getpid(), signal.SIGKILL)
-    save(state, path)
-
-resuming.save_file = save_or_die
-sys.argv = ["hifiprune", *sys.argv[1:]]
-main()
-"""
+    pass_checkpoint.save_file = save_or_die
 
 
 def test_a_killed_run_goes_on_to_the_same_scores(world: Path, tmp_path: Path) -> None:
@@ -160,10 +157,8 @@ def test_a_killed_run_goes_on_to_the_same_scores(world: Path, tmp_path: Path) ->
     quiet = run(*flags, "--output", tmp_path / "quiet.safetensors")
     assert quiet.code == 0, quiet.err
     words = [*flags, "--output", tmp_path / "killed.safetensors"]
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED.format(number=5), *map(str, words)], check=False, capture_output=True, timeout=120
-    )
-    assert killed.returncode == -signal.SIGKILL
+    killed = forked(tmp_path / "told", command(*words, before=lambda: dying_in_state(5)))
+    assert killed.codes == [-signal.SIGKILL]
     unfinished = tmp_path / "killed.safetensors.score-unfinished"
     assert unfinished.is_dir()
     again = run(*words, "--json")
@@ -173,27 +168,23 @@ def test_a_killed_run_goes_on_to_the_same_scores(world: Path, tmp_path: Path) ->
     assert not unfinished.exists()
 
 
-CUT_SHORT = """
-import os, signal, sys
-import hifiprune.io.safetensors_stream as shards
-from hifiprune.cli.app import main
+def dying_in_weights() -> None:
+    """Have this process die in the middle of writing weights."""
+    pour, pieces = safetensors_stream._pour, []
 
-pour, pieces = shards._pour, []
+    def pour_or_die(file: Any, rows: Any) -> None:
+        pieces.append(rows)
+        if len(pieces) == 12:
+            os.kill(os.getpid(), signal.SIGKILL)
+        pour(file, rows)
 
-def pour_or_die(file, rows):
-    pieces.append(rows)
-    if len(pieces) == 12:
-        os.kill(os.getpid(), signal.SIGKILL)
-    pour(file, rows)
-
-shards._pour = pour_or_die
-sys.argv = ["hifiprune", *sys.argv[1:]]
-main()
-"""
+    safetensors_stream._pour = pour_or_die
 
 
 @pytest.mark.parametrize("how", ["cut", "repaired", "streamed"])
-def test_a_run_killed_while_it_writes_starts_clean(world: Path, tmp_path: Path, how: str) -> None:
+def test_a_run_killed_while_it_writes_starts_clean(
+    world: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, how: str
+) -> None:
     text = ("--calibration", world / "calibration.txt", *TEXT)
     flags = ["prune", world / "dense", "--width", 24, *text]
     if how == "cut":
@@ -205,10 +196,8 @@ def test_a_run_killed_while_it_writes_starts_clean(world: Path, tmp_path: Path, 
     assert quiet.code == 0, quiet.err
     before = {path.name for path in tmp_path.iterdir()}
     words = [*flags, "--output", tmp_path / "killed"]
-    killed = subprocess.run(
-        [sys.executable, "-c", CUT_SHORT, *map(str, words)], check=False, capture_output=True, timeout=120
-    )
-    assert killed.returncode == -signal.SIGKILL
+    killed = forked(tmp_path_factory.mktemp("told") / "it", command(*words, before=dying_in_weights))
+    assert killed.codes == [-signal.SIGKILL]
     left = {path.name for path in tmp_path.iterdir()} - before
     assert left, "what was written so far, and the lock that nobody holds"
     assert all(name.startswith(".killed.") for name in left), "hidden, beside the output, which is not there"
@@ -288,14 +277,15 @@ def test_pruning_in_steps_goes_on_in_the_step_that_was_interrupted(
     assert {path.name for path in tmp_path.iterdir()} == {"quiet", "stopped"}
 
 
-def launched(processes: int, *words: object, program: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """The command, or a program that runs it, in several processes."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes, "--standalone"]
-    what = [program] if program else ["-m", "hifiprune"]
-    return subprocess.run(
-        [*map(str, [*launch, *what]), *map(str, words)],
-        capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+def same_plan(ours: Path, theirs: Path) -> None:
+    """Prunes keep the same neurons, by scores that are the same but for rounding."""
+    folders = [ours / "hifiprune", theirs / "hifiprune"]
+    plans = [Plan.load(folder / "plan.json") for folder in folders]
+    assert all(torch.equal(one, other) for one, other in zip(plans[0].kept, plans[1].kept, strict=True))
+    scores = [Scores.load(folder / "scores.safetensors") for folder in folders]
+    assert scores[0].objective == pytest.approx(scores[1].objective, rel=1e-12)
+    for one, other in zip(scores[0].values, scores[1].values, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("criterion", ["hfprune", "self-distillation"])
@@ -305,32 +295,39 @@ def test_any_number_of_processes_gives_the_same_plan(world: Path, tmp_path: Path
     alone = run(*words, "--output", tmp_path / "1")
     assert alone.code == 0, alone.err
     for processes in (2, 4):
-        shared = launched(processes, *words, "--output", tmp_path / str(processes))
-        assert shared.returncode == 0, shared.stderr
-        assert f"shared out among {processes} processes" in shared.stderr
-        assert shared.stderr.count("Scoring ") == 1, "one process speaks"
-        folders = [tmp_path / name / "hifiprune" for name in (str(processes), "1")]
-        plans = [Plan.load(folder / "plan.json") for folder in folders]
-        assert all(torch.equal(one, other) for one, other in zip(plans[0].kept, plans[1].kept, strict=True))
-        ours, theirs = (Scores.load(folder / "scores.safetensors") for folder in folders)
-        assert ours.objective == pytest.approx(theirs.objective, rel=1e-12)
-        for one, other in zip(ours.values, theirs.values, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
-    assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "4"}
+        output = tmp_path / str(processes)
+        shared = forked(tmp_path / f"told-{processes}", command(*words, "--output", output), processes)
+        assert shared.codes == [0] * processes, shared.err
+        assert f"shared out among {processes} processes" in shared.err
+        assert shared.err.count("Scoring ") == 1, "one process speaks"
+        same_plan(output, tmp_path / "1")
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "4", "told-2", "told-4"}
+
+
+def test_a_launcher_starts_processes_that_give_the_same_plan(world: Path, tmp_path: Path) -> None:
+    text = ("--calibration", world / "calibration.txt", *TEXT, "--device", "cpu")
+    words = ["prune", world / "dense", "--width", 24, *text, "--output"]
+    alone = run(*words, tmp_path / "alone")
+    assert alone.code == 0, alone.err
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--standalone", "-m", "hifiprune"]
+    started = [*map(str, [*launch, *words, tmp_path / "shared"])]
+    shared = subprocess.run(started, capture_output=True, text=True, check=False, timeout=300)
+    assert shared.returncode == 0, shared.stderr
+    assert "shared out among 2 processes" in shared.stderr
+    assert "terminate called" not in shared.stderr
+    same_plan(tmp_path / "shared", tmp_path / "alone")
 
 
 def test_processes_that_are_killed_go_on_to_the_same_plan(world: Path, tmp_path: Path) -> None:
     text = ("--calibration", world / "calibration.txt", *TEXT, "--device", "cpu")
     words = ["prune", world / "dense", "--width", 24, *text, "--output"]
-    assert launched(2, *words, tmp_path / "quiet").returncode == 0
-    script = tmp_path / "killed.py"
-    script.write_text(KILLED.format(number=2))
-    killed = launched(2, *words, tmp_path / "killed", program=script)
-    assert killed.returncode != 0
+    assert forked(tmp_path / "first", command(*words, tmp_path / "quiet"), 2).codes == [0, 0]
+    doomed = command(*words, tmp_path / "killed", before=lambda: dying_in_state(2))
+    assert -signal.SIGKILL in forked(tmp_path / "second", doomed, 2).codes
     assert not (tmp_path / "killed").exists()
-    again = launched(2, *words, tmp_path / "killed", "--json")
-    assert again.returncode == 0, again.stderr
-    assert json.loads(again.stdout)["reused_parts"] == 1, "of the process that tells"
+    again = forked(tmp_path / "third", command(*words, tmp_path / "killed", "--json"), 2)
+    assert again.codes == [0, 0], again.err
+    assert json.loads(again.out)["reused_parts"] == 1, "of the process that tells"
     for name in ("model.safetensors", "hifiprune/plan.json", "hifiprune/scores.safetensors"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "quiet" / name).read_bytes()
 
@@ -344,25 +341,17 @@ def test_what_cannot_be_shared_out_is_refused(world: Path, tmp_path: Path, monke
     assert not any(tmp_path.iterdir())
 
 
-GROUP = """
-import sys
-import torch.distributed as distributed
-from hifiprune.io.distributed import follow_first, leave, rank
-distributed.init_process_group("gloo")
-code = int(sys.argv[1]) if rank() == 0 else 0
-leave(code := follow_first(code))
-print(f"process {{rank()}} ends with {{code}}, group: {{distributed.is_initialized()}}", flush=True)
-"""
-
-
 @pytest.mark.parametrize("code", [0, 2])
 def test_processes_end_as_the_first_does_and_close_their_group(tmp_path: Path, code: int) -> None:
-    script = tmp_path / "ends.py"
-    script.write_text(GROUP.format())
-    ended = launched(2, code, program=script)
-    lines = sorted(line for line in ended.stdout.splitlines() if line.startswith("process "))
-    assert lines == [f"process {number} ends with {code}, group: False" for number in range(2)], ended.stderr
-    assert "terminate called" not in ended.stderr
+    def work() -> None:
+        distributed.init_process_group("gloo")
+        leave(ends := follow_first(code if rank() == 0 else 0))
+        sys.stdout.write(f"process {rank()} ends with {ends}, group: {distributed.is_initialized()}\n")
+
+    ended = forked(tmp_path / "told", work, 2)
+    lines = sorted(line for line in ended.out.splitlines() if line.startswith("process "))
+    assert lines == [f"process {number} ends with {code}, group: False" for number in range(2)], ended.err
+    assert "terminate called" not in ended.err
 
 
 def test_without_a_group_a_process_ends_by_itself() -> None:

@@ -1,0 +1,83 @@
+"""Copies of this process, which has imported everything already: they start at once."""
+
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from accelerate.state import AcceleratorState, GradientState
+
+from hifiprune.cli.app import main
+
+PATIENCE = 120.0
+"""Seconds that all of them have."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What they left: every exit code, and what they wrote, all in one."""
+
+    codes: list[int | None]
+    out: str
+    err: str
+
+
+def command(*words: object, before: Callable[[], None] = lambda: None) -> Callable[[], None]:
+    """The command line, after something else."""
+
+    def work() -> None:
+        before()
+        sys.argv = ["hifiprune", *map(str, words)]
+        main()
+
+    return work
+
+
+def start(folder: Path, work: Callable[[], None], processes: int = 1) -> list[BaseProcess]:
+    """Start them, as a launcher does where there are several; they write into files in the folder."""
+    context, port = multiprocessing.get_context("fork"), free_port()
+    started = [context.Process(target=_run, args=(folder, work, rank, processes, port)) for rank in range(processes)]
+    for process in started:
+        process.start()
+    return started
+
+
+def forked(folder: Path, work: Callable[[], None], processes: int = 1) -> Ended:
+    """Start them and wait; where one fails the others are ended, as launchers do."""
+    folder.mkdir()
+    started = start(folder, work, processes)
+    left = {process.sentinel: process for process in started}
+    while left:
+        ready = wait(list(left), PATIENCE)
+        failed = not ready or any(left.pop(int(each)).exitcode for each in ready)  # type: ignore[call-overload]
+        for process in left.values() if failed else ():
+            process.terminate()
+    for process in started:
+        process.join()
+    return Ended([process.exitcode for process in started], (folder / "1").read_text(), (folder / "2").read_text())
+
+
+def _run(folder: Path, work: Callable[[], None], rank: int, processes: int, port: int) -> None:
+    for number in (1, 2):
+        os.dup2(os.open(folder / str(number), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+    if processes > 1:
+        facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        facts |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in facts.items()})
+        AcceleratorState._reset_state(reset_partial_state=True)  # what this process was when it was alone
+        GradientState._reset_state()
+    work()
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens at."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+    return port
