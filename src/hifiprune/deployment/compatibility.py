@@ -1,4 +1,4 @@
-"""Which inference engines take a checkpoint, and in which formats, told from its configuration by `engines`."""
+"""Check from its configuration which inference engines support a checkpoint, and in which formats."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -31,19 +31,19 @@ TENSOR_PARALLEL, TEXT = (1, 2, 4, 8), "text_config"
 
 @dataclass(frozen=True)
 class Facts:
-    """What the answers depend on.
+    """The properties of a checkpoint that compatibility depends on.
 
     Attributes:
-        model_type: of the configuration.
-        widths: of the MLPs, in layer order.
-        hidden: the hidden size.
-        heads: attention heads.
-        key_heads: heads of keys and values.
-        head: size of a head.
+        model_type: model type in the configuration.
+        widths: MLP widths in layer order.
+        hidden: hidden size.
+        heads: number of attention heads.
+        key_heads: number of key-value heads.
+        head: head dimension.
         gated: whether MLPs have a gate.
-        own_code: whether the checkpoint comes with code of its own.
-        keys: what its `config.json` states, in the section of the text model where there is one.
-        values: what its configuration comes to for keys that engines look for there.
+        own_code: whether the checkpoint contains code.
+        keys: keys of its `config.json`, in the text model's section if there is one.
+        values: values of the keys that engines read, defaults filled in.
         section: name of that section.
         text_type: the text model's type.
     """
@@ -63,7 +63,7 @@ class Facts:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Facts":
-        """Those of a checkpoint.
+        """Read the facts of a checkpoint.
 
         Raises:
             UserError: it is a GGUF file, which only engines for GGUF read.
@@ -94,7 +94,7 @@ class Facts:
 
 
 def _values(whole: PretrainedConfig) -> dict[str, Any]:
-    """What a configuration comes to, by the names that engines have for it."""
+    """Return a configuration's values by the names that engines use."""
     config = whole.get_text_config()
     rope, layers = getattr(config, "rope_parameters", None) or {}, getattr(config, "layer_types", None) or []
     full = rope.get("full_attention", rope)
@@ -127,17 +127,17 @@ def _head(config: PretrainedConfig) -> int:
 
 @dataclass(frozen=True)
 class Answer:
-    """Whether an engine takes a checkpoint in a format.
+    """The compatibility of a checkpoint with an engine in a format.
 
     Attributes:
-        engine: its name.
-        version: that was looked at.
-        form: the format.
+        engine: name of the engine.
+        version: version that was checked.
+        form: format.
         verdict: `yes`, `partly`, `no` or `unknown`.
-        why: of it.
-        tensor_parallel: numbers of GPUs to share each layer that the width and the heads allow; empty for engines that
-            do not share layers, or where the answer is no.
-        sources: addresses of what says so.
+        why: reason of the verdict.
+        tensor_parallel: tensor-parallel sizes that width and heads allow; empty for engines without tensor parallelism,
+            or if the verdict is no.
+        sources: URLs of the evidence.
     """
 
     engine: str
@@ -150,7 +150,7 @@ class Answer:
 
 
 def deployment(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """What every engine would do with a checkpoint, a row a format, without its weights.
+    """Check every engine and format for a checkpoint, without reading its weights.
 
     Raises:
         UserError: it is a GGUF file, or not a checkpoint that can be read.
@@ -173,7 +173,7 @@ def answer(facts: Facts, form: Form) -> Answer:
 
 
 def _at_all(facts: Facts, key: str) -> tuple[str, str, str]:
-    """The answer before any format is looked at, why, and what says so."""
+    """Return the verdict that holds for all formats, its reason and its sources."""
     engine, kind = ENGINES[key], dict(zip(ENGINES, SUPPORT.get(facts.model_type, ()), strict=False)).get(key, "unknown")
     name = f"'{facts.model_type}'"
     if facts.own_code:
@@ -199,7 +199,7 @@ def _at_all(facts: Facts, key: str) -> tuple[str, str, str]:
 
 
 def missing_keys(facts: Facts, key: str) -> dict[str, Any]:
-    """What an engine looks for in `config.json` and would miss or take for something else."""
+    """Return the keys that an engine reads from `config.json` and would miss or misread."""
     values, wanted = dict(facts.values), _wanted(facts, key)
     if key == "mlx" and THETA in wanted:
         wanted = {"rope_scaling": None} | wanted
@@ -208,13 +208,13 @@ def missing_keys(facts: Facts, key: str) -> dict[str, Any]:
 
 
 def _wanted(facts: Facts, key: str) -> dict[str, Any]:
-    """The keys that an engine reads of such a model, or of the text model in it."""
+    """Return the keys that an engine reads for such a model, or for its text model."""
     rows = KEYS.get(key, {})
     return {**rows.get(facts.model_type, {}), **rows.get(facts.text_type, {})}
 
 
 def _by_sizes(facts: Facts, form: Form) -> tuple[str, str, tuple[int, ...]]:
-    """The answer that the sizes of the maps give, why it is not yes, and the numbers of GPUs that they allow."""
+    """Return the verdict by the sizes of the weights, its reason if it is not yes, and the tensor-parallel sizes."""
     shares = bool(ENGINES[form.engine].splits)
     if facts.model_type in MIXTURES and form.multiple > 1 and shares:
         return "unknown", "the kernels of experts were not looked up", ()
@@ -233,7 +233,7 @@ def _by_sizes(facts: Facts, form: Form) -> tuple[str, str, tuple[int, ...]]:
 
 
 def _obstacles(facts: Facts, form: Form, gpus: int) -> dict[str, int]:
-    """Sizes, on each of so many GPUs, that do not divide by what a format needs."""
+    """Return the sizes, per GPU, that are not multiples of what a format needs."""
     heads, keys = facts.heads // gpus * facts.head, max(1, facts.key_heads // gpus) * facts.head
     sizes = {"the width": facts.widths[0] // gpus}  # of all layers, or the engine has refused by now
     if form.name == BLOCKS:  # of matrices laid together, and of shares; what reads the hidden size is neither
@@ -245,7 +245,7 @@ def _obstacles(facts: Facts, form: Form, gpus: int) -> dict[str, int]:
 
 
 def remark_on_mixed() -> str:
-    """Who runs checkpoints whose MLPs differ in width, in a sentence."""
+    """Return a sentence on who runs checkpoints whose MLPs differ in width."""
     by = {verdict: [each.name for each in ENGINES.values() if each.mixed == verdict] for verdict in ("yes", "no")}
     runs, not_by = (" and ".join(filter(None, (", ".join(names[:-1]), names[-1]))) for names in (
         ["transformers (trust_remote_code=True)", *by["yes"]], by["no"],

@@ -1,4 +1,4 @@
-"""llama.cpp's own programs: found where the user has them and run as processes, with progress; never downloaded."""
+"""Find and run llama.cpp's own programs, with progress; they are never downloaded."""
 
 import os
 import re
@@ -16,24 +16,24 @@ from hifiprune.progress import SILENT, Voice
 SCRIPT = "convert_hf_to_gguf.py"
 VARIABLE = "LLAMA_CPP"
 ON_PATH = (SCRIPT, "llama-convert-hf-to-gguf")
-"""What the converter is called as a command; packages of llama.cpp install the second."""
+"""Names of the converter as a command; packages of llama.cpp install the second."""
 NEEDED = "sentencepiece"
-"""What the converter imports and hifiprune does not, whatever the tokenizer."""
+"""Package that the converter always imports and hifiprune does not."""
 GET = (
     "get it with 'git clone --depth 1 https://github.com/ggml-org/llama.cpp' and 'pip install sentencepiece', then "
     f"give --converter llama.cpp or set {VARIABLE}"
 )
 PROGRESS = re.compile(r"^Writing: +(\d+)%|^\[ *(\d+)/ *(\d+)\]")
-"""Lines of the converter and of the quantizer that say how far they are."""
+"""Progress lines of the converter and of the quantizer."""
 
 
 def find_converter(given: str | Path | None = None) -> list[str]:
-    """The command that runs llama.cpp's converter from checkpoints to GGUF.
+    """Find the command that runs llama.cpp's converter from checkpoints to GGUF.
 
-    A script runs in this Python: it must read what this transformers wrote, and the one that llama.cpp pins cannot.
+    A script runs in this Python, whose transformers wrote the checkpoint; the one that llama.cpp pins cannot read it.
 
     Args:
-        given: the script or command, or a folder that holds the script; else `LLAMA_CPP`, else what is on the PATH.
+        given: script, command, or folder that holds the script; by default `LLAMA_CPP`, then the PATH.
 
     Raises:
         UserError: there is none, or a package that it needs is missing.
@@ -57,11 +57,11 @@ def find_converter(given: str | Path | None = None) -> list[str]:
 
 
 def find_quantizer(converter: list[str], wanted: str) -> list[str]:
-    """The command that quantizes a GGUF file: `llama-quantize`, or llama-cpp-python in its place.
+    """Find the command that quantizes a GGUF file: `llama-quantize`, or llama-cpp-python instead.
 
     Args:
-        converter: the converter's command; llama.cpp's own programs are built beside its script.
-        wanted: the type asked for, for the message.
+        converter: the converter's command; llama.cpp's programs are built beside its script.
+        wanted: requested type, for the message.
 
     Raises:
         UserError: there is neither.

@@ -20,17 +20,17 @@ class Estimate:
     high: float | None = None
 
     def exp(self) -> "Estimate":
-        """The estimate of `exp` of the mean; percentiles carry over because `exp` is monotone."""
+        """Return the estimate of `exp` of the mean; percentiles carry over because `exp` is monotone."""
         return Estimate(*(None if x is None else math.exp(min(x, 700.0)) for x in (self.value, self.low, self.high)))  # type: ignore[arg-type]
 
 
 def bootstrap_mean(values: Float[Tensor, "windows"], seed: int = 0) -> Estimate:
-    """Mean of `values` with a 95% percentile interval from 2,000 resamples of the windows, in float64."""
+    """Average `values`, with a 95% percentile interval from 2,000 resamples of the windows, in float64."""
     return bootstrap_average([values], seed)
 
 
 def bootstrap_average(groups: Sequence[Float[Tensor, "_"]], seed: int = 0) -> Estimate:
-    """Mean of the groups' means with a 95% percentile interval; items are drawn again within their group."""
+    """Average the groups' means, with a 95% percentile interval; items are resampled within their group."""
     mean = sum(group.double().mean().item() for group in groups) / len(groups)
     if any(len(group) < 2 for group in groups):
         return Estimate(mean)
@@ -41,7 +41,7 @@ def bootstrap_average(groups: Sequence[Float[Tensor, "_"]], seed: int = 0) -> Es
 
 
 def bootstrap_paired(differences: Float[Tensor, "seeds windows"], seed: int = 0) -> Estimate:
-    """Mean of paired differences with a 95% percentile interval; seeds and windows are both drawn again."""
+    """Average paired differences, with a 95% percentile interval; seeds and windows are both resampled."""
     differences = differences.double()
     mean = differences.mean().item()
     seeds, windows = differences.shape
@@ -53,12 +53,12 @@ def bootstrap_paired(differences: Float[Tensor, "seeds windows"], seed: int = 0)
 
 
 def _counts(size: int, generator: torch.Generator) -> Float[Tensor, "resamples size"]:
-    """How often each of `size` things is in each resample."""
+    """Count how often each of `size` items occurs in each resample."""
     drawn = torch.randint(size, (RESAMPLES, size), generator=generator)
     return torch.zeros(RESAMPLES, size, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
 
 
 def percentiles(means: Float[Tensor, "resamples"]) -> list[float]:
-    """The bounds of the middle 95%; NaN is left out."""
+    """Return the 2.5% and 97.5% quantiles, ignoring NaN."""
     bounds: list[float] = torch.nanquantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return bounds

@@ -1,4 +1,4 @@
-"""From measured cells to what they say: means with spread, paired differences, overlaps, and where the score is."""
+"""Compare criteria from measured cells: means and spread, paired differences, overlaps, and scores by layer."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,12 +16,12 @@ from hifiprune.plan import Plan
 from hifiprune.scoring.criteria import find_criterion
 
 Measured = dict[str, list[float]]
-"""Every metric by window, perplexities as their logarithms; or the value of every task."""
+"""Metrics by window, perplexities as their logarithms; or the value of every task."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A criterion at a ratio with one draw of the calibration windows: its plan, and the scores of each layer."""
+    """One criterion at one ratio with one draw of calibration windows: its plan, and the scores of each layer."""
 
     criterion: str
     ratio: float
@@ -33,13 +33,13 @@ class Cell:
 def contrast(
     cells: Sequence[Cell], dense: Sequence[Measured], measured: Sequence[Sequence[Measured]], texts: int
 ) -> dict[str, Any]:
-    """Everything that a comparison reports, as plain data.
+    """Compute everything that a comparison reports, as plain data.
 
     Args:
-        cells: what was measured.
-        dense: metrics of the dense model on each text, by window, perplexities as their logarithms; then of the tasks.
-        measured: the same of each cell.
-        texts: how many of these are texts.
+        cells: cells that were measured.
+        dense: the dense model's metrics on each text, by window, perplexities as their logarithms; then on the tasks.
+        measured: the same for each cell.
+        texts: number of texts among them.
 
     Returns:
         `dense`: estimates; `cells`: every value by window; `summary`: over seeds, with the difference to the first
@@ -75,9 +75,9 @@ def contrast(
 def _summary(
     name: str, ratio: float, text: int, metric: str, cells: Sequence[Cell], measured: Sequence[Sequence[Measured]]
 ) -> dict[str, Any]:
-    """Mean and standard deviation over seeds, and the paired difference to the first criterion.
+    """Compute mean and standard deviation over seeds, and the paired difference to the first criterion.
 
-    Of perplexity the difference is that of its logarithm, in nats a token.
+    For perplexity it is the difference of the logarithms, in nats per token.
     """
 
     def table(criterion: str) -> Float[Tensor, "seeds windows"]:
@@ -108,7 +108,7 @@ def _estimates(measured: Measured) -> dict[str, Any]:
 
 
 def _overlaps(cells: Sequence[Cell]) -> dict[str, Any]:
-    """Jaccard similarity of kept neurons: between criteria at the same seed, and between seeds of one criterion."""
+    """Compute the Jaccard similarity of kept neurons, between criteria at a seed and between seeds of a criterion."""
     criteria = list(dict.fromkeys(cell.criterion for cell in cells))
     seeds = list(dict.fromkeys(cell.seed for cell in cells))
     pairs = list(combinations(seeds, 2))
@@ -125,13 +125,13 @@ def _overlaps(cells: Sequence[Cell]) -> dict[str, Any]:
 
 
 def jaccard(first: Plan, second: Plan) -> float:
-    """Neurons that both plans keep over neurons that either keeps."""
+    """Compute the Jaccard similarity of the neurons that two plans keep."""
     shared = sum(int(torch.isin(a, b).sum()) for a, b in zip(first.kept, second.kept, strict=True))
     return shared / (sum(first.widths) + sum(second.widths) - shared)
 
 
 def _mass(cells: Sequence[Cell]) -> list[float]:
-    """Share of the positive scores in each layer, averaged over a criterion's cells."""
+    """Compute each layer's share of the positive scores, averaged over a criterion's cells."""
     shares = []
     for cell in cells:
         sums = torch.stack([values.double().clamp(min=0).sum() for values in cell.scores])

@@ -1,7 +1,7 @@
-"""How well a model predicts a text, and how close its predictions stay to the dense model's.
+"""Perplexity of a model on a text, and the fidelity of its predictions to the dense model's.
 
-Logits of both models are formed a slice of positions at a time, so two whole `[positions, vocabulary]` matrices never
-exist. All arithmetic on distributions is float32, sums over positions are float64.
+Logits of both models are computed a slice of positions at a time, so that whole `[positions, vocabulary]` matrices
+never exist. Distributions are float32, sums over positions float64.
 """
 
 import math
@@ -34,17 +34,17 @@ METRICS = {
     "entropy": ("output entropy, nats", "mean entropy of the output distribution"),
     "entropy_shift": ("entropy shift, nats", "entropy of the pruned minus that of the dense model"),
 }
-"""Label and meaning of every metric."""
+"""Label and definition of every metric."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What fidelity is measured against: a dense model's final hidden states on the windows, and its head.
+    """The reference of fidelity: a dense model's final hidden states on the windows, and its head.
 
-    With it the dense model need not be there, or run, while others are measured.
+    With it, the dense model need not be loaded or run again while other models are measured.
 
     Attributes:
-        head: of the dense model.
+        head: head of the dense model.
         hidden: `[windows, positions, hidden]`, in the model's dtype on the CPU.
     """
 
@@ -82,15 +82,15 @@ def measure(
     seed: int = 0,
     track: Track = lambda batches: batches,
 ) -> dict[str, Estimate]:
-    """Perplexity and entropy of `model` on `windows`; against a dense model also every fidelity metric.
+    """Measure perplexity and entropy of `model` on `windows`; against a dense model also every fidelity metric.
 
-    Every window is scored from its second token; the distributions compared are those at the same positions. Means are
-    over positions, intervals from a bootstrap over windows.
+    Every window is scored from its second token; distributions at the same positions are compared. Values are means
+    over positions, intervals come from a bootstrap over windows.
 
     Args:
-        model: the model to measure, of a supported family.
+        model: model to measure, of a supported family.
         windows: token ids, at least two positions.
-        against: the dense model, or what it computed on the same windows.
+        against: the dense model, or its `Reference` on the same windows.
         batch_size: windows per step.
         seed: of the bootstrap.
         track: wraps the batches, to show progress.
@@ -106,7 +106,7 @@ def measure(
 
 
 def estimate(values: dict[str, Float[Tensor, "windows"]], seed: int = 0) -> dict[str, Estimate]:
-    """Means over windows, of perplexities `exp` of the mean, with bootstrap intervals."""
+    """Average over windows, with bootstrap intervals; a perplexity is `exp` of the mean of its logarithm."""
     estimates = {name: bootstrap_mean(values[name], seed) for name in METRICS if name in values}
     return {name: each.exp() if name.endswith("perplexity") else each for name, each in estimates.items()}
 
@@ -114,7 +114,7 @@ def estimate(values: dict[str, Float[Tensor, "windows"]], seed: int = 0) -> dict
 def divergence_of(
     model: PreTrainedModel, windows: Int[Tensor, "windows positions"], batch_size: int = 1
 ) -> Callable[[], float]:
-    """Return what measures the mean KL divergence, in nats, of `model` as it then is from what it is now."""
+    """Return a function that measures the mean KL divergence, in nats, between `model` now and when it is called."""
     reference = Reference.of(model, windows, batch_size)
     return lambda: float(measure_windows(model, windows, reference, batch_size=batch_size)["kl"].mean())
 
@@ -128,7 +128,7 @@ def measure_windows(
     batch_size: int = 1,
     track: Track = lambda batches: batches,
 ) -> dict[str, Float[Tensor, "windows"]]:
-    """The same for each window, in float64; the perplexities as their logarithms."""
+    """Measure every window, in float64; perplexities as their logarithms."""
     check_windows(model, windows, batch_size, least=2)
     collected: dict[str, list[Tensor]] = {}
     with ExitStack() as stack:
@@ -159,7 +159,7 @@ def measure_windows(
 def _per_position(
     heads: list[Head], hidden: list[Tensor], targets: Int[Tensor, "windows positions"]
 ) -> dict[str, Float[Tensor, "windows positions"]]:
-    """Every metric at every position; the perplexities as the negative log-probability of the target."""
+    """Compute every metric at every position; perplexities as the negative log-probability of the target."""
     flat = [states.reshape(-1, states.shape[-1]) for states in hidden]
     answers = targets.reshape(-1, 1)
     parts: dict[str, list[Tensor]] = {}
@@ -175,7 +175,7 @@ def _per_position(
 def _metrics(
     answers: Int[Tensor, "rows 1"], logits: LogProbs, dense_logits: LogProbs | None = None
 ) -> dict[str, Float[Tensor, "rows"]]:
-    """Every metric of a few rows."""
+    """Compute every metric for a slice of rows."""
     pruned = logits.log_softmax(-1)
     entropy = _entropy(pruned)
     metrics = {"perplexity": -pruned.gather(1, answers)[:, 0], "entropy": entropy}
@@ -188,7 +188,7 @@ def _metrics(
 
 
 def compare(dense: LogProbs, pruned: LogProbs) -> dict[str, Float[Tensor, "rows"]]:
-    """Fidelity metrics of each row's pair of distributions, given as log-probabilities.
+    """Compute the fidelity metrics of each row's pair of distributions, given as log-probabilities.
 
     Each is exact for identical distributions: 0 for divergences, 1 for agreements.
     """
@@ -211,7 +211,7 @@ def compare(dense: LogProbs, pruned: LogProbs) -> dict[str, Float[Tensor, "rows"
 
 
 def jaccard(first: Int[Tensor, "rows k"], second: Int[Tensor, "rows k"]) -> Float[Tensor, "rows"]:
-    """Size of the intersection over size of the union of two sets of distinct indices."""
+    """Compute the Jaccard similarity of two sets of distinct indices."""
     shared = (first.unsqueeze(-1) == second.unsqueeze(-2)).sum((-1, -2)).double()
     return shared / (2 * first.shape[-1] - shared)
 

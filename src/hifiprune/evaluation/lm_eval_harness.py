@@ -1,4 +1,4 @@
-"""lm-evaluation-harness contained: its tasks found by name, its talk silenced, its side effects undone."""
+"""Adapter to lm-evaluation-harness: find its tasks by name, silence its output, undo its side effects."""
 
 import logging
 import random
@@ -20,7 +20,7 @@ from hifiprune.io.atomic import local_path
 
 
 def find_tasks(tasks: Sequence[str], include_path: str | Path | None) -> Any:
-    """The harness's `TaskManager`, which knows every name of `tasks`.
+    """Return a `TaskManager` of the harness that knows every name in `tasks`.
 
     Raises:
         UserError: the harness is not installed, the folder does not exist, or a task is unknown or named twice.
@@ -52,7 +52,7 @@ def find_tasks(tasks: Sequence[str], include_path: str | Path | None) -> Any:
 
 @cache
 def _own_tasks() -> dict[str, Any]:
-    """The harness's own tasks by name; thousands of files are read for it, so only once."""
+    """Return the harness's own tasks by name; reads thousands of files, so only once."""
     from lm_eval.tasks import TaskManager
 
     index: dict[str, Any] = TaskManager().task_index
@@ -60,7 +60,7 @@ def _own_tasks() -> dict[str, Any]:
 
 
 def _with_members(names: Iterable[str], index: dict[str, Any]) -> Iterator[str]:
-    """The names, and those of all that the groups among them hold."""
+    """Return the names, and those of the members of the groups among them."""
     for name in names:
         yield name
         members = (index[name].cfg or {}).get("task") if name in index else None
@@ -71,7 +71,7 @@ def _with_members(names: Iterable[str], index: dict[str, Any]) -> Iterator[str]:
 
 @contextmanager
 def harness_quiet() -> Iterator[None]:
-    """Keep the harness from showing bars, prints, and what its log holds below errors."""
+    """Hide the harness's progress bars, prints, and log messages below errors."""
     from tqdm import tqdm
 
     logger = logging.getLogger("lm_eval")
@@ -92,7 +92,7 @@ def harness_quiet() -> Iterator[None]:
 
 @contextmanager
 def seeded() -> Iterator[None]:
-    """The seeds of the harness's command line within, for tasks that shuffle; the states before come back."""
+    """Use the seeds of the harness's command line within this context, for tasks that shuffle; restore them after."""
     import numpy as np
 
     python, numpy = random.getstate(), np.random.get_state()
@@ -107,10 +107,10 @@ def seeded() -> Iterator[None]:
 
 @contextmanager
 def as_it_is(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode within, restored after; and weights that differ stay apart.
+    """Put the model into evaluation mode within this context, and keep the harness from tying its weights.
 
-    The harness ties the weights of a model that it is given wherever the configuration says so, which would replace
-    the head of a checkpoint that holds one of its own in spite of its configuration.
+    The harness ties weights wherever the configuration says so, which would replace the head of a checkpoint that has
+    its own in spite of its configuration.
     """
     with frozen(model):
         model.__dict__["tie_weights"] = lambda: None
@@ -121,7 +121,7 @@ def as_it_is(model: PreTrainedModel) -> Iterator[None]:
 
 
 def built_once(task: Any, items: list[int]) -> None:
-    """Build a task's prompts for these items now; each later building only takes the answers away."""
+    """Build a task's prompts for these items now; later builds only clear the answers."""
     task.build_all_requests(samples=items)
 
     def cleared(**how: Any) -> None:
@@ -133,7 +133,7 @@ def built_once(task: Any, items: list[int]) -> None:
 
 @contextmanager
 def explained(tasks: Sequence[str], batch_size: int = 1) -> Iterator[None]:
-    """Turn the harness's refusals, missing data and lack of memory into one message each."""
+    """Turn the harness's errors, missing data and lack of memory into one message each."""
     names = ", ".join(tasks)
     try:
         yield
@@ -147,7 +147,7 @@ def explained(tasks: Sequence[str], batch_size: int = 1) -> Iterator[None]:
 
 @contextmanager
 def files_explained(tasks: Sequence[str]) -> Iterator[None]:
-    """Turn mistakes in files of tasks, such as the name of a field that is not there, into one message."""
+    """Turn mistakes in task files, such as an unknown field, into one message."""
     from jinja2 import TemplateError
 
     try:

@@ -1,4 +1,4 @@
-"""How likely continuations of texts are, where the text that several of them continue is read once."""
+"""Log-likelihoods of continuations; a context that several continuations share is processed once."""
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 Request = tuple[Any, list[int], list[int]]
-"""Whatever names it, the tokens of a text, and those of its continuation."""
+"""An identifier, the tokens of a context, and those of its continuation."""
 
 
 @torch.no_grad()
@@ -22,17 +22,16 @@ def likelihoods(
     batch_size: int = 8,
     done: Callable[[int], None] = lambda count: None,
 ) -> list[tuple[float, bool]]:
-    """The log-probability of each continuation, and whether it is what the model would write.
+    """Compute the log-probability of each continuation, and whether it is the greedy one.
 
-    As lm-evaluation-harness computes them, from logits in float32, but many answers to one question cost little more
-    than one.
+    Same as lm-evaluation-harness, with logits in float32, but many answers to one question cost little more than one.
 
     Args:
         model: the model.
-        requests: texts and continuations, none of them empty.
-        longest: tokens that the model reads at most; the beginning of a longer text is left out.
+        requests: contexts and continuations, none of them empty.
+        longest: context length; the beginning of longer texts is dropped.
         batch_size: continuations per step.
-        done: is told after every step how many it finished.
+        done: called after every step with the number of requests it finished.
     """
     found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
     shared: dict[tuple[int, ...], list[int]] = {}
@@ -59,7 +58,7 @@ def likelihoods(
 def _continued(
     model: PreTrainedModel, cache: DynamicCache, after: Tensor, continuations: Sequence[list[int]]
 ) -> Float[Tensor, "continuations positions vocabulary"]:
-    """Log-probabilities of the tokens of each continuation, whose text is in the cache, with those right `after` it."""
+    """Return the log-probabilities of each continuation's tokens, given the cache and those right `after` it."""
     after = after.expand(len(continuations), -1, -1)
     rest = max(map(len, continuations)) - 1
     if rest:

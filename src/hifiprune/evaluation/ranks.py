@@ -10,9 +10,9 @@ from hifiprune.evaluation.bootstrap import RESAMPLES, Estimate, percentiles
 
 
 def correlation(scores: Float[Tensor, "_"], truth: Float[Tensor, "_"], strata: Sequence[int]) -> Estimate:
-    """Spearman's rank correlation within strata, averaged over them, with a 95% interval from resamples within them.
+    """Average Spearman's rank correlation over strata, with a 95% interval from resamples within them.
 
-    Strata that have fewer than three members, or where all scores are equal, have none and do not count.
+    Strata with fewer than three members, or with equal scores, have no correlation and are skipped.
     """
     members = [torch.tensor([i for i, s in enumerate(strata) if s == stratum]) for stratum in sorted(set(strata))]
     members = [chosen for chosen in members if len(chosen) > 2]
@@ -26,7 +26,7 @@ def correlation(scores: Float[Tensor, "_"], truth: Float[Tensor, "_"], strata: S
 
 
 def spearman(first: Float[Tensor, "*rows n"], second: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows"]:
-    """Spearman's rank correlation along the last dimension; equal values share the mean of their ranks."""
+    """Compute Spearman's rank correlation along the last dimension; ties get the mean of their ranks."""
     ranks = [_ranks(values.double()) for values in (first, second)]
     centred = [each - each.mean(-1, keepdim=True) for each in ranks]
     product: Tensor = torch.linalg.vecdot(*centred) / (centred[0].norm(dim=-1) * centred[1].norm(dim=-1))

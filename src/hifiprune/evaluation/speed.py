@@ -1,6 +1,6 @@
-"""How fast a model reads and writes: timed in a process of its own, beside what its operations promise.
+"""Time prefill and decode in a separate process, and count the operations that predict the speed-up.
 
-`python -m hifiprune.evaluation.speed JSON` times one checkpoint and prints what it found as JSON, so that every timing
+`python -m hifiprune.evaluation.speed JSON` times one checkpoint and prints the result as JSON, so that every timing
 starts from the same state.
 """
 
@@ -27,13 +27,13 @@ from hifiprune.run_record import peak_memory, reset_peak_memory
 
 @dataclass(frozen=True)
 class Workload:
-    """What a model is asked to do.
+    """Size of one generation request.
 
     Attributes:
         batch_size: sequences at once.
-        length: tokens of each that are read.
-        new_tokens: tokens that are written after, greedily, at least 2.
-        compiled: by `torch.compile`, with a cache of fixed size.
+        length: prompt tokens of each sequence.
+        new_tokens: tokens generated greedily, at least 2.
+        compiled: whether to use `torch.compile`, with a static cache.
     """
 
     batch_size: int
@@ -46,7 +46,7 @@ class Workload:
 def write(
     model: PreTrainedModel, forward: Callable[..., Any], tokens: Int[Tensor, "batch length"], work: Workload
 ) -> tuple[Int[Tensor, "batch new"], float, float]:
-    """Read the tokens and write new ones; with the seconds to the first of them, and for each of the others."""
+    """Generate tokens; return them with the seconds to the first token and for each later one."""
     config, most = model.config, work.length + work.new_tokens
     cache = StaticCache(config, max_cache_len=most) if work.compiled else DynamicCache(config=config)
     start = _now(model)
@@ -69,7 +69,7 @@ def _now(model: PreTrainedModel) -> float:
 
 
 def time_workload(model: PreTrainedModel, work: Workload, repeats: int) -> dict[str, list[float]]:
-    """Seconds to the first token, and for each later one, of several repeats after one that warms up."""
+    """Return the seconds to the first token and for each later one, for several repeats after a warm-up."""
     chance = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.get_text_config().vocab_size, (work.batch_size, work.length), generator=chance)
     forward: Callable[..., Any] = torch.compile(model) if work.compiled else model
@@ -80,7 +80,7 @@ def time_workload(model: PreTrainedModel, work: Workload, repeats: int) -> dict[
 
 
 def operations(model: PreTrainedModel, work: Workload) -> dict[str, float]:
-    """Operations to the first token, and for each later one: two for each weight and token, and those of attention.
+    """Count operations to the first token and for each later one: two per weight and token, and those of attention.
 
     `model` may be on the meta device.
     """
@@ -108,7 +108,7 @@ def time_checkpoint(name: str, compute: Compute, workloads: list[Workload], repe
 
 
 def _timed_or_told(model: PreTrainedModel, work: Workload, repeats: int) -> dict[str, Any]:
-    """Timings; of a compiled model what went wrong, if compiling does not work here."""
+    """Return the timings, or for a compiled model the reason why compiling failed."""
     try:
         return dict(time_workload(model, work, repeats))
     except Exception as error:
@@ -118,13 +118,13 @@ def _timed_or_told(model: PreTrainedModel, work: Workload, repeats: int) -> dict
 
 
 def request(name: str, compute: Compute, workloads: list[Workload], repeats: int) -> str:
-    """What a process of its own is asked."""
+    """Return the JSON argument of the timing process."""
     each = [asdict(work) for work in workloads]
     return json.dumps({"name": name, "compute": asdict(compute), "workloads": each, "repeats": repeats})
 
 
 def main() -> None:
-    """Time what is asked for by the first argument."""
+    """Time the checkpoint that the first argument describes."""
     asked = json.loads(sys.argv[1])
     workloads = [Workload(**each) for each in asked["workloads"]]
     try:

@@ -14,13 +14,13 @@ from hifiprune.io.text_sources import check_named, read_documents
 
 @dataclass(frozen=True)
 class Text:
-    """A held-out text to measure on.
+    """A held-out text to evaluate on.
 
     Attributes:
-        source: anything that a calibration's source may be but `self`.
+        source: any calibration source except `self`.
         seq_len: tokens per window.
-        max_windows: use only the first ones.
-        fidelity: measure every metric; else perplexity and entropy alone, in less time.
+        max_windows: maximum number of windows, from the start of the text.
+        fidelity: measure every metric; otherwise only perplexity and entropy, in less time.
         text_column: column of the text, guessed if not given.
 
     Raises:
@@ -38,10 +38,10 @@ class Text:
         check_numbers(vars(self))
 
     def held(self, tokenizer: PreTrainedTokenizerBase, track: Track = untracked) -> "Held":
-        """The text as one stream of tokens, cut without overlap; no more is read than is used.
+        """Tokenize the text as one stream and cut it without overlap; no more is read than is used.
 
-        Every window begins as the tokenizer begins a text, as with a start token, and has that many fewer tokens of the
-        text. All of these but the first of a window without such a start are predicted.
+        Every window begins with the special tokens that the tokenizer puts before a text, and has that many fewer
+        tokens of the text. All text tokens are predicted, except the first one of a window without special tokens.
 
         Raises:
             UserError: there is no text, or too little of it.

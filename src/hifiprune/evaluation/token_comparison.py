@@ -1,4 +1,4 @@
-"""What two models expect at every token of a passage, side by side."""
+"""Compare the predictions of two models token by token."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from hifiprune.evaluation.fidelity import compare
 
 TOP = 10
 CONTEXT = 4
-"""Tokens that may share a character, or a space, with the next."""
+"""Number of preceding tokens that may share a character, or a space, with the next one."""
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -25,16 +25,16 @@ def read_passage(
     tokenizer: PreTrainedTokenizerBase,
     tokens: Int[Tensor, "positions"],
 ) -> list[dict[str, Any]]:
-    """Each token of a passage, and from the second on the KL divergence there and both models' likeliest tokens.
+    """Return each token of a passage, and from the second one on the KL divergence and both models' likeliest tokens.
 
     Args:
         dense: the dense model.
-        pruned: the other, of the same vocabulary.
-        tokenizer: of both.
+        pruned: the pruned model, with the same vocabulary.
+        tokenizer: tokenizer of both.
         tokens: the passage.
 
     Returns:
-        `text` of every token; `kl` in nats, and under `dense` and `pruned` pairs of token and probability.
+        `text` of every token; `kl` in nats; under `dense` and `pruned` pairs of token and probability.
     """
     window, ids = tokens[None], tokens.tolist()
     check_windows(pruned, window, 1, least=2)
@@ -50,7 +50,7 @@ def read_passage(
 
 
 def _expected(model: PreTrainedModel, window: Int[Tensor, "1 positions"]) -> Tensor:
-    """Log-probabilities at every position but the last."""
+    """Return the log-probabilities at every position but the last."""
     with frozen(model):
         chain = verified_chain(model)
         hidden = chain.final_hidden(window.to(model.device, torch.int64))[0, :-1]
@@ -58,7 +58,7 @@ def _expected(model: PreTrainedModel, window: Int[Tensor, "1 positions"]) -> Ten
 
 
 def _likeliest(logs: Tensor, tokenizer: PreTrainedTokenizerBase, passage: list[int]) -> list[list[tuple[str, float]]]:
-    """Pairs of token and probability for the place after every one of the passage but the last."""
+    """Return pairs of predicted token and probability for every position but the last."""
     top = logs.exp().topk(min(TOP, logs.shape[1]))
     return [
         [
@@ -70,6 +70,6 @@ def _likeliest(logs: Tensor, tokenizer: PreTrainedTokenizerBase, passage: list[i
 
 
 def in_place(tokenizer: PreTrainedTokenizerBase, before: list[int], token: int) -> str:
-    """What a token adds to the text of those before it: some tokenizers drop the space of a first token."""
+    """Decode a token in its context: some tokenizers drop the space of a first token."""
     start = str(tokenizer.decode(before[-CONTEXT:])).rstrip(INCOMPLETE)
     return str(tokenizer.decode([*before[-CONTEXT:], token]))[len(start) :]

@@ -31,21 +31,21 @@ PAPERS = (
     "arc_easy", "arc_challenge", "boolq", "crows_pairs_english", "openbookqa", "piqa", "race", "social_iqa",
     "truthfulqa_mc2", "winogrande",
 )  # fmt: skip
-"""The ten of arXiv 2603.08083 and 2506.11120, by the harness's names; `papers` stands for them."""
+"""The ten tasks of arXiv 2603.08083 and 2506.11120, by the harness's names; `papers` stands for them."""
 METRICS = ("acc_norm", "acc", "pct_stereotype", "")
-"""A task's main metric is the first of these that it has, else whatever comes first: as the papers report the ten."""
+"""A task's main metric is the first of these that it has, or else its first metric: as the papers report the ten."""
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """Which tasks to run.
+    """The zero-shot tasks to run.
 
     Attributes:
-        names: of tasks, groups or tags; `papers` stands for those of `PAPERS`. Of a group its own value, if it defines
-            one, and that of every task.
-        include_path: folder of task files, which come before the harness's own tasks.
-        limit: so many items of each task, drawn at random.
-        seed: of that draw.
+        names: names of tasks, groups or tags; `papers` stands for those in `PAPERS`. A group reports its own value, if
+            it defines one, and that of every task.
+        include_path: folder of task files, which take precedence over the harness's own tasks.
+        limit: maximum number of items of each task, drawn at random.
+        seed: seed of that draw.
 
     Raises:
         UserError: the limit is out of range.
@@ -62,7 +62,7 @@ class Tasks:
         object.__setattr__(self, "names", names)
 
     def check(self) -> None:
-        """Fail before a model is loaded; takes some 20 seconds if a name is not found in `include_path`.
+        """Check the task names before a model is loaded; takes about 20 seconds if a name is not in `include_path`.
 
         Raises:
             UserError: the harness is not installed, the folder does not exist, or a task is unknown or named twice.
@@ -72,12 +72,12 @@ class Tasks:
 
 @dataclass(frozen=True)
 class Answers:
-    """How a model did on a task.
+    """A model's result on a task.
 
     Attributes:
-        accuracy: the task's main metric; 1.96 of the harness's standard errors to each side, where it has one, with
-            nothing to keep them between 0 and 1.
-        items: the metric of every item, where it is the mean of these; none of a group.
+        accuracy: the task's main metric, plus and minus 1.96 of the harness's standard errors where it has one (not
+            clipped to 0 and 1).
+        items: the metric of every item, if the task's is their mean; empty for a group.
     """
 
     accuracy: Estimate
@@ -85,10 +85,10 @@ class Answers:
 
 
 class Exam:
-    """Tasks without examples in the prompt, by lm-evaluation-harness: read once, for one model after another.
+    """Zero-shot tasks of lm-evaluation-harness, loaded once and run on one model after another.
 
-    Prompts longer than the model's positions lose their beginning. Log-probabilities are float32 whatever the model's
-    dtype; the harness's command line keeps that dtype, and in bfloat16 the answers of a question often tie.
+    Prompts longer than the context length lose their beginning. Log-probabilities are float32 whatever the model's
+    dtype; the harness's command line keeps that dtype, and in bfloat16 the answers to a question often tie.
     """
 
     def __init__(self, tasks: Tasks):
@@ -114,19 +114,19 @@ class Exam:
 
     @cached_property
     def prompts(self) -> list[str]:
-        """What models will be asked, each with its answer."""
+        """Return the prompts, each with its answer."""
         return ["".join(map(str, each.args)) for task in self._tasks.values() for each in task.instances]
 
     @cached_property
     def identity(self) -> str:
-        """A hash of what is asked: tasks, prompts, and the answers that count."""
+        """Hash the tasks, prompts, and correct answers."""
         asked = [(name, task.eval_docs[number]) for name, task in self._tasks.items() for number in self._drawn[name]]
         answers = [f"{name}: {self._tasks[name].doc_to_target(item)}" for name, item in asked]
         return hash_texts([*self._tasks, *self.prompts, *answers])
 
     @property
     def items(self) -> dict[str, tuple[int, int]]:
-        """How many items of each task are asked, and how many it has."""
+        """Return for each task the number of items that are used, and the number it has."""
         return {name: (len(self._drawn[name]), len(task.eval_docs)) for name, task in self._tasks.items()}
 
     def ask(
@@ -137,10 +137,10 @@ class Exam:
         batch_size: int = 8,
         track: Callable[[Iterable[int]], Iterable[int]] = lambda prompts: prompts,
     ) -> dict[str, Answers]:
-        """The main metric of each task.
+        """Run all tasks on a model and return the main metric of each.
 
         Args:
-            model: the model, measured where it is and as it is, and left so.
+            model: model to evaluate, on its present device; it is not changed.
             tokenizer: its tokenizer.
             batch_size: prompts per step.
             track: wraps the numbers of the prompts, to show progress.
@@ -197,13 +197,13 @@ class Exam:
 def zero_shot(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Tasks, *, batch_size: int = 8
 ) -> dict[str, Estimate]:
-    """The main metric of each task for one model; see `Exam`."""
+    """Run zero-shot tasks on one model and return the main metric of each; see `Exam`."""
     answers = Exam(tasks).ask(model, tokenizer, batch_size=batch_size)
     return {name: each.accuracy for name, each in answers.items()}
 
 
 def average(answers: dict[str, Answers]) -> Estimate | None:
-    """The plain mean over tasks, with 1.96 of its standard error to each side; None if no metric is a mean of items."""
+    """Average over tasks, plus and minus 1.96 standard errors; None if no metric is a mean of items."""
     each = [found.accuracy for found in answers.values() if found.items]
     if not each:
         return None
@@ -217,9 +217,9 @@ def average(answers: dict[str, Answers]) -> Estimate | None:
 
 
 def differences(answers: dict[str, Answers], reference: dict[str, Answers]) -> dict[str, Estimate]:
-    """What a model gains on another in every task, and on average over them under the name `average`.
+    """Compute the difference between two models in every task, and on average under the name `average`.
 
-    Both answered the same items, so the difference is taken item by item; the 95% intervals are percentiles of a
+    Both answered the same items, so differences are taken item by item; the 95% intervals are percentiles of a
     bootstrap over the items of each task.
     """
     pairs = {name: (found.items, reference[name].items) for name, found in answers.items() if found.items}
@@ -229,14 +229,14 @@ def differences(answers: dict[str, Answers], reference: dict[str, Answers]) -> d
 
 
 def _drawn(count: int, tasks: Tasks) -> list[int]:
-    """The items to ask: a random choice, in order, or all."""
+    """Return the indices of the items to use: a random sample, in order, or all."""
     return sorted(random.Random(tasks.seed).sample(range(count), min(count, tasks.limit or count)))
 
 
 def _main_metric(
     name: str, metrics: dict[str, Any], samples: Sequence[dict[str, Any]]
 ) -> Iterator[tuple[str, Answers]]:
-    """The one metric to report, if there is any, from the harness's `metric,filter` and `metric_stderr,filter`."""
+    """Pick the metric to report, if any, from the harness's `metric,filter` and `metric_stderr,filter`."""
     keys = [key for key in metrics if "," in key and "_stderr," not in key]
     wanted = [key for metric in METRICS for key in keys if key.startswith(f"{metric}," if metric else "")]
     for key in wanted[:1]:

@@ -1,4 +1,4 @@
-"""The processes of a run, by what launchers such as `accelerate launch` and `torchrun` tell each of them."""
+"""Distributed runs: rank and world size as launchers such as `accelerate launch` and `torchrun` state them."""
 
 import atexit
 import os
@@ -13,38 +13,38 @@ if TYPE_CHECKING:
     import torch
 
 SHARED = ("score", "prune", "recover")
-"""Commands that share their work out."""
+"""Commands that distribute their work over processes."""
 ENDED, LEFT = "hifiprune-ended", "hifiprune-left"
-"""Under which processes share the exit code of the first, and how many have left."""
+"""Keys of the store: rank 0's exit code, and the number of processes that have left."""
 POLLED = 0.1
-"""Seconds between looks at what is shared."""
+"""Seconds between polls of the store."""
 PATIENCE = 10.0
-"""Seconds that the first waits for the others to see how it ended."""
+"""Seconds that rank 0 waits for the others to read its exit code."""
 
 
 def rank() -> int:
-    """The number of this process; the first, 0, is the one that speaks and writes the result."""
+    """Return the rank of this process; rank 0 prints messages and writes the result."""
     return int(os.environ.get("RANK", "0"))
 
 
 def processes() -> int:
-    """How many there are."""
+    """Return the number of processes (world size)."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_rank() -> int | None:
-    """The number of this process among those of its machine, if it was started as one of several."""
+    """Return the rank of this process on its machine, None if it was not started by a launcher."""
     found = os.environ.get("LOCAL_RANK")
     return None if found is None else int(found)
 
 
 def neighbours() -> int:
-    """How many processes share this machine."""
+    """Return the number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def check_command(words: Sequence[str]) -> None:
-    """Refuse to do the same work several times.
+    """Refuse a launcher for commands that would repeat the same work in every process.
 
     Raises:
         UserError: the command does not share its work out.
@@ -57,11 +57,11 @@ def check_command(words: Sequence[str]) -> None:
 
 
 def meet(device: "torch.device", first: Callable[[], None] | None = None) -> None:
-    """Wait until all processes are here, and the first of them has done something.
+    """Wait until all processes have arrived and rank 0 has run `first`.
 
     Args:
-        device: where what they exchange lies.
-        first: what it does.
+        device: device of the tensors that they exchange.
+        first: function that rank 0 runs.
     """
     from accelerate import PartialState
 
@@ -113,20 +113,20 @@ def leave(code: int = 0) -> None:
 
 
 def _store() -> Any:
-    """Return what the processes of the group share, None without a group; imports nothing."""
+    """Return the process group's key-value store, None without a group; imports nothing."""
     distributed: Any = sys.modules.get("torch.distributed")
     there = processes() > 1 and distributed and distributed.is_available() and distributed.is_initialized()
     return distributed.distributed_c10d._get_default_store() if there else None
 
 
 def _leave_at_exit() -> None:
-    """Have programs that use the Python API end as the command line does, once."""
+    """Register the clean-up of the process group at exit for programs that use the Python API, once."""
     atexit.unregister(leave)
     atexit.register(leave)
 
 
 def check_share(batches: int) -> None:
-    """Refuse to share out so little that a process would have nothing to do.
+    """Refuse fewer batches than processes.
 
     Raises:
         UserError: there are fewer batches than processes.
@@ -136,7 +136,7 @@ def check_share(batches: int) -> None:
 
 
 def check_launcher(*, low_rank: bool) -> None:
-    """Refuse ways to share a model out among processes that are known not to work.
+    """Refuse launch configurations that are known not to work.
 
     Raises:
         UserError: this is one of them.

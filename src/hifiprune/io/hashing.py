@@ -1,4 +1,4 @@
-"""Content hashes: which weights, tokens and texts a result belongs to."""
+"""Content hashes of weights, tokens and texts, which tie results to their inputs."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ CHUNK = 2**20  # elements converted and hashed at a time: few, so that the same 
 
 
 def hash_model(model: PreTrainedModel) -> str:
-    """SHA-256 of the names, shapes and values of all weights, tied ones once.
+    """Compute the SHA-256 of the names, shapes and values of all weights, tied ones once.
 
     Values are hashed as float32, so a bfloat16 checkpoint has one hash in whichever wider dtype it was loaded.
 
@@ -26,7 +26,7 @@ def hash_model(model: PreTrainedModel) -> str:
 
 
 def hash_chunks(weights: Iterable[tuple[str, Sequence[int], Iterable[Tensor]]]) -> str:
-    """SHA-256 of weights, given by name and shape and with their values in pieces, as `hash_model` computes it.
+    """Compute the same SHA-256 as `hash_model` from names, shapes and values given in chunks.
 
     Raises:
         UserError: a weight is NaN or infinite.
@@ -43,7 +43,7 @@ def hash_chunks(weights: Iterable[tuple[str, Sequence[int], Iterable[Tensor]]]) 
 
 
 def hash_tokens(windows: Int[Tensor, "windows positions"]) -> str:
-    """SHA-256 of token windows, whatever their integer dtype."""
+    """Compute the SHA-256 of token windows, whatever their integer dtype."""
     digest = hashlib.sha256(f"{list(windows.shape)}\n".encode())
     values: Any = windows.to("cpu", torch.int64).contiguous().numpy()
     digest.update(values)
@@ -51,7 +51,7 @@ def hash_tokens(windows: Int[Tensor, "windows positions"]) -> str:
 
 
 def hash_texts(texts: Iterable[str]) -> str:
-    """SHA-256 of texts and where each ends."""
+    """Compute the SHA-256 of texts and their boundaries."""
     digest = hashlib.sha256()
     for text in texts:
         digest.update(hashlib.sha256(text.encode()).digest())

@@ -1,4 +1,4 @@
-"""What a pass over the windows has summed up so far, kept on disk: an interrupted run goes on from there."""
+"""Checkpoints of a pass over the windows: its sums so far, from which an interrupted run resumes."""
 
 import time
 from dataclasses import dataclass, field, replace
@@ -13,20 +13,20 @@ from hifiprune.errors import RunError
 from hifiprune.io.resume import Unfinished
 
 SECONDS_BETWEEN = 20.0
-"""From one state to the next, at least."""
+"""Minimum time between two states, in seconds."""
 COST = 0.05
-"""Share of the time that writing states may take."""
+"""Share of the time that may be spent on writing states."""
 
 
 @dataclass
 class Keeper:
-    """Keeps the state of a pass, tensors by name, in a file of its own.
+    """Saves the state of a pass, tensors by name, from time to time.
 
     Attributes:
-        unfinished: the folder, which knows the model, its arithmetic and the version.
-        facts: what else the state depends on.
-        last: when the last one was written, or the pass began.
-        took: seconds that it took.
+        unfinished: folder of the run's parts.
+        facts: further facts that the state depends on.
+        last: time of the last write, or of the start of the pass.
+        took: seconds that the last write took.
     """
 
     unfinished: Unfinished
@@ -35,11 +35,11 @@ class Keeper:
     took: float = 0.0
 
     def of(self, *facts: Any) -> "Keeper":
-        """For a pass that depends on more facts, which JSON must know, and begins now."""
+        """Return the checkpoint of a pass that depends on further facts, JSON-serializable, and starts now."""
         return replace(self, facts=(*self.facts, *facts), last=time.monotonic(), took=0.0)
 
     def read(self) -> dict[str, Tensor] | None:
-        """The last state, or None if there is none or it is damaged."""
+        """Read the last state; None if it is missing or damaged."""
 
         def load(path: Path) -> dict[str, Tensor]:
             try:
@@ -50,7 +50,7 @@ class Keeper:
         return self.unfinished.read(self._path, load)
 
     def write(self, state: dict[str, Tensor]) -> None:
-        """Keep a state, if that is due."""
+        """Write a state, if it is time to."""
         start = time.monotonic()
         if start - self.last >= max(SECONDS_BETWEEN, self.took / COST):
             try:

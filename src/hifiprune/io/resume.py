@@ -1,4 +1,4 @@
-"""What an interrupted run leaves beside its output: finished parts, each found again by all that it was made from."""
+"""Resume interrupted runs: finished parts are kept beside the output, each keyed by everything that it depends on."""
 
 import hashlib
 import json
@@ -18,18 +18,18 @@ from hifiprune.progress import Voice
 
 T = TypeVar("T")
 MARK = "made-by-hifiprune"
-"""A file that tells a folder of ours from a user's."""
+"""File that marks a folder as written by hifiprune."""
 
 
 @dataclass(frozen=True)
 class Unfinished:
-    """A folder of finished parts.
+    """A folder of finished parts of a run.
 
     Attributes:
-        folder: beside the output, made with the first part.
+        folder: folder beside the output, created with the first part.
         voice: tells of parts that cannot be read.
-        made_of: what all parts depend on.
-        reused: parts that were there from before.
+        made_of: facts that all parts depend on.
+        reused: parts found from an earlier run.
     """
 
     folder: Path
@@ -39,7 +39,7 @@ class Unfinished:
 
     @classmethod
     def beside(cls, target: Path, command: str, voice: Voice) -> "Unfinished":
-        """The parts of the command that makes `target`.
+        """Return the parts of the command that makes `target`.
 
         Raises:
             UserError: something else has the folder's name.
@@ -51,17 +51,17 @@ class Unfinished:
         return cls(folder, voice)
 
     def of(self, model: PreTrainedModel, model_hash: str) -> "Unfinished":
-        """Those parts that were made from this model, in this arithmetic, by this version."""
+        """Return the parts that depend on this model, in this dtype and device, and on this version."""
         made_of = [model_hash, str(model.dtype), model.config._attn_implementation, version("hifiprune")]
         return replace(self, made_of=made_of)
 
     def path(self, kind: str, *facts: Any, suffix: str = ".json") -> Path:
-        """Where a part is kept that was made of these facts, which JSON must know."""
+        """Return the path of the part that depends on these facts, which must be JSON-serializable."""
         key = hashlib.sha256(json.dumps([*self.made_of, *facts]).encode()).hexdigest()[:24]
         return self.folder / kind / f"{key}{suffix}"
 
     def read(self, path: Path, reader: Callable[[Path], T]) -> T | None:
-        """A part, or None if it is not there or damaged, which `reader` tells by a `ValueError`."""
+        """Read a part; None if it is missing, or damaged, which `reader` signals by a `ValueError`."""
         if not path.is_file():
             return None
         try:
@@ -74,7 +74,7 @@ class Unfinished:
         return part
 
     def make(self) -> None:
-        """The folder, if it is not there."""
+        """Create the folder if it is missing."""
         if not self.folder.exists():
             with replacing(self.folder) as whole:
                 whole.mkdir()
@@ -83,21 +83,21 @@ class Unfinished:
                 )
 
     def write(self, path: Path, writer: Callable[[Path], object]) -> None:
-        """Keep a part."""
+        """Write a part."""
         self.make()
         with replacing(path) as temporary:
             writer(temporary)
 
     def read_json(self, path: Path) -> Any:
-        """A part that `write_json` wrote, or None."""
+        """Read a part that `write_json` wrote; None if it is missing or damaged."""
         return self.read(path, lambda found: json.loads(found.read_text(encoding="utf-8")))
 
     def write_json(self, path: Path, part: dict[str, Any]) -> None:
-        """Keep plain data."""
+        """Write plain data as a part."""
         self.write(path, lambda temporary: temporary.write_text(json.dumps(part), encoding="utf-8"))
 
     def remove(self) -> None:
-        """All is done; the mark goes last, so that what an interruption leaves is still known as ours."""
+        """Remove all parts; the mark goes last, so that an interrupted removal is still recognized."""
         if not self.folder.exists():
             return
         for part in self.folder.iterdir():
@@ -107,7 +107,7 @@ class Unfinished:
 
 
 def kept(parts: Unfinished | None, facts: list[Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What was made of these facts before, else what is made now, kept if anything is; the first fact is its kind."""
+    """Return the part that depends on these facts, from an earlier run or made now; the first fact is its kind."""
     if parts is None:
         return make()
     path = parts.path(*facts)

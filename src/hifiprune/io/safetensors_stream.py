@@ -1,6 +1,6 @@
-"""Safetensors files read and written a piece at a time, in plain reads and writes: what is read takes no memory after.
+"""Read and write safetensors files a chunk at a time, with plain reads and writes.
 
-A mapped file counts as memory of the process as far as it was touched, so weights larger than the memory are read here.
+Pages of a memory-mapped file count as memory of the process once touched, so weights larger than memory are read here.
 """
 
 import json
@@ -27,13 +27,13 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file.
+    """A tensor stored in a safetensors file.
 
     Attributes:
-        path: of the file.
-        kind: dtype, by the format's name.
-        shape: its own.
-        start: of its bytes in the file.
+        path: path of the file.
+        kind: dtype, by its name in the format.
+        shape: shape of the tensor.
+        start: offset of its bytes in the file.
     """
 
     path: Path
@@ -43,16 +43,16 @@ class Stored:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Its dtype."""
+        """Return the dtype."""
         return DTYPES[self.kind]
 
     @property
     def bytes(self) -> int:
-        """Its size."""
+        """Return the size in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
     def chunks(self, step: int | None = None) -> Iterator[Shaped[Tensor, "rows *rest"]]:
-        """Its rows, some at a time, while the next ones are read; they overwrite these. Of a scalar, one row."""
+        """Yield `step` rows at a time, with prefetch; a chunk is valid until the next one. A scalar is one row."""
         rows, *rest = self.shape or (1,)
         step = step or max(1, CHUNK_BYTES // max(1, prod(rest) * self.dtype.itemsize))
         if step >= rows:
@@ -75,7 +75,7 @@ class Stored:
                 yield part
 
     def whole(self) -> Tensor:
-        """All of it."""
+        """Read the whole tensor."""
         values = torch.empty(self.shape, dtype=self.dtype)
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.start)
@@ -84,11 +84,11 @@ class Stored:
 
     @property
     def members(self) -> list["Stored"]:
-        """The tensors in files that it is made of: itself."""
+        """Return the stored tensors that it consists of: itself."""
         return [self]
 
     def rows(self, numbers: Sequence[int]) -> Shaped[Tensor, "rows *rest"]:
-        """Some rows."""
+        """Read some rows."""
         values = torch.empty((len(numbers), *self.shape[1:]), dtype=self.dtype)
         size = self.bytes // self.shape[0]
         with self.path.open("rb", buffering=0) as file:
@@ -100,33 +100,33 @@ class Stored:
 
 @dataclass(frozen=True)
 class Stacked:
-    """Matrices of all experts of a block, each in a file by itself, as the one tensor that a model has of them.
+    """The stacked tensor of a block's experts, whose matrices are stored one by one.
 
     Attributes:
-        parts: by expert, the matrices that lie one above the other, by their names.
+        parts: for each expert the matrices that are concatenated, by name.
     """
 
     parts: list[dict[str, Stored]]
 
     @property
     def members(self) -> list[Stored]:
-        """The tensors in files that it is made of."""
+        """Return the stored tensors that it consists of."""
         return [each for parts in self.parts for each in parts.values()]
 
     @property
     def kind(self) -> str:
-        """Dtype, by the format's name; of several, none that is known."""
+        """Return the dtype by its name in the format; an unknown name if members differ."""
         kinds = {each.kind for each in self.members}
         return kinds.pop() if len(kinds) == 1 else ""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Its dtype."""
+        """Return the dtype."""
         return DTYPES[self.kind]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Experts, rows, columns; nothing if these do not fit together."""
+        """Return experts, rows, columns; empty if the members do not fit together."""
         shapes = {
             (sum(part.shape[0] for part in parts.values()), *next(iter(parts.values())).shape[1:])
             for parts in self.parts
@@ -135,16 +135,16 @@ class Stacked:
 
     @property
     def bytes(self) -> int:
-        """Its size."""
+        """Return the size in bytes."""
         return sum(each.bytes for each in self.members)
 
     def chunks(self, step: int | None = None) -> Iterator[Shaped[Tensor, "1 rows columns"]]:
-        """One expert after the other."""
+        """Yield one expert after the other."""
         for parts in self.parts:
             yield torch.cat([part.whole() for part in parts.values()]).unsqueeze(0)
 
     def whole(self) -> Tensor:
-        """All of it."""
+        """Read the whole tensor."""
         values = torch.empty(self.shape, dtype=self.dtype)
         for own, (found,) in zip(values, self.chunks(), strict=True):
             own.copy_(found)
@@ -154,13 +154,13 @@ class Stacked:
 def stack_experts(
     tensors: dict[str, Stored], path: str, inputs: Sequence[str], output: str
 ) -> dict[str, Stored | Stacked]:
-    """With the matrices that experts have in files by themselves as the model has them: two tensors a block.
+    """Combine the matrices of single experts into the tensors that the model has: two a block.
 
     Args:
-        tensors: by name.
-        path: where a block keeps its experts, such as `mlp.experts`.
-        inputs: names of an expert's input maps, which the model has one above the other.
-        output: of its output map.
+        tensors: stored tensors by name.
+        path: path of the experts in a block, such as `mlp.experts`.
+        inputs: names of an expert's input maps, which the model concatenates.
+        output: name of its output map.
     """
     kinds = dict.fromkeys(inputs, "gate_up_proj") | {output: "down_proj"}
     pattern = re.compile(rf"(.*\.{re.escape(path)})\.(\d+)\.({'|'.join(map(re.escape, kinds))})\.weight")
@@ -183,7 +183,7 @@ def stack_experts(
 
 
 def stored_tensors(files: Iterable[Path]) -> dict[str, Stored]:
-    """All tensors of safetensors files, by name, in the order of their bytes."""
+    """List all tensors of safetensors files, by name, in the order of their bytes."""
     found = {}
     for path in files:
         with path.open("rb") as file:
@@ -198,7 +198,7 @@ def stored_tensors(files: Iterable[Path]) -> dict[str, Stored]:
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor to be written: its shape, and its rows as they are made."""
+    """A tensor to be written: its shape, and an iterator over its rows."""
 
     kind: str
     shape: tuple[int, ...]
@@ -206,12 +206,12 @@ class Piece:
 
     @property
     def bytes(self) -> int:
-        """Its size."""
+        """Return the size in bytes."""
         return prod(self.shape) * DTYPES[self.kind].itemsize
 
 
 def write_shard(path: Path, pieces: dict[str, Piece]) -> None:
-    """Write a safetensors file, of which never more than a chunk of one tensor is in memory."""
+    """Write a safetensors file with at most one chunk of one tensor in memory."""
     order = sorted(pieces, key=lambda name: (-DTYPES[pieces[name].kind].itemsize, name))  # so that all are aligned
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -228,12 +228,12 @@ def write_shard(path: Path, pieces: dict[str, Piece]) -> None:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, without a copy."""
+    """Return the bytes of a contiguous tensor without a copy."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _fill(file: FileIO, tensor: Tensor) -> None:
-    """Read as many bytes as a tensor has."""
+    """Fill a tensor with the next bytes of a file."""
     left = bytes_of(tensor)
     while left:
         count = file.readinto(left)

@@ -1,4 +1,4 @@
-"""The files beside the weights that an output needs too: of tokenizers and processors, prompts, licences, code by name.
+"""Copy the companion files of a checkpoint: tokenizer, processor, prompts, licences, code named by `auto_map`.
 
 One list of patterns decides, for folders on this disk and for what is downloaded from the hub.
 """

@@ -1,4 +1,4 @@
-"""The `config.json` of an output: the source's own file with other widths, and nothing else of it changed."""
+"""Write the `config.json` of an output: the source's own text with the widths changed, and nothing else."""
 
 import json
 import re
@@ -15,7 +15,7 @@ CONFIG = "config.json"
 FURTHER = ("num_nextn_predict_layers", "num_mtp_layers")
 """Numbers of layers that predict further tokens, which transformers does not load and no output holds."""
 MIXED = ("architectures", "auto_map", "mlp_widths", "mlp_maps")
-"""What configurations state of checkpoints whose MLPs differ in width."""
+"""Keys of configurations whose MLPs differ in width."""
 WIDTH_NAME = re.compile(r"intermediate|inner|ffn|feed_forward|mlp")
 BLANK = re.compile(r"[ \t\r\n]*")
 
@@ -68,7 +68,7 @@ def _spellings(config: PretrainedConfig, name: str) -> list[str]:
 
 
 def _state(sections: list[dict[str, Any]], names: list[str], width: int) -> None:
-    """State a width wherever it is stated, and in the innermost section in any case."""
+    """Set a width in every section that states it, and always in the innermost one."""
     for section in sections:
         section |= {name: width for name in names if name in section}
     if not any(name in sections[-1] for name in names):
@@ -96,7 +96,7 @@ def _state_twins(
 
 
 def _fits(facts: dict[str, Any], model: PreTrainedModel) -> bool:
-    """Whether a configuration gives a model of the same shapes."""
+    """Return whether a configuration gives a model of the same shapes."""
     config = type(model.config).from_dict(deepcopy(facts))
     with torch.device("meta"):
         other = type(model)._from_config(config)

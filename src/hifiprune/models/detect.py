@@ -1,4 +1,4 @@
-"""Layouts of architectures that are not in the table, found by the shapes of their maps and proved on their weights."""
+"""Detect the layout of architectures outside the table by their parameter shapes; it is verified on their weights."""
 
 import json
 from collections.abc import Collection, Iterator
@@ -21,15 +21,15 @@ from hifiprune.models.families import FAMILIES, Family, known_family
 Layout = tuple[str, tuple[str, ...], str]
 """Path of an MLP in its block, and names of its input maps and its output map."""
 SETTLED = "hifiprune_family"
-"""Where a configuration in memory remembers what was found out for another."""
+"""Attribute of a configuration in memory that caches the detected layout."""
 LEAST_SHARE = 0.25
-"""Of the blocks' parameters that MLPs hold; a shared expert beside a hundred others holds less."""
+"""Smallest share of the blocks' parameters in MLPs; a shared expert beside a hundred others holds less."""
 STEP = 8
-"""By how much a configuration's width is changed to see which maps follow."""
+"""Change of a configuration's number that shows which maps depend on it."""
 
 
 def family_of(config: PretrainedConfig) -> Family:
-    """The layout of an architecture: from the table, or found out.
+    """Return the layout of an architecture, from the table or detected.
 
     Raises:
         UserError: it is not in the table, and its MLPs cannot be told from its structure.
@@ -47,7 +47,7 @@ def family_of(config: PretrainedConfig) -> Family:
 
 
 def settled_family(config: PretrainedConfig) -> Family:
-    """The same, and have the configuration remember it, before it is changed to that of no real model."""
+    """Return the layout, cached on the configuration before pruning changes the widths that detection relies on."""
     family = family_of(config)
     if family.found:
         config.__dict__[SETTLED] = family
@@ -55,14 +55,14 @@ def settled_family(config: PretrainedConfig) -> Family:
 
 
 def stock_class(config: PretrainedConfig) -> Any:
-    """The class registered for a language model of this configuration, or one that sees images too, if any."""
+    """Return the transformers class for a causal or image-text model of this configuration, None without one."""
     kind = type(config)
     return MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None) or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(kind, None)
 
 
 @cache
 def _discovered(text: str) -> Family:
-    """Change each number of the configuration, and see which one widens maps that can only be those of MLPs."""
+    """Change each number of the configuration in turn, and find the one that resizes exactly the maps of MLPs."""
     facts = json.loads(text)
     config: Any = CONFIG_MAPPING[facts["model_type"]].from_dict(facts)
     sizes = config.get_text_config()
@@ -121,7 +121,7 @@ def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
 
 
 def _changes(config: PretrainedConfig, name: str, known: dict[str, nn.Parameter]) -> dict[str, tuple[int, ...]]:
-    """By how much each dimension of the parameters grows with a number; nothing if no such model can be."""
+    """Return by how much each parameter's dimensions grow with a number; None if no such model can be built."""
     other = type(config).from_dict(config.to_dict())
     sizes = other.get_text_config()
     setattr(sizes, name, getattr(sizes, name) + STEP)
@@ -136,7 +136,7 @@ def _changes(config: PretrainedConfig, name: str, known: dict[str, nn.Parameter]
 
 
 def _layout(changes: dict[str, tuple[int, ...]], blocks: str, found: nn.ModuleList, hidden: int) -> Layout | None:
-    """Path, input maps and output map of the MLP of every block, if that is what changed, and nothing else did."""
+    """Return path, input maps and output map of every block's MLP, if exactly these changed."""
     layouts = set()
     for index, block in enumerate(found):
         start, linears = f"{blocks}.{index}.", dict(_linears(block))
@@ -164,7 +164,7 @@ def _layout(changes: dict[str, tuple[int, ...]], blocks: str, found: nn.ModuleLi
 
 
 def _share(found: nn.ModuleList, mlp: str, maps: Collection[str]) -> float:
-    """The fraction of the blocks' parameters that maps hold."""
+    """Return the fraction of the blocks' parameters that the maps hold."""
     held = sum(
         parameter.numel()
         for block in found
@@ -175,7 +175,7 @@ def _share(found: nn.ModuleList, mlp: str, maps: Collection[str]) -> float:
 
 
 def _norm_of(config: PretrainedConfig, model: nn.Module, blocks: str) -> str:
-    """Of what stands after the blocks, the one module that has only vectors of the hidden size."""
+    """Return the final norm: the one module after the blocks whose parameters are all vectors of the hidden size."""
     parent, _, name = blocks.rpartition(".")
     children = dict(model.get_submodule(parent).named_children())
     after = list(children)[list(children).index(name) + 1 :]

@@ -1,4 +1,4 @@
-"""The architectures that can be pruned: for each a row of data that says where it keeps its MLPs."""
+"""The table of supported architectures: one row of data each that says where its MLPs are."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,30 +8,27 @@ from hifiprune.errors import UserError, nearest_name
 
 @dataclass(frozen=True)
 class Family:
-    """Paths of the modules that pruning needs; those of the MLP are relative to a block, those of its maps to itself.
+    """Module paths of an architecture; those of the MLP are relative to a block, those of its maps to the MLP.
 
     Attributes:
         blocks: the decoder blocks.
         norm: the last norm, after them.
-        mlp: of a block; empty where its maps lie in the block itself.
-        inputs: the maps that neurons read through; one that holds the rows of the gate and then those of the other
-            is named twice.
-        output: the map that neurons write through.
-        width: name of the MLPs' width in the configuration; there and in it may be nothing, which means four times
-            the hidden size.
-        additive: whether what it writes is added to the residual stream as it is, without a norm or factor between.
-        tuples: whether blocks give a tuple, whose first item is the hidden state.
-        experts: of the module that holds the experts' maps, in the MLP's place, if a block has experts; its maps are
-            `gate_up_proj` and `down_proj`, one matrix an expert.
-        expert_width: name of the experts' width in the configuration.
-        shared: of the MLP beside the experts that sees every token.
-        shared_width: names in the configuration that its width is the product of.
-        sees: whether the model reads images too; what it sees them with is left as it is.
-        stored: how names in the model begin, or what they hold after a dot, and what stands for it in files.
-        stored_experts: names of an expert's input maps and its output map in files that hold each by itself.
-        packs: whether blocks keep examples in one row apart by their positions.
+        mlp: the MLP of a block; empty if its maps are direct children of the block.
+        inputs: input maps (gate and up); a map that fuses both is named twice.
+        output: output map (down).
+        width: configuration key of the MLP width; may be missing or None, which means four times the hidden size.
+        additive: whether the MLP's output is added to the residual stream without a norm or factor in between.
+        tuples: whether blocks return a tuple whose first item is the hidden state.
+        experts: module that stacks the experts' maps `gate_up_proj` and `down_proj`, if a block has experts.
+        expert_width: configuration key of the experts' width.
+        shared: MLP beside the experts that processes every token.
+        shared_width: configuration keys whose product is its width.
+        sees: whether the model also takes images; its vision tower is not changed.
+        stored: name prefixes in the model, or parts after a dot, mapped to those in files.
+        stored_experts: names of an expert's input and output maps in files that store each expert by itself.
+        packs: whether blocks separate examples packed into one row by their position ids.
         models: well-known models of the architecture.
-        found: whether this was found out from a model's structure, and is to be proved on its weights.
+        found: whether the layout was detected, and so must be verified on the weights.
     """
 
     blocks: str = "model.layers"
@@ -55,26 +52,26 @@ class Family:
 
     @property
     def maps(self) -> list[str]:
-        """Paths in the model of the MLP's maps, the output map last, with a place for the block's number."""
+        """Return the paths of the MLP's maps in the model, output map last, with a placeholder for the block index."""
         names = [*dict.fromkeys(self.inputs), self.output]
         return [".".join(filter(None, (self.blocks, "{}", self.mlp, name))) for name in names]
 
     @property
     def one_width(self) -> str:
-        """Why all MLPs must have the width that the configuration states; nothing if they need not."""
+        """Return why all MLPs must share one width; empty if widths may differ."""
         if self.experts:
             return "experts have one width, which the configuration states for all"
         return "vision-language models are saved with one width" if self.sees else ""
 
     def in_model(self, name: str) -> str:
-        """What a tensor of a file is called in the model."""
+        """Map a tensor's name in a file to its name in the model."""
         if any(_holds(name, ours) for ours, _ in self.stored):
             return name
         found = next(((ours, theirs) for ours, theirs in self.stored if _holds(name, theirs)), None)
         return name.replace(found[1], found[0], 1) if found else name
 
     def in_files(self, name: str) -> str:
-        """What a tensor of the model is called in files."""
+        """Map a tensor's name in the model to its name in files."""
         found = next(((ours, theirs) for ours, theirs in self.stored if _holds(name, ours)), None)
         return name.replace(*found, 1) if found else name
 

@@ -1,4 +1,4 @@
-"""Where a checkpoint came from, as the `run.json` beside it tells."""
+"""The origin of a checkpoint, from the `run.json` beside it."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from hifiprune.io.schemas import Lineage
 from hifiprune.models.checkpoint import Checkpoint, find_checkpoint
 
 MARK = '"hifiprune-run-'
-"""What the record of a run of ours holds; another tool's `run.json` is left alone."""
+"""Marks the `run.json` of hifiprune; those of other tools are ignored."""
 
 
 def record_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
@@ -26,20 +26,20 @@ def record_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 
 def pruning_of(facts: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The run that pruned, of a run or the one that it went on from."""
+    """Return the record of the pruning run: the given run, or the one that it continued from."""
     while facts and facts["command"] == "recover":
         facts = facts["results"].get("pruning")
     return facts if facts and facts["command"] == "prune" else None
 
 
 def dense_of(facts: dict[str, Any] | None) -> str | None:
-    """What a checkpoint was pruned from, by the record of its run."""
+    """Return the dense model that a checkpoint was pruned from, by the record of its run."""
     pruning = pruning_of(facts)
     return pruning["arguments"]["model"] if pruning else None
 
 
 def read_with(checkpoint: Checkpoint) -> list[Path]:
-    """Return what is lost with a checkpoint's files: these, and the dense model that its run's record names."""
+    """Return the paths that a run on a checkpoint depends on: its files, and the dense model that its record names."""
     try:
         dense = dense_of(record_of(checkpoint))
     except UserError:  # which other commands tell, that need the record
@@ -49,7 +49,7 @@ def read_with(checkpoint: Checkpoint) -> list[Path]:
 
 
 def check_origin(name: str, teacher: str | None, model_hash: str) -> None:
-    """Refuse a dense model that is where the pruned one's record says, but is another.
+    """Refuse a dense model at the recorded path whose weights are not those that were pruned.
 
     Raises:
         UserError: its weights are not those that were pruned, and it was not named as the teacher.

@@ -1,8 +1,8 @@
-"""Where the MLP neurons of a model are.
+"""Find the MLP neurons of a model.
 
 A layout is data plus a structural check: a row of `FAMILIES` says where an architecture keeps its decoder blocks and
-the linear maps of their MLPs, and `find_mlps` proves on the model at hand that the maps fit together as neurons. A
-block has one MLP, or many: its experts, each an MLP of its own, and what they share.
+the linear maps of their MLPs, and `find_mlps` verifies that the maps of a given model fit together as neurons. A block
+has one MLP, or several: its experts, each an MLP of its own, and the shared ones.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,20 +24,20 @@ from hifiprune.models.detect import family_of
 from hifiprune.models.families import Family
 
 STACKED = ("gate_up_proj", "down_proj")
-"""The maps of all experts of a block, as transformers stacks them."""
+"""Parameters that stack the maps of all experts of a block, by their names in transformers."""
 
 
 @dataclass(frozen=True)
 class LinearMap:
-    """A linear map of an MLP, by itself or as a part of a parameter that holds several.
+    """A linear map (projection) of an MLP: a module of its own, or a slice of a parameter that holds several.
 
     Attributes:
         name: path of the module in the model.
-        module: a `Linear`; a `Conv1D`, which keeps its weight the other way round; or one that holds experts.
-        part: which of the equal parts of its outputs.
-        parts: how many there are.
-        weight_name: of the parameter in the module.
-        expert: whose of the maps that are stacked there, if they are.
+        module: a `Linear`; a `Conv1D`, whose weight is transposed; or a module that holds stacked experts.
+        part: index of this map among the equal parts of the module's outputs.
+        parts: number of parts.
+        weight_name: name of the parameter in the module.
+        expert: index of the expert in the stack; None without a stack.
     """
 
     name: str
@@ -49,7 +49,7 @@ class LinearMap:
 
     @property
     def weight(self) -> Float[Tensor, "outputs inputs"]:
-        """Of the map, in the module's own memory."""
+        """Return a view of the map's weight."""
         weight: Tensor = getattr(self.module, self.weight_name)
         if self.expert is not None:
             weight = weight[self.expert]
@@ -57,7 +57,7 @@ class LinearMap:
 
     @property
     def bias(self) -> Float[Tensor, "outputs"] | None:
-        """Likewise, if there is one."""
+        """Return a view of the map's bias, None without one."""
         bias = None if self.expert is not None else cast(Tensor | None, self.module.bias)
         return bias if bias is None else self._own(bias)
 
@@ -66,44 +66,44 @@ class LinearMap:
 
     @property
     def flipped(self) -> bool:
-        """Whether the module's weight is `[inputs, outputs]`."""
+        """Return whether the module's weight is `[inputs, outputs]`."""
         return isinstance(self.module, Conv1D)
 
     @property
     def in_features(self) -> int:
-        """Inputs."""
+        """Return the number of inputs."""
         return self.weight.shape[1]
 
     @property
     def out_features(self) -> int:
-        """Outputs."""
+        """Return the number of outputs."""
         return len(self.weight)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Those that hold the map, by their names in the model; they stay the same objects when neurons are cut."""
+        """Return the parameters that hold the map, by name; they stay the same objects when neurons are cut."""
         names = (self.weight_name, *(("bias",) if self.bias is not None else ()))
         return {f"{self.name}.{name}": getattr(self.module, name) for name in names}
 
     def state(self) -> dict[str, Tensor]:
-        """Their values as they are now."""
+        """Return the current values of the map's parameters, by name."""
         return {name: parameter.detach() for name, parameter in self.parameters().items()}
 
     def __call__(self, values: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
-        """What the map makes of its input."""
+        """Apply the map."""
         return functional.linear(values, self.weight, self.bias)
 
 
 @dataclass(frozen=True)
 class Mlp:
-    """Neurons that a decoder block has: neuron `i` is row `i` of every input map and column `i` of the output map.
+    """An MLP of a decoder block: neuron `i` is row `i` of every input map and column `i` of the output map.
 
     Attributes:
         name: path of the MLP in the model, such as `model.layers.0.mlp`.
-        inputs: the maps that neurons read through, weights `[neurons, hidden]` (gate and up).
-        output: the map that neurons write through, weight `[hidden, neurons]`; its input is the activation `h`, of an
-            expert times the weight that the router gave it.
-        block: number of the decoder block.
-        stated: names in the configuration that its width is the product of.
+        inputs: input maps (gate and up), weights `[neurons, hidden]`.
+        output: output map (down), weight `[hidden, neurons]`; its input is the activation `h`, for an expert multiplied
+            by its routing weight.
+        block: index of the decoder block.
+        stated: configuration keys whose product is the width.
     """
 
     name: str
@@ -114,22 +114,22 @@ class Mlp:
 
     @property
     def maps(self) -> tuple[LinearMap, ...]:
-        """All of them, the output map last."""
+        """Return all maps, the output map last."""
         return *self.inputs, self.output
 
     @property
     def is_expert(self) -> bool:
-        """Whether it sees only the tokens that a router sends it."""
+        """Return whether the MLP is an expert, which sees only the tokens routed to it."""
         return self.output.expert is not None
 
     @property
     def neurons(self) -> int:
-        """The width of the MLP, its intermediate size."""
+        """Return the width of the MLP (intermediate size)."""
         return self.output.in_features
 
     @property
     def parameters_per_neuron(self) -> int:
-        """Parameters that go with each neuron removed."""
+        """Return the number of parameters removed with each neuron."""
         rows = sum(each.in_features + (each.bias is not None) for each in self.inputs)
         return rows + self.output.out_features
 
@@ -153,7 +153,7 @@ def find_mlps(model: PreTrainedModel) -> list[Mlp]:
 
 
 def locate_mlps(model: PreTrainedModel) -> list[Mlp]:
-    """The same, whatever the configuration says of their widths."""
+    """Return the MLPs of `model` without checking their widths against the configuration."""
     family = family_of(model.config)
     return [
         mlp for index, block in enumerate(find_blocks(model)) for mlp in _mlps_of(block, _path(family, index), family)
@@ -161,7 +161,7 @@ def locate_mlps(model: PreTrainedModel) -> list[Mlp]:
 
 
 def siblings(mlps: Sequence[Mlp]) -> Iterator[tuple[slice, list[Mlp]]]:
-    """MLPs whose weights lie in the same parameters, the experts of a block or one alone, and their places."""
+    """Group MLPs that share their parameters: the experts of a block, or one MLP alone; yield indices and MLPs."""
     start = 0
     for _, group in groupby(mlps, key=lambda mlp: id(mlp.output.module)):
         found = list(group)
@@ -169,7 +169,7 @@ def siblings(mlps: Sequence[Mlp]) -> Iterator[tuple[slice, list[Mlp]]]:
 
 
 def by_block(mlps: Sequence[Mlp]) -> list[range]:
-    """The numbers of the MLPs of each block."""
+    """Return the range of MLP indices of each block."""
     found = []
     for _, group in groupby(range(len(mlps)), key=lambda number: mlps[number].block):
         numbers = list(group)
@@ -178,13 +178,13 @@ def by_block(mlps: Sequence[Mlp]) -> list[range]:
 
 
 def stated_width(config: PretrainedConfig, names: Sequence[str]) -> int:
-    """The product of what a text configuration says by some names; four times the hidden size where it says nothing."""
+    """Return the product of some keys of a text configuration; four times the hidden size where they are not set."""
     stated = [getattr(config, name) or 4 * config.hidden_size for name in names]
     return int(prod(stated) if stated else 4 * config.hidden_size)
 
 
 def width_of(config: PretrainedConfig) -> int:
-    """How wide a configuration says that MLPs are, or the widest; of experts, all those that a token sees."""
+    """Return the MLP width that a configuration states, or the largest; for experts the total that a token uses."""
     family, text = family_of(config), config.get_text_config()
     if mixed := getattr(text, "mlp_widths", None):
         return int(max(mixed))
@@ -195,7 +195,7 @@ def width_of(config: PretrainedConfig) -> int:
 
 
 def seen_mlps(config: PretrainedConfig) -> int:
-    """How many MLPs of a block a token goes through."""
+    """Return the number of MLPs of a block that process a token."""
     family = family_of(config)
     return int(config.get_text_config().num_experts_per_tok) + bool(family.shared) if family.experts else 1
 
@@ -235,7 +235,7 @@ def _path(family: Family, index: int) -> str:
 
 
 def _mlps_of(block: nn.Module, name: str, family: Family) -> Iterator[Mlp]:
-    """The MLPs of a block: a plain one, or experts and what they share."""
+    """Return the MLPs of a block: a plain one, or experts and the shared MLP."""
     module, index = block.get_submodule(family.mlp), int(name.removeprefix(f"{family.blocks}.").split(".")[0])
     experts: Any = getattr(module, family.experts, None) if family.experts else None
     if experts is None:
@@ -273,7 +273,7 @@ def _checked_map(mlp: nn.Module, name: str, attribute: str, inputs: Sequence[str
 
 
 def _checked_experts(module: Any, name: str) -> list[Mlp]:
-    """Every expert of a module that stacks their maps: gate above up, `[experts, 2 * width, hidden]`, and down."""
+    """Return the experts of a module that stacks gate above up, `[experts, 2 * width, hidden]`, and down."""
     shapes = {key: tuple(values.shape) for key, values in module.named_parameters()}
     (both, down), hidden = (shapes.get(key, ()) for key in STACKED), getattr(module, "hidden_dim", 0)
     wanted = {
@@ -292,5 +292,5 @@ def _checked_experts(module: Any, name: str) -> list[Mlp]:
 
 
 def count_parameters(model: PreTrainedModel) -> int:
-    """Total parameters, with tied weights counted once."""
+    """Count all parameters, tied weights once."""
     return sum(parameter.numel() for parameter in model.parameters())

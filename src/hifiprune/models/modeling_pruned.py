@@ -1,8 +1,8 @@
-"""Causal language models whose MLPs differ in width from layer to layer, as pruning leaves them.
+"""Causal language models whose MLP width differs from layer to layer, as pruning makes them.
 
-This file is saved with such checkpoints and needs nothing but transformers. `config.mlp_widths` holds the widths in
-layer order, `config.mlp_maps` the paths of the maps that are so wide; everything else is the architecture's own, whose
-class `X` is here as `PrunedX`.
+This file is saved with such checkpoints and needs only transformers. `config.mlp_widths` holds the widths in layer
+order, `config.mlp_maps` the paths of the linear maps of that width; everything else is the architecture's own, whose
+class `X` is available here as `PrunedX`.
 """
 
 from functools import cache
@@ -42,13 +42,13 @@ class MixedWidths(PreTrainedModel):
 
 
 def _sizes(module: Any) -> tuple[int, int]:
-    """Outputs and inputs of a linear map; a Conv1D keeps its weight the other way round."""
+    """Return outputs and inputs of a linear map; the weight of a Conv1D is transposed."""
     first, second = module.weight.shape
     return (first, second) if isinstance(module, nn.Linear) else (second, first)
 
 
 def _resize(module: Any, outputs: int, inputs: int) -> None:
-    """Make room for weights of another shape."""
+    """Replace the parameters by empty ones of another shape."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features, shape = outputs, inputs, (outputs, inputs)
     else:
@@ -67,7 +67,7 @@ def __getattr__(name: str) -> Any:
 
 
 def pruned_class(model_class: type[PreTrainedModel], *, mixed: bool) -> type[PreTrainedModel]:
-    """The class of the same architecture whose MLPs differ in width, or the stock one."""
+    """Return the class of the same architecture with MLPs of different widths, or the stock class."""
     if issubclass(model_class, MixedWidths) if mixed else not hasattr(model_class, "mixed_widths"):
         return model_class
     stock: Any = next(each for each in model_class.__mro__ if each.__module__.startswith("transformers."))
@@ -77,7 +77,7 @@ def pruned_class(model_class: type[PreTrainedModel], *, mixed: bool) -> type[Pre
 
 @cache
 def _mixed(stock: Any) -> Any:
-    """A class that saves this file with its weights."""
+    """Return a class that saves this file with its weights."""
     made: Any = type(PREFIX + stock.__name__, (MixedWidths, stock), {"__module__": __name__, "__doc__": stock.__doc__})
     made.register_for_auto_class("AutoModelForCausalLM")
     return made

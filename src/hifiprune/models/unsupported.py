@@ -1,4 +1,4 @@
-"""Models that cannot be cut as they are, adapters and quantized weights, each with what to do instead."""
+"""Refuse models that cannot be pruned as they are (adapters, quantized weights), with the remedy."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from hifiprune.errors import UserError
 
 ADAPTER = "adapter_config.json"
 METHOD_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
-"""Where tools tell of quantization beside a `config.json` that does not, and the method that each stands for."""
+"""Files that state quantization beside `config.json`, and the method of each."""
 
 
 def refuse_adapter(name: str, folder: Path) -> None:
@@ -89,7 +89,7 @@ def refuse_own_tokenizer(name: str, folder: Path) -> None:
 
 
 def _stated_method(config: dict[str, Any]) -> str | None:
-    """What `config` calls the method, if it tells of one."""
+    """Return the quantization method that `config` states, empty without one."""
     facts = [config[key] for key in ("quantization_config", "compression_config") if config.get(key) is not None]
     if facts and isinstance(facts[0], dict):
         bits = next((bits for bits in (4, 8) if facts[0].get(f"load_in_{bits}bit")), None)

@@ -1,4 +1,4 @@
-"""What is told of a training run as it goes on, and what ends it."""
+"""Trainer callback: reports progress, keeps the time limit, and stops a diverging run."""
 
 import json
 import math
@@ -15,11 +15,11 @@ from hifiprune.progress import SECONDS_BETWEEN_LINES, Voice, about
 from hifiprune.recovery.time_limit import OutOfTimeError, TimeLimit
 
 CLOCK = "clock.json"
-"""Written into a state when all else of it is there."""
+"""File that is written into a training state last, and so marks it as complete."""
 
 
 class Watch(TrainerCallback):
-    """Tells how training goes, keeps its clock over interruptions, and ends it when time is up or it diverges."""
+    """Reports training progress, keeps its clock across interruptions, and stops it when time is up or it diverges."""
 
     def __init__(self, limit: TimeLimit, tokens_per_step: int, voice: Voice, resumed: Path | None = None):
         self.limit, self.tokens, self.voice = limit, tokens_per_step, voice
@@ -150,7 +150,7 @@ class Watch(TrainerCallback):
         return due
 
     def _tell(self, what: str, done: int, total: int, start: float) -> None:
-        """Say now and then how far something is."""
+        """Report progress from time to time."""
         if self._is_due():
             left = (time.monotonic() - start) / done * (total - done)
             self.voice.say(f"{what}: {done} of {total}, {about(left)} left")
@@ -165,17 +165,17 @@ class Watch(TrainerCallback):
 
 
 def perplexity(loss: float) -> float:
-    """Of a mean loss in nats; infinite where a float cannot hold it."""
+    """Return the perplexity of a mean loss in nats; infinite on overflow."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 def held_out_losses(state: TrainerState) -> list[tuple[int, float]]:
-    """Step and loss of every look at the held-out rows."""
+    """Return step and loss of every evaluation on the held-out rows."""
     return [(int(entry["step"]), entry["eval_loss"]) for entry in state.log_history if "eval_loss" in entry]
 
 
 def is_better(state: TrainerState) -> bool:
-    """Whether the held-out loss was ever below that at the start."""
+    """Return whether the held-out loss was ever below that at the start."""
     losses = [loss for _, loss in held_out_losses(state)]
     return any(loss < losses[0] for loss in losses)
 

@@ -1,8 +1,8 @@
-"""What a model in training learns from the dense one: its distribution as it goes, or the likeliest of it from disk.
+"""Distillation targets: the teacher's distribution computed during training, or its top tokens cached on disk.
 
-A distribution that was kept has the probabilities of the `kept` likeliest tokens and the sum of all others. The target
-then gives the others that sum in the proportions of the model in training: the divergence is that between distributions
-over `kept` tokens and one for all others, and so is its gradient.
+A cached distribution holds the probabilities of the `kept` likeliest tokens and the sum of all others. The target gives
+the others that sum in the proportions of the student: divergence and gradient are those between distributions over
+the `kept` tokens and one more for all others.
 """
 
 import shutil
@@ -41,32 +41,32 @@ FLOOR = -1e4
 
 @runtime_checkable
 class Target(Protocol):
-    """What the distribution of some tokens should be."""
+    """Target distribution of some tokens."""
 
     def logits(self, here: slice, own: Float[Tensor, "rows vocabulary"]) -> Float[Tensor, "rows vocabulary"]:
-        """Of a slice of the tokens, for which the model in training has logits of its `own`."""
+        """Return the target's logits for a slice of tokens, given the student's `own` logits."""
 
 
 @dataclass(frozen=True)
 class WholeTarget:
-    """The teacher's distribution, from its final hidden state `[tokens, hidden]`."""
+    """The teacher's full distribution, from its final hidden state `[tokens, hidden]`."""
 
     hidden: Float[Tensor, "tokens hidden"]
     head: Head
 
     def logits(self, here: slice, own: Float[Tensor, "rows vocabulary"]) -> Float[Tensor, "rows vocabulary"]:
-        """The teacher's logits."""
+        """Return the teacher's logits."""
         return self.head.logits(self.hidden[here]).to(own)
 
 
 @dataclass(frozen=True)
 class LikeliestTarget:
-    """What was kept of the teacher's distribution at a temperature.
+    """The cached top tokens of the teacher's distribution at a temperature.
 
     Attributes:
-        values: log-probabilities of the likeliest tokens, and last of all others together.
-        columns: which tokens are the likeliest.
-        temperature: of the distribution.
+        values: log-probabilities of the likeliest tokens, the last one of all others together.
+        columns: token ids of the likeliest tokens.
+        temperature: temperature of the distribution.
     """
 
     values: Float[Tensor, "tokens kept_and_others"]
@@ -75,14 +75,14 @@ class LikeliestTarget:
 
     @classmethod
     def of(cls, logits: Float[Tensor, "rows vocabulary"], kept: int, temperature: float) -> "LikeliestTarget":
-        """What to keep."""
+        """Select what is cached of the teacher's logits."""
         logs = (logits / temperature).log_softmax(-1)
         likeliest, columns = logs.topk(kept)
         others = logs.scatter(1, columns, -torch.inf).logsumexp(1, keepdim=True)
         return cls(torch.cat((likeliest, others), 1).clamp_(min=FLOOR), columns, temperature)
 
     def logits(self, here: slice, own: Float[Tensor, "rows vocabulary"]) -> Float[Tensor, "rows vocabulary"]:
-        """Logits of the kept distribution, with all others in the proportions of `own`."""
+        """Return the logits of the cached distribution, with all other tokens in the proportions of `own`."""
         values, columns = self.values[here].to(own), self.columns[here].long()
         found = (own / self.temperature).scatter_(1, columns, -torch.inf)
         found += values[:, -1:] - found.logsumexp(1, keepdim=True)
@@ -91,24 +91,24 @@ class LikeliestTarget:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The dense model, whose distribution is the target.
+    """The dense model as the teacher.
 
     Attributes:
-        model: frozen, in evaluation mode, in any floating dtype.
+        model: the model, frozen, in evaluation mode, in any floating dtype.
     """
 
     model: PreTrainedModel
 
     @torch.no_grad()
     def states(self, tokens: Tensor, positions: Tensor, *, every: bool = False) -> list[Tensor]:
-        """As `hidden_states` of the model."""
+        """Return `hidden_states` of the teacher."""
         return hidden_states(self.model, tokens, positions, every=every)
 
 
 def hidden_states(
     model: PreTrainedModel, tokens: Tensor, positions: Tensor, *, every: bool = False
 ) -> list[Float[Tensor, "rows positions hidden"]]:
-    """The state after the last norm, the input of the head; where asked, those after every block before it."""
+    """Return the hidden state after the last norm, the input of the head; if requested also those after every block."""
     output = model.base_model(
         input_ids=tokens, position_ids=positions, use_cache=False, output_hidden_states=every or None
     )
@@ -117,14 +117,14 @@ def hidden_states(
 
 @dataclass(frozen=True)
 class Remembered(Dataset[dict[str, Tensor]]):
-    """Packed rows with what was kept of the teacher's distribution at the tokens before those that are learned.
+    """Packed rows with the cached teacher distribution at every position whose next token is a label.
 
-    Each row has `guide_values`, float16 `[positions, kept + 1]`, and `guide_columns`, int32 `[positions, kept]`, too.
+    Each row also has `guide_values`, float16 `[positions, kept + 1]`, and `guide_columns`, int32 `[positions, kept]`.
 
     Attributes:
-        rows: that the teacher was asked about.
-        kept: how many of the likeliest tokens.
-        place: of the file that has rows from a number on.
+        rows: packed rows that the teacher has seen.
+        kept: number of likeliest tokens that are cached.
+        place: returns the path of the file that holds the rows from an index on.
     """
 
     rows: Packed
@@ -132,11 +132,11 @@ class Remembered(Dataset[dict[str, Tensor]]):
     place: Callable[[int], Path]
 
     def __len__(self) -> int:
-        """The number of rows."""
+        """Return the number of rows."""
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """One row."""
+        """Return one row."""
         row = self.rows[index]
         first = index // ROWS_A_FILE * ROWS_A_FILE
         with safe_open(self.place(first), "pt") as file:
@@ -150,21 +150,21 @@ class Remembered(Dataset[dict[str, Tensor]]):
         return row
 
     def missing(self) -> list[int]:
-        """First rows of the files that are not there."""
+        """Return the first row of each missing file."""
         return [first for first in range(0, len(self), ROWS_A_FILE) if not self.place(first).is_file()]
 
     def bytes(self, firsts: Sequence[int]) -> int:
-        """How much disk files take."""
+        """Return the size of the files in bytes."""
         numbers = [number for first in firsts for number in self._numbers(first)]
         return (6 * self.kept + 2) * sum(int(guided(self.rows[number]["labels"]).sum()) for number in numbers)
 
     def _numbers(self, first: int) -> range:
-        """Of the rows in a file."""
+        """Return the indices of the rows in a file."""
         return range(first, min(first + ROWS_A_FILE, len(self)))
 
     @torch.no_grad()
     def write(self, first: int, teacher: Teacher, temperature: float, path: Path) -> None:
-        """Ask the teacher about the rows of one file."""
+        """Run the teacher on the rows of one file and write it."""
         head, parts, ends = Head.of(teacher.model), [], [0]
         for index in self._numbers(first):
             row = {name: each[None].to(teacher.model.device) for name, each in self.rows[index].items()}
@@ -187,7 +187,7 @@ def remember(
     unfinished: Unfinished,
     limit: TimeLimit,
 ) -> Remembered:
-    """Keep what a teacher says of all rows, each process its part.
+    """Cache a teacher's distributions for all rows, each process its share.
 
     Raises:
         UserError: there is no room on the disk, or far from enough time.
@@ -225,5 +225,5 @@ def remember(
 
 
 def guided(labels: Int[Tensor, "*rows positions"]) -> Bool[Tensor, "*rows positions"]:
-    """Where the next token is learned."""
+    """Return the mask of positions whose next token is a label."""
     return torch.nn.functional.pad(labels[..., 1:] != IGNORED, (0, 1))

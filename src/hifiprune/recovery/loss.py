@@ -1,9 +1,9 @@
 """The loss of recovery training: cross-entropy, divergence from the dense model, or both, a slice of tokens at a time.
 
-The model's own forward would make logits of all positions, several times `[tokens, vocabulary]`. Here it is replaced by
-one that stops at the final hidden state; the loss and its gradients there, and at the head's weight, are computed
-together, so that the logits exist for a slice only. Everything happens inside the model's forward, where DDP and FSDP
-expect its weights to be used.
+The model's own forward would compute the logits of all positions, several times `[tokens, vocabulary]`. It is replaced
+by one that stops at the final hidden state; the loss and its gradients there and at the head's weight are computed
+together, so that logits exist for one slice at a time. Everything happens inside the model's forward, where DDP and
+FSDP expect its weights to be used.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,10 +27,10 @@ from hifiprune.scoring.objectives import SoftLabels
 def sliced_loss(
     model: PreTrainedModel, kernel: SoftLabels, teacher: Teacher | None = None, *, match_hidden: float = 0.0
 ) -> Iterator[None]:
-    """Have `model` return nothing but its loss within, as transformers' `Trainer` wants it.
+    """Make `model` return only its loss within this context, in the form that transformers' `Trainer` expects.
 
-    In evaluation mode that is the cross-entropy, and in place of logits come its sum and the number of labels, for each
-    row `[rows, 2]`.
+    In evaluation mode the loss is the cross-entropy, and in place of logits its sum and the number of labels are
+    returned for each row, `[rows, 2]`.
 
     Args:
         model: called with `input_ids`, `position_ids`, `labels`, when several batches make a step with
@@ -86,7 +86,7 @@ def sliced_loss(
 def relative_difference(
     states: Float[Tensor, "tokens hidden"], wanted: Float[Tensor, "tokens hidden"]
 ) -> Float[Tensor, ""]:
-    """Squared difference of the states of each token, relative to the square of what is wanted; the sum over tokens."""
+    """Sum over tokens the squared difference of their states relative to the squared target."""
     wanted = precise(wanted).to(states.device)
     return ((precise(states) - wanted).square().sum(-1) / wanted.square().sum(-1)).sum()
 
@@ -98,7 +98,7 @@ def _slices(
     labels: Int[Tensor, "tokens"],
     target: Target | None,
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Where a slice of tokens is, the gradient at its logits, and the kernel's values."""
+    """Yield for each slice of tokens its position, the gradient at its logits, and the kernel's values."""
     ones = hidden.new_ones(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
     for start in range(0, len(hidden), head.slice_rows):
         here = slice(start, start + head.slice_rows)
@@ -110,7 +110,7 @@ def _slices(
 
 
 class SlicedLoss(torch.autograd.Function):
-    """Sum over tokens of a kernel's value, with its gradients at the hidden state and at the head.
+    """Sum a kernel's value over tokens, with gradients at the hidden state and at the head.
 
     Same as `kernel(head.logits(hidden)).sum()` under autograd, with logits of one slice of tokens at a time.
     """
@@ -126,7 +126,7 @@ class SlicedLoss(torch.autograd.Function):
         labels: Int[Tensor, "tokens"],
         target: Target | None,
     ) -> Float[Tensor, ""]:
-        """The sum; gradients are made on the way."""
+        """Compute the sum, and the gradients along with it."""
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         slopes = torch.empty_like(hidden, dtype=dtype)
         steep = torch.zeros_like(weight, dtype=dtype) if ctx.needs_input_grad[1] else None
@@ -146,7 +146,7 @@ class SlicedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients at hidden state, weight and bias."""
+        """Return the gradients at hidden state, weight and bias."""
         slopes, *rest = ctx.saved_tensors
         dtype, steep, lean = ctx.found
         scaled = [(each * gradients[0]).to(dtype) for each in rest]

@@ -1,6 +1,6 @@
-"""Examples in rows of one length, several to a row, none of which sees another.
+"""Pack several examples into rows of one length without attention between them.
 
-A row's positions start anew with every example: from that transformers makes a block-diagonal attention mask, and flash
+Position ids restart with every example: from them transformers makes a block-diagonal attention mask, and flash
 attention its sequence lengths.
 """
 
@@ -17,9 +17,9 @@ from torch.utils.data import Dataset
 from hifiprune.recovery.training_data import Example
 
 IGNORED = -100
-"""Label of a token that is not learned."""
+"""Label of a token that is ignored by the loss."""
 OPEN_ROWS = 256
-"""How many rows are looked at for room."""
+"""Number of open rows that are searched for room."""
 
 
 class Packed(Dataset[dict[str, Tensor]]):
@@ -32,11 +32,11 @@ class Packed(Dataset[dict[str, Tensor]]):
         self.rows, self.length, self.filling = rows, length, filling
 
     def __len__(self) -> int:
-        """The number of rows."""
+        """Return the number of rows."""
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Int[Tensor, "positions"]]:
-        """One row."""
+        """Return one row."""
         tokens: list[int] = []
         positions: list[int] = []
         labels: list[int] = []
@@ -53,11 +53,11 @@ class Packed(Dataset[dict[str, Tensor]]):
         return {name: torch.tensor(values) for name, values in found.items()}
 
     def first(self, count: int) -> "Packed":
-        """So many of the rows."""
+        """Return the first `count` rows."""
         return Packed(self.rows[:count], self.length, self.filling)
 
     def digest(self) -> str:
-        """A hash of all that the rows hold."""
+        """Hash the contents of all rows."""
         digest = hashlib.sha256(f"{self.length} {self.filling}\n".encode())
         for row in self.rows:
             digest.update(f"{[len(example.tokens) for example in row]}\n".encode())
@@ -67,10 +67,10 @@ class Packed(Dataset[dict[str, Tensor]]):
 
 
 def pack(examples: Sequence[Example], length: int, *, filling: int = 0, seed: int = 0, together: bool = True) -> Packed:
-    """Put examples into rows of `length`, in random order, each into the first of the open rows that has room.
+    """Pack examples into rows of `length`, in random order, each into the first open row that has room.
 
-    Longer examples are cut into pieces; those without anything to learn are left out. If not `together`, as for models
-    whose blocks do not keep examples apart, each has a row of its own.
+    Longer examples are split into pieces; those without labels are dropped. If not `together`, as for models whose
+    blocks cannot separate packed examples, each example gets its own row.
     """
     pieces = [piece for example in examples for piece in cut_to(example, length)]
     random.Random(seed).shuffle(pieces)

@@ -1,4 +1,4 @@
-"""Rows to train on, and rows that are held out."""
+"""Split examples into rows to train on and held-out rows."""
 
 import random
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from hifiprune.recovery.packing import Packed, cut_to, pack
 from hifiprune.recovery.training_data import Example
 
 HELD_OUT_ROWS = 128
-"""Looked at, at most, however much is held out."""
+"""Maximum number of held-out rows to evaluate."""
 
 
 def split(
@@ -21,7 +21,7 @@ def split(
     together: bool = True,
     start: Sequence[int] = (),
 ) -> tuple[Packed, Packed]:
-    """Rows to train on, and rows that are held out: other examples, or other pieces of very few and long ones.
+    """Split into training rows and held-out rows: different examples, or different pieces of very few long ones.
 
     An example longer than a row is as many as its pieces, each of which begins with `start` where the example does.
     """

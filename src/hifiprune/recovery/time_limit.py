@@ -1,4 +1,4 @@
-"""The wall-clock limit of a whole run: how much of it is spent, and what ends a run that has none left."""
+"""The wall-clock limit of a whole run."""
 
 import math
 import time
@@ -43,7 +43,7 @@ class TimeLimit:
 
     @property
     def passed(self) -> str:
-        """What is said where it ended a run too early."""
+        """Return the message for a run that the limit ended too early."""
         limit = how_many(self.minutes or 0, "minute")
         return f"the time limit of {limit} passed before the first step, so give a larger --max-minutes"
 

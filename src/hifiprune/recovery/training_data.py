@@ -1,4 +1,4 @@
-"""Training examples: from rows of text, instructions, answers or conversations to tokens, of which some are learned."""
+"""Read training examples: rows of text, instructions, answers or conversations become tokens with labels."""
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,13 +15,13 @@ from hifiprune.io.tokenization import encode_plainly, special_tokens
 from hifiprune.recovery.chat_templates import ChatTemplate, Piece
 
 ANSWERS = ("output", "response", "completion", "answer")
-"""Columns that hold what is to be learned, where there is an instruction or a prompt."""
+"""Columns of the answer to an instruction or a prompt."""
 ROWS_AHEAD = 32
-"""Rows that are read ahead, so that conversations are written while others are tokenized."""
+"""Number of rows to prefetch, so that templates run while other rows are tokenized."""
 ALPACA = (
     "Below is an instruction that describes a task{also}. Write a response that appropriately completes the request."
 )
-"""How instructions are introduced since Stanford Alpaca, in both papers' recovery training too."""
+"""Stanford Alpaca's prompt formats, which both papers use for recovery training."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ def read_examples(
     seed: int = 0,
     track: Callable[[Iterable[Any]], Iterable[Any]] = lambda rows: rows,
 ) -> list[Example]:
-    """Every row of a source as an example; the columns say of which shape.
+    """Read every row of a source as an example; its columns tell the format.
 
-    Shapes, first match: `messages` (a conversation, by the tokenizer's chat template, the assistant's turns learned; an
-    example for each of them where the template writes earlier turns otherwise once a later one comes);
-    `instruction`, perhaps `input`, and an answer (as Stanford Alpaca writes them); `prompt` and an answer; a text, all
-    of it learned. Answers and texts end with the end-of-text token.
+    Formats, first match: `messages` (a conversation, by the tokenizer's chat template, with labels on the assistant's
+    turns; one example per turn where the template writes earlier turns differently once a later one follows);
+    `instruction`, optionally `input`, and an answer (Stanford Alpaca's format); `prompt` and an answer; a text, with
+    labels on all of it. Answers and texts end with the end-of-text token.
 
     Args:
         source: see `hifiprune.io.text_sources.read_parts`.
@@ -91,7 +91,7 @@ def read_examples(
 
 
 def encode_pieces(pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerBase, *, learn_all: bool = False) -> Example:
-    """Tokens of the pieces' joined text, tokenized as a whole; learned are those that end in a learned piece."""
+    """Tokenize the pieces' joined text as a whole; tokens that end in a learned piece get labels."""
     read: list[Piece] = []
     ends: list[int] = []
 
@@ -112,7 +112,7 @@ def encode_pieces(pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerBase, *
 
 
 def _plain_text(text: Iterable[str], ends: tuple[str, str]) -> Iterator[Piece]:
-    """A text in pieces, all of it learned, with all special tokens written out; nothing of an empty one."""
+    """Return a text in pieces, all learned, with special tokens written out; empty for an empty text."""
     filled = (piece for piece in text if piece)
     first = next(filled, None)
     if first is not None:
@@ -122,7 +122,7 @@ def _plain_text(text: Iterable[str], ends: tuple[str, str]) -> Iterator[Piece]:
 
 
 def _texts(row: Row, ends: tuple[str, str], template: ChatTemplate, text_column: str | None) -> Iterator[list[Piece]]:
-    """The text of a row in parts, with all special tokens written out; several texts for some conversations."""
+    """Return the text of a row in pieces, with special tokens written out; several texts for some conversations."""
     start, end = ends
     answer = next((name for name in ANSWERS if name in row), None)
     column = text_column or next((name for name in TEXT_COLUMNS if name in row), None)
@@ -148,7 +148,7 @@ def _texts(row: Row, ends: tuple[str, str], template: ChatTemplate, text_column:
 
 
 def _text(row: Row, column: str) -> str:
-    """What stands in a column; nothing where it is null."""
+    """Return the text of a column; empty if it is null."""
     found = row[column]
     if found is not None and not isinstance(found, str):
         raise UserError(f"column '{column}' holds {type(found).__name__}, not text; conversations go in 'messages'")
