@@ -23,7 +23,7 @@ from hifiprune.io.tokenization import encode_pieces, special_tokens
 
 SAMPLERS = ("auto", "documents", "stream")
 MOST_TOKENS = 2**32
-"""Largest number of tokens of all windows; papers use some hundred thousand."""
+"""Largest number of tokens in all windows; papers use some hundred thousand."""
 GENERATED_TOGETHER = 16  # sequences sampled from the model at a time
 Track = Callable[[Iterable[Any]], Iterable[Any]]
 """Wraps an iterable to show progress; see `hifiprune.progress.Voice.track`."""
@@ -142,7 +142,7 @@ def load_windows(
 def draw_documents(
     documents: Documents, tokenizer: PreTrainedTokenizerBase, calibration: Calibration, track: Track = untracked
 ) -> Int[Tensor, "windows positions"]:
-    """One random window from each of `num_samples` random documents that are longer than a window."""
+    """Draw one random window from each of `num_samples` random documents that are longer than a window."""
     chance, start = random.Random(calibration.seed), window_start(tokenizer, calibration)
     length = calibration.seq_len - len(start)
     windows = []
@@ -165,7 +165,7 @@ def draw_stream(
     calibration: Calibration,
     track: Track = untracked,
 ) -> Int[Tensor, "windows positions"]:
-    """`num_samples` random windows of the documents joined into one stream, without overlap."""
+    """Draw `num_samples` random windows, without overlap, from the documents joined into one stream."""
     stream = join_documents(documents, tokenizer, track=track)
     start = window_start(tokenizer, calibration)
     text, length = stream[len(start) :], calibration.seq_len - len(start)
@@ -243,7 +243,7 @@ def _joined(
 
 
 def cut_windows(stream: Int[Tensor, "tokens"], length: int) -> Int[Tensor, "windows positions"]:
-    """Consecutive windows without overlap; a last incomplete one is left out."""
+    """Cut consecutive windows without overlap; a last incomplete one is dropped."""
     count = len(stream) // length
     return stream[: count * length].view(count, length)
 

@@ -27,6 +27,6 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
-    """The error about a name that is not one of those known."""
+    """Return the error for a name that is not among the known ones."""
     names = list(known)
     return UserError(f"{what} '{name}' is not known; known are {', '.join(names)}{nearest_name(name, names)}")

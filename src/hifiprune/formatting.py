@@ -1,11 +1,11 @@
-"""Numbers, estimates and names as a reader is shown them."""
+"""Format numbers, estimates and names for output."""
 
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 LEAST_PROMISE = 1.02
-"""Speed-up by operations below which a share of it means nothing."""
+"""Theoretical speed-up below which a share of it is not reported."""
 
 
 def megabytes(count: int) -> str:
@@ -14,13 +14,13 @@ def megabytes(count: int) -> str:
 
 
 def accuracies(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Of a model that was asked tasks, what was found for each, and on average where that means anything."""
+    """Return a model's results on each task, and on average where that is defined."""
     found: dict[str, dict[str, Any]] = row["tasks"]
     return found | ({"average": row["average"]} if "average" in row else {})
 
 
 def with_interval(estimate: dict[str, Any], form: str = ".3g") -> str:
-    """An estimate for a reader, its interval in brackets."""
+    """Format an estimate with its interval in brackets."""
     if estimate["value"] is None:
         return "none"
     bounds = "" if estimate["low"] is None else f" ({estimate['low']:{form}} to {estimate['high']:{form}})"
@@ -28,21 +28,21 @@ def with_interval(estimate: dict[str, Any], form: str = ".3g") -> str:
 
 
 def with_error(estimate: dict[str, Any]) -> str:
-    """An accuracy for a reader, with its standard error."""
+    """Format an accuracy with its standard error."""
     error = estimate["standard_error"]
     return f"{estimate['value']:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def asked_of(items: dict[str, list[int]], task: str) -> str:
-    """How many items of a task were asked, and of how many if not all; nothing is known of a group's."""
+    """Format the number of items of a task that were used, and of how many; empty for a group."""
     asked, there = items.get(task, ("", ""))
     return f"{asked:,} of {there:,}" if asked != there else str(asked)
 
 
 def gain_told(found: dict[str, Any]) -> tuple[str, str]:
-    """A speed-up with its range over the rounds, and the share of the promised saving, of what `bench` found.
+    """Format a speed-up with its range over the rounds, and its share of the theoretical saving.
 
-    Neither is told where the rounds do not tell it apart from noise, nor a share of next to nothing.
+    Both are withheld if the rounds cannot distinguish the speed-up from noise, the share also if the saving is tiny.
     """
     speedup = found["speedup"]
     varied = speedup["low"] < speedup["high"] and not speedup["low"] <= 1 <= speedup["high"]
@@ -54,12 +54,12 @@ def gain_told(found: dict[str, Any]) -> tuple[str, str]:
 
 
 def short(names: Collection[str]) -> list[str]:
-    """The last part of each path, where that tells them apart."""
+    """Return the last part of each path if these are unique, else the whole paths."""
     ends = [Path(name).name for name in names]
     return ends if len(set(ends)) == len(ends) else list(names)
 
 
 def width_range(widths: int | list[int]) -> str:
-    """The width of every MLP, or of the narrowest to the widest."""
+    """Format one width, or the range from the narrowest to the widest."""
     ends = [widths] if isinstance(widths, int) else sorted({min(widths), max(widths)})
     return " to ".join(f"{width:,}" for width in ends)

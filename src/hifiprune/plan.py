@@ -1,4 +1,4 @@
-"""`Plan`: which neurons every MLP keeps, decided before anything is cut."""
+"""`Budget`, the sizes of a model, and `Plan`: which neurons every MLP keeps, decided before anything is cut."""
 
 import json
 import math
@@ -23,22 +23,22 @@ FORMAT = "hifiprune-plan-1"
 
 
 def highest(scores: Float[Tensor, "neurons"], width: int) -> Int[Tensor, "width"]:
-    """Indices of the `width` highest scores in ascending order; ties keep the lower index."""
+    """Return the indices of the `width` highest scores in ascending order; ties keep the lower index."""
     return torch.sort(scores, descending=True, stable=True).indices[:width].sort().values
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The neurons kept, one ascending int64 tensor an MLP in layer order, and what they were decided from.
+    """The neurons to keep, one ascending int64 tensor per MLP in layer order, and the origin of the decision.
 
     Attributes:
         kept: indices of the neurons kept.
-        neurons: width of each MLP before.
+        neurons: width of each MLP before the cut.
         names: path of each MLP in the model.
-        ratio_asked: fraction of all parameters that was to be removed, where that was the budget.
-        ratio_reached: fraction that is removed.
-        parameters_before: of the model, tied weights counted once.
-        parameters_after: likewise, once cut.
+        ratio_asked: requested fraction of all parameters to remove, if that was the budget.
+        ratio_reached: fraction of all parameters that is removed.
+        parameters_before: parameters of the dense model, tied weights counted once.
+        parameters_after: parameters after the cut.
         criterion: name of the criterion of the scores.
         model_hash: SHA-256 of the dense weights that were scored, for the record.
         data_hash: SHA-256 of the calibration windows.
@@ -66,16 +66,16 @@ class Plan:
 
     @property
     def widths(self) -> list[int]:
-        """How many neurons each MLP keeps."""
+        """Return the number of neurons that each MLP keeps."""
         return [len(kept) for kept in self.kept]
 
     def to_json(self) -> str:
-        """The plan as JSON text, the same bytes for the same plan."""
+        """Serialize to JSON; the same plan gives the same bytes."""
         facts = asdict(self) | {"format": FORMAT, "kept": [kept.tolist() for kept in self.kept]}
         return json.dumps(facts, sort_keys=True) + "\n"
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, in place of a file that hifiprune wrote, but of no other."""
+        """Write the plan as JSON; only a file that hifiprune wrote is replaced."""
         with replacing(path, overwrite=True) as temporary:
             temporary.write_text(self.to_json(), encoding="utf-8")
 
@@ -97,7 +97,7 @@ class Plan:
 
 EXPERT_STEP = 8
 EXPERT = re.compile(r"experts\.\d+$")
-"""How the name of an expert ends."""
+"""Matches the end of an expert's name."""
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,10 @@ class Budget:
 
 
 def in_proportion(width: int, of: int, neurons: int) -> int:
-    """The width of an MLP of so many neurons where one `of` another number becomes `width`.
+    """Return the width for an MLP of `neurons` when one of `of` neurons is reduced to `width`.
 
-    Multiples stay multiples; else it is the nearest multiple of as large a power of two as `width` is one of, to 128.
+    If `neurons` is a multiple of `of`, so are the widths; otherwise it is the nearest multiple of the largest power of
+    two, up to 128, that divides `width`.
     """
     if neurons % of == 0:
         return width * (neurons // of)
@@ -142,14 +143,14 @@ def in_proportion(width: int, of: int, neurons: int) -> int:
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes that turn a budget into a width.
+    """The sizes of a model that turn a budget into a width.
 
     Attributes:
-        neurons: width of every MLP; of several kinds, such as experts and plain ones, of those that are most.
-        mlps: how many there are of that width.
-        parameters_per_neuron: parameters that go with one neuron of these.
-        total_parameters: of the model, tied weights counted once.
-        others: neurons, parameters of each and number of the MLPs of every other kind.
+        neurons: width of the MLPs; of the most frequent kind if there are several, such as experts and plain ones.
+        mlps: number of MLPs of that kind.
+        parameters_per_neuron: parameters of one of their neurons.
+        total_parameters: parameters of the model, tied weights counted once.
+        others: width, parameters per neuron and number of MLPs for every other kind.
         experts: whether there are experts, all of one width.
     """
 
@@ -162,7 +163,7 @@ class Shape:
 
     @classmethod
     def of(cls, scores: Scores) -> "Shape":
-        """The shape of the model that was scored.
+        """Return the sizes of the model that was scored.
 
         Raises:
             UserError: its MLPs differ in size, so that one width for all of them means nothing.
@@ -173,7 +174,7 @@ class Shape:
 
     @classmethod
     def from_sizes(cls, sizes: Sequence[tuple[int, int]], total_parameters: int, *, experts: bool = False) -> "Shape":
-        """From the neurons, and parameters that go with each, of every MLP; only beside experts they may differ."""
+        """Return the sizes, given width and parameters per neuron of every MLP, which may differ only with experts."""
         (main, count), *rest = Counter(sizes).most_common()
         if rest and not experts:
             widths = sorted({neurons for neurons, _ in sizes})
@@ -185,17 +186,17 @@ class Shape:
         return cls(main[0], count, main[1], total_parameters, others, experts)
 
     def width_of(self, neurons: int, width: int) -> int:
-        """What an MLP of so many neurons keeps when those of the main kind keep `width`."""
+        """Return the width of an MLP of `neurons` when those of the main kind keep `width`."""
         return in_proportion(width, self.neurons, neurons)
 
     def ratio_at(self, width: int) -> float:
-        """Fraction of all parameters that is removed when every MLP of the main kind keeps `width` neurons."""
+        """Return the fraction of all parameters that is removed when MLPs of the main kind keep `width` neurons."""
         gone = (self.neurons - width) * self.mlps * self.parameters_per_neuron
         gone += sum((neurons - self.width_of(neurons, width)) * each * count for neurons, each, count in self.others)
         return gone / self.total_parameters
 
     def check_experts(self, allocation: str, width: int) -> None:
-        """Refuse what a model with experts cannot become, if this is one.
+        """Refuse widths that a model with experts cannot have.
 
         Raises:
             UserError: widths would differ, or the products of all experts at once, as most engines and transformers
@@ -211,12 +212,12 @@ class Shape:
 
     @property
     def removable(self) -> float:
-        """Parameters of all MLPs, for each neuron of the main kind."""
+        """Return the parameters of all MLPs per neuron of the main kind."""
         all_of_them = [(self.neurons, self.parameters_per_neuron, self.mlps), *self.others]
         return sum(neurons * each * count for neurons, each, count in all_of_them) / self.neurons
 
     def width_at(self, budget: Budget, round_to: int = 1) -> int:
-        """Width of every MLP for `budget`: the nearest multiple of `round_to`, never zero; `budget.width` is exact.
+        """Return the width for a budget: the nearest multiple of `round_to`, never zero; `budget.width` is exact.
 
         Raises:
             UserError: the MLPs cannot give as much, or nothing would be removed.

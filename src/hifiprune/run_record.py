@@ -1,4 +1,4 @@
-"""`RunRecord`: what a run did, with which versions, on what, and what it cost; saved as `run.json`."""
+"""`RunRecord`: arguments, environment, costs and results of a run; saved as `run.json`."""
 
 import json
 import os
@@ -44,7 +44,7 @@ class RunRecord:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Measure what happens within: wall-clock seconds and peak memory (resident, and of a GPU if there is one)."""
+        """Measure a stage: wall-clock seconds and peak memory (resident, and of a GPU if there is one)."""
         reset_peak_memory()
         start = time.perf_counter()
         yield
@@ -52,18 +52,18 @@ class RunRecord:
         self.stages.append({"name": name, "seconds": seconds, **peak_memory()})
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as plain data, as its file holds it."""
+        """Return the record as plain data, as in its file."""
         facts: dict[str, Any] = json.loads(json.dumps({"format": "hifiprune-run-1", **vars(self)}, default=str))
         return facts
 
     def save(self, path: str | Path) -> None:
-        """Write the record as JSON, in place of a file that hifiprune wrote, but of no other."""
+        """Write the record as JSON; only a file that hifiprune wrote is replaced."""
         with replacing(path, overwrite=True) as temporary:
             temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions and the machine."""
+    """Return library versions and a description of the machine."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "python": platform.python_version(),
@@ -78,7 +78,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def reset_peak_memory() -> None:
-    """Start measuring peak memory anew where the system allows it (Linux and CUDA)."""
+    """Reset the measurement of peak memory where the system allows it (Linux and CUDA)."""
     for gpu in range(torch.cuda.device_count()):
         torch.cuda.reset_peak_memory_stats(gpu)
     try:
@@ -88,7 +88,7 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory() -> dict[str, int]:
-    """Peak resident memory in bytes since `reset_peak_memory` (since the start, if not on Linux), and of all GPUs."""
+    """Return peak resident memory in bytes since `reset_peak_memory` (since the start if not on Linux), and of GPUs."""
     peaks = {"peak_memory_bytes": _high_water_bytes()}
     if torch.cuda.is_available():
         gpus = range(torch.cuda.device_count())

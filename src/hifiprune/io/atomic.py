@@ -1,4 +1,4 @@
-"""Writing that is whole or not there: everything is written beside its target and renamed when complete."""
+"""Atomic writes: everything is written beside its target and renamed when complete."""
 
 import errno
 import glob
@@ -198,7 +198,7 @@ def _rename(new: Path, target: Path, aside: Path) -> None:
 
 
 def nearest_folder(path: Path) -> Path:
-    """The closest parent that exists; of the root itself."""
+    """Return the closest parent that exists; for the root, itself."""
     return next((parent for parent in path.parents if parent.exists()), path)
 
 

@@ -1,4 +1,4 @@
-"""The mark that finished outputs carry: folders list the files that hifiprune wrote, single files say it themselves."""
+"""The mark of finished outputs: folders list the files that hifiprune wrote, single files name their maker."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from hifiprune.errors import UserError
 MANIFEST = ".hifiprune.json"
 FORMAT = "hifiprune-files-1"
 GENERATOR = "hifiprune"
-"""What pages and GGUF files name as their maker."""
+"""Maker that pages and GGUF files name."""
 HTML_MARK = f'<meta name="generator" content="{GENERATOR}'
 GGUF_FIELD = "general.quantized_by"
 BLOCKS, BLOCK_BYTES = 64, 4096
@@ -113,7 +113,7 @@ def _text(files: dict[str, str]) -> str:
 
 
 def list_files(folder: Path) -> list[str]:
-    """Names of all that a folder holds, in its folders too: files, links, and whatever is not a folder."""
+    """Return the names of everything in a folder, recursively, that is not a folder."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
@@ -126,7 +126,7 @@ def list_files(folder: Path) -> list[str]:
 
 
 def _listed(folder: Path) -> dict[str, str]:
-    """Fingerprints of the files that hifiprune wrote into a folder, by name."""
+    """Read the fingerprints of the files that hifiprune wrote into a folder, by name."""
     try:
         facts = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         return dict(facts["files"]) if facts["format"] == FORMAT else {}

@@ -1,4 +1,4 @@
-"""Where outputs may be written: never over, into or around what a run reads, and by one run at a time."""
+"""Check where outputs may be written: never over, into or around an input, and by one run at a time."""
 
 import errno
 import os
@@ -22,16 +22,16 @@ from hifiprune.io.manifest import MANIFEST, check_replaceable
 P = ParamSpec("P")
 T = TypeVar("T")
 UNFINISHED = "-unfinished"
-"""How names of folders end that hold an interrupted run's finished parts."""
+"""Suffix of folders that hold the finished parts of an interrupted run."""
 UNLOCKABLE = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)
-"""What disks answer whose files cannot be locked."""
+"""Errors of file systems that cannot lock files."""
 LONGEST_SUFFIX = 40
 """Bytes that names beside an output have in addition to its own, at most."""
 
 
 @dataclass
 class _Run:
-    """What a command holds while it runs: the locks of its outputs, and folders of unfinished work."""
+    """Resources of a running command: the locks of its outputs, and its folders of unfinished work."""
 
     locks: ExitStack = field(default_factory=ExitStack)
     unfinished: list[Path] = field(default_factory=list)

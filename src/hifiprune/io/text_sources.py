@@ -1,4 +1,4 @@
-"""Reading text, and rows of data, from files, folders, pipes and the hub; memory does not grow with their size."""
+"""Read text and data rows from files, folders, pipes and the hub, in memory independent of their size."""
 
 import csv
 import json
@@ -44,7 +44,7 @@ class Part:
 
 
 def read_parts(source: str, seed: int = 0, hub_rows: int | None = HUB_ROWS) -> Iterator[Part]:
-    """Every file of a source, or its data set, read as it is iterated over.
+    """Yield every file of a source, or its data set; each is read lazily.
 
     Args:
         source: file, folder, pipe, `-` for standard input, `python-docs`, or hub data set `id[:config][:split]`.
@@ -124,12 +124,12 @@ def check_there(source: str) -> None:
 
 
 def text_files(folder: Path) -> list[Path]:
-    """The files of a folder that are read as text, those of its folders too."""
+    """Return the files of a folder, recursively, that are read as text."""
     return sorted(file for file in folder.rglob("*") if format_suffix(file) in READERS and file.is_file())
 
 
 def python_docs() -> list[str]:
-    """The language reference that ships inside CPython, a document a topic in alphabetical order (PSF licence)."""
+    """Return the language reference that ships inside CPython, one document per topic, sorted (PSF licence)."""
     from pydoc_data.topics import topics
 
     return [topics[name] for name in sorted(topics)]
@@ -222,7 +222,7 @@ READERS: dict[str, Callable[[Path], Iterator[Row]] | None] = {
     ".csv": _csv_rows,
     ".tsv": _csv_rows,
 }
-"""What reads rows, by suffix; text files have none."""
+"""Row reader by file suffix; text files have none."""
 
 
 def _hub_rows(source: str, seed: int, most: int | None) -> Iterator[Row]:
@@ -249,7 +249,7 @@ def _hub_rows(source: str, seed: int, most: int | None) -> Iterator[Row]:
 
 
 def _texts(part: Part, column: str | None) -> Iterator[str]:
-    """The text of every row, from the column named or else guessed at the first row; empty cells are passed over."""
+    """Yield the text of every row, from the named column or one guessed at the first row; empty cells are skipped."""
     for number, row in enumerate(part.rows, 1):
         column = column or _guess_column(row)
         text = row.get(column) if column else None
@@ -276,7 +276,7 @@ def _guess_column(row: Row) -> str | None:
 
 
 def _unless_blank(where: str, pieces: Iterator[str]) -> Iterator[str] | None:
-    """The same pieces, unless all of them are blank."""
+    """Yield the same pieces, unless all of them are blank."""
     blanks: list[str] = []
     for piece in pieces:
         blanks.append(piece)

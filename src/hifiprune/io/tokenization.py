@@ -32,13 +32,13 @@ class Tokens:
 
     @property
     def ids(self) -> list[int]:
-        """Token ids."""
+        """Return the token ids."""
         ids: list[int] = self.encoding["input_ids"][self.first : self.last]
         return ids
 
     @property
     def ends(self) -> list[int]:
-        """Characters of the text up to the end of each token; fast tokenizers alone know them."""
+        """Return the number of characters up to the end of each token; only fast tokenizers know it."""
         assert self.encoding.encodings
         return [self.start + end for _, end in self.encoding.encodings[0].offsets[self.first : self.last]]
 

@@ -1,6 +1,6 @@
-"""Reading and writing checkpoints: local folders, hub ids and GGUF files in; ordinary safetensors folders out.
+"""Read and write checkpoints: local folders, hub ids and GGUF files in, ordinary safetensors folders out.
 
-Weights are read from safetensors or GGUF only: no user's file is ever unpickled, and no code from a checkpoint runs.
+Weights are read from safetensors or GGUF only: no file is ever unpickled, and no code from a checkpoint runs.
 """
 
 import json
@@ -58,11 +58,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on this disk that has been found but not loaded.
+    """A checkpoint that has been found but not loaded.
 
     Attributes:
-        name: what the user called it.
-        folder: where its files are.
+        name: name given by the user.
+        folder: folder of its files.
         gguf: name of its GGUF file in the folder, if it is one.
         on_hub: whether its weights are still to be downloaded from the hub, where it is called `name`.
     """
@@ -74,12 +74,12 @@ class Checkpoint:
 
     @property
     def path(self) -> Path:
-        """The file or folder that is read."""
+        """Return the file or folder that is read."""
         return self.folder / self.gguf if self.gguf else self.folder
 
     @property
     def weight_files(self) -> list[Path]:
-        """The files of the weights, there or not.
+        """Return the weight files, whether they exist or not.
 
         Raises:
             UserError: the weights are in another format, or their index is damaged.
@@ -90,16 +90,16 @@ class Checkpoint:
 
     @property
     def weight_bytes(self) -> int:
-        """Size of the weight files that are on this disk."""
+        """Return the size of the weight files on this disk, in bytes."""
         return sum(file.stat().st_size for file in self.weight_files if file.is_file())
 
     @property
     def is_here(self) -> bool:
-        """Whether all weights are on this disk."""
+        """Return whether all weights are on this disk."""
         return all(file.is_file() for file in self.weight_files)
 
     def config(self) -> PretrainedConfig:
-        """The model's configuration, a new copy.
+        """Return a new copy of the model's configuration.
 
         Raises:
             UserError: it is missing or broken, of an unsupported family, or says that the weights are quantized.
@@ -127,7 +127,7 @@ class Checkpoint:
 
     @cached_property
     def stated(self) -> dict[str, Any]:
-        """What `config.json` states, as it is written; not of a GGUF file.
+        """Return the contents of `config.json`; not available for a GGUF file.
 
         Raises:
             UserError: it cannot be read, or states something of a wrong type or size.
@@ -135,7 +135,7 @@ class Checkpoint:
         return read_configuration(self.folder)
 
     def dtype(self) -> torch.dtype:
-        """The dtype of the stored weights; float32 for GGUF, whose blocks are dequantized."""
+        """Return the dtype of the stored weights; float32 for GGUF, whose blocks are dequantized."""
         if self.gguf:
             return torch.float32
         stated = self._config.dtype
@@ -195,12 +195,12 @@ class Checkpoint:
             self.tokenizer()
 
     def tensors(self) -> dict[str, Stored | Stacked]:
-        """What the weight files hold, by the model's names, in the order of their bytes; tied tensors once."""
+        """Return the stored tensors by the model's names, in the order of their bytes; tied tensors once."""
         return dict(self._stored[0])
 
     @cached_property
     def _stored(self) -> tuple[Tensors, frozenset[str]]:
-        """What the files hold, checked, and which parameters they keep apart that the configuration ties."""
+        """Return the stored tensors, checked, and the parameters kept apart although the configuration ties them."""
         self._check_files()
         skeleton = self._as_configured()
         tensors = model_tensors(self.weight_files, family_of(self._config), skeleton)
@@ -210,7 +210,7 @@ class Checkpoint:
         return tied_once(skeleton, tensors), apart
 
     def skeleton(self) -> PreTrainedModel:
-        """The model on the meta device: all shapes, no weights.
+        """Build the model on the meta device: all shapes, no weights.
 
         Where files are here, what they keep apart is not tied, as in the loaded model.
         """
@@ -219,7 +219,7 @@ class Checkpoint:
         return model
 
     def untie_as_stored_(self, model: PreTrainedModel) -> None:
-        """Have a model on the meta device, made as its configuration says, tied as transformers ties the loaded one."""
+        """Tie a model on the meta device as transformers ties the loaded one."""
         if not self.gguf and self.is_here:
             untie_(model, self._stored[1])
 
@@ -250,11 +250,11 @@ class Checkpoint:
 
     @property
     def model_class(self) -> type[PreTrainedModel]:
-        """Its stock class, or ours where its MLPs differ in width; never one from code of the checkpoint."""
+        """Return its stock class, or ours if its MLPs differ in width; never one from code of the checkpoint."""
         return pruned_class(stock_class(self._config), mixed=hasattr(self._config, "mlp_widths"))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer.
+        """Load the tokenizer.
 
         Raises:
             UserError: there is none, or it cannot be read.

@@ -1,4 +1,4 @@
-"""What the headers of weight files say, checked against the model before a weight is read."""
+"""Check the headers of weight files against the model before a weight is read."""
 
 import json
 import re
@@ -103,7 +103,7 @@ def check_whole(name: str, file: Path) -> None:
 
 
 def model_tensors(files: Iterable[Path], family: Family, model: PreTrainedModel) -> Tensors:
-    """What files hold, by the model's names, in the order of their bytes."""
+    """Return the stored tensors by the model's names, in the order of their bytes."""
     known, start = model.state_dict().keys(), f"{model.base_model_prefix}."
     found = {family.in_model(name): stored for name, stored in stored_tensors(files).items()}
     named = {start + name if start + name in known else name: stored for name, stored in found.items()}
@@ -114,7 +114,7 @@ def model_tensors(files: Iterable[Path], family: Family, model: PreTrainedModel)
 
 
 def check_tensors(name: str, model: PreTrainedModel, tensors: Tensors) -> None:
-    """Refuse weights that are no floating-point numbers, have other shapes than the model's, or are not there.
+    """Refuse weights that are missing, are not floating-point numbers, or differ from the model in shape.
 
     Args:
         name: the checkpoint, for the message.
@@ -155,7 +155,7 @@ def _check_layers(name: str, model: PreTrainedModel, strangers: Iterable[str]) -
 
 
 def tied_names(model: nn.Module) -> list[list[str]]:
-    """The names of every parameter of a model: several where it is tied, the first one its own."""
+    """Return the names of every parameter of a model: several if it is tied, its own first."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -163,9 +163,9 @@ def tied_names(model: nn.Module) -> list[list[str]]:
 
 
 def untied_names(model: PreTrainedModel, tensors: Tensors, dtype: torch.dtype) -> frozenset[str]:
-    """Which parameters the configuration ties to others, but transformers leaves apart when it loads these files.
+    """Return the parameters that the configuration ties, but transformers keeps apart when it loads these files.
 
-    It does where files hold both and their values differ, in the order in which it ties.
+    It does so if the files hold both and their values differ, in the order in which it ties.
 
     Args:
         model: the skeleton.
@@ -185,7 +185,7 @@ def untied_names(model: PreTrainedModel, tensors: Tensors, dtype: torch.dtype) -
 
 
 def untie_(model: PreTrainedModel, names: Iterable[str]) -> None:
-    """Give parameters of a model on the meta device, which are tied to others, a place of their own."""
+    """Untie parameters of a model on the meta device."""
     for name in names:
         path, _, leaf = name.rpartition(".")
         parameter = model.get_parameter(name)
@@ -194,7 +194,7 @@ def untie_(model: PreTrainedModel, names: Iterable[str]) -> None:
 
 
 def tied_once(model: nn.Module, tensors: Tensors) -> Tensors:
-    """What files hold, each of the model's parameters once and by its first name, under whichever it is stored."""
+    """Return each of the model's parameters once by its first name, whichever name it is stored under."""
     first = {name: names[0] for names in tied_names(model) for name in names}
     return {
         first.get(name, name): stored
@@ -218,14 +218,14 @@ def _check_kind(name: str, tensor: str, stored: Stored | Stacked, values: Tensor
 
 
 def _members(tensor: str, stored: Stored | Stacked) -> dict[str, Stored]:
-    """The tensors in files that a tensor is made of, by name."""
+    """Return the stored tensors that a tensor consists of, by name."""
     if isinstance(stored, Stored):
         return {tensor: stored}
     return {name: part for parts in stored.parts for name, part in parts.items()}
 
 
 def _renamed(model: PreTrainedModel, names: Iterable[str], state: Mapping[str, Tensor]) -> Iterator[str]:
-    """What transformers makes of names that are not the model's."""
+    """Rename foreign tensor names as transformers does."""
     changes = get_model_conversion_mapping(model)
     renamings = [change for change in changes if isinstance(change, WeightRenaming)]
     converters = [change for change in changes if isinstance(change, WeightConverter)]

@@ -1,4 +1,4 @@
-"""Cutting neurons out of a model in memory, for good or for a while."""
+"""Cut neurons out of a model in memory."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Cutting a checkpoint on the disk, shard by shard, without loading the model."""
+"""Cut a checkpoint on disk, shard by shard, without loading the model."""
 
 import json
 from collections.abc import Iterator
@@ -36,11 +36,11 @@ PATTERN = "model{suffix}.safetensors"
 def cut_checkpoint(
     model: str, output: str | Path, plan: Plan, *, shard_size: str = "5GB", overwrite: bool = False
 ) -> None:
-    """Prune a checkpoint as `hifiprune.cut_` prunes a model, in its own dtype, a chunk of a tensor in memory at a time.
+    """Prune a checkpoint as `hifiprune.cut_` prunes a model, in its own dtype, with one chunk of a tensor in memory.
 
     Args:
         model: local folder or hub id.
-        output: folder to be made, an ordinary checkpoint.
+        output: folder to write, an ordinary checkpoint.
         plan: which neurons to keep.
         shard_size: largest weight file.
         overwrite: replace an existing output.
@@ -60,7 +60,7 @@ def cut_checkpoint(
 
 
 def stored_plainly(checkpoint: Checkpoint) -> bool:
-    """Whether the files hold each of the model's parameters by its own name and in its own shape, tied ones once."""
+    """Return whether the files hold each parameter of the model by its own name and shape, tied ones once."""
     if checkpoint.gguf:
         return False
     skeleton, stored = checkpoint.skeleton(), checkpoint.tensors()
@@ -74,14 +74,14 @@ def stored_plainly(checkpoint: Checkpoint) -> bool:
 def write_cut(
     checkpoint: Checkpoint, plan: Plan, folder: Path, shard_size: str = "5GB", changed: dict[str, Kept] | None = None
 ) -> None:
-    """Write what `plan` leaves of a checkpoint into a folder.
+    """Write the part of a checkpoint that `plan` keeps into a folder.
 
     Args:
-        checkpoint: all of whose files are on this disk, `stored_plainly`.
+        checkpoint: checkpoint with all files on this disk, `stored_plainly`.
         plan: which neurons to keep.
-        folder: to be made.
+        folder: folder to create.
         shard_size: largest weight file.
-        changed: tensors that take the place of those of the same names, after the cut.
+        changed: tensors that replace those of the same names, after the cut.
     """
     skeleton: Any = checkpoint.skeleton()
     matching_mlps(skeleton, plan)
@@ -106,7 +106,7 @@ def write_cut(
 def _pieces(
     checkpoint: Checkpoint, skeleton: PreTrainedModel, plan: Plan, changed: dict[str, Kept]
 ) -> dict[str, Piece]:
-    """Every tensor of the output, from those of the dense model in the order of their bytes."""
+    """Yield every tensor of the output, in the order of the dense model's bytes."""
     cuts, known = cuts_of(skeleton, plan), skeleton.state_dict().keys()
     pieces = {}
     for name, stored in checkpoint.tensors().items():
@@ -124,7 +124,7 @@ def _pieces(
 
 
 def _piece(stored: Stored, cut: Places | None, changed: Kept | None) -> Piece:
-    """A tensor of the output."""
+    """Return a tensor of the output."""
     shape, rows = stored.shape, stored.chunks
     if cut is not None:
         shape, rows = tuple(cut.shape(shape)), partial(_kept_rows, stored, cut)
@@ -134,7 +134,7 @@ def _piece(stored: Stored, cut: Places | None, changed: Kept | None) -> Piece:
 
 
 def _shares(cut: Places | None, expert: int, parts: dict[str, Stored]) -> Iterator[Places | None]:
-    """What is kept of each of the matrices that an expert's lies in files as."""
+    """Return the rows kept of each stored matrix of an expert."""
     first = 0
     for part in parts.values():
         if cut is None:
@@ -148,17 +148,17 @@ def _shares(cut: Places | None, expert: int, parts: dict[str, Stored]) -> Iterat
 
 
 def _matrix(values: Kept, expert: int) -> Tensor:
-    """One expert's of those that are stacked."""
+    """Return one expert's matrix of a stack."""
     return values()[expert]
 
 
 def _changed(values: Kept, dtype: torch.dtype) -> Iterator[Tensor]:
-    """A tensor that takes the place of a stored one."""
+    """Return a tensor that replaces a stored one."""
     yield values().to("cpu", dtype)
 
 
 def _kept_rows(stored: Stored, cut: Places) -> Iterator[Tensor]:
-    """The rows of a tensor, of which only the kept neurons are left."""
+    """Yield the rows of a tensor reduced to the kept neurons."""
     if cut.stacked:
         for (matrix,), kept in zip(stored.chunks(1), cut.rows, strict=True):
             yield matrix.index_select(cut.dim, kept).unsqueeze(0)
@@ -174,7 +174,7 @@ def _kept_rows(stored: Stored, cut: Places) -> Iterator[Tensor]:
 
 
 def output_maps(model: PreTrainedModel) -> dict[str, Kept]:
-    """The tensors of the output map of every MLP, by name; of a streamed model those that were changed."""
+    """Return the output map's tensors of every MLP, by name; for a streamed model those that were changed."""
     if shelf := shelf_of(model):
         return shelf.changed
     maps = {mlp.output.module: mlp.output for mlp in find_mlps(model)}
@@ -182,7 +182,7 @@ def output_maps(model: PreTrainedModel) -> dict[str, Kept]:
 
 
 def hash_stored(checkpoint: Checkpoint) -> str:
-    """What `hash_model` gives for the model, from its files; they must be `stored_plainly`.
+    """Compute `hash_model` of a checkpoint from its files, which must be `stored_plainly`.
 
     Raises:
         UserError: a weight is NaN or infinite.

@@ -1,13 +1,13 @@
-"""Repair of a cut in closed form: the neurons that stay take over what the removed ones did, as far as they can.
+"""Repair a cut in closed form: refit each output map so that the kept neurons compensate for the removed ones.
 
-Removing neurons `R` of an MLP with output map `W` leaves the plain cut `h_K W_K`. What is missing, the residual `D`, is
-regressed on the activations `h_K` that are still there, by ridge regression over all tokens:
+Removing neurons `R` of an MLP with output map `W` leaves the plain cut `h_K W_K`. The residual `D` is regressed on the
+kept activations `h_K`, by ridge regression over all tokens:
 
     change = argmin  sum over tokens of  weight * |D - change h_K|^2  +  damping * |change|^2,    W' = W_K + change
 
-so damping leads back to the plain cut, not to zero. `D` is what the removed neurons wrote (parallel form), or the whole
-difference to the dense model's residual stream, errors of earlier blocks included (sequential form). How much damping,
-and whether the change is taken at all, is decided for each map by windows that were held out.
+so damping shrinks towards the plain cut, not towards zero. `D` is the output of the removed neurons (parallel form), or
+the whole difference to the dense model's residual stream, including errors of earlier blocks (sequential form). The
+damping, and whether the change is used at all, is decided for each map on held-out windows.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -35,7 +35,7 @@ from hifiprune.plan import Plan
 from hifiprune.pruning.ridge import HeldOut, Refit
 
 HELD_OUT = 8
-"""Every so many windows one is held out."""
+"""One window in this many is held out."""
 
 
 @torch.no_grad()
@@ -50,17 +50,17 @@ def cut_and_repair_(
     batch_size: int = 1,
     track: Callable[[Iterable[int]], Iterable[int]] = lambda layers: layers,
 ) -> list[Refit]:
-    """Cut `model` by `plan`, and refit each output map so that the dense model's hidden states are kept.
+    """Cut `model` by `plan`, and refit each output map to reproduce the dense model's hidden states.
 
     Args:
         model: the dense model.
         plan: which neurons to keep.
         windows: token ids, at least two windows.
-        sequential: close the whole difference to the dense residual stream; else only what the block's own cut opens,
-            as always in families whose MLPs do not write to the stream directly, or have experts.
-        weighted: weigh each token by the inverse square norm of the dense residual stream there, as the norms that
-            read the stream do.
-        dense: what `residual_stream` gives for the dense model and these windows, where several plans are tried.
+        sequential: fit the whole difference to the dense residual stream; otherwise only that of the block's own cut,
+            as always in families with experts, or whose MLPs do not add to the stream directly.
+        weighted: weight each token by the inverse square norm of the dense residual stream, as the norms that
+            follow do.
+        dense: result of `residual_stream` for the dense model and these windows, if several plans are tried.
         batch_size: windows per step; the result depends on it only by rounding.
         track: wraps the layers, to show progress.
 
@@ -98,9 +98,9 @@ def cut_and_repair_(
 def cut_and_repaired(
     model: PreTrainedModel, plan: Plan, windows: Int[Tensor, "windows positions"], **how: Any
 ) -> Iterator[list[Refit]]:
-    """Have `model` cut and repaired as by `cut_and_repair_` within; after, every weight is back, bit for bit.
+    """Cut and repair `model` as `cut_and_repair_` does within this context; afterwards every weight is restored.
 
-    What is cut away, and a copy of each output map, is set aside.
+    The removed rows and columns, and a copy of each output map, are saved meanwhile.
     """
     maps = [each for _, group in siblings(find_mlps(model)) for each in group[0].output.parameters().values()]
     before = [parameter.detach().clone() for parameter in maps]
@@ -116,7 +116,7 @@ def cut_and_repaired(
 def residual_stream(
     model: PreTrainedModel, windows: Int[Tensor, "windows positions"], batch_size: int = 1
 ) -> Float[Tensor, "blocks windows positions hidden"]:
-    """The hidden states after every block, on the CPU: as many numbers as blocks, windows, positions and width make."""
+    """Return the hidden states after every block, `[blocks][windows, positions, hidden]`, on the CPU."""
     found = []
     with frozen(model):
         chain = verified_chain(model)
@@ -132,14 +132,14 @@ def residual_stream(
 
 @dataclass
 class Stream:
-    """A batch of windows on its way through the blocks, kept on the CPU or the disk.
+    """A batch of windows on its way through the blocks, kept on the CPU or on disk.
 
     Attributes:
-        calls: what the blocks are called with.
-        held: which of its windows are held out.
-        dense: the dense model's residual stream `[windows, positions, hidden]`.
-        known: that after every block, if it was computed before.
-        cut: that of the cut and repaired model; in the parallel form the dense one's.
+        calls: arguments of the blocks.
+        held: mask of held-out windows.
+        dense: residual stream of the dense model, `[windows, positions, hidden]`.
+        known: that stream after every block, if it was computed before.
+        cut: residual stream of the cut and repaired model; in the parallel form the dense one.
     """
 
     calls: list[BlockCall]
@@ -152,7 +152,7 @@ class Stream:
 def _start(
     chain: BlockChain, windows: Int[Tensor, "windows positions"], batch_size: int, dense: Tensor | None
 ) -> list[Stream]:
-    """All batches before the first block; what blocks are called with depends on a batch's shape alone."""
+    """Return all batches before the first block; the blocks' arguments depend only on a batch's shape."""
     streams: list[Stream] = []
     shape = None
     for batch, numbers in zip(windows.split(batch_size), torch.arange(len(windows)).split(batch_size), strict=True):
@@ -170,7 +170,7 @@ def _start(
 def _sequential_(
     chain: BlockChain, block: int, kept: list[Int[Tensor, "_"]], streams: list[Stream], weighted: bool
 ) -> list[Refit]:
-    """Close what the cut and repaired model's stream lacks after this block, which has one MLP."""
+    """Fit the difference between the dense and the cut stream after this block, which has one MLP."""
     device, moments, activations = chain.model.device, HeldOut(weighted), []
     for stream in streams:
         stream.dense = set_aside(chain.scratch, _dense_output(chain, block, stream))
@@ -196,7 +196,7 @@ def _sequential_(
 def _parallel_(
     chain: BlockChain, block: int, kept: list[Int[Tensor, "_"]], streams: list[Stream], weighted: bool
 ) -> list[Refit]:
-    """Close what the cut of each of this block's MLPs opens in the dense model."""
+    """Fit the difference that the cut of each of this block's MLPs makes in the dense model."""
     own = chain.of_block[block]
     mlps = chain.mlps[own.start : own.stop]
     sums = [HeldOut(weighted) for _ in mlps]
@@ -225,19 +225,19 @@ def _parallel_(
 
 
 def with_one(activation: Float[Tensor, "*batch kept"], linear: LinearMap) -> Float[Tensor, "*batch kept_and_one"]:
-    """The input of a map, with a 1 that its bias weighs if it has one."""
+    """Append a 1 to the input of a map that has a bias."""
     return activation if linear.bias is None else functional.pad(activation, (0, 1), value=1.0)
 
 
 def _add_(linear: LinearMap, change: Float[Tensor, "hidden kept"]) -> None:
-    """Change the weight, and the bias by the last column if there is one."""
+    """Add a change to the weight, and its last column to the bias if there is one."""
     linear.weight.add_(change[:, : linear.in_features])
     if linear.bias is not None:
         linear.bias.add_(change[:, -1])
 
 
 def _dense_output(chain: BlockChain, layer: int, stream: Stream) -> Tensor:
-    """The dense model's stream after the block."""
+    """Return the dense model's stream after the block."""
     if stream.known is not None:
         return stream.known[layer]
     return chain.run(layer, stream.dense().to(chain.model.device), stream.calls[layer])[0].cpu()

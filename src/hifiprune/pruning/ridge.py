@@ -1,4 +1,4 @@
-"""Ridge regression of what a cut leaves missing on the activations that stay, damped as held-out tokens want it."""
+"""Ridge regression of a cut's residual on the remaining activations, with damping chosen on held-out tokens."""
 
 import math
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ from hifiprune.errors import RunError
 from hifiprune.scoring.obs import gram
 
 DAMPINGS = (10.0, 3.0, 1.0, 0.3, 0.1, 1e-2, 1e-3, 1e-4, 1e-6)
-"""Candidates in falling order, relative to the mean square of an activation."""
+"""Candidates in descending order, relative to the mean square of an activation."""
 
 
 @dataclass(frozen=True)
 class Refit:
-    """How the refit of one output map went.
+    """Result of the refit of one output map.
 
     Attributes:
-        name: of the MLP.
-        damping: that was best on held-out windows; None if the plain cut was.
-        plain_error: squared residual of the plain cut on held-out windows, relative to that of the dense output.
+        name: name of the MLP.
+        damping: best damping on held-out windows; None if the plain cut was better.
+        plain_error: squared residual of the plain cut on held-out windows, relative to the squared dense output.
         error: the same after the refit.
     """
 
@@ -33,7 +33,7 @@ class Refit:
 
 
 class Moments:
-    """Sums over tokens from which every ridge regression of the residual on the activations follows, in float64."""
+    """Sums over tokens that determine every ridge regression of the residual on the activations, in float64."""
 
     def __init__(self) -> None:
         self.gram = torch.zeros(())
@@ -47,7 +47,7 @@ class Moments:
         residual: Float[Tensor, "tokens hidden"],
         output: Float[Tensor, "tokens hidden"],
     ) -> None:
-        """Add a batch: products in the tensors' dtype, sums in float64."""
+        """Add a batch; products are in the tensors' dtype, sums in float64."""
         if not len(activation):
             return
         self.gram = self.gram.to(activation.device) + gram(activation).double()
@@ -56,14 +56,14 @@ class Moments:
         self.output += float(output.double().square().sum())
 
     def error(self, change: Float[Tensor, "hidden kept"] | None) -> float:
-        """Squared residual that is left after a change of the output map, relative to the output."""
+        """Compute the squared residual after a change of the output map, relative to the squared output."""
         if change is None:
             return self.residual / self.output
         left = self.residual - 2 * (change * self.cross).sum() + ((change @ self.gram) * change).sum()
         return float(left) / self.output
 
     def solve(self, damping: float) -> Float[Tensor, "hidden kept"] | None:
-        """The best change of the output map under a damping; None if the system cannot be solved."""
+        """Solve for the change of the output map at a given damping; None if the system cannot be solved."""
         damped = self.gram.clone()
         damped.diagonal().add_(damping * self.gram.diagonal().mean())
         factor, failed = torch.linalg.cholesky_ex(damped)
@@ -72,7 +72,7 @@ class Moments:
         return torch.cholesky_solve(self.cross.T, factor).T
 
     def merge(self, other: "Moments") -> "Moments":
-        """The sums over the tokens of both."""
+        """Return the sums over the tokens of both."""
         total = Moments()
         for name, value in vars(self).items():
             setattr(total, name, value + getattr(other, name))
@@ -80,7 +80,7 @@ class Moments:
 
 
 class HeldOut:
-    """Moments of what is fitted and of what is held out."""
+    """Moments of the fitted and of the held-out tokens."""
 
     def __init__(self, weighted: bool):
         self.weighted = weighted
@@ -93,7 +93,7 @@ class HeldOut:
         dense: Float[Tensor, "windows positions hidden"],
         held: Bool[Tensor, "windows"],
     ) -> None:
-        """Add a batch, each token with the inverse square of the dense stream's norm there, or all alike."""
+        """Add a batch; each token is weighted by the inverse square of the dense stream's norm, or all equally."""
         size = precise(dense).square().mean(-1, keepdim=True)
         scale = size.clamp(min=torch.finfo(size.dtype).tiny).rsqrt() if self.weighted else 1.0
         rows = [precise(each) * scale for each in (activation, residual, dense)]
@@ -101,9 +101,9 @@ class HeldOut:
             moments.add(*(each[windows.to(each.device)].flatten(0, 1) for each in rows))
 
     def refit(self, name: str) -> tuple[Float[Tensor, "hidden kept"] | None, Refit]:
-        """The change whose damping is best on what is held out, solved on everything; None if the plain cut is better.
+        """Choose the damping on the held-out tokens and solve on all tokens; no change if the plain cut is better.
 
-        Damping falls as long as that helps. An expert that saw nothing of what is fitted or held out stays as it is.
+        Damping is lowered as long as that helps. An expert without fitted or held-out tokens is not changed.
 
         Raises:
             RunError: activations are not finite.

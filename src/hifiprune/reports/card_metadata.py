@@ -1,6 +1,6 @@
-"""What a model card takes over from the base model's files, validated, since files of others may hold anything.
+"""Read the metadata that a model card inherits from the base model, validated, since its files may hold anything.
 
-Only hub ids, licence ids, language codes and pipeline tags come through: no text of a base model becomes our markup.
+Only hub ids, licence ids, language codes and pipeline tags are used: no text of a base model becomes our markup.
 """
 
 import re
@@ -19,15 +19,15 @@ from hifiprune.progress import Voice
 
 CARD, TAG = "README.md", "hifiprune"
 LARGEST = 4_000_000
-"""Bytes of a model card that is read."""
+"""Largest model card that is read, in bytes."""
 CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/")
 """A model's id in the path of its files in the hub's cache."""
 UNSAFE = re.compile(r"[^\w ./:+@=,()-]")
-"""What could be markup, in a name."""
+"""Characters that could be markup in a name."""
 
 
 def read_card(folder: Path) -> ModelCard | None:
-    """The card in a folder, if there is one that can be read."""
+    """Read the card in a folder; None if there is none or it cannot be read."""
     path = folder / CARD
     try:
         if not path.is_file() or path.stat().st_size > LARGEST:
@@ -38,18 +38,18 @@ def read_card(folder: Path) -> ModelCard | None:
 
 
 def ours(card: ModelCard) -> bool:
-    """Whether it is that of a checkpoint that we made."""
+    """Return whether a card belongs to a checkpoint that hifiprune made."""
     tags = card.data.get("tags")
     return isinstance(tags, list) and TAG in tags
 
 
 def plain(text: str) -> str:
-    """A name of somebody else's in one line, without what could be markup."""
+    """Return a foreign name in one line, without characters that could be markup."""
     return UNSAFE.sub("", " ".join(text.split()))[:96]
 
 
 def called(name: str) -> str:
-    """A model's name for a reader: its hub id, or the last part of its path."""
+    """Return a model's display name: its hub id, or the last part of its path."""
     cached = CACHED.search(name)
     if cached:
         return plain("/".join(cached.groups()))
@@ -58,7 +58,7 @@ def called(name: str) -> str:
 
 
 def is_hub_id(value: Any) -> bool:
-    """Whether a value is the id of a model on the hub."""
+    """Return whether a value is a hub id."""
     try:
         validate_repo_id(value)
     except HFValidationError:
@@ -92,7 +92,7 @@ def base_metadata(checkpoint: Checkpoint, voice: Voice) -> dict[str, Any]:
 
 
 def _origin(checkpoint: Checkpoint, stated: Any) -> dict[str, Any]:
-    """The hub id of the base model, or of the model that it was made from itself."""
+    """Return the hub id of the base model, or of the model that it was made from."""
     cached = CACHED.search(str(checkpoint.folder))
     if checkpoint.on_hub or cached:
         return {"base_model": "/".join(cached.groups()) if cached and not checkpoint.on_hub else checkpoint.name}
@@ -101,7 +101,7 @@ def _origin(checkpoint: Checkpoint, stated: Any) -> dict[str, Any]:
 
 
 def _name_or_path(checkpoint: Checkpoint) -> str | None:
-    """What transformers noted in `config.json` of where a model was loaded from, if that is a hub id."""
+    """Return the origin that transformers noted in `config.json`, if it is a hub id."""
     try:
         name: Any = checkpoint.stated.get("_name_or_path")
     except UserError:  # which whoever reads the model tells
@@ -126,4 +126,4 @@ VALID: dict[str, Callable[[str], object]] = {
     "pipeline_tag": _matching(r"[a-z0-9]+(-[a-z0-9]+){0,9}"),
     "base_model": is_hub_id,
 }
-"""What a card takes over from that of its base, and what each must be."""
+"""Metadata that a card inherits from its base's card, with the check of each."""

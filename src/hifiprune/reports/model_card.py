@@ -1,4 +1,4 @@
-"""The model card that every output carries: `README.md` in the hub's format, with what was done and measured."""
+"""Write model cards: `README.md` in the hub's format, with pruning steps and results."""
 
 import json
 import re
@@ -23,10 +23,10 @@ from hifiprune.reports.card_metadata import CARD, TAG, base_metadata, called, ou
 START, END = "<!-- measured by hifiprune -->", "<!-- end of what was measured -->"
 MEASURED = re.compile(f"{re.escape(START)}.*?{re.escape(END)}", re.DOTALL)
 PART = re.compile("<!-- (text|tasks) -->\n(.*?)\n(?=<!-- )", re.DOTALL)
-"""What was measured on a text, or by tasks, between those."""
+"""Matches the results on a text, or of tasks, in a card."""
 UNMEASURED = "Nothing has been measured yet"
 LOADED = re.compile(r'from_pretrained\("(?:[^"\\]|\\.)*"')
-"""What the code of a card loads."""
+"""Matches the loading call in a card's code."""
 LIMITS = (
     "On texts, tasks and languages that were not measured the loss may be larger. An estimate from the entropy of "
     "predictions, or from any other score, guarantees nothing about the predictions themselves: what is known of them "
@@ -39,8 +39,8 @@ class Story:
     """How a checkpoint was made, in Markdown.
 
     Attributes:
-        summary: what became of which model, a paragraph.
-        steps: what was done to it, in order, a list item each.
+        summary: one paragraph on the result.
+        steps: steps in order, one list item each.
     """
 
     summary: str
@@ -49,11 +49,11 @@ class Story:
 
 @dataclass(frozen=True)
 class Base:
-    """What a card says of the model that its checkpoint is made from.
+    """The base model, as a card describes it.
 
     Attributes:
-        name: of the model, for a reader.
-        metadata: what the card takes over.
+        name: display name of the model.
+        metadata: inherited metadata.
         story: how hifiprune made that model, if it did.
     """
 
@@ -140,15 +140,15 @@ def check_cards(checkpoints: Sequence[Checkpoint]) -> None:
 
 
 def add_results(folder: Path, name: str, results: dict[str, Any], text: str | None) -> None:
-    """Put what `evaluate` found for a model into its card, as text and as the hub's `model-index`.
+    """Add the results of `evaluate` to a model's card, as text and as the hub's `model-index`.
 
-    What was measured before on a text stays if only tasks were asked now, and the other way round.
+    Earlier results on a text stay if only tasks were run now, and the other way round.
 
     Args:
-        folder: of the checkpoint.
-        name: by which the results know it.
-        results: of the run.
-        text: that was measured on.
+        folder: checkpoint directory.
+        name: name of the model in the results.
+        results: results of the run.
+        text: text that was measured on.
     """
     card, unchanged = read_card(folder), is_unchanged(folder, CARD)
     assert card is not None
@@ -242,7 +242,7 @@ def _use(folder: Path, name: str) -> str:
 
 
 def _listed(row: dict[str, Any], results: dict[str, Any], source: str) -> Iterator[EvalResult]:
-    """Results as the hub's index lists them."""
+    """Return results in the form of the hub's index."""
     for metric, estimate in row.get("metrics", {}).items():
         if metric != "dense_perplexity":  # another model's
             yield EvalResult(
@@ -266,7 +266,7 @@ def _listed(row: dict[str, Any], results: dict[str, Any], source: str) -> Iterat
 
 
 def _tables(row: dict[str, Any], results: dict[str, Any], source: str) -> Iterator[tuple[str, str]]:
-    """Results for a reader, by kind."""
+    """Return result tables, by kind."""
     if "metrics" in row:
         lines = [f"On {results['windows']} windows of {results['positions']} tokens of {source}, with 95% intervals:\n"]
         lines += ["| metric | value | |\n|---|---|---|"]

@@ -35,7 +35,7 @@ def draw_ablation(results: dict[str, Any], folder: Path) -> None:
 
 
 def _by_text(summary: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The rows of each plotted metric on each text, with a name for the plot."""
+    """Yield the rows of each plotted metric on each text, with a name for the plot."""
     for metric in QUALITY:
         texts = sorted({row["text"] for row in summary if row["metric"] == metric})
         for text in texts:
@@ -44,7 +44,7 @@ def _by_text(summary: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str
 
 
 def _quality(rows: list[dict[str, Any]], results: dict[str, Any]) -> Figure:
-    """A line a criterion, with the standard deviation over draws; those far above the best are only named."""
+    """Draw one line per criterion, with the standard deviation over draws; those far above the best are only named."""
     figure, axes = _figure(7.5, 5.0)
     metric, text = rows[0]["metric"], rows[0]["text"]
     ratios = sorted({row["ratio"] for row in rows})
@@ -75,7 +75,7 @@ def _mass(mass: dict[str, list[float]]) -> Figure:
 
 
 def _overlap(overlap: dict[str, dict[str, Any]]) -> Figure:
-    """For each ratio: between criteria off the diagonal, between seeds of one criterion on it."""
+    """Draw the overlap for each ratio: between criteria off the diagonal, between seeds of a criterion on it."""
     criteria = list(next(iter(overlap.values()))["seeds"])
     size = 2.5 + 0.35 * len(criteria)
     figure = Figure(figsize=(size * len(overlap), size), layout="constrained")

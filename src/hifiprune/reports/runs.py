@@ -1,4 +1,4 @@
-"""Outputs of commands, read again."""
+"""Read the outputs of commands."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ RECORDS = ("run.json", "compare.json")
 
 
 def read_runs(folders: Sequence[Path]) -> list["Run"]:
-    """Runs, each named by as much of the end of its path as tells it from the others.
+    """Read runs, each named by the shortest end of its path that is unique.
 
     Raises:
         UserError: a folder is not one of ours.
@@ -30,14 +30,14 @@ def read_runs(folders: Sequence[Path]) -> list["Run"]:
 
 @dataclass
 class Run:
-    """The folder of a run.
+    """The output folder of a run.
 
     Attributes:
-        name: by which it is known.
+        name: unique name.
         facts: its record.
-        plan: which neurons it kept, if it pruned.
-        scores: that decided it.
-        passages: read token by token, by model.
+        plan: its plan, if it pruned.
+        scores: scores that the plan was made from.
+        passages: token-by-token comparisons, by model.
     """
 
     name: str
@@ -66,23 +66,23 @@ class Run:
 
     @property
     def command(self) -> str:
-        """That was run."""
+        """Return the name of the command."""
         return str(self.facts["command"])
 
     @property
     def models(self) -> dict[str, dict[str, Any]]:
-        """What was found of each model, by the last part of its name where that tells it from the others."""
+        """Return the results of each model, by the last part of its name if that is unique."""
         found = self.facts["results"]["models"]
         return dict(zip(short(found), found.values(), strict=True))
 
     @property
     def made(self) -> dict[str, Any] | None:
-        """The run that pruned the checkpoint in the folder, if one is there."""
+        """Return the record of the pruning run of the checkpoint in the folder, if there is one."""
         return pruning_of(self.facts) if self.command in ("prune", "recover") else None
 
     @property
     def measured_on(self) -> str:
-        """Of an evaluation, the text."""
+        """Describe the text of an evaluation."""
         results = self.facts["results"]
         source = Path(self.facts["arguments"]["text"]).name
         return f"{results['windows']} windows of {results['positions']} tokens of {source}"

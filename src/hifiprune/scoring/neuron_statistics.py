@@ -1,7 +1,7 @@
-"""What a pass collects about the neurons of an MLP, and what scores are made of it.
+"""Statistics of neurons that a pass accumulates, and the scores computed from them.
 
-A statistic turns what a sweep shows of one layer and batch into `[statistics, neurons]`, which is summed over batches.
-A finish turns the sum, and the weights, into one score a neuron.
+A statistic reduces the activations of one layer and batch to `[statistics, neurons]`, which is summed over batches. A
+finish turns the sum, and the weights, into one score per neuron.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,14 +19,14 @@ from hifiprune.scoring.obs import gram, removal_costs
 
 @dataclass(frozen=True)
 class Sample:
-    """What was summed over.
+    """The sample that was summed over.
 
     Attributes:
         windows: number of windows.
-        positions: of each window.
-        passes: gradients taken of each window.
-        seed: of what is drawn at random.
-        layer: number of the MLP.
+        positions: positions per window.
+        passes: gradients per window.
+        seed: seed of random draws.
+        layer: index of the MLP.
     """
 
     windows: int
@@ -41,32 +41,32 @@ Finish = Callable[[Float[Tensor, "statistics neurons"], Mlp, Sample], Float[Tens
 
 
 def absolute(seen: Seen) -> Float[Tensor, "1 neurons"]:
-    """First-order Taylor importance, `(h * dC/dh).abs()` summed over positions: eq. 4, arXiv 2603.08083."""
+    """Sum the first-order Taylor importance `(h * dC/dh).abs()` over positions: eq. 4, arXiv 2603.08083."""
     total: Tensor = torch.linalg.vector_norm(seen.taylor.flatten(0, 1), 1, dim=0, keepdim=True)
     return total
 
 
 def square(seen: Seen) -> Float[Tensor, "1 neurons"]:
-    """`(h * dC/dh) ** 2` summed over positions: large changes count for more than many small ones."""
+    """Sum `(h * dC/dh) ** 2` over positions: large changes count for more than many small ones."""
     return seen.taylor.flatten(0, 1).square().sum(0, keepdim=True)
 
 
 def weight_absolute(seen: Seen) -> Float[Tensor, "1 neurons"]:
-    """Taylor importance of the weights: `|down + up + gate|` of `w * dC/dw`, summed over windows.
+    """Sum the weights' Taylor importance over windows: `|down + up + gate|` of `w * dC/dw`.
 
     Element `j` of neuron `i` is one weight of each map: `gate[i, j]`, `up[i, j]` and `down[j, i]`; their products are
-    added before the absolute value, which is taken for each window, and averaged over `j`. Source: arXiv 2506.11120.
+    added before the absolute value, which is taken per window, and averaged over `j`. Source: arXiv 2506.11120.
     """
     return torch.stack([product.abs_().mean(1) for product in _weight_products(seen)]).sum(0, keepdim=True)
 
 
 def weight_square(seen: Seen) -> Float[Tensor, "1 neurons"]:
-    """The same with squares in place of absolute values."""
+    """Same as `weight_absolute` with squares instead of absolute values."""
     return torch.stack([product.square_().mean(1) for product in _weight_products(seen)]).sum(0, keepdim=True)
 
 
 def _weight_products(seen: Seen) -> Iterator[Float[Tensor, "neurons hidden"]]:
-    """The sum over the maps of `w * dC/dw`, for each window, in float32 or better."""
+    """Sum `w * dC/dw` over the maps, for each window, in float32 or better."""
     *inputs, output = seen.maps
     for window in range(len(seen.activation)):
         total = _weight_product(output, window).T
@@ -81,32 +81,32 @@ def _weight_product(each: MapPass, window: int) -> Float[Tensor, "outputs inputs
 
 
 def moments(seen: Seen) -> Float[Tensor, "2 neurons"]:
-    """Sums over positions of `h` and of `h ** 2`."""
+    """Sum `h` and `h ** 2` over positions."""
     h = precise(seen.activation.flatten(0, 1))
     return torch.stack((h.sum(0), h.square().sum(0)))
 
 
 def curvatures(seen: Seen) -> Float[Tensor, "statistics neurons"]:
-    """Second moments of `h`, and below them those of `dC/dy` times `W`, where `y = W h` is the MLP's output."""
+    """Compute second moments of `h`, and below them those of `dC/dy` times `W`, where `y = W h` is the MLP's output."""
     output = seen.maps[-1]
     h, slopes = (precise(each.flatten(0, 1)) for each in (seen.activation, output.output))
     return torch.cat((gram(h), gram(slopes) @ output.linear.weight.to(slopes.dtype)))
 
 
 def squared_mean_magnitude(seen: Seen) -> Float[Tensor, "1 neurons"]:
-    """`h.abs().mean("positions") ** 2` summed over windows."""
+    """Sum `h.abs().mean("positions") ** 2` over windows."""
     h = precise(seen.activation)
     means: Tensor = torch.linalg.vector_norm(h, 1, dim=1) / h.shape[1]
     return means.square_().sum(0, keepdim=True)
 
 
 def as_summed(totals: Float[Tensor, "1 neurons"], mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:
-    """The sum itself."""
+    """Return the sum itself."""
     return totals[0]
 
 
 def as_divergence(totals: Float[Tensor, "1 neurons"], mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:
-    """Squared gradients of the mean over positions as nats of KL divergence a position.
+    """Convert squared gradients of the mean over positions to nats of KL divergence per position.
 
     `KL / positions = 1/2 sum_t (h g_t) ** 2 / positions` with `g` the gradient of the sum over positions.
     """
@@ -114,10 +114,10 @@ def as_divergence(totals: Float[Tensor, "1 neurons"], mlp: Mlp, sample: Sample) 
 
 
 def surgeon(totals: Float[Tensor, "statistics neurons"], mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:
-    """Costs of greedy removal with refit, in nats of KL divergence a position as in `as_divergence`.
+    """Compute the costs of greedy removal with refit, in nats of KL divergence per position as in `as_divergence`.
 
-    `h` and the slopes count as independent, so the mean over tokens of a product is the product of the means. Both are
-    summed over the passes.
+    `h` and the gradients are taken as independent, so the mean of a product over tokens is the product of the means.
+    Both are summed over the passes.
     """
     moments, pulled = totals.split((mlp.neurons, mlp.output.out_features))
     scale = 2 * (sample.windows * sample.passes) ** 2
@@ -125,12 +125,12 @@ def surgeon(totals: Float[Tensor, "statistics neurons"], mlp: Mlp, sample: Sampl
 
 
 def wanda(totals: Float[Tensor, "2 neurons"], mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:
-    """Mean over the outputs of `|w| * ||h||`: Wanda's metric averaged over a channel, as FLAP's authors made it."""
+    """Average `|w| * ||h||` over the outputs: Wanda's metric averaged over a channel, as FLAP's authors do."""
     return totals[1].sqrt() * _norm(mlp.output.weight, 1, 0) / mlp.output.out_features
 
 
 def flap(totals: Float[Tensor, "2 neurons"], mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:
-    """Weighted input feature variance, standardised in each layer: arXiv 2312.11983."""
+    """Compute the weighted input feature variance, standardised in each layer: arXiv 2312.11983."""
     count = sample.windows * sample.positions
     variance = (totals[1] - totals[0].square() / count) / max(1, count - 1)
     metric = variance.clamp(min=0) * _norm(mlp.output.weight, 2, 0).square()
@@ -138,39 +138,39 @@ def flap(totals: Float[Tensor, "2 neurons"], mlp: Mlp, sample: Sample) -> Float[
 
 
 def mean_activation(totals: Float[Tensor, "2 neurons"], mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:
-    """Mean of `h` over all positions."""
+    """Average `h` over all positions."""
     return totals[0] / (sample.windows * sample.positions)
 
 
 def minitron(totals: Float[Tensor, "1 neurons"], mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:
-    """Mean magnitude over a window's positions, l2 norm over windows: arXiv 2407.14679."""
+    """Compute the mean magnitude over a window's positions, with the l2 norm over windows: arXiv 2407.14679."""
     return totals[0].sqrt()
 
 
 def magnitude(totals: Tensor, mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:
-    """l2 norm of all weights that go with a neuron, biases left out."""
+    """Compute the l2 norm of all weights of a neuron, without biases."""
     norms = [_norm(linear.weight, 2, 1) for linear in mlp.inputs]
     whole: Tensor = torch.linalg.vector_norm(torch.stack((*norms, _norm(mlp.output.weight, 2, 0))), 2, dim=0)
     return whole
 
 
 def peak_to_peak(totals: Tensor, mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:
-    """Largest minus smallest weight that a neuron reads through, added up over its input maps."""
+    """Sum the largest minus the smallest input weight of a neuron over its input maps."""
     return torch.stack([precise(linear.weight.amax(1) - linear.weight.amin(1)) for linear in mlp.inputs]).sum(0)
 
 
 def random(totals: Tensor, mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:
-    """Uniform noise."""
+    """Return uniform noise."""
     generator = torch.Generator().manual_seed(sample.seed * 1_000_003 + sample.layer)
     return torch.rand(mlp.neurons, generator=generator)
 
 
 def _norm(weight: Tensor, order: int, dim: int) -> Float[Tensor, "neurons"]:
-    """Norm along a dimension in float32 or better, without a copy of the weight."""
+    """Compute the norm along a dimension in float32 or better, without a copy of the weight."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     norm: Tensor = torch.linalg.vector_norm(weight.detach(), order, dim=dim, dtype=dtype)
     return norm
 
 
 WEIGHING = (wanda, flap, surgeon, magnitude, peak_to_peak)
-"""Those that look at weights too."""
+"""Finishes that use the weights as well."""

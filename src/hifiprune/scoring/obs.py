@@ -1,4 +1,4 @@
-"""Second-order selection that knows about the repair: what is lost when a neuron goes and the others take over.
+"""Second-order selection that accounts for repair: the loss when a neuron is removed and the others are refitted.
 
 With activations `h` and the output map `W`, removing neurons and refitting the others by least squares changes the
 MLP's output by `W h - W' h_K`. Its cost is measured in the metric of the KL divergence there, the covariance `F` of the
@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 BLOCK = 8
-"""Neurons that are removed between two looks at the costs."""
+"""Neurons removed between two updates of the costs."""
 PARTS = 4
-"""Parts in which a symmetric product is formed, to leave out most of its mirrored half."""
+"""Parts in which a symmetric product is computed, to skip most of its mirrored half."""
 DAMPING = 1e-2
 """Added to the diagonal of `G`, relative to its mean."""
 
@@ -27,14 +27,14 @@ def removal_costs(
     block: int = BLOCK,
     damping: float = DAMPING,
 ) -> Float[Tensor, "neurons"]:
-    """Cost of each neuron when it goes in greedy order, cheapest first, the others refitted after each block.
+    """Compute the cost of each neuron under greedy removal, cheapest first, with a refit after each block.
 
-    Costs never fall along the order, so the neurons with the highest ones are those that greedy removal would keep, at
-    every width. Takes `2 * neurons ** 3` operations in float64, and twice the memory of `moments` in it.
+    Costs never decrease along the order, so the neurons with the highest costs are those that greedy removal keeps, at
+    every width. Takes `2 * neurons ** 3` operations in float64, and twice the memory of `moments`.
 
     Args:
         moments: second moments of the activations, positive semidefinite.
-        weight: of the output map.
+        weight: weight of the output map.
         pulled: curvature at its output, positive semidefinite, times `weight`.
         block: neurons removed at a time; 1 is exactly greedy.
         damping: relative to the mean of the diagonal of `moments`.
@@ -59,7 +59,7 @@ def removal_costs(
 
 
 def gram(rows: Float[Tensor, "tokens columns"]) -> Float[Tensor, "columns columns"]:
-    """`rows.T @ rows`, of which little more than half is computed."""
+    """Compute `rows.T @ rows` with little more than half of the operations."""
     parts = rows.tensor_split(PARTS, 1)
     product = rows.new_empty(rows.shape[1], rows.shape[1])
     start = 0
