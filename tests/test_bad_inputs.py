@@ -219,6 +219,15 @@ def test_configurations_that_cannot_be(world: Path, tmp_path: Path, changes: dic
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "most"), [("n_layer", 0, "1,000"), ("n_embd", 2**30, "1,048,576"), ("n_positions", 0, "1,099")]
+)
+def test_sizes_by_other_names(key: str, value: int, most: str, tmp_path: Path) -> None:
+    facts = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 24, "n_layer": 2, "n_head": 2}
+    (tmp_path / "config.json").write_text(json.dumps(facts | {key: value}))
+    refused(run("inspect", tmp_path), f"{key} is {value} and should be a whole number from 1 to {most}")
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         (b"[]", "config.json must hold a JSON object, not []; copy it again"),

@@ -200,3 +200,55 @@ def test_tekken_alone_is_calibrated_with_and_copied(checkpoint: Path, world: Pat
     result = run(*words, "--calibration", world / "calibration.txt")
     assert result.code == 0, result.err
     assert json.loads((tmp_path / "out" / "tekken.json").read_text()) == facts
+
+
+@pytest.mark.parametrize("place", ["LICENSE", "tokenizer.json", "licenses"])
+def test_links_to_what_is_the_users_own_are_not_copied(place: str, checkpoint: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "home" / ".ssh" / "id_rsa"
+    secret.parent.mkdir(parents=True)
+    secret.write_text("secret")
+    (checkpoint / place).unlink(missing_ok=True)
+    (checkpoint / place).symlink_to(secret.parent if place == "licenses" else secret)
+    words = ("--output", tmp_path / "out", "--width", 24, "--round-to", 1, "--criterion", "magnitude")
+    refused(run("prune", checkpoint, *words), f"is a link to {secret}, which lies outside of the folder")
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_to_files_of_a_checkpoint_are_followed(checkpoint: Path, tmp_path: Path) -> None:
+    """As in a folder of links to another checkpoint, in one with links within it, and in the hub's cache."""
+    fill(checkpoint, ["LICENSE", "additional_chat_templates/tool_use.jinja"])
+    farm, hub = tmp_path / "farm", tmp_path / "models--a--b"
+    farm.mkdir()
+    (hub / "blobs").mkdir(parents=True)
+    snapshot = hub / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(path for path in checkpoint.rglob("*") if path.is_file()):
+        name = path.relative_to(checkpoint)
+        shutil.copyfile(path, hub / "blobs" / str(number))
+        for folder, target in ((farm, path), (snapshot, hub / "blobs" / str(number))):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).symlink_to(target)
+    (checkpoint / "NOTICE").symlink_to("LICENSE")
+    for folder in (farm, snapshot, checkpoint):
+        prune(folder, tmp_path / "out" / folder.name)
+        assert (tmp_path / "out" / folder.name / "additional_chat_templates" / "tool_use.jinja").is_file()
+        assert (tmp_path / "out" / folder.name / "LICENSE").read_text() == "LICENSE"
+    assert (tmp_path / "out" / checkpoint.name / "NOTICE").read_text() == "LICENSE"
+
+
+def test_code_does_not_leave_the_folders(coded: Path, tmp_path: Path) -> None:
+    """A module that says it imports one from elsewhere: transformers takes what stands there for a path."""
+    payload = coded.parent / "payload.py"
+    payload.write_text("print('run')")
+    (coded / "helpers_theirs.py").write_text(
+        "from .deeper_theirs import same\nfrom .{} import run\nfrom ./{} import run\n".format(
+            f"./../../{coded.parent.name}/payload", str(payload.with_suffix(""))[1:]
+        )
+    )
+    (coded / "deeper_theirs.py").unlink()
+    (coded / "deeper_theirs.py").symlink_to(payload)
+    before = {*tmp_path.parent.rglob("payload.py")}
+    prune(coded, tmp_path / "work" / "out")
+    assert {*tmp_path.parent.rglob("payload.py")} == before
+    assert not (tmp_path / "work" / "out" / "deeper_theirs.py").exists()
+    assert (tmp_path / "work" / "out" / "helpers_theirs.py").exists()

@@ -27,6 +27,7 @@ from transformers import BatchEncoding, PreTrainedTokenizer, PreTrainedTokenizer
 
 from hifiprune import Calibration, Text, UserError
 from hifiprune.calibration import check_source, load_windows
+from hifiprune.commands.cost_model import Estimator, Pace
 from hifiprune.io.spool import stored_tokens
 from hifiprune.io.text_files import lines_of
 from hifiprune.io.text_sources import python_docs, read_documents
@@ -337,7 +338,16 @@ def trial(world: Path, tmp_path: Path, command: str, *words: object) -> Result:
     return run(command, world / "dense", *words, "--seq-len", 16, "--batch-size", 20_000)
 
 
-def test_batch_sizes_beyond_the_data_are_cut_down_and_told(world: Path, tmp_path: Path) -> None:
+def test_batch_sizes_beyond_the_data_are_cut_down_and_told(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def keep(estimator: Estimator, *_: object) -> Pace:
+        tried.append(estimator.compute.batch_size)
+        return Pace(1e-3, 1e-3)
+
+    monkeypatch.setattr(Estimator, "_tried", keep)
     text, held, out = world / "calibration.txt", world / "held.txt", tmp_path / "out"
     windows = ("--calibration", text, "--num-samples", 3)
     said = "There are 3 windows: --batch-size 20000 is cut down to 3."
@@ -348,6 +358,7 @@ def test_batch_sizes_beyond_the_data_are_cut_down_and_told(world: Path, tmp_path
     assert said in trial(world, tmp_path, "ablate", "--output", tmp_path / "a", *ablate).err
     lone = run("score", world / "dense", "--output", tmp_path / "one", *windows, "--seq-len", 16, "--json")
     many = trial(world, tmp_path, "score", "--output", tmp_path / "many", *windows, "--json")
+    assert set(tried) == {1, 3}, "no trial is larger than the work"
     assert lone.json["results"]["objective_nats"] == pytest.approx(many.json["results"]["objective_nats"], rel=1e-6)
 
 

@@ -30,7 +30,7 @@ from hifiprune.io.atomic import local_path
 from hifiprune.io.json_files import check_objects
 from hifiprune.io.quiet_libraries import quiet
 from hifiprune.io.safetensors_stream import Stacked, Stored
-from hifiprune.models.companion_files import COMPANIONS, WEIGHTS, copy_companions, has_vocabulary
+from hifiprune.models.companion_files import COMPANIONS, WEIGHTS, copy_companions, has_vocabulary, refuse_links
 from hifiprune.models.config_checks import check_sizes, configuration_explained, read_configuration
 from hifiprune.models.config_file import CONFIG, config_text, with_rope_theta
 from hifiprune.models.detect import family_of, stock_class
@@ -347,6 +347,7 @@ def find_checkpoint(name: str) -> Checkpoint:
     folder = _download(name, asked, WEIGHTS) if on_hub else path
     refuse_pointers(name, [folder / "config.json"])
     refuse_adapter(name, folder)
+    refuse_links(name, folder)
     if not (folder / "config.json").is_file():
         found = sorted(file.name for file in folder.iterdir())[:5]
         raise UserError(f"{name} holds no config.json (found: {', '.join(found) or 'nothing'}); is it a model folder?")

@@ -4,6 +4,7 @@ One list of patterns decides, for folders on this disk and for what is downloade
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 from huggingface_hub.utils import filter_repo_objects
 from transformers.dynamic_module_utils import get_relative_import_files
+
+from hifiprune.errors import UserError
 
 VOCABULARIES = [
     "tokenizer.*", "*tekken*.json", "*.tiktoken", "*.model", "*.spm", "*.bpe", "*.tokenizer", "*vocab*", "dict.txt",
@@ -33,6 +36,8 @@ WEIGHTS = [
 """Weights of any framework and states of training, whatever else they are called."""
 NEVER = [*WEIGHTS, ".*", "*/.*", "README*", "*.py"]
 """What is not copied for its name: those, hidden files, the card, and code, which `auto_map` tells."""
+BLOBS = "blobs"
+"""Folder of the hub's cache to whose files those of snapshots are links."""
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -42,6 +47,26 @@ def copy_companions(source: Path, target: Path) -> None:
     for name in _code(source, target):
         if not (target / name).exists():  # written with the weights
             _copy(source, target, name)
+
+
+def refuse_links(name: str, folder: Path) -> None:
+    """Refuse companions that are links to something else: an output, which people upload, would hold a copy of it.
+
+    Links within the folder, to files of the same name elsewhere, and those of the hub's cache are followed.
+
+    Args:
+        name: checkpoint, for the message.
+        folder: directory of its files.
+
+    Raises:
+        UserError: one is such a link.
+    """
+    for file in companions(folder):
+        if not _belongs(folder, file):
+            raise UserError(
+                f"{name}: {file} is a link to {os.path.realpath(folder / file)}, which lies outside of the folder and "
+                "is called otherwise: an output would hold a copy; put the file itself there, or remove the link"
+            )
 
 
 def has_vocabulary(folder: Path) -> bool:
@@ -71,12 +96,23 @@ def _code(source: Path, target: Path) -> Iterator[str]:
             module = Path(f"{reference.rpartition('.')[0]}.py")
             if "--" in reference or ".." in module.parts or module.is_absolute() or not (source / module).is_file():
                 continue  # in another repository, or nowhere
+            if not _belongs(source, str(module)):
+                continue
             yield str(module)
             try:
                 imported = get_relative_import_files(source / module)
             except (OSError, ValueError):
                 continue  # the source's own code lacks a module
-            yield from (str(Path(path).relative_to(source)) for path in imported)
+            names = (os.path.relpath(path, source) for path in imported)
+            yield from (name for name in names if ".." not in Path(name).parts and _belongs(source, name))
+
+
+def _belongs(folder: Path, name: str) -> bool:
+    """Return whether a file is the folder's own, or that of a checkpoint that the folder is made of links to."""
+    home, parent, real = (Path(os.path.realpath(path)) for path in (folder, (folder / name).parent, folder / name))
+    if real.is_relative_to(home) or real.parent == home.parent.parent / BLOBS:
+        return True
+    return parent.is_relative_to(home) and real.name == Path(name).name
 
 
 def _strings(value: Any) -> list[str]:
