@@ -18,12 +18,16 @@ def support_table() -> str:
 
 def forms_table() -> str:
     """What each format wants of sizes, as Markdown."""
-    lines = ["| engine | format | what must divide | by | otherwise | read in |", "|---|---|---|---|---|---|"]
+    lines = ["| engine | format | must be multiples | of | otherwise | source |", "|---|---|---|---|---|---|"]
     for form in FORMS:
         engine = ENGINES[form.engine]
-        whole = "the width and the heads, by the GPUs" if engine.splits else "nothing"
-        what = "queries, keys, and the width behind a gate" if form.name == BLOCKS else "width, hidden size, attention"
-        wants = (f"{what}; of each GPU" if engine.splits else what) if form.multiple > 1 else whole
+        whole = "MLP width and heads, of the number of GPUs" if engine.splits else "nothing"
+        what = (
+            "query and key width, width of a gated MLP"
+            if form.name == BLOCKS
+            else "MLP width, hidden size, attention width"
+        )
+        wants = (f"{what}; on each GPU" if engine.splits else what) if form.multiple > 1 else whole
         then = f"{form.otherwise}: {form.then}" if form.then else "no" if engine.splits else ""
         by = str(form.multiple) if form.multiple > 1 else ""
         source = _link(form.source or engine.splits or engine.models)
@@ -33,14 +37,14 @@ def forms_table() -> str:
 
 def mixed_table() -> str:
     """What engines do with checkpoints that come with code of their own, as Markdown."""
-    lines = ["| engine | answer | why | read in |", "|---|---|---|---|"]
+    lines = ["| engine | supported | reason | source |", "|---|---|---|---|"]
     lines += [f"| {each.name} | {each.mixed} | {each.why} | {_link(each.code)} |" for each in ENGINES.values()]
     return "\n".join(lines)
 
 
 def sources_table() -> str:
     """Where the answers about model types, and about sharing layers, come from, as Markdown."""
-    lines = ["| engine | its models | widths it fixes, such as | sharing layers |", "|---|---|---|---|"]
+    lines = ["| engine | models | hard-coded widths, for example | tensor parallelism |", "|---|---|---|---|"]
     for each in ENGINES.values():
         cells = (_link(address) if address else "" for address in (each.models, each.fixed, each.splits))
         lines.append(f"| {each.name} | {' | '.join(cells)} |")
@@ -49,7 +53,7 @@ def sources_table() -> str:
 
 def keys_table() -> str:
     """What engines read in `config.json`, as Markdown."""
-    lines = ["| engine | model type | what it reads | and takes where it is not there |", "|---|---|---|---|"]
+    lines = ["| engine | model type | keys it reads | default if missing |", "|---|---|---|---|"]
     for key, types in KEYS.items():
         for name, wanted in sorted(types.items()):
             names = ", ".join(f"`{each}`" for each in wanted)
@@ -65,9 +69,9 @@ def _link(address: str) -> str:
 
 TABLES = {
     "Model types": support_table,
-    "Where that was read": sources_table,
-    "Widths": forms_table,
-    "Widths that differ from layer to layer": mixed_table,
+    "Sources": sources_table,
+    "Sizes": forms_table,
+    "Layers of different widths": mixed_table,
     "Keys of `config.json`": keys_table,
 }
 

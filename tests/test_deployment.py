@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -74,7 +75,7 @@ def test_widths_are_taken_where_every_group_is_whole(form: Form) -> None:
         if told.verdict == "yes" and len(gpus) > 1:
             assert list(told.tensor_parallel) == fitting, width
         if told.verdict != "yes":
-            assert f"the width {width:,} does not divide by {form.multiple}" in told.why
+            assert f"MLP width {width:,} is not a multiple of {form.multiple}" in told.why
         found[told.verdict] += 1
     assert all(found.values()), "both happen"
 
@@ -92,12 +93,12 @@ def test_sixteen_bits_need_no_groups_but_even_shares() -> None:
 def test_other_maps_than_the_mlps_count_too() -> None:
     odd = replace(LLAMA, hidden=576, heads=9, key_heads=3, head=64)
     why = answer(odd, form_of("vllm", "int4")).why
-    assert why.startswith("the hidden size 576 and the width of attention 576 do not divide by 128")
+    assert why.startswith("hidden size 576 and attention width 576 are not multiples of 128")
     why = answer(odd, form_of("sglang", "FP8, blocks")).why
-    assert why.startswith("the width of queries 576 and the width of keys 192 do not divide by 128")
-    assert answer(odd, form_of("vllm", "FP8, a scale")).verdict == "yes"
+    assert why.startswith("query width 576 and key width 192 are not multiples of 128")
+    assert answer(odd, form_of("vllm", "FP8, one scale")).verdict == "yes"
     told = answer(replace(odd, widths=(1000,)), form_of("llama.cpp", "k-quants"))
-    assert (told.verdict, "f16 for the width" in told.why) == ("partly", True), "1,000 is not 32 x 31.25, but 576 is"
+    assert (told.verdict, "f16 for MLP width" in told.why) == ("partly", True), "1,000 is not 32 x 31.25, but 576 is"
 
 
 def test_blocks_on_one_gpu_matter_behind_a_gate_only() -> None:
@@ -145,22 +146,25 @@ def test_rules_are_complete_and_name_their_sources() -> None:
 def test_a_type_without_a_row_is_not_known() -> None:
     for form in FORMS:
         told = answer(replace(LLAMA, model_type="new"), form)
-        assert (told.verdict, told.why) == ("unknown", "nothing was found about the type 'new'")
+        assert (told.verdict, told.why) == ("unknown", "nothing is known about model type 'new'")
+
+
+FIXED = "hard-codes an MLP width of 4 x hidden size = 96 for model type '{}', this checkpoint has 24"
 
 
 @pytest.mark.parametrize(
     ("variant", "engine", "why"),
     [
-        ("codegen", "vLLM", "has no model of the type 'codegen'"),
-        ("helium", "llama.cpp", "has no model of the type 'helium'"),
-        ("falcon", "vLLM", "its model of the type 'falcon' is 96 wide, four times the hidden size; here it is 24"),
-        ("phi", "SGLang", "its model of the type 'phi' is 96 wide, four times the hidden size; here it is 24"),
-        ("gptj", "MLX (mlx-lm)", "its model of the type 'gptj' is 96 wide, four times the hidden size; here it is 24"),
+        ("codegen", "vLLM", "has no implementation of model type 'codegen'"),
+        ("helium", "llama.cpp", "has no implementation of model type 'helium'"),
+        ("falcon", "vLLM", FIXED.format("falcon")),
+        ("phi", "SGLang", FIXED.format("phi")),
+        ("gptj", "MLX (mlx-lm)", FIXED.format("gptj")),
         (
             "gpt2",
             "llama.cpp",
-            "its model of the type 'gpt2' is 96 wide, four times the hidden size; here it is 24: "
-            "set the file's feed_forward_length to 24 after the conversion, with gguf_set_metadata",
+            FIXED.format("gpt2") + "; after the conversion, set feed_forward_length to 24 in the file with "
+            "gguf_set_metadata",
         ),
     ],
 )
@@ -188,8 +192,8 @@ def test_own_code_is_refused_or_not_known(variant: str, tmp_path: Path) -> None:
         assert all(
             engine.code in row["sources"] for (name, _), row in answers_of(tmp_path).items() if name == engine.name
         )
-    assert f"not by {', '.join(['vLLM', 'SGLang', 'MLX (mlx-lm)'])} and llama.cpp" in remark_on_mixed()
-    assert "of TensorRT-LLM it is not known" in remark_on_mixed()
+    assert f"not in {', '.join(['vLLM', 'SGLang', 'MLX (mlx-lm)'])} and llama.cpp" in remark_on_mixed()
+    assert "TensorRT-LLM is unknown" in remark_on_mixed()
 
 
 ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 5e5}
@@ -199,7 +203,7 @@ def test_angles_that_an_engine_would_not_find(tmp_path: Path) -> None:
     save_pruned(tmp_path, "llama", rope_parameters=ROPE)
     ((verdict, why),) = whys(tmp_path, "MLX (mlx-lm)")
     assert verdict == "no"
-    assert why.endswith('computes with 10000 in place of it; write there "rope_theta": 500000.0')
+    assert why.endswith('silently assumes 10000 if it is missing; add "rope_theta": 500000.0')
     facts = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(facts | {"rope_theta": 500000.0}))
     assert ("yes", "") in whys(tmp_path, "MLX (mlx-lm)")
@@ -228,32 +232,32 @@ def test_what_prune_writes_is_taken_where_the_dense_model_is(
         (
             "mistral3",
             "text_config.rope_theta",
-            "reads rope_theta in text_config of config.json and computes with 10000 in place of it; "
-            'write there "rope_theta": 1000000000.0',
+            "reads rope_theta in text_config of config.json and silently assumes 10000 if it is missing; "
+            'add "rope_theta": 1000000000.0',
         ),
         (
             "gemma3",
             "text_config.rope_local_base_freq",
-            "reads rope_local_base_freq in text_config of config.json and computes with 10000 in place of it; "
-            'write there "rope_local_base_freq": 20000.0',
+            "reads rope_local_base_freq in text_config of config.json and silently assumes 10000 if it is missing; "
+            'add "rope_local_base_freq": 20000.0',
         ),
         (
             "qwen2_vl",
             "tie_word_embeddings",
-            "reads tie_word_embeddings at the top of config.json and computes with true in place of it; "
-            'write there "tie_word_embeddings": false',
+            "reads tie_word_embeddings at the top level of config.json and silently assumes true if it is missing; "
+            'add "tie_word_embeddings": false',
         ),
         (
             "qwen3_moe",
             "num_experts",
-            "reads num_experts at the top of config.json and fails or computes something else without it; "
-            'write there "num_experts": 4',
+            "reads num_experts at the top level of config.json and fails or gives wrong results without it; "
+            'add "num_experts": 4',
         ),
         (
             "cohere2",
             "sliding_window_pattern",
-            "reads sliding_window_pattern at the top of config.json and computes with 4 in place of it; "
-            'write there "sliding_window_pattern": 2',
+            "reads sliding_window_pattern at the top level of config.json and silently assumes 4 if it is missing; "
+            'add "sliding_window_pattern": 2',
         ),
     ],
 )
@@ -274,7 +278,7 @@ def test_published_files_are_taken_and_those_that_lack_a_key_are_not(
     del told[key]
     section |= told
     if "text_config" in rewritten and not place:
-        why = why.replace("at the top", "in text_config")
+        why = why.replace("at the top level", "in text_config")
     (tmp_path / "published" / "config.json").write_text(json.dumps(rewritten))
     assert whys(tmp_path / "published", "MLX (mlx-lm)") == {("no", why)}
 
@@ -295,7 +299,7 @@ def test_scaled_angles_are_missed_too(tmp_path: Path) -> None:
 def test_keys_that_the_converter_needs(variant: str, share: float | None, stated: float, tmp_path: Path) -> None:
     rope = {"rope_type": "default", "rope_theta": 1e4} | ({"partial_rotary_factor": share} if share else {})
     ((verdict, why),) = whys(save_pruned(tmp_path, variant, rope_parameters=rope), "llama.cpp")
-    assert (verdict, why.rpartition("; ")[2]) == ("no", f'write there "rotary_pct": {stated}')
+    assert (verdict, why.rpartition("; ")[2]) == ("no", f'add "rotary_pct": {stated}')
     facts = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(facts | {"rotary_pct": stated}))
     assert ("yes", "") in whys(tmp_path, "llama.cpp")
@@ -345,7 +349,9 @@ def tiny_skeleton(folder: Path) -> Any:
 
 def test_what_the_command_refuses(tmp_path: Path, checkpoint: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    refused(run("inspect", tmp_path / "model.gguf", "--deploy"), "is a GGUF file: whether engines take it is told of")
+    refused(
+        run("inspect", tmp_path / "model.gguf", "--deploy"), "is a GGUF file: inspect the folder that it was made from"
+    )
     refused(run("inspect", tmp_path / "none", "--deploy"), "there is no model folder")
     facts = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(facts | {"model_type": "mamba"}))
@@ -383,19 +389,35 @@ def test_the_page_shows_the_rules() -> None:
         assert table() in page, title
 
 
-def test_the_readme_shows_what_is_printed(
+def test_the_page_shows_what_is_printed_in_80_columns(
     smollm2_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     facts = json.loads((smollm2_folder / "config.json").read_text())
     stated = {"intermediate_size": 1024, "rope_theta": facts["rope_parameters"]["rope_theta"]}  # as prune writes it
     (tmp_path / "config.json").write_text(json.dumps(facts | stated))
-    monkeypatch.setenv("COLUMNS", "118")
-    told = run("inspect", tmp_path, "--deploy").out
-    table = "\n".join(line.rstrip() for line in told.splitlines() if line.startswith(("┏", "┃", "┡", "│", "└")))
-    readme = (ROOT / "README.md").read_text()
-    assert table in readme
-    (note,) = (line for line in told.splitlines() if line.startswith("As their source"))
-    assert note in " ".join(readme.split())
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = [line.rstrip() for line in run("inspect", tmp_path, "--deploy").out.splitlines()]
+    lines = lines[: next(number for number, line in enumerate(lines) if line.startswith("Next:"))]
+    assert "\n".join(lines).strip() in (ROOT / "docs" / "deployment.md").read_text()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) <= 30, "one screen"
+
+
+def test_the_table_has_a_line_an_engine_and_every_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    save_pruned(tmp_path, "llama", rope_theta=1e4)
+    printed = run("inspect", tmp_path, "--deploy").out
+    answers = answers_of(tmp_path)
+    reasons = dict(re.findall(r"^\[(\d+)\] (.*)$", printed, re.MULTILINE))
+    assert {row["why"] for row in answers.values() if row["why"]} == {*reasons.values()}, "each reason once"
+    for engine in ENGINES.values():
+        (line,) = (line for line in printed.splitlines() if line.strip().startswith(f"{engine.name} {engine.version}"))
+        for form in FORMS:
+            if ENGINES[form.engine] is engine:
+                row = answers[engine.name, form.name]
+                number = next((number for number, why in reasons.items() if why == row["why"]), None)
+                cells = line if row["verdict"] == "yes" else line.partition(f"{row['verdict']}: ")[2]
+                assert f"{form.short}" + (f" [{number}]" if number else "") in cells, (engine.name, form.name)
 
 
 def test_rules_are_what_the_readers_did() -> None:
@@ -436,4 +458,4 @@ def test_keys_that_the_text_model_leaves_out(name: str, engine: str, key: str, s
     ((verdict, why),) = whys(tmp_path, engine)
     assert verdict == "no"
     assert f"reads {key} in text_config" in why
-    assert f'write there "{key}": ' in why
+    assert f'add "{key}": ' in why

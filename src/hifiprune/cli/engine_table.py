@@ -1,38 +1,61 @@
-"""What `inspect --deploy` found, as a table."""
+"""The table of `inspect --deploy`: a line for each engine, reasons numbered below."""
 
 from itertools import groupby
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from hifiprune.commands.next_steps import cut_flags, is_there, next_is_pruning, next_step
-from hifiprune.deployment.engines import K_BLOCK
+from hifiprune.deployment.engines import FORMS, K_BLOCK
 from hifiprune.formatting import width_range
 from hifiprune.progress import console
 
+Row = dict[str, Any]
+SHORT = {form.name: form.short for form in FORMS}
+LEGEND = (
+    "From the source code of these versions; nothing was run. GPUs: possible tensor-parallel sizes for the MLP width "
+    "and {} attention heads. --json adds full names of formats and the addresses of the sources."
+)
+
 
 def deployable(facts: dict[str, Any]) -> None:
-    """A row for each engine and format."""
+    """Print which formats each engine supports, the reasons against the others, and what to run next."""
+    rows: list[Row] = facts["deployment"]
+    reasons = {why: number for number, why in enumerate(dict.fromkeys(row["why"] for row in rows if row["why"]), 1)}
+    table = Table("engine", "supported", "limits", "GPUs", box=box.SIMPLE_HEAD, pad_edge=False)
+    for engine, group in groupby(rows, lambda row: f"{row['engine']} {row['version']}"):
+        by_verdict: dict[str, list[Row]] = {}
+        for row in (answers := [*group]):
+            by_verdict.setdefault(row["verdict"], []).append(row)
+        cells = {verdict: ", ".join(_cell(row, reasons) for row in same) for verdict, same in by_verdict.items()}
+        supported = cells.pop("yes", "")
+        table.add_row(
+            engine, supported, "; ".join(f"{verdict}: {formats}" for verdict, formats in cells.items()), _gpus(answers)
+        )
     title = f"{facts['architecture']}, MLP width {width_range(facts['neurons_per_mlp'])}"
-    table = Table("engine", "format", "takes it", "GPUs", "why", title=title)
-    for engine, rows in groupby(facts["deployment"], lambda row: f"{row['engine']} {row['version']}"):
-        answers = [*rows]
-        if len({row["why"] for row in answers}) == 1 and answers[0]["verdict"] in ("no", "unknown"):
-            answers = [answers[0] | {"form": "any"}]
-        for row in answers:
-            sizes = ", ".join(map(str, row["tensor_parallel"]))
-            table.add_row(engine if row is answers[0] else "", row["form"], row["verdict"], sizes, row["why"])
+    console().print(title, markup=False, highlight=False)
     console().print(table)
-    said = (
-        "As their source says in the versions named; nothing was run. GPUs: numbers of them that can share each layer, "
-        f"by the width and {facts['heads']} attention heads. With --json the addresses of what was read."
-    )
-    console().print(said, markup=False, soft_wrap=True, highlight=False)
+    for why, number in reasons.items():
+        console().print(f"[{number}] {why}", markup=False, highlight=False)
+    console().print(LEGEND.format(facts["heads"]), markup=False, highlight=False)
     _what_next(facts)
 
 
+def _cell(row: Row, reasons: dict[str, int]) -> str:
+    """Return a format, with the number of its reason if there is one."""
+    return SHORT[row["form"]] + (f" \\[{reasons[row['why']]}]" if row["why"] else "")
+
+
+def _gpus(answers: list[Row]) -> str:
+    """Return the tensor-parallel sizes of the first format, and of those that differ from it."""
+    by_form = {row["form"]: ", ".join(map(str, row["tensor_parallel"])) for row in answers if row["tensor_parallel"]}
+    first = next(iter(by_form.values()), "")
+    return "; ".join([first, *(f"{SHORT[form]}: {sizes}" for form, sizes in by_form.items() if sizes != first)])
+
+
 def _what_next(facts: dict[str, Any]) -> None:
-    """Widths that more engines take, where there are any; else to the hub."""
+    """Suggest widths that more engines support, or else publishing."""
     widths, dense = facts["neurons_per_mlp"], facts["pruned_from"]
     if not dense:
         next_is_pruning(facts["model"])

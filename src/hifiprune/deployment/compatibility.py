@@ -70,8 +70,8 @@ class Facts:
         """
         if checkpoint.gguf:
             raise UserError(
-                f"{checkpoint.name} is a GGUF file: whether engines take it is told of the folder that it was made "
-                "from, or that prune makes of it"
+                f"{checkpoint.name} is a GGUF file: inspect the folder that it was made from, or the one that prune "
+                "writes, to see which engines support it"
             )
         skeleton = checkpoint.skeleton()
         config, family = skeleton.config.get_text_config(), family_of(skeleton.config)
@@ -179,22 +179,22 @@ def _at_all(facts: Facts, key: str) -> tuple[str, str, str]:
     if facts.own_code:
         return engine.mixed, engine.why, engine.code
     if kind == "no":
-        return "no", f"has no model of the type {name}", engine.models
+        return "no", f"has no implementation of model type {name}", engine.models
     if kind == "unknown":
-        return "unknown", f"nothing was found about the type {name}", engine.models
+        return "unknown", f"nothing is known about model type {name}", engine.models
     if kind == "fixed" and {*facts.widths} != {4 * facts.hidden}:
-        what = f"its model of the type {name} is {4 * facts.hidden:,} wide, four times the hidden size"
-        mend = f": {engine.mend.format(facts.widths[0])}" if engine.mend else ""
-        return "no", f"{what}; here it is {width_range([*facts.widths])}{mend}", engine.fixed
+        what = f"hard-codes an MLP width of 4 x hidden size = {4 * facts.hidden:,} for model type {name}"
+        mend = f"; {engine.mend.format(facts.widths[0])}" if engine.mend else ""
+        return "no", f"{what}, this checkpoint has {width_range([*facts.widths])}{mend}", engine.fixed
     if missing := missing_keys(facts, key):
         stated = ", ".join(f'"{name}": {json.dumps(value)}' for name, value in missing.items())
         defaults = [shown(value) for name in missing if (value := _wanted(facts, key).get(name, FAILS)) != FAILS]
-        taken = f"computes with {', '.join(defaults)} in place of it"
-        then = taken if defaults else "fails or computes something else without it"
-        place = f"in {facts.section}" if facts.section else "at the top"
-        why = f"reads {' and '.join(missing)} {place} of config.json and {then}; write there {stated}"
+        taken = f"silently assumes {', '.join(defaults)} if it is missing"
+        then = taken if defaults else "fails or gives wrong results without it"
+        place = f"in {facts.section}" if facts.section else "at the top level"
+        why = f"reads {' and '.join(missing)} {place} of config.json and {then}; add {stated}"
         return "no", why, engine.models
-    how = {"backend": "by its Transformers backend", "autodeploy": "by AutoDeploy"}
+    how = {"backend": "through its Transformers backend", "autodeploy": "through AutoDeploy"}
     return "yes", how.get(kind, ""), engine.models
 
 
@@ -217,7 +217,7 @@ def _by_sizes(facts: Facts, form: Form) -> tuple[str, str, tuple[int, ...]]:
     """Return the verdict by the sizes of the weights, its reason if it is not yes, and the tensor-parallel sizes."""
     shares = bool(ENGINES[form.engine].splits)
     if facts.model_type in MIXTURES and form.multiple > 1 and shares:
-        return "unknown", "the kernels of experts were not looked up", ()
+        return "unknown", "the kernels for experts were not looked up", ()
     even = [size for size in TENSOR_PARALLEL if facts.heads % size == 0 and not any(w % size for w in facts.widths)]
     whole = even if shares else [1]
     if sizes := [size for size in whole if not _obstacles(facts, form, size)]:
@@ -225,22 +225,22 @@ def _by_sizes(facts: Facts, form: Form) -> tuple[str, str, tuple[int, ...]]:
     obstacles = _obstacles(facts, form, 1)
     then, odd = form.then, [name for name, size in obstacles.items() if size % BLOCK]
     if form.engine == "llama.cpp" and odd:
-        then = f"{then}; f16 for {' and '.join(odd)}" if len(odd) < len(obstacles) else "such maps become f16"
+        then = f"{then}; f16 for {' and '.join(odd)}" if len(odd) < len(obstacles) else "such tensors become f16"
     found = " and ".join(f"{name} {size:,}" for name, size in obstacles.items())
-    verb = "does" if len(obstacles) == 1 else "do"
-    why = f"{found} {verb} not divide by {form.multiple}: {then}"
+    what = "is not a multiple" if len(obstacles) == 1 else "are not multiples"
+    why = f"{found} {what} of {form.multiple}: {then}"
     return form.otherwise, why, tuple(whole) if shares and form.otherwise == "partly" else ()
 
 
 def _obstacles(facts: Facts, form: Form, gpus: int) -> dict[str, int]:
     """Return the sizes, per GPU, that are not multiples of what a format needs."""
     heads, keys = facts.heads // gpus * facts.head, max(1, facts.key_heads // gpus) * facts.head
-    sizes = {"the width": facts.widths[0] // gpus}  # of all layers, or the engine has refused by now
+    sizes = {"MLP width": facts.widths[0] // gpus}  # of all layers, or the engine has refused by now
     if form.name == BLOCKS:  # of matrices laid together, and of shares; what reads the hidden size is neither
-        others = {"the width of queries": heads, "the width of keys": keys}
+        others = {"query width": heads, "key width": keys}
         sizes = sizes if facts.gated or gpus > 1 else {}
     else:
-        others = {"the hidden size": facts.hidden, "the width of attention": heads}
+        others = {"hidden size": facts.hidden, "attention width": heads}
     return {name: size for name, size in (sizes | others).items() if size % form.multiple}
 
 
@@ -251,5 +251,5 @@ def remark_on_mixed() -> str:
         ["transformers (trust_remote_code=True)", *by["yes"]], by["no"],
     ))  # fmt: skip
     unknown = ", ".join(each.name for each in ENGINES.values() if each.mixed == "unknown")
-    rest = f"; of {unknown} it is not known" if unknown else ""
-    return f"Checkpoints whose layers differ in width are run by {runs}, not by {not_by}{rest}."
+    rest = f"; {unknown} is unknown" if unknown else ""
+    return f"Checkpoints with layers of different widths run in {runs}, not in {not_by}{rest}."

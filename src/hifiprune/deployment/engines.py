@@ -1,6 +1,6 @@
-"""What inference engines take, as data: looked up in the source of the versions named, not promised by anyone.
+"""Which checkpoints serving engines support, as data read from the source code of the versions named.
 
-Every rule carries the address of what was read. Where nothing was found, the answer is `unknown`.
+Every rule carries the address of its source. Where nothing was found, the answer is `unknown`.
 """
 
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ LLAMA_CPP = "https://github.com/ggml-org/llama.cpp/blob/0c1e57098bba43ac29e6e3b6
 
 @dataclass(frozen=True)
 class Engine:
-    """An inference engine.
+    """A serving engine.
 
     Attributes:
-        name: what it is called.
-        version: that was looked at.
-        models: address of what tells its architectures.
-        fixed: address of an example of a model that takes the MLP to be four times the hidden size.
-        splits: address of what divides a width among GPUs; empty where the engine does not.
-        mixed: its answer to MLPs that differ in width, as `prune` saves them.
-        why: of that answer.
-        code: address of what tells so.
-        mend: what helps where it fixes the width; takes the width that the checkpoint has.
+        name: name shown to users.
+        version: version whose source was read.
+        models: address of its list of architectures.
+        fixed: address of an example of a model with a hard-coded MLP width of four times the hidden size.
+        splits: address of its tensor parallelism over the MLP width; empty if it has none.
+        mixed: verdict for MLPs that differ in width, as `prune` saves them.
+        why: reason of that verdict.
+        code: address of the source of that verdict.
+        mend: remedy for a hard-coded width, with a placeholder for the checkpoint's width.
     """
 
     name: str
@@ -47,7 +47,7 @@ ENGINES = {
         f"{VLLM}/vllm/model_executor/models/falcon.py",
         f"{VLLM}/vllm/model_executor/layers/linear.py",
         "no",
-        "takes a checkpoint's own code only in its base model (auto_map.AutoModel), and here it is in the causal model",
+        "loads a checkpoint's own code only from auto_map.AutoModel; pruned checkpoints name the causal model only",
         f"{VLLM}/docs/models/supported_models.md#custom-models",
     ),
     "tensorrt-llm": Engine(
@@ -57,7 +57,7 @@ ENGINES = {
         "",
         f"{TENSORRT}/00bbf71e796406ea8593a77cbfb828356182db16/tensorrt_llm/_torch/modules/linear.py",
         "unknown",
-        "the PyTorch backend knows architectures by name and not this one; whether AutoDeploy takes it was not tried",
+        "the PyTorch backend has no such architecture; AutoDeploy was not tried",
         f"{TENSORRT}/01bffee125e24ebe5b4a63437840a9422eb70868/tensorrt_llm/_torch/models/modeling_auto.py",
     ),
     "sglang": Engine(
@@ -67,7 +67,7 @@ ENGINES = {
         f"{SGLANG}/models/phi.py",
         f"{SGLANG}/layers/linear.py",
         "no",
-        "asks a checkpoint with its own code for auto_map.AutoModel, and here only the causal model is named",
+        "loads a checkpoint's own code only from auto_map.AutoModel; pruned checkpoints name the causal model only",
         f"{SGLANG}/model_loader/utils.py",
     ),
     "mlx": Engine(
@@ -77,7 +77,7 @@ ENGINES = {
         f"{MLX}/models/gptj.py",
         "",
         "no",
-        "builds its own model of the type, with one width for all layers",
+        "its own implementation has one width for all layers",
         f"{MLX}/utils.py",
     ),
     "llama.cpp": Engine(
@@ -87,25 +87,24 @@ ENGINES = {
         f"{LLAMA_CPP}/conversion/gpt2.py",
         "",
         "no",
-        "the converter knows architectures by name and not this one; GGUF can hold a width for each layer, but most "
-        "architectures read one",
+        "the converter has no such architecture; GGUF can store a width a layer, but most architectures read one",
         f"{LLAMA_CPP}/conversion/base.py",
-        "set the file's feed_forward_length to {} after the conversion, with gguf_set_metadata",
+        "after the conversion, set feed_forward_length to {} in the file with gguf_set_metadata",
     ),
 }
 
 
 @dataclass(frozen=True)
 class Form:
-    """A number format in which an engine runs or makes weights.
+    """A number format in which an engine runs or creates weights.
 
     Attributes:
         engine: key of `ENGINES`.
-        name: of the format.
-        multiple: what the sizes of the maps that it reads in groups, or each GPU's shares of them, must divide by.
-        otherwise: the answer where it does not.
-        then: what happens then, or what is in the way.
-        source: address of what was read.
+        name: name of the format.
+        multiple: number that the sizes of grouped dimensions, or each GPU's share of them, must be a multiple of.
+        otherwise: verdict if they are not.
+        then: consequence or reason in that case.
+        source: address of the source that was read.
     """
 
     engine: str
@@ -115,15 +114,30 @@ class Form:
     then: str = ""
     source: str = ""
 
+    @property
+    def short(self) -> str:
+        """Return the name for tables of little width."""
+        return SHORT.get(self.name, self.name)
+
 
 K_BLOCK, BLOCK = 256, 32
-"""What k-quants need, and the types that llama-quantize falls back to; other maps become f16."""
-GROUPS, BLOCKS, FP8 = "int4, groups of 128 (GPTQ, AWQ)", "FP8, blocks of 128 x 128", "FP8, a scale a tensor or channel"
+"""Block sizes of k-quants and of the types that llama-quantize falls back to; other tensors become f16."""
+GROUPS, BLOCKS, FP8 = (
+    "int4, groups of 128 (GPTQ, AWQ)",
+    "FP8, blocks of 128 x 128",
+    "FP8, one scale per tensor or channel",
+)
+SHORT = {
+    "16 bits": "16-bit", GROUPS: "int4", "int4, groups of 128 (AWQ)": "int4", BLOCKS: "FP8 blocks", FP8: "FP8",
+    "quantized in groups of 64 (mlx_lm.convert -q)": "4-bit", "f32, f16, bf16": "f16",
+    "q4_0, q4_1, q5_0, q5_1, q8_0": "q4_0 to q8_0",
+}  # fmt: skip
+"""Names of formats in the table of `inspect --deploy`; the others are short already."""
 QUANTIZE = f"{LLAMA_CPP}/src/llama-quant.cpp"
 FORMS = [
     Form("vllm", "16 bits"),
     Form(
-        "vllm", GROUPS, 128, "no", "Marlin takes whole groups only",
+        "vllm", GROUPS, 128, "no", "groups must be whole",
         f"{VLLM}/vllm/model_executor/kernels/linear/mixed_precision/marlin.py",
     ),
     Form(
@@ -131,7 +145,7 @@ FORMS = [
         f"{VLLM}/vllm/model_executor/layers/quantization/utils/fp8_utils.py",
     ),
     Form(
-        "vllm", FP8, 16, "partly", "the CUTLASS kernel pads such maps",
+        "vllm", FP8, 16, "partly", "the CUTLASS kernel pads such layers",
         f"{VLLM}/vllm/model_executor/kernels/linear/scaled_mm/cutlass.py",
     ),
     Form("tensorrt-llm", "16 bits"),
@@ -149,23 +163,23 @@ FORMS = [
         f"{SGLANG}/layers/quantization/fp8.py",
     ),
     Form(
-        "sglang", FP8, 16, "unknown", "the CUTLASS kernel leaves such maps out; what else runs them was not looked up",
+        "sglang", FP8, 16, "unknown", "the CUTLASS kernel skips such layers; the fallback was not looked up",
         f"{SGLANG}/layers/quantization/fp8_utils.py",
     ),
     Form("mlx", "16 bits"),
     Form(
         "mlx", "quantized in groups of 64 (mlx_lm.convert -q)", 64, "partly",
-        "such maps stay in 16 bits; --q-group-size 32 takes more sizes", f"{MLX}/utils.py",
+        "such layers stay in 16 bits; --q-group-size 32 supports more sizes", f"{MLX}/utils.py",
     ),
     Form("llama.cpp", "f32, f16, bf16"),
-    Form("llama.cpp", "q4_0, q4_1, q5_0, q5_1, q8_0", BLOCK, "partly", "such maps become f16", QUANTIZE),
+    Form("llama.cpp", "q4_0, q4_1, q5_0, q5_1, q8_0", BLOCK, "partly", "such tensors become f16", QUANTIZE),
     Form(
         "llama.cpp", "k-quants", K_BLOCK, "partly",
-        "such maps fall back: q4_K to q5_0, q5_K to q5_1, q6_K to q8_0, q2_K and q3_K to q4_0", QUANTIZE,
+        "such tensors fall back: q4_K to q5_0, q5_K to q5_1, q6_K to q8_0, q2_K and q3_K to q4_0", QUANTIZE,
     ),
-    Form("llama.cpp", "i-quants", K_BLOCK, "partly", "such maps fall back to iq4_nl", QUANTIZE),
+    Form("llama.cpp", "i-quants", K_BLOCK, "partly", "such tensors fall back to iq4_nl", QUANTIZE),
 ]  # fmt: skip
-"""In the order in which they are told."""
+"""In the order in which they are shown."""
 
 Y, B, F, N, U, A = "yes", "backend", "fixed", "no", "unknown", "autodeploy"
 SUPPORT = {
