@@ -1,5 +1,5 @@
-# Targets: demo, test, test-all, test-browser, test-llama-cpp, test-readers, chromium, check, bench, wheel-test. Those
-# that need an environment make it first.
+# Targets: demo, test, test-all, test-browser, test-llama-cpp, test-readers, chromium, check, docs, notebook, figures,
+# bench, wheel-test, dist, publish. Those that need an environment make it first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,8 @@ PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist
 # Checks types and shapes at every call, which takes as long again as what is called.
 TYPES := --jaxtyping-packages=hifiprune,beartype.beartype
 
-.PHONY: demo test test-all test-browser test-llama-cpp test-readers chromium check bench wheel-test
+.PHONY: demo test test-all test-browser test-llama-cpp test-readers chromium check docs notebook figures bench wheel-test \
+	dist publish
 
 demo: $(VENV)/.installed
 	@$(BIN)/hifiprune demo --output demo-out
@@ -35,10 +36,20 @@ chromium:
 	@command -v chromium > /dev/null || (apt-get update && apt-get install --yes --no-install-recommends chromium)
 
 check: $(VENV)/.dev
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks docs examples
+	$(BIN)/ruff format --check src tests benchmarks docs examples
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "Open build/site/index.html"
+
+notebook: $(VENV)/.docs
+	$(BIN)/python examples/run.py
+
+figures: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.figures
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/scoring.py
@@ -55,14 +66,28 @@ wheel-test: $(VENV)/.dev
 	cd build && env/bin/hifiprune prune ../.cache/smollm2 --output pruned --ratio 0.2 --calibration python-docs \
 		--num-samples 2 --seq-len 128
 
+dist: $(VENV)/.docs
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+
+publish: dist
+	$(BIN)/twine upload dist/*
+
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@echo "Making the environment in $(VENV) (some minutes) ..."
+	@echo "Installing hifiprune and what it needs into $(VENV): about 1.6 GB, a minute or more ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/pip install --disable-pip-version-check --constraint constraints.txt --editable .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	@$(BIN)/pip install --quiet --constraint constraints.txt --editable .[dev]
+	@echo "Installing what the tests need into $(VENV) ..."
+	$(BIN)/pip install --disable-pip-version-check --constraint constraints.txt --editable .[dev]
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.dev
+	@echo "Installing what the documentation needs into $(VENV) ..."
+	$(BIN)/pip install --disable-pip-version-check --constraint constraints.txt --editable .[docs]
 	@touch $@
 
 $(ENGINE)/.installed: pyproject.toml constraints.txt benchmarks/llama.py

@@ -58,11 +58,11 @@ def main() -> None:
         record["results"] = {key: value for key, value in record["results"].items() if key not in ("cells", "trials")}
         (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     for plot, name in (("perplexity-1", "perplexity"), ("kl", "kl")):
-        shutil.copy(compared / f"{plot}.svg", ROOT / "docs" / f"criteria-{name}.svg")
+        shutil.copy(compared / f"{plot}.svg", ROOT / "docs" / "figures" / f"criteria-{name}.svg")
 
 
-def readme_table(document: dict[str, Any], ablation: dict[str, Any]) -> str:
-    """The table of the README in Markdown: mean and standard deviation over draws, and rank correlations."""
+def table(document: dict[str, Any], ablation: dict[str, Any]) -> str:
+    """Return mean and standard deviation over draws, and rank correlations, as Markdown."""
     rows = document["results"]["summary"]
     values = {(row["criterion"], row["metric"], row["text"], row["ratio"]): row for row in rows}
     heads = [f"{what} at {ratio:.0%}" for ratio in RATIOS for what in ("perplexity", "KL")]

@@ -253,7 +253,7 @@ def closeness(theirs: list[torch.Tensor], ours: list[torch.Tensor]) -> dict[str,
 
 
 def table(facts: dict[str, Any]) -> str:
-    """The README's table."""
+    """Return the table of the page on export."""
     rows = ["| `--type` | file | same continuations | with a cache in f16 | same top token | KL, nats | perplexity |"]
     rows.append(f"|{'---|' * 7}")
     for kind, found in facts["types"].items():
@@ -266,7 +266,7 @@ def table(facts: dict[str, Any]) -> str:
 
 
 def words(facts: dict[str, Any]) -> list[str]:
-    """What the README says beside its table."""
+    """Return what the page on export says beside its table."""
     found, (before, after) = facts["tokenization"], (facts["width"][when] for when in ("before", "after"))
     return [
         f"cut from {before:,} to {after:,} neurons a layer",

@@ -89,12 +89,27 @@ def run(path: str, ids: str, output: str) -> None:
     llama.close()
 
 
+REASONS = {
+    "code of its own": "rejected: has its own modeling code",
+    "is not supported": "the converter does not support it",
+    "rotary_pct": "the converter fails: it expects `rotary_pct`",
+    "tokenizer.model": "not tried: needs its own tokenizer",
+    "<|user|>": "not tried: needs its own tokenizer",
+    "pre-tokenizer": "not tried: needs its own tokenizer",
+    "Can not map tensor": "the converter fails: unknown tensor",
+    "is invalid for input": "the converter fails: unexpected shape of a tensor",
+    "q_layernorm": "the converter fails: unknown tensor",
+    "cannot load": "converted; llama.cpp cannot load it",
+}
+"""Plain words for the errors that were recorded, by a part of each."""
+
+
 def table(facts: dict[str, Any]) -> str:
-    """The table of the page on export."""
-    rows = ["| variant | largest difference of logits, in their standard deviations |", "|---|---|"]
+    """Return the table of the page on export."""
+    rows = ["| variant | largest difference of logits |", "|---|---|"]
     for variant, found in facts.items():
         if "refused" in found:
-            text = found["refused"].replace("|", "\\|")[:120]
+            text = next(words for part, words in REASONS.items() if part in found["refused"])
         else:
             size = found["difference"]
             text = f"{size:.0e}" + (

@@ -162,7 +162,7 @@ def sizes(model: PreTrainedModel) -> dict[str, int]:
 def table(facts: dict[str, Any]) -> str:
     """Results as Markdown, a row for each method."""
     rows = {(row["model"], row["method"]): row for row in facts["results"]}
-    head = "| | dense: perplexity | KL | MB | pruned: perplexity | KL | MB | beyond the sum: ln perplexity | KL |"
+    head = "| | dense: perplexity | KL | MB | pruned: perplexity | KL | MB | interaction: ln perplexity | KL |"
     lines = [head, "|" + "---|" * 9]
     for method in ("none", *METHODS):
         cells = [{"none": "float32"}.get(method, method)]

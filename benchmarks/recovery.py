@@ -4,7 +4,7 @@ The model is pruned by 20 and 30% with the best training-free setting (`fisher`,
 `quality.py`), calibrated on C4; then trained on labels (instructions) or distilled from
 the dense model (C4), by LoRA or all weights, and the dense model alike as the control. Measured on WikiText-2 test
 (perplexity) and documents of C4 that nothing was trained on (KL divergence). Writes `results/recovery.json` and
-`docs/recovery.svg`. Takes hours; interrupted, it goes on where it stopped. Variants can be shared out among processes:
+`docs/figures/recovery.svg`. Takes hours; interrupted, it goes on where it stopped. Processes can share variants:
 
     OMP_NUM_THREADS=1 python benchmarks/recovery.py --variants "20%, LoRA, labels" "20%, LoRA, distilled"
 """
@@ -133,7 +133,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
             axes.plot(steps, [math.exp(loss - losses[0]) for loss in losses], label=row["variant"])
     axes.set(xlabel="optimizer step", ylabel="perplexity of held-out rows, relative to the start")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(ROOT / "docs" / "recovery.svg", metadata={"Date": None}, bbox_inches="tight")
+    figure.savefig(ROOT / "docs" / "figures" / "recovery.svg", metadata={"Date": None}, bbox_inches="tight")
 
 
 if __name__ == "__main__":

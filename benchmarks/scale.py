@@ -2,7 +2,7 @@
 
 Random checkpoints in the shapes of Llama-3.2-1B and Llama-2-7B are made on the disk (17 GB for the time being) and go
 through the commands, each in a process of its own whose peak resident memory the system tells. Writes
-`results/scale.json` and `docs/scale.svg`; `--parts` measures some parts anew. Takes about an hour on 2 cores.
+`results/scale.json` and `docs/figures/scale.svg`; `--parts` measures some parts anew. Takes about an hour on 2 cores.
 """
 
 import argparse
@@ -246,7 +246,7 @@ def spared(facts: dict[str, Any]) -> str:
     peaks = {how: max(each["peak_bytes"] for each in found) / 1e9 for how, found in rounds.items()}
     ratio = median(one / other for one, other in zip(seconds["--stream"], seconds["--in-memory"], strict=True))
     return (
-        f"{ratio:.2f} times the time of weights in memory, and {peaks['--stream']:.2f} GB at the peak where those take "
+        f"{ratio:.2f} times the time of weights in memory, and {peaks['--stream']:.2f} GB at the peak instead of "
         f"{peaks['--in-memory']:.2f} GB"
     )
 
@@ -254,7 +254,10 @@ def spared(facts: dict[str, Any]) -> str:
 def foreseen(facts: dict[str, Any]) -> str:
     """How many of the stages took as many seconds, and as much memory, as was expected to within 30%, as Markdown."""
     found = predictions(facts)
-    lines = ["| | stages | seconds within 30% | memory within 30% | seconds, median | furthest off |", "|" + "---|" * 6]
+    lines = [
+        "| | stages | seconds within 30% | memory within 30% | seconds, median | seconds, worst |",
+        "|" + "---|" * 6,
+    ]
     for stage in dict.fromkeys(each["stage"] for each in found):
         own = [each for each in found if each["stage"] == stage]
         close, ratios = [], []
@@ -269,7 +272,7 @@ def foreseen(facts: dict[str, Any]) -> str:
 
 def settling(facts: dict[str, Any]) -> str:
     """How the kept set of SmolLM2-135M settled, as Markdown."""
-    lines = ["| windows | two halves agree on | extrapolated to all 1,000 |", "|---|---|---|"]
+    lines = ["| windows | agreement of two halves | extrapolated to all 1,000 |", "|---|---|---|"]
     for each in facts["stability"]["curve"]:
         lines.append(f"| {each['windows']} | {each['halves']:.1%} | {each['extrapolated']:.1%} |")
     return "\n".join(lines)
@@ -316,7 +319,7 @@ def draw(facts: dict[str, Any]) -> None:
             axes[line, column].yaxis.set_major_formatter("{x:g}")
     axes[0, 0].legend(fontsize="small")
     figure.tight_layout()
-    figure.savefig(ROOT / "docs" / "scale.svg", metadata={"Date": None})
+    figure.savefig(ROOT / "docs" / "figures" / "scale.svg", metadata={"Date": None})
 
 
 FAR: dict[str, dict[str, Any]] = {
@@ -389,11 +392,11 @@ def table(facts: dict[str, Any]) -> str:
     row("weights in float32, resident", [f"{each['resident_bytes'] / 1e9:.1f} GB" for each in found])
     scored = [f"{each['scoring']['peak_bytes'] / 1e9:.2f} GB" for each in found]
     row(f"peak memory of scoring {found[0]['windows']} windows of {found[0]['positions']} tokens, streamed", scored)
-    row("seconds of that", [f"{each['scoring']['stages']['scoring']['seconds']:,.0f}" for each in found])
+    row("seconds, scoring", [f"{each['scoring']['stages']['scoring']['seconds']:,.0f}" for each in found])
     rounds = [facts["cutting"][name] for name in ("1B", "7B")]
     row("peak memory of cutting 20%", [f"{max(_all(each, 'peak_bytes')) / 1e9:.2f} GB" for each in rounds])
-    row("seconds of that, once Python has started", [f"{median(_all(each, 'seconds')):.1f}" for each in rounds])
-    row("seconds of a plain copy", [f"{median(one['copy'] for one in each):.1f}" for each in rounds])
+    row("seconds, cutting, once Python has started", [f"{median(_all(each, 'seconds')):.1f}" for each in rounds])
+    row("seconds, plain copy of the files", [f"{median(one['copy'] for one in each):.1f}" for each in rounds])
     return "\n".join(lines)
 
 

@@ -131,14 +131,14 @@ def spent(model: PreTrainedModel) -> Iterator[dict[str, list[float]]]:
 
 
 def table(facts: dict[str, Any]) -> str:
-    """Speed-ups as Markdown: what was measured, of what was promised, and the share of the saving that was reached."""
+    """Return speed-ups as Markdown: measured, theoretical, and the share of the theoretical time saving reached."""
     pruned = [name for name in facts["models"] if name != "dense"]
     lines = [f"| | dense | {' | '.join(pruned)} |", "|" + "---|" * (2 + len(pruned))]
-    for part, verb in (("first", "reading"), ("later", "writing")):
+    for part, verb in (("first", "prefill"), ("later", "decode")):
         for found in facts["workloads"]:
             work, rows = found["workload"], found["models"]
             size, length = work["batch_size"], work["length"]
-            what = f"{verb} {size} x {length}" if part == "first" else f"{verb} {size} at a time, after {length}"
+            what = f"{verb} {size} x {length}" if part == "first" else f"{verb} batch of {size}, after {length} tokens"
             speed = size * (length if part == "first" else 1) / rows["dense"][part]["seconds"]["median"]
             cells = [
                 f"x{row['speedup']['median']:.2f} of x{row['promised']:.2f} ({row['share']:.0%})"
@@ -149,13 +149,13 @@ def table(facts: dict[str, Any]) -> str:
 
 
 def reasons(facts: dict[str, Any]) -> str:
-    """Where the time goes, as Markdown: milliseconds of each part of reading, and of writing one token after."""
+    """Return milliseconds of each part of prefill and of decoding one token, as Markdown."""
     names = list(facts["models"])
     lines = [f"| | {' | '.join(names)} |", "|" + "---|" * (1 + len(names))]
     for each in facts["parts"]:
         work, found = each["workload"], each["models"]
         size = f"{work['batch_size']} x {work['length']}"
-        for phase, what in (("reading", f"reading {size}"), ("writing", f"writing {work['batch_size']} more")):
+        for phase, what in (("reading", f"prefill {size}"), ("writing", f"decode, batch of {work['batch_size']}")):
             for part in found["dense"][phase]:
                 cells = [f"{1000 * found[name][phase][part]:.1f}" for name in names]
                 lines.append(f"| {what}: {part} | {' | '.join(cells)} |")

@@ -197,14 +197,12 @@ def tiny_tokens(windows: int = 3, positions: int = 11, vocabulary: int = 61) -> 
 
 def table() -> str:
     """The supported families, as Markdown."""
-    lines = [
-        "| model type | models | MLPs in a block | they read through | and write through | straight to the stream |"
-    ]
+    lines = ["| model type | models | MLPs in a block | input projections | output projection | plain residual add |"]
     lines.append("|---|---|---|---|---|---|")
     for name, family in sorted(FAMILIES.items()):
-        mlps = "experts" + " and what they share" * bool(family.shared) if family.experts else "one"
+        mlps = "experts" + " and a shared MLP" * bool(family.shared) if family.experts else "one"
         inputs = " and ".join(f"`{each}`" for each in dict.fromkeys(family.inputs))
-        fused = " (gate and up in one)" * (len(family.inputs) != len({*family.inputs}))
+        fused = " (gate and up fused)" * (len(family.inputs) != len({*family.inputs}))
         straight = "yes" if family.additive else "no"
         lines.append(f"| `{name}` | {family.models} | {mlps} | {inputs}{fused} | `{family.output}` | {straight} |")
     return "\n".join(lines)

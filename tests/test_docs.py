@@ -9,19 +9,48 @@ from typing import Any
 
 import pytest
 import typer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hifiprune
-from benchmarks import llama, llama_families, quality, quantization, recovery, scale, speed, zero_shot
-from benchmarks.criteria import readme_table
+from benchmarks import (
+    criteria,
+    figures,
+    llama,
+    llama_families,
+    quality,
+    quantization,
+    recovery,
+    scale,
+    speed,
+    zero_shot,
+)
 from hifiprune.cli.app import app
 from hifiprune.cli.tables import demo_rows
 from hifiprune.commands.export import TYPES
 from hifiprune.defaults import DEFAULT_CRITERION
+from hifiprune.models.families import FAMILIES
 from tests import families
+from tests.conftest import byte_tokenizer
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "CONTRIBUTING.md", "docs/method.md", "docs/findings.md", "docs/scale.md", "docs/families.md"]
-PAGES += ["docs/quantization.md", "docs/deployment.md", "docs/export.md"]
+README, DOCS, RESULTS = ROOT / "README.md", ROOT / "docs", ROOT / "benchmarks" / "results"
+PAGES = ["README.md", "CONTRIBUTING.md", *(str(path.relative_to(ROOT)) for path in sorted(DOCS.rglob("*.md")))]
+
+
+def page(name: str) -> str:
+    """Return the text of a documentation page."""
+    return (DOCS / name).read_text()
+
+
+def words_of(name: str) -> str:
+    """Return the text of a documentation page in one line."""
+    return " ".join(page(name).split())
+
+
+def results(name: str) -> dict[str, Any]:
+    """Return what a benchmark recorded."""
+    facts: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return facts
 
 
 def commands(page: str) -> list[list[str]]:
@@ -31,7 +60,7 @@ def commands(page: str) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines if line.startswith("hifiprune ")]
 
 
-@pytest.mark.parametrize("words", commands("README.md") + commands("docs/quantization.md"), ids=" ".join)
+@pytest.mark.parametrize("words", [words for page in PAGES for words in commands(page)], ids=" ".join)
 def test_commands_exist_and_parse(words: list[str]) -> None:
     group: Any = typer.main.get_command(app)
     command = group.commands[words[1]]
@@ -39,29 +68,58 @@ def test_commands_exist_and_parse(words: list[str]) -> None:
     assert {"model", "models", "dense", "folder", "folders"} & {*context.params} or words[1] in ("demo", "criteria")
 
 
-def test_the_readme_shows_all_commands() -> None:
+def test_the_guide_shows_all_commands() -> None:
     group: Any = typer.main.get_command(app)
-    assert {words[1] for words in commands("README.md")} == set(group.commands)
+    assert {words[1] for words in commands("docs/guide.md")} == set(group.commands)
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_make_targets_and_files_exist(page: str) -> None:
-    text = (ROOT / page).read_text()
+def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(code.strip().splitlines()) <= 12
+    monkeypatch.chdir(tmp_path)
+    model = families.tiny_model("llama", intermediate_size=512, vocab_size=257)
+    model.save_pretrained("MODEL")
+    byte_tokenizer().save_pretrained("MODEL")
+    Path("c4.jsonl").write_text("".join(json.dumps({"text": f"{number} " * 200}) + "\n" for number in range(12)))
+    for size, less in (("num_samples=128", "num_samples=8"), ("seq_len=1024", "seq_len=32")):
+        assert size in code
+        code = code.replace(size, less)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    small = AutoModelForCausalLM.from_pretrained("small")
+    assert small.num_parameters() < model.num_parameters()
+    assert small.config.intermediate_size == names["plan"].widths[0] < 512
+    assert AutoTokenizer.from_pretrained("small")("text").input_ids
+
+
+def test_the_readme_stays_short() -> None:
+    assert len(README.read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_make_targets_and_files_exist(name: str) -> None:
+    text = (ROOT / name).read_text()
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"`?make ([\w-]+)", text)) - {"the"} <= targets
-    for path in re.findall(r"`((?:tests|benchmarks|docs|src)/[\w/.-]+\.\w+)`", text):
+    for path in re.findall(r"`((?:tests|benchmarks|docs|src|examples)/[\w/.-]+\.\w+)`", text):
         assert (ROOT / path).exists(), path
     for path in re.findall(r"\]\(([\w/.-]+)\)", text):
-        assert ((ROOT / page).parent / path).exists(), path
+        assert ((ROOT / name).parent / path).exists(), path
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
+    pages = {name.removeprefix("docs/") for name in PAGES if name.startswith("docs/")}
+    assert {*re.findall(r"[\w/-]+\.md", navigation)} == pages
 
 
 def test_the_families_are_those_of_the_table() -> None:
-    assert families.table() in (ROOT / "docs" / "families.md").read_text()
-    assert families.names() in " ".join((ROOT / "README.md").read_text().split())
+    assert families.table() in page("families.md")
+    assert f"{len(FAMILIES)} model types" in " ".join(README.read_text().split())
 
 
 def test_functions_named_in_the_method_exist() -> None:
-    names = re.findall(r"`((?:\w+\.)+\w+_?)`", (ROOT / "docs" / "method.md").read_text())
+    names = re.findall(r"`((?:\w+\.)+\w+_?)`", page("method.md") + page("internals.md"))
     assert len(names) >= 50
     for name in names:
         pkgutil.resolve_name(f"hifiprune.{name}")
@@ -75,114 +133,108 @@ def test_the_public_names_resolve() -> None:
         hifiprune.prun  # noqa: B018
 
 
-def test_the_readmes_demo_table_is_the_recorded_one() -> None:
-    results = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
-    assert results["results"]["criterion"] == DEFAULT_CRITERION
-    rows = [f"| {' | '.join(row)} |" for row in demo_rows(results)]
-    readme = (ROOT / "README.md").read_text()
-    assert [row for row in rows if row not in readme] == []
+def test_the_readmes_table_and_figures_are_the_recorded_ones() -> None:
+    readme = README.read_text()
+    assert figures.table() in readme
+    assert [words for words in figures.sentences() if words not in " ".join(readme.split())] == []
 
 
-def test_the_readmes_table_of_criteria_is_the_recorded_one() -> None:
-    results = ROOT / "benchmarks" / "results"
-    compared, ablated = (json.loads((results / f"{name}.json").read_text()) for name in ("criteria", "ablation"))
-    assert readme_table(compared, ablated) in (ROOT / "README.md").read_text()
+def test_the_readmes_figure_is_drawn_from_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    committed = figures.FIGURE.read_text()
+    monkeypatch.setattr(figures, "FIGURE", tmp_path / figures.FIGURE.name)
+    figures.main()
+    assert (tmp_path / figures.FIGURE.name).read_text() == committed
+    assert "docs/figures/quality-size.svg" in README.read_text()
 
 
-def test_the_readmes_table_beyond_the_papers_is_the_recorded_one() -> None:
-    facts = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text())
-    assert quality.table(facts, alone=False) in (ROOT / "README.md").read_text()
-    assert quality.table(facts, alone=True) in (ROOT / "docs" / "findings.md").read_text()
+def test_the_demo_table_is_the_recorded_one() -> None:
+    facts = results("demo")
+    assert facts["results"]["criterion"] == DEFAULT_CRITERION
+    rows = [f"| {' | '.join(row)} |" for row in demo_rows(facts)]
+    assert [row for row in rows if row not in page("guide.md")] == []
 
 
-def test_the_methods_table_of_start_tokens_is_the_recorded_one() -> None:
-    facts = json.loads((ROOT / "benchmarks" / "results" / "bos.json").read_text())
-    page = (ROOT / "docs" / "method.md").read_text()
+def test_the_table_of_criteria_is_the_recorded_one() -> None:
+    assert criteria.table(results("criteria"), results("ablation")) in page("results/criteria.md")
+
+
+def test_the_tables_of_quality_are_the_recorded_ones() -> None:
+    assert quality.table(results("quality"), alone=False) in page("results/quality.md")
+    assert quality.table(results("quality"), alone=True) in page("findings.md")
+    assert zero_shot.table(results("zero_shot")) in page("results/quality.md")
+
+
+def test_the_table_of_start_tokens_is_the_recorded_one() -> None:
+    facts = results("bos")
     for name, found in facts["perplexity"].items():
-        assert f"| {name} | {found['value']:.1f} ({found['low']:.1f} to {found['high']:.1f}) |" in page
-    windows = f"{facts['held_out_windows']} windows of {facts['positions']} tokens"
-    assert windows in page
-    assert f"calibrated on {facts['calibration_windows']} windows" in " ".join(page.split())
+        assert f"| {name} | {found['value']:.1f} ({found['low']:.1f} to {found['high']:.1f}) |" in page("method.md")
+    assert f"{facts['held_out_windows']} windows of {facts['positions']} tokens" in page("method.md")
+    assert f"calibrated on {facts['calibration_windows']} windows" in words_of("method.md")
 
 
-def test_the_readmes_zero_shot_accuracies_are_the_recorded_ones() -> None:
-    facts = json.loads((ROOT / "benchmarks" / "results" / "zero_shot.json").read_text())
-    assert zero_shot.table(facts) in (ROOT / "README.md").read_text()
-
-
-def test_the_readmes_table_of_recovery_is_the_recorded_one() -> None:
-    facts = json.loads((ROOT / "benchmarks" / "results" / "recovery.json").read_text())
-    assert recovery.table(facts) in (ROOT / "README.md").read_text()
+def test_the_table_of_recovery_is_the_recorded_one() -> None:
+    assert recovery.table(results("recovery")) in page("results/recovery.md")
 
 
 def test_the_table_of_quantization_is_the_recorded_one() -> None:
-    facts = json.loads((ROOT / "benchmarks" / "results" / "quantization.json").read_text())
-    assert quantization.table(facts) in (ROOT / "README.md").read_text()
-    page = " ".join((ROOT / "docs" / "quantization.md").read_text().split())
-    assert [words for words in quantization.sentences(facts) if words not in page] == []
+    facts = results("quantization")
+    assert quantization.table(facts) in page("quantization.md")
+    assert [words for words in quantization.sentences(facts) if words not in words_of("quantization.md")] == []
 
 
-def test_the_readmes_speed_of_pruned_models_is_the_recorded_one() -> None:
-    facts = json.loads((ROOT / "benchmarks" / "results" / "speed.json").read_text())
-    readme = (ROOT / "README.md").read_text()
-    assert speed.table(facts) in readme
-    assert speed.reasons(facts) in readme
-    assert f"differ by up to {facts['noise']:.0%} between rounds" in " ".join(readme.split())
+def test_the_speed_of_pruned_models_is_the_recorded_one() -> None:
+    facts = results("speed")
+    assert speed.table(facts) in page("results/speed.md")
+    assert speed.reasons(facts) in page("results/speed.md")
+    assert f"differ by up to {facts['noise']:.0%} between rounds" in words_of("results/speed.md")
     dense = facts["parts"][0]["models"]["dense"]
-    for phase, words in (("reading", "of the time of reading"), ("writing", "of that of writing one token")):
+    for phase, words in (("reading", "of the prefill time"), ("writing", "of the time of decoding one token")):
         share = dense[phase]["attention"] / sum(dense[phase].values())
-        assert f"{share:.0%} {words}" in " ".join(readme.split())
+        assert f"{share:.0%} {words}" in words_of("results/speed.md")
 
 
-def test_what_the_readme_says_of_llama_cpp_was_measured() -> None:
-    facts = json.loads((ROOT / "benchmarks" / "results" / "llama_cpp.json").read_text())
-    readme = (ROOT / "README.md").read_text()
-    assert llama.table(facts) in readme
+def test_what_the_page_on_export_says_of_llama_cpp_was_measured() -> None:
+    facts = results("llama_cpp")
+    assert llama.table(facts) in page("export.md")
     for words in llama.words(facts):
-        assert words in " ".join(readme.split()), words
+        assert words in words_of("export.md"), words
     prompts = len(llama.PROMPTS)
     for kind in llama.EXACT:
         assert facts["types"][kind]["same_tokens"] == [facts["new_tokens"]] * prompts
 
 
 def test_the_page_on_exports_table_of_families_is_the_recorded_one() -> None:
-    facts = json.loads((ROOT / "benchmarks" / "results" / "llama_families.json").read_text())
+    facts = results("llama_families")
     assert set(facts) == set(families.MIXED), "all but experts and images, of which the page says that"
-    assert llama_families.table(facts) in (ROOT / "docs" / "export.md").read_text()
+    assert llama_families.table(facts) in page("export.md")
 
 
 def test_the_page_on_export_names_all_types() -> None:
-    page = (ROOT / "docs" / "export.md").read_text()
-    assert {*re.findall(r"`(auto|b?f\d+|i?q\d\w+)`", page.partition("## Types")[2].partition("## What")[0])} == {*TYPES}
+    types = page("export.md").partition("## Types")[2].partition("## What")[0]
+    assert {*re.findall(r"`(auto|b?f\d+|i?q\d\w+)`", types)} == {*TYPES}
 
 
 def test_what_the_page_on_scale_says_was_measured() -> None:
-    facts = json.loads((ROOT / "benchmarks" / "results" / "scale.json").read_text())
-    page = (ROOT / "docs" / "scale.md").read_text()
+    facts = results("scale")
     for table in (scale.table(facts), scale.foreseen(facts), scale.settling(facts)):
-        assert table in page
+        assert table in page("scale.md")
     for words in (scale.spared(facts), scale.others(facts), f"with the power {scale.power(facts)[0]:.2f} of"):
-        assert words in " ".join(page.split())
+        assert words in words_of("scale.md")
 
 
 def test_what_the_page_on_scale_predicts_is_what_the_cost_model_says() -> None:
-    assert scale.far() in (ROOT / "docs" / "scale.md").read_text()
+    assert scale.far() in page("scale.md")
 
 
-def test_the_readmes_cost_of_repair_is_the_recorded_one() -> None:
-    repair = json.loads((ROOT / "benchmarks" / "results" / "repair.json").read_text())["results"]["sequential repair"]
-    figures = (
-        f"Repair takes {repair['to_scoring']:.2f} of the scoring's time ({repair['seconds_per_window']:.1f} s a window"
-    )
-    assert figures in (ROOT / "README.md").read_text()
+def test_the_cost_of_repair_is_the_recorded_one() -> None:
+    repair = results("repair")["results"]["sequential repair"]
+    words = f"{repair['to_scoring']:.2f} of the scoring's time ({repair['seconds_per_window']:.1f} s a window"
+    assert f"Repair takes {words}" in page("results/speed.md")
 
 
-def test_the_readmes_speed_figures_are_the_recorded_ones() -> None:
-    results = json.loads((ROOT / "benchmarks" / "results" / "scoring.json").read_text())["results"]
-    readme = (ROOT / "README.md").read_text()
-    for variant, result in results.items():
-        figures = [f"{result['seconds_per_window']:.1f} s", f"{result['peak_bytes_above_weights'] / 1e9:.2f} GB"]
+def test_the_cost_of_scoring_is_the_recorded_one() -> None:
+    for variant, result in results("scoring")["results"].items():
+        shown = [f"{result['seconds_per_window']:.1f} s", f"{result['peak_bytes_above_weights'] / 1e9:.2f} GB"]
         if variant != "papers":
-            figures += [f"{result[name]:.2f}" for name in ("time_ratio", "memory_ratio", "share_of_product_speed")]
-        for figure in figures:
-            assert figure in readme, (variant, figure)
+            shown += [f"{result[name]:.2f}" for name in ("time_ratio", "memory_ratio", "share_of_product_speed")]
+        assert [figure for figure in shown if figure not in page("results/speed.md")] == [], variant

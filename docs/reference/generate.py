@@ -1,0 +1,77 @@
+"""Fill in the reference pages while the site is built: the commands' help texts and the public names.
+
+A hook of mkdocs. The command line is read as users read it, from `--help`, whatever library parses it.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import hifiprune
+
+CLI, API = "<!-- generated: command line -->", "<!-- generated: public names -->"
+GROUPS = {
+    "Commands on checkpoints": ("commands",),
+    "Calibration and scoring": ("calibration", "scores", "scoring"),
+    "Pruning": ("plan", "pruning"),
+    "Recovery": ("recovery",),
+    "Evaluation": ("evaluation",),
+    "Models and machine": ("models", "engine"),
+}
+"""Headings of the API page, with the modules whose names go under each; the rest goes under a last one."""
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Replace the marks of the reference pages."""
+    if CLI in markdown:
+        markdown = markdown.replace(CLI, command_line())
+    return markdown.replace(API, public_names()) if API in markdown else markdown
+
+
+@cache
+def command_line() -> str:
+    """Return the help of all commands, each under its heading."""
+    commands = re.findall(r"^\W*([a-z][a-z-]*)\s{2,}\S", help_of().partition("Commands")[2], re.MULTILINE)
+    if len(commands) < 10:
+        raise RuntimeError(f"`hifiprune --help` lists {commands} only: its commands were not recognized")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        texts = dict(zip(commands, pool.map(help_of, commands), strict=True))
+    return "\n\n".join(f"## hifiprune {name}\n\n```text\n{text}\n```" for name, text in sorted(texts.items()))
+
+
+def help_of(*words: str) -> str:
+    """Return what `hifiprune ... --help` prints to a terminal of 100 columns, without colours."""
+    environment = os.environ | {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb", "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, "-m", "hifiprune", *words, "--help"]
+    result = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=True)
+    return "\n".join(line.rstrip() for line in result.stdout.splitlines()).strip()
+
+
+def public_names() -> str:
+    """Return a directive of mkdocstrings for each public name, by the part of the package that defines it."""
+    places = {name: home(name) for name in hifiprune.__all__}
+    lines, told = [], set[str]()
+    for title, parts in [*GROUPS.items(), ("Records and errors", None)]:
+        names = [
+            name
+            for name, place in places.items()
+            if name not in told and (parts is None or place.split(".")[1] in parts)
+        ]
+        told |= {*names}
+        lines += [f"## {title}", *(f"::: {places[name]}.{name}" for name in names)] if names else []
+    return "\n\n".join(lines)
+
+
+def home(name: str) -> str:
+    """Return the module that defines a public name."""
+    value = getattr(hifiprune, name)
+    place = getattr(value, "__module__", "")
+    if place.startswith("hifiprune"):
+        return str(place)
+    return next(
+        key for key, module in sys.modules.items() if key[:10] == "hifiprune." and vars(module).get(name) is value
+    )
