@@ -10,6 +10,8 @@ from typing import Any
 from hifiprune.errors import UserError
 
 LARGEST = 2**31 - 1
+SEEDS = 2**32
+"""So many seeds there are that every generator of random numbers takes."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Bounds:
 
     def wanted(self, value: Any) -> str:
         """Say what a number that is out of range must be."""
+        if self.most == SEEDS - 1:
+            return f"lie in {self.least} to {self.most}"
         if self.most == inf and not isfinite(value):
             return "be a finite number"
         if self.most == 1:
@@ -47,7 +51,7 @@ class Bounds:
 SHARE, INNER_SHARE = Bounds(0, 1), Bounds(0, 1, open=True)
 POSITIVE, NOT_NEGATIVE = Bounds(0, inf, open=True), Bounds(0, inf)
 COUNT, PAIR = Bounds(1, LARGEST, whole=True), Bounds(2, LARGEST, whole=True)
-FEW = Bounds(1, 1000, whole=True)
+FEW, SEED = Bounds(1, 1000, whole=True), Bounds(0, SEEDS - 1, whole=True)
 BOUNDS = {
     **dict.fromkeys(("alpha", "floor", "distill_weight", "lora_dropout"), SHARE),
     **dict.fromkeys(("ratio", "neuron_ratio", "light_cut", "held_out", "until_stable"), INNER_SHARE),
@@ -64,10 +68,9 @@ BOUNDS = {
         COUNT,
     ),
     "groups": Bounds(0, LARGEST, whole=True),
+    "seed": SEED,
 }  # fmt: skip
 """By the name of an option, with underscores."""
-SEEDS = 2**32
-"""So many seeds there are that every generator of random numbers takes."""
 
 
 def check_numbers(values: Mapping[str, Any]) -> None:
@@ -77,17 +80,22 @@ def check_numbers(values: Mapping[str, Any]) -> None:
         UserError: one is, or is no number.
     """
     for name, value in values.items():
-        if value is None or (name not in BOUNDS and name != "seed"):
-            continue
-        option, bounds = name.replace("_", "-"), BOUNDS.get(name, COUNT)
-        kind: Any = Integral if bounds.whole else Real
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise UserError(f"{option} {value!r} must be a {'whole ' * bounds.whole}number{meant(str(value))}")
-        if name == "seed" and not 0 <= value < SEEDS:
-            raise UserError(f"seed {value} must lie in 0 to {SEEDS - 1}")
-        if name != "seed" and value not in bounds:
-            shown = f"{value}" if bounds.whole else f"{value:g}"
-            raise UserError(f"{option} {shown} must {bounds.wanted(value)}{_as_share(bounds, value)}")
+        if value is not None and name in BOUNDS:
+            check_number(name.replace("_", "-"), value, BOUNDS[name])
+
+
+def check_number(option: str, value: Any, bounds: Bounds) -> None:
+    """Refuse a number that is out of range.
+
+    Raises:
+        UserError: it is, or is no number.
+    """
+    kind: Any = Integral if bounds.whole else Real
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise UserError(f"{option} {value!r} must be a {'whole ' * bounds.whole}number{meant(str(value))}")
+    if value not in bounds:
+        shown = f"{value}" if bounds.whole else f"{value:g}"
+        raise UserError(f"{option} {shown} must {bounds.wanted(value)}{_as_share(bounds, value)}")
 
 
 def _as_share(bounds: Bounds, value: int | float) -> str:

@@ -1,5 +1,6 @@
 """What is wrong with a command line: every command checks its numbers first, and each mistake is one message."""
 
+from functools import cached_property
 from typing import Any
 
 from typer import BadParameter
@@ -11,7 +12,26 @@ NUMBERS = {"int": "whole number", "float": "number"}
 
 
 class Command(TyperCommand):
-    """A command whose numbers are checked before anything is imported for it."""
+    """A command whose numbers are checked before anything is imported for it; `--config` may give what it needs."""
+
+    @cached_property
+    def must_be_given(self) -> frozenset[str]:
+        """Names of the parameters without a default."""
+        return frozenset(parameter.name for parameter in self.params if parameter.required)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Take what the file of `--config` may hold as optional."""
+        from_file = any(word.split("=")[0] == "--config" for word in args)
+        for parameter in self.params:
+            parameter.required = parameter.name in self.must_be_given and not from_file
+        return super().parse_args(ctx, args)
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """Return the option `--help`, a switch like the others."""
+        option = super().get_help_option(ctx)
+        if option:
+            option.metavar = ""
+        return option
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""

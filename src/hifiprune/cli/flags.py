@@ -1,0 +1,200 @@
+"""Command-line flags made from config classes: a command says which config it takes, and gets it made of flags."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, is_dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, get_origin, get_type_hints
+
+from typer import Context
+from typer import Option as Flag
+
+from hifiprune.config.files import from_dict, read_config
+from hifiprune.config.options import PANELS, Declared, declared_options, group_of, without_none
+from hifiprune.errors import UserError
+
+MESSAGES = "Config and messages"
+ConfigFile = Annotated[
+    Path | None,
+    Flag(
+        "--config",
+        metavar="FILE",
+        help="Options in a YAML or JSON file, or the run.json of an earlier run, to repeat it; flags override it.",
+        rich_help_panel=MESSAGES,
+    ),
+]
+AsJson = Annotated[
+    bool, Flag("--json", help="Print one JSON object on standard output.", rich_help_panel=MESSAGES, metavar="")
+]
+Debug = Annotated[bool, Flag("--debug", help="Show the traceback of an error.", rich_help_panel=MESSAGES, metavar="")]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A flag, and where its value goes: options of one name in several groups share it."""
+
+    name: str
+    options: list[Declared]
+
+    @property
+    def first(self) -> Declared:
+        """The option that the flag is shown as."""
+        return self.options[0]
+
+
+def shared_flags(config: type) -> list[Shared]:
+    """Return the flags of a config, in the order of their help panels."""
+    flags: dict[str, Shared] = {}
+    for declared in declared_options(config):
+        if declared.option.in_files_only:
+            continue
+        spelling = declared.option.flag.split("/")[0].lstrip("-").replace("-", "_")
+        name = spelling or declared.name
+        flags.setdefault(name, Shared(name, [])).options.append(declared)
+    return sorted(flags.values(), key=lambda flag: PANELS.index(flag.first.option.panel))
+
+
+def with_config(command: Callable[..., None]) -> Callable[..., None]:
+    """Make a typer command of a function, whose parameter that is a config becomes flags.
+
+    With `--config` a file fills it, and names the other parameters too where they are not given. `--json` comes as the
+    parameter `as_json`.
+    """
+    kinds = get_type_hints(command, include_extras=True)
+    parameters = list(inspect.signature(command).parameters.values())
+    ((name, config),) = ((name, kind) for name, kind in kinds.items() if is_dataclass(kind) and isinstance(kind, type))
+    flags = shared_flags(config)
+    inputs = [parameter for parameter in parameters if parameter.name not in (name, "as_json")]
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        context = values.pop("context")
+        given = {key: value for key, value in values.items() if _is_given(context, key)}
+        file = values["config_file"]
+        facts = read_config(file, str(command.__name__)) if file else {}
+        arguments = {
+            parameter.name: _input(parameter.name, values, given, facts, context) for parameter in inputs
+        }  # takes them out of the facts
+        made = from_dict(config, merged(config, facts, given), str(file or "config"))
+        command(**arguments, **{name: made}, as_json=values["as_json"])
+
+    signature = [
+        inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Context),
+        *inputs,
+        *(_parameter(flag) for flag in flags),
+        inspect.Parameter("config_file", inspect.Parameter.KEYWORD_ONLY, annotation=ConfigFile, default=None),
+        inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, annotation=AsJson, default=False),
+        inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, annotation=Debug, default=False),
+    ]
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in signature]
+    )
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in signature}
+    return run
+
+
+def merged(config: type, facts: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the facts of a file with the flags that were given in their place.
+
+    A group that need not be there, such as the calibration data, is made by its option without a default, or by any
+    of its options where all have one.
+    """
+    result = {name: dict(value) if isinstance(value, Mapping) else value for name, value in facts.items()}
+    flags = [flag for flag in shared_flags(config) if flag.name in given]
+    for nested in dict.fromkeys(option.path[0] for flag in flags for option in flag.options if len(option.path) > 1):
+        values = _values_of(nested, flags, given)
+        if group_of(config, nested).one_of:
+            result[nested] = values
+        elif result.get(nested) or not _needs_more(config, nested, values):
+            result[nested] = {**(result.get(nested) or {}), **values}
+    for flag in flags:
+        for option in flag.options:
+            if len(option.path) == 1:
+                result[option.name] = given[flag.name]
+    _share(config, result)
+    return result
+
+
+def _share(config: type, facts: dict[str, Any]) -> None:
+    """Let groups that share a flag have the same value, where only one of them has it."""
+    for flag in shared_flags(config):
+        places = [facts.get(option.path[0]) for option in flag.options if len(option.path) > 1]
+        groups = [place for place in places if isinstance(place, dict)]
+        values = [place[flag.first.name] for place in groups if flag.first.name in place]
+        for place in groups if len(flag.options) > 1 else []:
+            if values:
+                place.setdefault(flag.first.name, values[0])
+
+
+def _values_of(nested: str, flags: list[Shared], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a group that flags give."""
+    values: dict[str, Any] = {}
+    for flag in flags:
+        for option in flag.options:
+            if option.path[0] == nested and len(option.path) > 1:
+                words = option.option.words
+                values |= words(given[flag.name]) if words else {option.name: given[flag.name]}
+    return values
+
+
+def _needs_more(config: type, nested: str, values: Mapping[str, Any]) -> bool:
+    """Return whether a group has an option without a default that is not given."""
+    options = (option for option in declared_options(config) if option.path[0] == nested)
+    return any(option.default is MISSING and option.name not in values for option in options)
+
+
+def _is_given(context: Any, name: str) -> bool:
+    """Return whether a parameter stands on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _input(name: str, values: dict[str, Any], given: Mapping[str, Any], facts: dict[str, Any], context: Any) -> Any:
+    """Return a parameter that is not part of the config: from the command line, else the file, else its default.
+
+    Raises:
+        UserError: it must be given, and is nowhere.
+    """
+    of_file = facts.pop(name, None)
+    value = values[name] if name in given or of_file is None else of_file
+    if value is None:
+        parameter = next(parameter for parameter in context.command.params if parameter.name == name)
+        if name in context.command.must_be_given:
+            word = parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.metavar or name.upper()
+            raise UserError(f"'{word}' is missing: give it on the command line, or in the file of --config")
+    return value
+
+
+def _parameter(flag: Shared) -> inspect.Parameter:
+    """Return the parameter of a typer command for a flag."""
+    declared, option = flag.first, flag.first.option
+    kind: Any = without_none(declared.kind)
+    facts: dict[str, Any] = {"help": option.help, "rich_help_panel": option.panel, "metavar": option.metavar}
+    spelling = option.flag or "--" + declared.name.replace("_", "-")
+    default = None if declared.default is MISSING else declared.default
+    if kind is bool:
+        facts["metavar"] = ""
+        facts["show_default"] = option.shown_default or False
+    elif option.words or get_origin(kind) is tuple:
+        kind, default = list[str], None
+    if option.shown_default:
+        facts["show_default"] = option.shown_default
+    if option.choices:
+        facts["autocompletion"] = _completing(option.choices)
+    optional = kind | None if default is None else kind
+    return inspect.Parameter(
+        flag.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        annotation=Annotated[optional, Flag(spelling, **facts)],
+        default=default,
+    )
+
+
+def _completing(choices: tuple[str, ...]) -> Callable[[str], Iterator[str]]:
+    """Return what a shell completes a word by."""
+
+    def complete(incomplete: str) -> Iterator[str]:
+        return (choice for choice in choices if choice.startswith(incomplete))
+
+    return complete

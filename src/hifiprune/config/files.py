@@ -1,0 +1,106 @@
+"""Configs as plain data: to and from JSON, YAML and the `run.json` of an earlier run."""
+
+import json
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from hifiprune.config.options import declared_options, without_none
+from hifiprune.errors import UserError, nearest_name
+
+RUN_FORMAT = "hifiprune-run-1"
+C = TypeVar("C")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a config as plain data, as JSON holds it."""
+    facts: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
+    return facts
+
+
+def from_dict(config: type[C], facts: Mapping[str, Any], where: str = "config") -> C:
+    """Make a config of plain data, whose every name and type is checked.
+
+    Args:
+        config: class of the config.
+        facts: plain data, nested as the config is.
+        where: name of the data for messages.
+
+    Raises:
+        UserError: a name is not known, a value is of another type, or a value is out of range.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    _check_names(config, facts, where)
+    try:
+        return TypeAdapter(config).validate_json(json.dumps(facts, default=str), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, UserError):
+            raise cause from None
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(f"{where}: {place}: {first['msg']}, not {first['input']!r}") from error
+
+
+def _check_names(config: Any, facts: Any, where: str, path: str = "") -> None:
+    """Refuse names that the config does not have, at any depth."""
+    if not isinstance(facts, Mapping):
+        raise UserError(f"{where}: {path.rstrip('.') or 'the whole'} must be a mapping of names to values")
+    kinds = get_type_hints(config)
+    names = [declared.name for declared in fields(config)]
+    for name, value in facts.items():
+        if name not in names:
+            nested = [".".join(declared.path) for declared in declared_options(config) if declared.name == name]
+            hint = f"; did you mean '{nested[0]}'?" if nested else nearest_name(str(name), names)
+            raise UserError(f"{where}: '{path}{name}' is not an option; known are {', '.join(names)}{hint}")
+        if is_dataclass(kind := without_none(kinds[name])) and value is not None:
+            _check_names(kind, value, where, f"{path}{name}.")
+
+
+def read_config(path: Path, command: str) -> dict[str, Any]:
+    """Read the options in a YAML or JSON file, or in the `run.json` of an earlier run.
+
+    Of a run, what it read is taken, and not what it wrote: neither its output nor leave to overwrite one.
+
+    Args:
+        path: file to read.
+        command: name of the command that the options are for.
+
+    Raises:
+        UserError: the file cannot be read, holds no options, or is of a run of another command.
+    """
+    facts = _parsed(path)
+    if not isinstance(facts, dict):
+        raise UserError(f"{path} holds no options; write them as 'name: value', one a line")
+    if facts.get("format") != RUN_FORMAT:
+        return facts
+    if facts.get("command") != command:
+        raise UserError(f"{path} is of a run of '{facts.get('command')}', and the command is '{command}'")
+    arguments = facts.get("arguments")
+    if not isinstance(arguments, dict):
+        raise UserError(f"{path} was changed since hifiprune wrote it: it has no arguments")
+    return {name: value for name, value in arguments.items() if name not in ("output", "overwrite", "dry_run")}
+
+
+def _parsed(path: Path) -> Any:
+    """Return what a YAML or JSON file holds."""
+    import yaml
+
+    loader: Any = type("Loader", (yaml.SafeLoader,), {})  # reads `1e-4` as the number that JSON and Python see in it
+    loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    with suppress(ValueError):
+        return json.loads(text)
+    try:
+        return yaml.load(text, loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path} is neither YAML nor JSON: {' '.join(str(error).split())}") from error

@@ -1,0 +1,174 @@
+"""One config a command: options declared once, read from flags, files and records, and refused when they are wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hifiprune.cli.flags import merged
+from hifiprune.config.files import from_dict, read_config, to_dict
+from hifiprune.config.groups import AllocationConfig, Budget, Calibration, ComputeConfig, CriterionOptions
+from hifiprune.config.options import declared_options
+from hifiprune.config.prune import PruneConfig, ScoreConfig
+from hifiprune.errors import UserError
+
+CONFIGS: list[type] = [PruneConfig, ScoreConfig]
+UNUSUAL = PruneConfig(
+    Budget(neuron_ratio=0.3),
+    Calibration("a.txt", 7, 33, 5, "stream", "body", (("b.txt", 0.25),), bos=False),
+    "fisher",
+    AllocationConfig("global", 0.5, 9),
+    "none",
+    16,
+    Path("scores.safetensors"),
+    "hfprune",
+    CriterionOptions(0.1, 2.0, 0.05, 3, 4),
+    0.99,
+    bias_compensation=True,
+    steps=2,
+    compute=ComputeConfig("cpu", "float64", 3, True, "eager", False, "/scratch"),
+    shard_size="1GB",
+    overwrite=True,
+    dry_run=True,
+)
+
+
+def test_unusual_is_unusual_in_every_option() -> None:
+    usual = from_dict(PruneConfig, {"budget": {"ratio": 0.2}, "calibration": {"source": "x"}, "options": {}})
+    for option in declared_options(PruneConfig):
+        one, two = UNUSUAL, usual
+        for name in option.path:
+            one, two = getattr(one, name), getattr(two, name)
+        assert one != two or option.name == "width", option.path
+
+
+@pytest.mark.parametrize(
+    "config", [UNUSUAL, ScoreConfig(), ScoreConfig(Calibration("x"), options=CriterionOptions(0.5))]
+)
+def test_plain_data_and_back(config: Any) -> None:
+    facts = json.loads(json.dumps(to_dict(config)))
+    assert from_dict(type(config), facts) == config
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_number_has_bounds_and_every_option_says_what_it_is(config: type) -> None:
+    for option in declared_options(config):
+        assert option.option.help.endswith("."), option.path
+        if option.kind in (int, float):
+            assert option.option.bounds, option.path
+            assert option.option.bounds.whole == (option.kind is int), option.path
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"budget": {"ratio": 20}}, "ratio 20 must lie in (0, 1); did you mean 0.2?"),
+        ({"budget": {"ratio": "0.2"}}, "budget.ratio: Input should be a valid number, not '0.2'"),
+        ({"budget": {}}, "give exactly one of --ratio, --neuron-ratio, --width; given: none"),
+        ({"budget": {"ratio": 0.2, "width": 9}}, "given: ratio, width"),
+        ({"budgte": {}}, "'budgte' is not an option; known are budget, calibration"),
+        ({"budgte": {}}, "did you mean 'budget'?"),
+        ({"budget": {"ratoi": 0.2}}, "'budget.ratoi' is not an option"),
+        ({"num_samples": 3}, "did you mean 'calibration.num_samples'?"),
+        ({"calibration": {"num_samples": 3}}, "calibration.source: Field required"),
+        ({"calibration": "x.txt"}, "calibration must be a mapping of names to values"),
+        ({"steps": 2.5}, "steps: Input should be a valid integer, not 2.5"),
+        ({"allocation": {"method": "golbal"}}, "allocation 'golbal' is not known"),
+        ({"allocation": {"method": "golbal"}}, "did you mean 'global'?"),
+        ({"repair": "rigde"}, "did you mean 'ridge'?"),
+        ({"compute": {"stream": "yes"}}, "compute.stream: Input should be a valid boolean, not 'yes'"),
+    ],
+)
+def test_data_that_is_no_config(facts: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as refusal:
+        from_dict(PruneConfig, {"budget": {"width": 8}} | facts, "file.yaml")
+    assert message in str(refusal.value)
+
+
+def test_yaml_and_json_are_read_alike(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(to_dict(UNUSUAL)))
+    (tmp_path / "b.yaml").write_text("budget: {ratio: 2e-1}\ncompute:\n  stream: true\n  # how much\n  batch_size: 4\n")
+    assert from_dict(PruneConfig, read_config(tmp_path / "a.json", "prune")) == UNUSUAL
+    compute = ComputeConfig(stream=True, batch_size=4)
+    assert from_dict(PruneConfig, read_config(tmp_path / "b.yaml", "prune")) == PruneConfig(
+        Budget(0.2), compute=compute
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "--config file cannot be read: No such file or directory"),
+        (b"\xff\xfe", "--config file cannot be read: "),
+        (b"a: [", "--config file is neither YAML nor JSON: "),
+        (b"- a", "file holds no options"),
+        (b"", "file holds no options"),
+        (
+            b'{"format": "hifiprune-run-1", "command": "score"}',
+            "file is of a run of 'score', and the command is 'prune'",
+        ),
+        (b'{"format": "hifiprune-run-1", "command": "prune"}', "file was changed since hifiprune wrote it"),
+    ],
+)
+def test_files_that_hold_no_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: bytes | None, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        Path("file").write_bytes(text)
+    with pytest.raises(UserError) as refusal:
+        read_config(Path("file"), "prune")
+    assert str(refusal.value).startswith(message)
+
+
+def test_of_a_run_its_output_is_not_taken(tmp_path: Path) -> None:
+    run = {"format": "hifiprune-run-1", "command": "prune"}
+    arguments = {"model": "m", "output": "o", "overwrite": True, "dry_run": True, "steps": 2}
+    (tmp_path / "run.json").write_text(json.dumps(run | {"arguments": arguments}))
+    assert read_config(tmp_path / "run.json", "prune") == {"model": "m", "steps": 2}
+
+
+FILE = {"budget": {"ratio": 0.2, "width": None}, "calibration": {"source": "a", "mixed": [["b", 0.5]], "seed": 5}}
+COMPUTE = {"compute": {"batch_size": 2, "stream": True}}
+
+
+@pytest.mark.parametrize(
+    ("facts", "given", "expected"),
+    [
+        ({}, {"ratio": 0.1}, PruneConfig(Budget(0.1))),
+        (FILE, {}, PruneConfig(Budget(0.2), Calibration("a", seed=5, mixed=(("b", 0.5),)))),
+        (FILE, {"width": 8, "calibration": ["c"]}, PruneConfig(Budget(width=8), Calibration("c", seed=5))),
+        (
+            FILE | COMPUTE,
+            {"batch_size": 3, "calibration": ["c:1", "d:3"], "allocation": "global"},
+            PruneConfig(
+                Budget(0.2),
+                Calibration("c", seed=5, mixed=(("d", 0.75),)),
+                allocation=AllocationConfig("global"),
+                compute=ComputeConfig(batch_size=3, stream=True),
+            ),
+        ),
+        ({}, {"width": 8, "num_samples": 9, "seed": 3}, PruneConfig(Budget(width=8), options=CriterionOptions(seed=3))),
+        (FILE, {"alpha": 0.5}, PruneConfig(Budget(0.2), Calibration("a", seed=5, mixed=(("b", 0.5),)),
+                                           options=CriterionOptions(0.5, seed=5))),
+        (
+            {"budget": {"width": 8}},
+            {"calibration": ["x"], "seed": 7},
+            PruneConfig(Budget(width=8), Calibration("x", seed=7), options=CriterionOptions(seed=7)),
+        ),
+    ],
+)  # fmt: skip
+def test_flags_override_files(facts: dict[str, Any], given: dict[str, Any], expected: PruneConfig) -> None:
+    before = json.dumps(facts)
+    assert from_dict(PruneConfig, merged(PruneConfig, facts, given)) == expected
+    assert json.dumps(facts) == before
+
+
+def test_configs_are_light_to_import() -> None:
+    code = "import sys, hifiprune.config.prune, hifiprune.config.files, hifiprune.cli.flags as f; "
+    code += "f.shared_flags(hifiprune.config.prune.PruneConfig); "
+    code += "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'datasets', 'pyarrow')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
