@@ -432,6 +432,13 @@ def test_the_key_of_a_tokenizers_files_is_named(
     assert {each.name: each.read_bytes() for each in dense.iterdir()} == before
 
 
+def test_settings_of_generation_that_transformers_refuses(world: Path, tmp_path: Path) -> None:
+    dense = shutil.copytree(world / "dense", tmp_path / "dense")
+    (dense / "generation_config.json").write_text('{"cache_implementation": "frob"}')
+    words = ("--output", tmp_path / "out", "--width", 24, "--round-to", 1, "--criterion", "magnitude")
+    refused(run("prune", dense, *words), f"generation_config.json of {dense} cannot be read: Invalid `cache_impl")
+
+
 def test_an_index_that_nests_too_deeply(world: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(world / "dense", model)

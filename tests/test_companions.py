@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +34,7 @@ LEFT = [
     "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "trainer_state.json", "run.json", ".env",
     ".gitattributes", "tf_model.h5", "flax_model.msgpack", "model.onnx", "rust_model.ot", "consolidated.safetensors",
     "pytorch_model.bin.index.json", "params.json", "tokenizer_model.safetensors", "license.py", "unused.py",
-    "README_zh.md", "figures/plot.png", "original/tokenizer.model", "LICENSES/.secret", "model.q4.gguf",
+    "README_zh.md", "figures/plot.png", "original/tokenizer.model", "LICENSES/.secret", "model.q4.gguf", ".license.swp",
     "hifiprune/scores.safetensors",
 ]  # fmt: skip
 
@@ -240,11 +241,11 @@ def test_code_does_not_leave_the_folders(coded: Path, tmp_path: Path) -> None:
     """A module that says it imports one from elsewhere: transformers takes what stands there for a path."""
     payload = coded.parent / "payload.py"
     payload.write_text("print('run')")
-    (coded / "helpers_theirs.py").write_text(
-        "from .deeper_theirs import same\nfrom .{} import run\nfrom ./{} import run\n".format(
-            f"./../../{coded.parent.name}/payload", str(payload.with_suffix(""))[1:]
-        )
-    )
+    away = f"../../{coded.parent.name}/payload"  # from the output's folder that leads elsewhere than from this one
+    lines = (f"from .{name} import run" for name in ("deeper_theirs", away, payload.with_suffix(""), "waiting"))
+    (coded / "helpers_theirs.py").write_text("\n".join(lines))
+    (coded / "processor_config.json").write_text(json.dumps({"auto_map": {"a": f"{away}.B"}}))
+    os.mkfifo(coded / "waiting.py")  # which whoever reads it waits at
     (coded / "deeper_theirs.py").unlink()
     (coded / "deeper_theirs.py").symlink_to(payload)
     before = {*tmp_path.parent.rglob("payload.py")}

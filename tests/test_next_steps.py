@@ -72,7 +72,9 @@ def test_every_next_step_works(place: Path) -> None:
                 assert result.code == 0, f"{line}\n-> {shlex.join(step)}\n{result.err}"
                 steps_of(result)
     assert told == {"prune", "evaluate", "inspect", "report", "push"}
-    assert {"what was measured", "report.html", "smaller", "smaller-2"} <= {path.name for path in place.iterdir()}
+    assert {"what was measured", "report.html", "smaller", "smaller-2", "dry"} <= {
+        path.name for path in place.iterdir()
+    }
 
 
 def test_the_program_is_called_as_a_shell_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

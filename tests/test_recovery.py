@@ -478,6 +478,16 @@ def test_a_time_limit_bounds_the_whole_run(
     assert f"step 1 of 50, 1 tokens a second, about {(600 - look - step) / 60:.0f} min left" in said
 
 
+def test_the_time_that_writing_takes_is_kept_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock().install(monkeypatch)
+    limit = TimeLimit(10.0)
+    clock.seconds = 100
+    assert (limit.spent, limit.left) == (100, 500)
+    limit.writing, limit.before = 90, 50
+    assert (limit.spent, limit.left) == (150, 360)
+    assert TimeLimit().left == math.inf
+
+
 def test_steps_end_a_run_where_they_come_before_the_limit(
     pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

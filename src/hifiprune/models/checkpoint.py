@@ -53,6 +53,7 @@ from hifiprune.models.weight_files import (
     untied_names,
 )
 
+GENERATION = "generation_config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -114,7 +115,7 @@ class Checkpoint:
                 known_family(facts.get("model_type", "none"), facts.get("architectures"))
             refuse_quantized(self.name, self.folder, facts)
             refuse_kernels(self.name, facts)
-            check_objects(self.folder, "generation_config.json")
+            self._check_generation()
         with configuration_explained(self.name, facts, lambda facts: _configured(facts)):
             config: PretrainedConfig = AutoConfig.from_pretrained(
                 self.folder, gguf_file=self.gguf, trust_remote_code=False
@@ -124,6 +125,12 @@ class Checkpoint:
         if getattr(config, "quantization_config", None) is not None:  # a GGUF file's, whose weights are dequantized
             del config.quantization_config
         return config
+
+    def _check_generation(self) -> None:
+        check_objects(self.folder, GENERATION)
+        if (self.folder / GENERATION).is_file():
+            with explained(self.name, GENERATION), quiet():
+                GenerationConfig.from_pretrained(self.folder, trust_remote_code=False)
 
     @cached_property
     def stated(self) -> dict[str, Any]:
@@ -177,9 +184,6 @@ class Checkpoint:
             UserError: the configuration or tokenizer cannot be read, or the weights are not the model's.
         """
         self.fetch()
-        if (self.folder / "generation_config.json").is_file():
-            with explained(self.name, "generation_config.json"):
-                GenerationConfig.from_pretrained(self.folder, trust_remote_code=False)
         with explained(self.name, "the weights"), quiet():
             loaded: Any = self.model_class.from_pretrained(
                 self.folder,
@@ -317,7 +321,7 @@ class Checkpoint:
             text = config_text((self.folder / CONFIG).read_bytes().decode(), self.config(), model, saved)
         (folder / CONFIG).write_bytes(text.encode())
         if not self.gguf:
-            (folder / "generation_config.json").unlink(missing_ok=True)
+            (folder / GENERATION).unlink(missing_ok=True)
             copy_companions(self.folder, folder)
 
 

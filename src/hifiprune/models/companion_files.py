@@ -7,11 +7,12 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.utils import filter_repo_objects
-from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.dynamic_module_utils import get_relative_imports
 
 from hifiprune.errors import UserError
 
@@ -93,18 +94,22 @@ def _code(source: Path, target: Path) -> Iterator[str]:
         except (ValueError, AttributeError):
             continue  # as it is in the source
         for reference in references:
-            module = Path(f"{reference.rpartition('.')[0]}.py")
-            if "--" in reference or ".." in module.parts or module.is_absolute() or not (source / module).is_file():
-                continue  # in another repository, or nowhere
-            if not _belongs(source, str(module)):
-                continue
-            yield str(module)
-            try:
-                imported = get_relative_import_files(source / module)
-            except (OSError, ValueError):
-                continue  # the source's own code lacks a module
-            names = (os.path.relpath(path, source) for path in imported)
-            yield from (name for name in names if ".." not in Path(name).parts and _belongs(source, name))
+            if "--" not in reference:  # which is in another repository
+                yield from _modules(source, f"{reference.rpartition('.')[0]}.py")
+
+
+def _modules(source: Path, first: str) -> Iterator[str]:
+    """Find a module of a source and those that it imports, as transformers does, but only files of the source's own."""
+    found, names = set(), [first]
+    while names:
+        name = os.path.normpath(names.pop())
+        if name in found or Path(name).is_absolute() or ".." in Path(name).parts or not (source / name).is_file():
+            continue
+        if _belongs(source, name):
+            found.add(name)
+            yield name
+            with suppress(OSError, ValueError):
+                names += [str(Path(first).parent / f"{module}.py") for module in get_relative_imports(source / name)]
 
 
 def _belongs(folder: Path, name: str) -> bool:
