@@ -242,7 +242,8 @@ def test_code_does_not_leave_the_folders(coded: Path, tmp_path: Path) -> None:
     payload = coded.parent / "payload.py"
     payload.write_text("print('run')")
     away = f"../../{coded.parent.name}/payload"  # from the output's folder that leads elsewhere than from this one
-    lines = (f"from .{name} import run" for name in ("deeper_theirs", away, payload.with_suffix(""), "waiting"))
+    back = f"../../{coded.parent.name}/{coded.name}/unused_theirs"  # its own file, by a way that leads out
+    lines = (f"from .{name} import run" for name in ("deeper_theirs", away, back, payload.with_suffix(""), "waiting"))
     (coded / "helpers_theirs.py").write_text("\n".join(lines))
     (coded / "processor_config.json").write_text(json.dumps({"auto_map": {"a": f"{away}.B"}}))
     os.mkfifo(coded / "waiting.py")  # which whoever reads it waits at
@@ -251,5 +252,6 @@ def test_code_does_not_leave_the_folders(coded: Path, tmp_path: Path) -> None:
     before = {*tmp_path.parent.rglob("payload.py")}
     prune(coded, tmp_path / "work" / "out")
     assert {*tmp_path.parent.rglob("payload.py")} == before
+    assert not [*(tmp_path / "work").rglob("unused_theirs.py")]
     assert not (tmp_path / "work" / "out" / "deeper_theirs.py").exists()
     assert (tmp_path / "work" / "out" / "helpers_theirs.py").exists()
