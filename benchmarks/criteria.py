@@ -10,14 +10,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from hifiprune.calibration import Calibration
+from hifiprune.cli.console import speaking
 from hifiprune.commands.ablate import ablate
 from hifiprune.commands.compare import compare
 from hifiprune.commands.demo import fetch_smollm2
 from hifiprune.evaluation.text import Text
-from hifiprune.progress import Voice
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -34,7 +32,7 @@ HELD_OUT = Text(str(DATA / "c4" / "c4_short.jsonl"), 512, 8)
 
 def main() -> None:
     """Run or go on with both; keep the figures without the values by window."""
-    model, voice = str(fetch_smollm2(ROOT / ".cache" / "smollm2")), Voice(Console(width=140))
+    model = str(fetch_smollm2(ROOT / ".cache" / "smollm2"))
     compared, ablated = ROOT / ".cache" / "criteria", ROOT / ".cache" / "ablation"
     if not compared.exists():
         compare(
@@ -46,13 +44,12 @@ def main() -> None:
             [Text(str(DATA / "wikitext-2" / "wiki.test.raw"), 1024, 24, fidelity=False), HELD_OUT],
             seeds=SEEDS,
             round_to=1,
-            voice=voice,
         )
     names = [f"{name}-0.2" if name == "self-distillation" else name for name in CRITERIA]
     scores = [compared / "scores" / f"{name}-seed0.safetensors" for name in names]
     text = Text(HELD_OUT.source, HELD_OUT.seq_len, 2)
     if not ablated.exists():
-        ablate(model, ablated, scores, text, neurons=96, groups=48, voice=voice)
+        ablate(model, ablated, scores, text, neurons=96, groups=48)
     for name, file in (("criteria", compared / "compare.json"), ("ablation", ablated / "ablate.json")):
         record = json.loads(file.read_text().replace(f"{ROOT.parent}/", ""))
         record["results"] = {key: value for key, value in record["results"].items() if key not in ("cells", "trials")}
@@ -85,4 +82,5 @@ def _shown(mean: float, spread: float) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with speaking():
+        main()

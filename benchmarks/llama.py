@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 import hifiprune as hp
-from hifiprune.cli.console import voice
+from hifiprune.cli.console import speaking
 from hifiprune.commands.demo import fetch_smollm2, write_texts
 from hifiprune.deployment.llama_cpp import SCRIPT
 from hifiprune.errors import RunError
@@ -158,7 +158,7 @@ def main() -> None:
         folder = Path(name)
         dense = fetch_smollm2(ROOT / ".cache" / "smollm2")
         calibration = hp.Calibration("python-docs", num_samples=2, seq_len=128)
-        pruned = hp.prune(str(dense), folder / "pruned", hp.Budget(ratio=0.2), calibration, voice=voice())
+        pruned = hp.prune(str(dense), folder / "pruned", hp.Budget(ratio=0.2), calibration)
         facts = {
             "versions": {name: version(name) for name in PACKAGES},
             "width": pruned.results["width"],
@@ -186,7 +186,7 @@ def compared(folder: Path, converter: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {"perplexity": perplexity(logits, windows), "types": {}}
     for kind in TYPES:
         path = folder / f"{kind}.gguf"
-        written = hp.export(str(folder / "pruned"), path, type=kind, converter=converter, voice=voice())
+        written = hp.export(str(folder / "pruned"), path, type=kind, converter=converter)
         with Engine(path) as engine, Engine(path, "F16") as usual:
             if "tokenization" not in facts:
                 paragraphs = [*PROMPTS, *(part for text in texts for part in text.split("\n\n"))]
@@ -279,4 +279,5 @@ def words(facts: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    with speaking():
+        main()

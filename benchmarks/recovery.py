@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 
 import hifiprune as hp
-from hifiprune.cli.console import voice
+from hifiprune.cli.console import speaking
 from hifiprune.commands.demo import fetch_smollm2
 from hifiprune.evaluation.fidelity import measure_windows
 from hifiprune.io.atomic import replacing
@@ -68,7 +68,7 @@ def main() -> None:
     dense_folder = fetch_smollm2(ROOT / ".cache" / "smollm2")
     folder = ROOT / ".cache" / f"recovery-{asked.minutes:g}"
     folder.mkdir(exist_ok=True)
-    checkpoint, speaker = find_checkpoint(str(dense_folder)), voice()
+    checkpoint = find_checkpoint(str(dense_folder))
     tokenizer = checkpoint.tokenizer()
     wikitext = hp.Text(str(DATA / "wikitext-2" / "wiki.test.raw"), 1024, 24).held(tokenizer).windows
     held = hp.Text(str(DATA / "c4" / "c4_short.jsonl"), 512, 8).held(tokenizer).windows
@@ -78,7 +78,7 @@ def main() -> None:
     for name in asked.variants:
         path = folder / f"{name.replace('%', '').replace(', ', '-').replace(' ', '-')}.json"
         if not path.is_file():
-            row = run(VARIANTS[name], dense_folder, folder, path.with_suffix(""), asked.minutes, speaker)
+            row = run(VARIANTS[name], dense_folder, folder, path.with_suffix(""), asked.minutes)
             model = find_checkpoint(row.pop("folder")).load()
             row["log_perplexity"] = float(measure_windows(model, wikitext)["perplexity"].mean())
             row["kl"] = float(measure_windows(model, held, reference)["kl"].mean())
@@ -97,17 +97,17 @@ def main() -> None:
     draw(rows)
 
 
-def run(variant: Variant, dense: Path, folder: Path, output: Path, minutes: float, speaker: Any) -> dict[str, Any]:
+def run(variant: Variant, dense: Path, folder: Path, output: Path, minutes: float) -> dict[str, Any]:
     """Prune, unless that was done, and train; where the result is, and how it went."""
     pruned, scores = folder / f"pruned-{variant.ratio:g}", folder / "pruned-0.2" / "hifiprune" / "scores.safetensors"
     if not pruned.exists():
         budget, known = hp.Budget(ratio=variant.ratio), scores if scores.exists() else None
-        hp.prune(str(dense), pruned, budget, CALIBRATION, scores=known, allocation="global", round_to=1, voice=speaker)
+        hp.prune(str(dense), pruned, budget, CALIBRATION, scores=known, allocation="global", round_to=1)
     if variant.training is None:
         return {"ratio": variant.ratio, "folder": str(pruned)}
     training = replace(variant.training, max_minutes=minutes)
     if not output.exists():
-        hp.recover(str(pruned), output, str(variant.data), training, voice=speaker, **variant.more)
+        hp.recover(str(pruned), output, str(variant.data), training, **variant.more)
     results = json.loads((output / "run.json").read_text())["results"]
     kept = ("held_out_perplexity", "steps", "best_step", "trouble", "losses", "held_out_losses")
     facts = {"threads": torch.get_num_threads(), "data": variant.data.name, "training": asdict(training)}
@@ -137,4 +137,5 @@ def draw(rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with speaking():
+        main()

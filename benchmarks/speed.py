@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import hifiprune as hp
-from hifiprune.cli.console import voice
+from hifiprune.cli.console import speaking
 from hifiprune.commands.demo import fetch_smollm2
 from hifiprune.evaluation.speed import Workload, write
 from hifiprune.models.checkpoint import find_checkpoint
@@ -51,7 +51,7 @@ def main() -> None:
     if not timed.exists():
         hp.bench(
             dense, pruned, batch_sizes=(1, 8), lengths=(128, 512), new_tokens=NEW, rounds=ROUNDS,
-            repeats=1, output=timed, voice=voice(),
+            repeats=1, output=timed,
         )  # fmt: skip
     record = json.loads((timed / "run.json").read_text())
     names = {str(path): name for name, path in models.items()}
@@ -163,4 +163,5 @@ def reasons(facts: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with speaking():
+        main()

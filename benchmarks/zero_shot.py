@@ -17,12 +17,13 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 import hifiprune as hp
-from hifiprune.cli.console import voice
+from hifiprune.cli.console import speaking
 from hifiprune.commands.demo import fetch_smollm2
 from hifiprune.evaluation.bootstrap import Estimate
 from hifiprune.evaluation.zero_shot_tasks import Answers, Exam, Tasks, average, differences
 from hifiprune.io.atomic import replacing
 from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.progress import labelled
 
 ROOT = Path(__file__).parent.parent
 PACK = ROOT.parent / "shared" / "evals" / "tasks"
@@ -89,14 +90,15 @@ def main() -> None:
 def build(name: str, dense: Path, folder: Path) -> Path:
     """A checkpoint, pruned now if it was not before."""
     if name in PRUNED and not folder.exists():
-        hp.prune(str(dense), folder, BUDGET, CALIBRATION, **PRUNED[name], voice=voice())
+        hp.prune(str(dense), folder, BUDGET, CALIBRATION, **PRUNED[name])
     return folder
 
 
 def ask(task: str, folder: Path) -> dict[str, Answers]:
     """What a model answers."""
     model, checkpoint = loaded(folder), find_checkpoint(str(folder))
-    return exam(task).ask(model, checkpoint.tokenizer(), track=voice().track(f"asking {folder.name}: {task}"))
+    with labelled(f"asking {folder.name}: {task}"):
+        return exam(task).ask(model, checkpoint.tokenizer())
 
 
 @cache
@@ -130,4 +132,5 @@ def _cell(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with speaking():
+        main()

@@ -1,6 +1,7 @@
 """Model cards and what goes to the hub: read again by the hub's own library."""
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from hifiprune.errors import UserError
 from hifiprune.models.checkpoint import Checkpoint
-from hifiprune.progress import SILENT, Voice
+from hifiprune.progress import logger, shown
 from hifiprune.reports.card_metadata import base_metadata
 from hifiprune.reports.model_card import UNMEASURED, add_results, check_cards, describe_base, write_card
 from tests.commands import refused, run
@@ -229,17 +230,17 @@ def test_a_broken_card_of_the_base_model_costs_no_run(world: Path, make_checkpoi
     dense, spoken = make_checkpoint(), StringIO()
     for front in (*BROKEN, "a: !!python/object/apply:os.system [true]"):
         (dense / "README.md").write_text(f"---\n{front}\n---\n# words")
-        voice = Voice(Console(file=spoken))
-        assert base_metadata(Checkpoint(str(dense), dense), voice) == {}
-        assert spoken.getvalue() == "", "said when the work begins, not before a refusal"
-        voice.say("Scoring.")
+        with shown(Console(file=spoken)):
+            assert base_metadata(Checkpoint(str(dense), dense)) == {}
+            assert spoken.getvalue() == "", "said when the work begins, not before a refusal"
+            logger.info("Scoring.")
         remark = "cannot be read as a model card: licence, language and base model are not taken over"
         assert remark in spoken.getvalue()
         assert spoken.getvalue().count("\n") == 2, "one remark, and what is said then"
         spoken.truncate(spoken.seek(0))
     result = run("prune", dense, "--output", dense.parent / "small", "--width", 24, "--criterion", "magnitude")
     assert result.code == 0, result.err
-    assert result.err.index("README.md") < result.err.index("In all about"), "said before the work"
+    assert result.err.index("README.md") < result.err.index("In all "), "said before the work"
     card = ModelCard.load(dense.parent / "small" / "README.md")
     assert card.data.to_dict().keys() == {"library_name", "tags", "pipeline_tag", "model_name"}
     (dense.parent / "small" / "README.md").write_text(f"---\n{BROKEN[0]}\n---\n# words")
@@ -248,15 +249,15 @@ def test_a_broken_card_of_the_base_model_costs_no_run(world: Path, make_checkpoi
     refused(told, "no README.md of a checkpoint that hifiprune made; leave out --card")
 
 
-def test_values_of_the_wrong_type_are_left_out_and_named(make_checkpoint: Make) -> None:
+def test_values_of_the_wrong_type_are_left_out_and_named(
+    make_checkpoint: Make, caplog: pytest.LogCaptureFixture
+) -> None:
     dense = make_checkpoint()
     front = {"license": {"a": 1}, "language": ["en", False], "pipeline_tag": "x y", "base_model": "a/b"}
     (dense / "README.md").write_text(f"---\n{json.dumps(front)}\n---\n")
-    spoken = StringIO()
-    voice = Voice(Console(file=spoken, width=400))
-    assert base_metadata(Checkpoint(str(dense), dense), voice) == {"base_model": "a/b"}
-    voice.say("Scoring.")
-    assert "states what is no valid language, license, pipeline_tag: not taken over" in spoken.getvalue()
+    with caplog.at_level(logging.INFO, "hifiprune"):
+        assert base_metadata(Checkpoint(str(dense), dense)) == {"base_model": "a/b"}
+    assert "states what is no valid language, license, pipeline_tag: not taken over" in caplog.text
 
 
 HOSTILE = "x`\n\n# Heading\n\n<script>alert(1)</script>\n<!-- measured by hifiprune -->\n| a |"
@@ -280,20 +281,20 @@ def test_nothing_of_a_base_card_becomes_markup(world: Path, pruned: Path, tmp_pa
 
 def test_nothing_of_a_base_record_becomes_markup_or_costs_a_run(pruned: Path, tmp_path: Path) -> None:
     record = json.loads((pruned / "run.json").read_text())
-    for model, results, shown in (
+    for model, results, told in (
         (HOSTILE, {"criterion": HOSTILE}, "without 12.3% of its parameters"),
         ("/x/dense", {"parameters": HOSTILE}, "`small`, trained by hifiprune"),
     ):
         changed = record | {"arguments": record["arguments"] | {"model": model}}
         changed |= {"results": record["results"] | results}
         (pruned / "run.json").write_text(json.dumps(changed))
-        base = describe_base(Checkpoint(str(pruned), pruned), SILENT)
+        base = describe_base(Checkpoint(str(pruned), pruned))
         training = {"method": "full", "distill_weight": 0, "match_hidden": 0}
         trained = {"steps": 8, "best_step": 0, "held_out_perplexity": {"before": 2.0, "after": 2.0}}
         facts = {"command": "recover", "arguments": {"training": training}, "results": trained}
         write_card(pruned, facts | {"environment": {"versions": {"hifiprune": "1"}}}, base, "better")
         card = ModelCard.load(pruned / "README.md")
-        assert shown in card.text
+        assert told in card.text
         assert "trained: all weights on labels, 8 steps, none of which was better than the start" in card.text
         assert "<script>" not in card.content
         assert not re.search("^# Heading", card.content, re.MULTILINE)
@@ -310,9 +311,9 @@ def test_the_base_model_is_named_by_its_hub_id_where_that_is_known(
     folder = make_checkpoint()
     config = json.loads((folder / "config.json").read_text()) | {"_name_or_path": stated}
     (folder / "config.json").write_text(json.dumps(config))
-    assert base_metadata(Checkpoint(str(folder), folder), SILENT).get("base_model") == found
-    assert base_metadata(Checkpoint("a/b", folder, on_hub=True), SILENT)["base_model"] == "a/b"
+    assert base_metadata(Checkpoint(str(folder), folder)).get("base_model") == found
+    assert base_metadata(Checkpoint("a/b", folder, on_hub=True))["base_model"] == "a/b"
     cached = folder.parent / "models--Qwen--Qwen3-0.6B" / "snapshots" / "abc"
     shutil.copytree(folder, cached)
-    base = describe_base(Checkpoint(str(cached), cached), SILENT)
+    base = describe_base(Checkpoint(str(cached), cached))
     assert (base.name, base.metadata["base_model"]) == ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B")

@@ -5,7 +5,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ import hifiprune as hp
 from benchmarks.llama import fetch_converter
 from hifiprune.deployment import llama_cpp
 from hifiprune.errors import RunError
-from hifiprune.progress import Voice
 from tests.commands import Interruption, leftovers, refused, run
 from tests.conftest import fetching, save_checkpoint
 from tests.families import load
@@ -257,17 +256,12 @@ def test_what_cannot_be_exported_is_refused_before_the_converter_runs(
     assert not (tmp_path / "told.json").exists()
 
 
-class Impatient(Voice):
-    """Interrupts what it should tell of, in the middle."""
-
-    def track(self, what: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
-        def tracked(items: Iterable[Any]) -> Iterable[Any]:
-            for item in items:
-                if item == 40:
-                    raise Interruption
-                yield item
-
-        return tracked
+def impatient(items: Iterable[int], what: str) -> Iterator[int]:
+    """Stand in for `track`, and interrupt in the middle what it should tell of."""
+    for item in items:
+        if item == 40:
+            raise Interruption
+        yield item
 
 
 def test_an_interruption_ends_the_converter_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +273,8 @@ def test_an_interruption_ends_the_converter_too(tmp_path: Path, monkeypatch: pyt
         return started[0]
 
     monkeypatch.setattr(subprocess, "Popen", recorded)
+    monkeypatch.setattr(llama_cpp, "track", impatient)
     code = "import time; print('Writing:  39%|', flush=True); time.sleep(600)"
     with pytest.raises(Interruption):
-        llama_cpp.run([sys.executable, "-c", code], "converting", Impatient())
+        llama_cpp.run([sys.executable, "-c", code], "converting")
     assert started[0].returncode == -9

@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hifiprune import Budget, Calibration, UserError, evaluate, inspect, prune
 from hifiprune.commands.demo import run, write_texts
 from hifiprune.io.hashing import hash_model
-from hifiprune.progress import Voice
 
 
 def test_inspect_counts_the_real_model(smollm2_folder: Path) -> None:
@@ -41,7 +40,7 @@ def test_a_gguf_file_is_pruned_to_an_ordinary_checkpoint(
 
 
 def test_the_demo_prunes_measures_and_records(smollm2_folder: Path, tmp_path: Path) -> None:
-    summary = run(tmp_path, str(smollm2_folder), 2, 128, Voice())
+    summary = run(tmp_path, str(smollm2_folder), 2, 128)
     assert summary == json.loads((tmp_path / "demo.json").read_text())
     results = summary["results"]
     assert results["width"] == {"before": 1536, "after": 1024}
@@ -57,7 +56,7 @@ def test_the_demo_prunes_measures_and_records(smollm2_folder: Path, tmp_path: Pa
 def test_the_demo_never_writes_over_what_it_did_not_make(tmp_path: Path) -> None:
     (tmp_path / "evaluation.jsonl").write_text("mine")
     with pytest.raises(UserError, match="was not made by a demo"):
-        run(tmp_path, None, 2, 128, Voice())
+        run(tmp_path, None, 2, 128)
     assert (tmp_path / "evaluation.jsonl").read_text() == "mine"
 
 

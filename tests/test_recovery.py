@@ -23,7 +23,7 @@ from hifiprune.commands.recover import recover
 from hifiprune.io.hashing import hash_model
 from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.models.families import FAMILIES
-from hifiprune.progress import SILENT, Voice
+from hifiprune.progress import shown
 from hifiprune.recovery.callback import Watch
 from hifiprune.recovery.config import TRAININGS, TimedTrainer, Training
 from hifiprune.recovery.distillation import Remembered
@@ -335,7 +335,7 @@ def test_a_time_limit_that_is_not_reached_changes_nothing(pruned: Path, tmp_path
 
 def test_the_rate_falls_with_time_where_that_is_spent_sooner_than_the_steps() -> None:
     trainer, weight = TimedTrainer.__new__(TimedTrainer), torch.zeros(1, requires_grad=True)
-    trainer.watch, trainer.lr_scheduler = Watch(TimeLimit(10.0), 1, SILENT), None
+    trainer.watch, trainer.lr_scheduler = Watch(TimeLimit(10.0), 1), None
     schedule = trainer.create_scheduler(8, torch.optim.SGD([weight], 1.0))
     rates = []
     for share in (0.0, 0.0, 0.9, 0.9):
@@ -464,7 +464,8 @@ def test_a_time_limit_bounds_the_whole_run(
     pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = Clock(row=8.0).install(monkeypatch)
-    record = run(pruned, tmp_path / "out", TIMED, voice=Voice(Console(stderr=True, width=400)))
+    with shown(Console(stderr=True, width=400)):
+        record = run(pruned, tmp_path / "out", TIMED)
     look, step, writing = 8 * clock.rows / 2, 2 * 60, 2 * record.stages[-3]["seconds"]
     assert [stage["name"] for stage in record.stages][-3:] == ["loading the weights", "training", "writing"]
     assert record.results["steps"] == (600 - writing - 2 * look) // step
@@ -493,7 +494,8 @@ def test_steps_end_a_run_where_they_come_before_the_limit(
 ) -> None:
     Clock(row=1.0, batch=20.0).install(monkeypatch)
     training = replace(TIMED, max_steps=3)
-    assert run(pruned, tmp_path / "out", training, voice=Voice(Console(stderr=True, width=400))).results["steps"] == 3
+    with shown(Console(stderr=True, width=400)):
+        assert run(pruned, tmp_path / "out", training).results["steps"] == 3
     said = capsys.readouterr().err
     assert "step 1 of 3, 2 tokens a second, about 80 s left: loss" in said
     assert "step 2 of 3, 2 tokens a second, about 40 s left: loss" in said

@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-from rich.console import Console
 from torch import distributed
 
 import hifiprune as hp
@@ -24,9 +25,7 @@ from hifiprune.io.output_paths import check_target
 from hifiprune.io.pass_checkpoint import Keeper
 from hifiprune.io.resume import Unfinished
 from hifiprune.plan import Plan
-from hifiprune.progress import SILENT, Voice
 from hifiprune.scores import Scores
-from hifiprune.scoring.accumulate import Track
 from hifiprune.scoring.score import Request, score_all
 from tests.commands import Interruption, refused, run
 from tests.families import tiny_model, tiny_tokens
@@ -42,11 +41,12 @@ def every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hifiprune.io.pass_checkpoint.COST", float("inf"))
 
 
-def stopping_after(batches: int, counts: list[int] | None = None) -> Track:
-    """Progress that is interrupted once so many batches are done; counts those of every pass."""
+@contextmanager
+def stopping_after(batches: int, counts: list[int] | None = None) -> Iterator[None]:
+    """Have scoring interrupted once so many batches are done; count those of every pass."""
     left = [batches]
 
-    def track(items: Iterable[Any]) -> Iterator[Any]:
+    def track(items: Iterable[Any], what: str) -> Iterator[Any]:
         items = list(items)
         if counts is not None:
             counts.append(len(items))
@@ -56,12 +56,13 @@ def stopping_after(batches: int, counts: list[int] | None = None) -> Track:
             left[0] -= 1
             yield item
 
-    return track
+    with patch("hifiprune.scoring.accumulate.track", track):
+        yield
 
 
-def keeper_in(folder: Path, model: Any = None, voice: Voice = SILENT) -> Keeper:
+def keeper_in(folder: Path, model: Any = None) -> Keeper:
     """For states in a folder."""
-    unfinished = Unfinished(folder / "unfinished", voice)
+    unfinished = Unfinished(folder / "unfinished")
     return Keeper(unfinished.of(model or tiny_model("llama"), "hash"))
 
 
@@ -85,10 +86,11 @@ def test_what_an_interrupted_pass_has_done_is_not_done_again(
     model, windows = tiny_model("llama"), tiny_tokens(6, 9)
     requests: list[Request] = [(name, hp.Options()) for name in names]
     whole = score_all(model, windows, requests)
-    with pytest.raises(Interruption):
-        score_all(model, windows, requests, keeper=keeper_in(tmp_path), track=stopping_after(stop))
+    with pytest.raises(Interruption), stopping_after(stop):
+        score_all(model, windows, requests, keeper=keeper_in(tmp_path))
     counts: list[int] = []
-    resumed = score_all(model, windows, requests, keeper=keeper_in(tmp_path), track=stopping_after(99, counts))
+    with stopping_after(99, counts):
+        resumed = score_all(model, windows, requests, keeper=keeper_in(tmp_path))
     assert counts == rest
     assert all(equal(ours, theirs) for ours, theirs in zip(resumed, whole, strict=True))
 
@@ -101,23 +103,24 @@ def test_states_of_other_windows_models_and_batches_are_left_alone(tmp_path: Pat
         (windows, {"batch_size": 2}),
         (windows, {"recompute": True}),
         (windows, {"keeper": keeper_in(tmp_path).of("step", 2)}),
-        (windows, {"keeper": Keeper(Unfinished(tmp_path / "unfinished", SILENT).of(model, "another hash"))}),
+        (windows, {"keeper": Keeper(Unfinished(tmp_path / "unfinished").of(model, "another hash"))}),
     ]
     for tokens, how in others:
         counts: list[int] = []
         found = {"keeper": keeper_in(tmp_path), "batch_size": 1, **how}
-        score_all(model, tokens, request, track=stopping_after(99, counts), **found)
+        with stopping_after(99, counts):
+            score_all(model, tokens, request, **found)
         assert counts == [6 // found["batch_size"]]
 
 
-def test_a_damaged_state_is_made_again(tmp_path: Path, every_batch: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_state_is_made_again(tmp_path: Path, every_batch: None, caplog: pytest.LogCaptureFixture) -> None:
     model, windows, request = tiny_model("llama"), tiny_tokens(4, 9), [("hfprune", hp.Options())]
     whole = score_all(model, windows, request, keeper=keeper_in(tmp_path))
     (state,) = (tmp_path / "unfinished" / "states").iterdir()
     state.write_bytes(state.read_bytes()[:-9])
-    (again,) = score_all(model, windows, request, keeper=keeper_in(tmp_path, voice=Voice(Console())))
+    (again,) = score_all(model, windows, request, keeper=keeper_in(tmp_path))
     assert equal(again, whole[0])
-    assert "is damaged and is made again" in capsys.readouterr().out.replace("\n", " ")
+    assert caplog.messages == [f"{state} is damaged and is made again."]
 
 
 def test_scoring_goes_on_where_no_state_can_be_kept(

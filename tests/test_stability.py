@@ -100,8 +100,8 @@ def test_an_interrupted_run_stops_where_a_quiet_one_does(tmp_path: Path, monkeyp
             "stability": Stability(wanted, partial(hp.allocate, budget=HALF, round_to=1)),
             "keeper": keeper_in(tmp_path / str(stop)),
         }
-        with pytest.raises(Interruption):
-            scored(model, windows, track=stopping_after(stop), **again)
+        with pytest.raises(Interruption), stopping_after(stop):
+            scored(model, windows, **again)
         resumed = scored(model, windows, **again)
         assert equal(resumed, whole)
         assert resumed.settings == whole.settings

@@ -94,15 +94,18 @@ def test_a_model_is_repaired_within_and_bitwise_whole_after(variant: str) -> Non
 
 
 @pytest.mark.parametrize("stop", [0, 1, 2])
-def test_an_interruption_while_it_is_repaired_leaves_the_model_whole(stop: int) -> None:
+def test_an_interruption_while_it_is_repaired_leaves_the_model_whole(
+    stop: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_model("llama-bias")
     state, sizes = state_of(model), sizes_of(model)
 
-    def interrupted(layers: range) -> Iterator[int]:
+    def interrupted(layers: range, what: str) -> Iterator[int]:
         yield from layers[:stop]
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), cut_and_repaired(model, random_plan(model, 29), TOKENS, track=interrupted):
+    monkeypatch.setattr("hifiprune.pruning.repair.track", interrupted)
+    with pytest.raises(KeyboardInterrupt), cut_and_repaired(model, random_plan(model, 29), TOKENS):
         pytest.fail("the repair was not interrupted")
     assert_unchanged(model, state, sizes)
 

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -355,15 +355,18 @@ def test_an_exam_is_read_once_and_taken_by_one_model_after_another(
     (model, tokenizer), (other, _) = load(), load("qwen3")
     seen: list[int] = []
 
-    def noted(number: int) -> int:
-        seen.append(number)
-        return number
+    def noted(numbers: range, what: str) -> Iterator[int]:
+        for number in numbers:
+            seen.append(number)
+            yield number
 
     built: Counter[str] = Counter()
     for task in exam._tasks.values():
         monkeypatch.setattr(task, "construct_requests", lambda *_, **__: built.update(["again"]))
     monkeypatch.setattr(lm_eval_harness, "find_tasks", None)
-    first = exam.ask(model, tokenizer, track=lambda prompts: map(noted, prompts))
+    with monkeypatch.context() as patched:
+        patched.setattr("hifiprune.evaluation.zero_shot_tasks.track", noted)
+        first = exam.ask(model, tokenizer)
     second, again = exam.ask(other, tokenizer), exam.ask(model, tokenizer)
     assert not built, "prompts are built once"
     monkeypatch.undo()

@@ -1,11 +1,10 @@
 """Calibration data: token windows drawn from any text, or sampled from the model."""
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import itemgetter
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -20,18 +19,12 @@ from hifiprune.io.spool import Documents, stored_tokens
 from hifiprune.io.text_files import is_pipe
 from hifiprune.io.text_sources import SELF, check_named, check_there, read_documents
 from hifiprune.io.tokenization import encode_pieces, special_tokens
+from hifiprune.progress import track
 
 SAMPLERS = ("auto", "documents", "stream")
 MOST_TOKENS = 2**32
 """Largest number of tokens in all windows; papers use some hundred thousand."""
 GENERATED_TOGETHER = 16  # sequences sampled from the model at a time
-Track = Callable[[Iterable[Any]], Iterable[Any]]
-"""Wraps an iterable to show progress; see `hifiprune.progress.Voice.track`."""
-
-
-def untracked(items: Iterable[Any]) -> Iterable[Any]:
-    """Show no progress."""
-    return items
 
 
 @dataclass(frozen=True)
@@ -119,28 +112,26 @@ def check_source(source: str, seq_len: int, longest: int | None) -> None:
         raise UserError(f"seq-len {seq_len} exceeds the model's {longest} positions; use --seq-len {longest}")
 
 
-def load_windows(
-    calibration: Calibration, tokenizer: PreTrainedTokenizerBase, track: Track = untracked
-) -> Int[Tensor, "windows positions"]:
+def load_windows(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, "windows positions"]:
     """Draw token windows from any source but `self`; the same arguments give the same windows.
 
     Raises:
         UserError: the source cannot be read, or has too little text.
     """
     if calibration.mixed:
-        windows = torch.cat([load_windows(part, tokenizer, track) for part in calibration.parts])
+        windows = torch.cat([load_windows(part, tokenizer) for part in calibration.parts])
         return windows[torch.tensor(random.Random(calibration.seed).sample(range(len(windows)), len(windows)))]
     read = read_documents(calibration.source, calibration.text_column, calibration.seed)
     if calibration.sampler == "stream":
-        return draw_stream(read, tokenizer, calibration, track)
+        return draw_stream(read, tokenizer, calibration)
     documents = Documents(read)
     if calibration.sampler == "auto" and len(documents) == 1:
-        return draw_stream(documents, tokenizer, calibration, track)
-    return draw_documents(documents, tokenizer, calibration, track)
+        return draw_stream(documents, tokenizer, calibration)
+    return draw_documents(documents, tokenizer, calibration)
 
 
 def draw_documents(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, calibration: Calibration, track: Track = untracked
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, calibration: Calibration
 ) -> Int[Tensor, "windows positions"]:
     """Draw one random window from each of `num_samples` random documents that are longer than a window."""
     chance, start = random.Random(calibration.seed), window_start(tokenizer, calibration)
@@ -149,13 +140,13 @@ def draw_documents(
     for number in chance.sample(range(len(documents)), len(documents)):
         if documents.bytes_of(number) + 2 < length:  # a token is a byte at least, but for a start and an end
             continue
-        tokens = join_documents([documents[number]], tokenizer)[len(start) :]
+        tokens = stored_tokens(_joined(_pieces([documents[number]]), tokenizer))[len(start) :]
         if len(tokens) > length:
             first = chance.randrange(len(tokens) - length + 1)
             windows.append(tokens[first : first + length].clone())
         if len(windows) == calibration.num_samples:
             return with_start(start, torch.stack(windows))
-    joined = len(join_documents(documents, tokenizer, track=track)[len(start) :]) // length
+    joined = len(join_documents(documents, tokenizer)[len(start) :]) // length
     raise _too_little(calibration, len(windows), "documents", joined)
 
 
@@ -163,10 +154,9 @@ def draw_stream(
     documents: Iterable[Iterable[str]],
     tokenizer: PreTrainedTokenizerBase,
     calibration: Calibration,
-    track: Track = untracked,
 ) -> Int[Tensor, "windows positions"]:
     """Draw `num_samples` random windows, without overlap, from the documents joined into one stream."""
-    stream = join_documents(documents, tokenizer, track=track)
+    stream = join_documents(documents, tokenizer)
     start = window_start(tokenizer, calibration)
     text, length = stream[len(start) :], calibration.seq_len - len(start)
     places = [_after_start(text, first, start) for first in range(0, len(text) - length + 1, length)]
@@ -216,7 +206,6 @@ def join_documents(
     documents: Iterable[Iterable[str]],
     tokenizer: PreTrainedTokenizerBase,
     most: int | None = None,
-    track: Track = untracked,
 ) -> Int[Tensor, "tokens"]:
     """Tokenize documents into one stream, with the end-of-text token between them.
 
@@ -224,18 +213,19 @@ def join_documents(
         documents: documents in pieces, which are read once and in order.
         tokenizer: tokenizer of the model.
         most: number of tokens after which no more is read.
-        track: wraps the pieces, to show progress.
     """
-    return stored_tokens(_joined(documents, tokenizer, track), most)
+    return stored_tokens(_joined(track(_pieces(documents), "reading the text, pieces"), tokenizer), most)
 
 
-def _joined(
-    documents: Iterable[Iterable[str]], tokenizer: PreTrainedTokenizerBase, track: Track
-) -> Iterator[list[int]]:
+def _pieces(documents: Iterable[Iterable[str]]) -> Iterator[tuple[int, str]]:
+    """Every piece of every document, with the number of the document."""
+    return ((number, piece) for number, document in enumerate(documents) for piece in document)
+
+
+def _joined(pieces: Iterable[tuple[int, str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    numbered = ((number, piece) for number, document in enumerate(documents) for piece in document)
     started = False
-    for _, group in groupby(track(numbered), key=itemgetter(0)):
+    for _, group in groupby(pieces, key=itemgetter(0)):
         yield separator if started else []
         for tokens in encode_pieces(tokenizer, map(itemgetter(1), group)):
             started = started or bool(tokens)
@@ -276,7 +266,6 @@ def with_start(start: Int[Tensor, "start"], windows: Int[Tensor, "windows rest"]
 def sample_windows(
     model: PreTrainedModel,
     calibration: Calibration,
-    track: Callable[[Iterable[int]], Iterable[int]] = lambda steps: steps,
 ) -> Int[Tensor, "windows positions"]:
     """Sample windows from the model's own distribution, at temperature 1 from its start token, with the KV cache.
 
@@ -290,7 +279,7 @@ def sample_windows(
     windows = list(torch.full((calibration.num_samples, 1), start, device=model.device).split(GENERATED_TOGETHER))
     steps = calibration.seq_len - 1
     cache = None
-    for step in track(range(len(windows) * steps)):
+    for step in track(range(len(windows) * steps), "sampling text from the model"):
         group = step // steps
         cache = None if step % steps == 0 else cache
         output = model(input_ids=windows[group][:, -1:], past_key_values=cache, use_cache=True)

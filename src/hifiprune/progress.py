@@ -1,7 +1,15 @@
-"""What a run tells its user: remarks and progress on standard error, or nothing."""
+"""Messages and progress of a run: a logger, and one `track` for progress bars.
 
+The library is quiet by default. `logging.basicConfig(level=logging.INFO)` shows its messages to a Python user; `shown`
+prints them to a console, with progress bars where that is a terminal. Of several processes only the first one speaks.
+"""
+
+import logging
+import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from operator import length_hint
 from typing import Any, TypeVar
 
@@ -10,6 +18,34 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 20
+
+
+def is_first_process() -> bool:
+    """Return whether this is the process that speaks, by what launchers such as `torchrun` tell each of several."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+logger = logging.getLogger("hifiprune")
+logger.addHandler(logging.NullHandler())
+logger.addFilter(lambda record: is_first_process())
+
+
+@dataclass
+class Display:
+    """Where progress is shown at the moment.
+
+    Attributes:
+        console: console of the messages and bars; None where only a logger takes them.
+        label: what `track` is called by, in place of its own words.
+        busy: whether a sequence is being tracked, within which no other one is shown.
+    """
+
+    console: Console | None = None
+    label: str = ""
+    busy: bool = False
+
+
+_display = Display()
 
 
 def duration(seconds: float) -> str:
@@ -34,52 +70,97 @@ def how_many(number: int | float, noun: str) -> str:
     return f"{number:g} {noun}{'s' * (number != 1)}"
 
 
-class Voice:
-    """Speaks through a rich console; without one it is silent, as the Python API is by default."""
+def note(message: str) -> None:
+    """Log a message that a console holds back until another one follows: a run that is refused does not print it."""
+    logger.info(message, extra={"held_back": True})
 
-    def __init__(self, console: Console | None = None):
+
+class ConsoleHandler(logging.Handler):
+    """Prints each message on a line of its own, and notes with the message that follows them."""
+
+    def __init__(self, console: Console):
+        super().__init__()
         self.console = console
-        self._notes: list[str] = []
+        self.notes: list[str] = []
 
-    def note(self, remark: str) -> None:
-        """Keep a remark until something else is said: a run that is refused before that does not print it."""
-        if self.console:
-            self._notes.append(remark)
-
-    def say(self, remark: str) -> None:
-        """Print the notes that were kept, and a remark on a line of its own."""
-        notes, self._notes = self._notes, []
-        if self.console:
-            for line in (*notes, remark):
-                self.console.print(line, highlight=False, soft_wrap=True, markup=False)
-
-    def track(self, what: str) -> Callable[[Iterable[T]], Iterable[T]]:
-        """A wrapper for a sequence that shows progress and time left: a bar on a terminal, else a line now and then."""
-
-        def spoken(items: Iterable[T]) -> Iterator[T]:
-            total, start = length_hint(items), time.monotonic()
-            said = start
-            for done, item in enumerate(items):
-                now = time.monotonic()
-                if now - said > SECONDS_BETWEEN_LINES:
-                    left = f" of {total}, {about((now - start) / done * (total - done))} left" if total else ""
-                    self.say(f"{what}: {done}{left}")
-                    said = now
-                yield item
-
-        def tracked(items: Iterable[T]) -> Iterator[T]:
-            columns = (
-                TextColumn(what, markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-            )
-            shown = self.console or console(quiet=True)
-            with Progress(*columns, TimeRemainingColumn(), console=shown, disable=not self.console) as progress:
-                yield from progress.track(items)
-
-        return spoken if self.console and not self.console.is_terminal else tracked
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a message, after the notes that wait for one; details of `--verbose` are none."""
+        message = record.getMessage()
+        if getattr(record, "held_back", False):
+            self.notes.append(message)
+            return
+        notes: list[str] = []
+        if record.levelno >= logging.INFO:
+            notes, self.notes = self.notes, notes
+        for line in (*notes, message):
+            self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-SILENT = Voice()
+@contextmanager
+def shown(console: Console, level: int = logging.INFO) -> Iterator[None]:
+    """Show messages of a level and above on a console, and progress from `logging.INFO` on; afterwards as before."""
+    handler, before = ConsoleHandler(console), (_display.console, logger.level, logger.propagate)
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    _display.console, logger.propagate = console, False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        _display.console, _, logger.propagate = before
+        logger.setLevel(before[1])
+
+
+@contextmanager
+def labelled(label: str) -> Iterator[None]:
+    """Have whatever `track` shows within be called `label`."""
+    before, _display.label = _display.label, label
+    try:
+        yield
+    finally:
+        _display.label = before
+
+
+def track(items: Iterable[T], what: str) -> Iterator[T]:
+    """Yield the items, and show how many are done: by a bar on a terminal, else by a message now and then.
+
+    Nothing is shown where messages of `logging.INFO` are not, and within another tracked sequence.
+
+    Args:
+        items: sequence to go through; with a length, the time left is shown too.
+        what: name of the work, unless it is done `labelled`.
+    """
+    if _display.busy or not (logger.isEnabledFor(logging.INFO) and is_first_process()):
+        yield from items
+        return
+    what, console = _display.label or what, _display.console
+    _display.busy = True
+    try:
+        yield from _with_bar(items, what, console) if console and console.is_terminal else _with_lines(items, what)
+    finally:
+        _display.busy = False
+
+
+def _with_bar(items: Iterable[T], what: str, console: Console) -> Iterator[T]:
+    columns = (
+        TextColumn(what, markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        yield from progress.track(items)
+
+
+def _with_lines(items: Iterable[T], what: str) -> Iterator[T]:
+    total, start = length_hint(items), time.monotonic()
+    said = start
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if now - said > SECONDS_BETWEEN_LINES:
+            left = f", {about((now - start) / done * (total - done))} left" if done else ""
+            logger.info(f"{what}: {done} of {total}{left}" if total else f"{what}: {done}")
+            said = now
+        yield item

@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from hifiprune.io.atomic import replacing
+from hifiprune.progress import logger
 
 LIBRARIES = ("hifiprune", "torch", "transformers", "safetensors", "tokenizers", "datasets")
 
@@ -45,11 +46,13 @@ class RunRecord:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Measure a stage: wall-clock seconds and peak memory (resident, and of a GPU if there is one)."""
+        logger.debug(f"{name} ...")
         reset_peak_memory()
         start = time.perf_counter()
         yield
         seconds = round(time.perf_counter() - start, 3)
         self.stages.append({"name": name, "seconds": seconds, **peak_memory()})
+        logger.debug(f"{name}: {seconds:.1f} s")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain data, as in its file."""

@@ -12,7 +12,7 @@ import typer
 from typer import Option
 from typer.exceptions import TyperException
 
-from hifiprune.cli.console import hush_torchao, show, voice
+from hifiprune.cli.console import hush_torchao, show
 from hifiprune.cli.evidence import bench, evaluate, push, report
 from hifiprune.cli.export import export
 from hifiprune.cli.options import (
@@ -40,6 +40,7 @@ from hifiprune.cli.options import (
     Preset,
     PresetCriterion,
     PresetRoundTo,
+    Quiet,
     Recompute,
     Repair,
     Sampler,
@@ -53,6 +54,7 @@ from hifiprune.cli.options import (
     TextColumn,
     Trials,
     UntilStable,
+    Verbose,
     drawn_from,
 )
 from hifiprune.cli.recover import recover
@@ -63,7 +65,7 @@ from hifiprune.defaults import DEFAULT_CRITERION
 from hifiprune.errors import HifipruneError
 from hifiprune.io.atomic import local_path
 from hifiprune.io.distributed import check_command, follow_first, leave
-from hifiprune.progress import console
+from hifiprune.progress import console, note
 from hifiprune.version import __version__
 
 app = typer.Typer(
@@ -116,18 +118,19 @@ def prune(
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
     """Remove the least important neurons; write a smaller, ordinary checkpoint."""
     import hifiprune as hp
     from hifiprune.cli import tables
 
-    speaker = voice()
     if scores:
         unused = SCORING_FLAGS if calibration else (*SCORING_FLAGS, *TEXT_FLAGS)
         ignored = [word for word in sys.argv if word.split("=")[0] in unused]
         if ignored:
-            speaker.note(f"Ignored, since the --scores were made before: {', '.join(ignored)}.")
+            note(f"Ignored, since the --scores were made before: {', '.join(ignored)}.")
     record = hp.prune(
         model,
         output,
@@ -149,7 +152,6 @@ def prune(
         shard_size=shard_size,
         overwrite=overwrite,
         dry_run=dry_run,
-        voice=speaker,
     )
     told = partial(tables.foreseen, record) if dry_run else partial(tables.pruned, record, local_path(output))
     show(record.to_dict(), as_json, told)
@@ -182,6 +184,8 @@ def score(
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
     """Score every neuron once, to prune at any ratio later."""
@@ -199,7 +203,6 @@ def score(
         compute=hp.Compute(device, dtype, batch_size, recompute, attention, stream, scratch),
         overwrite=overwrite,
         dry_run=dry_run,
-        voice=voice(),
     )
     told = partial(tables.foreseen, record) if dry_run else partial(tables.scored, record, model, local_path(output))
     show(record.to_dict(), as_json, told)
@@ -230,13 +233,15 @@ def demo(
     seq_len: SeqLen = 512,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
     """Prune a real small model by 20% on this machine and show how faithful it stays."""
     from hifiprune.cli import tables
     from hifiprune.commands import demo
 
-    summary = demo.run(output, model, num_samples, seq_len, voice(), overwrite=overwrite)
+    summary = demo.run(output, model, num_samples, seq_len, overwrite=overwrite)
     show(summary, as_json, lambda: tables.demonstrated(summary))
 
 

@@ -1,14 +1,16 @@
-"""What commands say: remarks and progress on standard error, results on standard output."""
+"""What commands say: messages and progress on standard error, results on standard output."""
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
 
+from hifiprune.errors import UserError
 from hifiprune.io.distributed import rank
-from hifiprune.progress import SILENT, Voice, console
+from hifiprune.progress import console, shown
 
 
 def hush_torchao() -> None:
@@ -17,13 +19,22 @@ def hush_torchao() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def voice() -> Voice:
-    """Speak on standard error, if this is the first process, and keep transformers from speaking too."""
+@contextmanager
+def speaking(*, quiet: bool = False, verbose: bool = False) -> Iterator[None]:
+    """Show messages and progress on standard error, and keep transformers from showing its own.
+
+    Raises:
+        UserError: both are asked for.
+    """
+    if quiet and verbose:
+        raise UserError("--quiet and --verbose exclude each other: give one of them")
     from transformers.utils import logging as theirs
 
     theirs.set_verbosity_error()
     theirs.disable_progress_bar()
-    return Voice(console(stderr=True)) if rank() == 0 else SILENT
+    level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
+    with shown(console(stderr=True), level):
+        yield
 
 
 def show(facts: Any, as_json: bool, table: Callable[[], None]) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from hifiprune.cli.console import show, voice
+from hifiprune.cli.console import show
 from hifiprune.cli.options import (
     AsJson,
     Attention,
@@ -16,11 +16,13 @@ from hifiprune.cli.options import (
     Dtype,
     Limit,
     Overwrite,
+    Quiet,
     SeqLen,
     Stream,
     TaskNames,
     TaskPath,
     TextColumn,
+    Verbose,
     asked_tasks,
     numbers,
 )
@@ -49,6 +51,8 @@ def evaluate(
     stream: Stream = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
     """Measure perplexity, fidelity to the dense model, and zero-shot accuracy, of one model or several."""
@@ -67,7 +71,6 @@ def evaluate(
         overwrite=overwrite,
         card=card,
         compute=hp.Compute(device, dtype, batch_size, None, attention, stream),
-        voice=voice(),
     )
     show(record.to_dict(), as_json, lambda: tables.evaluated(record, output, card=card))
 
@@ -87,6 +90,8 @@ def bench(
     attention: Attention = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
     """Benchmark prefill and decode speed against the dense model, and against what operations promise."""
@@ -105,7 +110,6 @@ def bench(
         output=output,
         overwrite=overwrite,
         compute=hp.Compute(device, dtype, attention=attention),
-        voice=voice(),
     )
     show(record.to_dict(), as_json, lambda: tables.benched(record))
 
@@ -133,11 +137,13 @@ def push(
     private: Annotated[bool, Option("--private", help="Only its owner sees it, where it is new.")] = False,
     upload: Annotated[bool, Option("--upload", help="Do it; else only show what would be uploaded.")] = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
     """Upload a checkpoint to the hub; without --upload, show what would be."""
     import hifiprune as hp
     from hifiprune.cli import tables
 
-    facts = hp.push(folder, repository, private=private, upload=upload, voice=voice())
+    facts = hp.push(folder, repository, private=private, upload=upload)
     show(facts, as_json, lambda: tables.pushed(facts, folder))

@@ -7,8 +7,16 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
-from hifiprune.cli.console import show, voice
-from hifiprune.cli.options import AsJson, Debug, Model, Output, Overwrite
+from hifiprune.cli.console import show
+from hifiprune.cli.options import (
+    AsJson,
+    Debug,
+    Model,
+    Output,
+    Overwrite,
+    Quiet,
+    Verbose,
+)
 from hifiprune.io.atomic import local_path
 
 
@@ -29,12 +37,14 @@ def export(
     ] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
     """Write a checkpoint as a GGUF file, by llama.cpp's own converter."""
     import hifiprune as hp
 
-    facts = hp.export(model, output, to=to, type=type_, converter=converter, overwrite=overwrite, voice=voice())
+    facts = hp.export(model, output, to=to, type=type_, converter=converter, overwrite=overwrite)
     show(facts, as_json, lambda: _shown(facts, local_path(output)))
 
 

@@ -106,6 +106,8 @@ ShardSize = Annotated[str, Option(help="Largest weight file.")]
 DryRun = Annotated[bool, Option("--dry-run", help="Say what it will cost in time, memory and disk, and stop.")]
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object on standard output.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing output.")]
+Quiet = Annotated[bool, Option("--quiet", "-q", help="Show only warnings and errors, and no progress.")]
+Verbose = Annotated[bool, Option("--verbose", "-v", help="Also show each stage and how long it took.")]
 Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]
 
 

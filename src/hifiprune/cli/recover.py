@@ -5,7 +5,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from hifiprune.cli.console import show, voice
+from hifiprune.cli.console import show
 from hifiprune.cli.options import (
     AsJson,
     Attention,
@@ -14,8 +14,10 @@ from hifiprune.cli.options import (
     Dtype,
     Output,
     Overwrite,
+    Quiet,
     ShardSize,
     TextColumn,
+    Verbose,
     listed,
 )
 from hifiprune.errors import UserError
@@ -95,6 +97,8 @@ def recover(
     shard_size: ShardSize = "5GB",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
     """Train a pruned model, by the dense one or by labels, to win back what it lost."""
@@ -154,6 +158,5 @@ def recover(
         compute=hp.Compute(device, dtype, attention=attention),
         shard_size=shard_size,
         overwrite=overwrite,
-        voice=voice(),
     )
     show(record.to_dict(), as_json, lambda: tables.recovered(record, local_path(output)))

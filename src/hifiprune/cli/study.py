@@ -6,7 +6,7 @@ from typing import Annotated
 from typer import Option
 
 from hifiprune.bounds import meant
-from hifiprune.cli.console import show, voice
+from hifiprune.cli.console import show
 from hifiprune.cli.options import (
     SOURCES,
     Alpha,
@@ -23,6 +23,7 @@ from hifiprune.cli.options import (
     NumSamples,
     Output,
     Overwrite,
+    Quiet,
     Recompute,
     RoundTo,
     Sampler,
@@ -32,6 +33,7 @@ from hifiprune.cli.options import (
     TaskPath,
     Temperature,
     TextColumn,
+    Verbose,
     asked_tasks,
     drawn_from,
     listed,
@@ -84,6 +86,8 @@ def compare(
     attention: Attention = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
     """Prune by several criteria, measure each, and show which keeps this model best."""
@@ -105,7 +109,6 @@ def compare(
         round_to=round_to,
         compute=hp.Compute(device, dtype, batch_size, recompute, attention),
         overwrite=overwrite,
-        voice=voice(),
     )
     show(record.to_dict(), as_json, lambda: tables.compared(record, model, local_path(output)))
 
@@ -128,6 +131,8 @@ def ablate(
     attention: Attention = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
     """Test criteria: really remove neurons and see how well each score tells the damage."""
@@ -145,7 +150,6 @@ def ablate(
         seed=seed,
         compute=hp.Compute(device, dtype, batch_size, None, attention),
         overwrite=overwrite,
-        voice=voice(),
     )
     show(record.to_dict(), as_json, lambda: tables.ablated(record, model, scores))
 

@@ -7,6 +7,7 @@ from typer import BadParameter
 from typer.core import TyperCommand
 
 from hifiprune.bounds import check_numbers, meant
+from hifiprune.cli.console import speaking
 
 NUMBERS = {"int": "whole number", "float": "number"}
 
@@ -36,7 +37,10 @@ class Command(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         check_numbers(ctx.params)
-        return super().invoke(ctx)
+        if "quiet" not in ctx.params:
+            return super().invoke(ctx)
+        with speaking(quiet=ctx.params["quiet"], verbose=ctx.params["verbose"]):
+            return super().invoke(ctx)
 
 
 def explain(error: Any) -> str:

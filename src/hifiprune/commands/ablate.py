@@ -28,7 +28,7 @@ from hifiprune.io.atomic import replacing
 from hifiprune.io.hashing import hash_tokens
 from hifiprune.io.output_paths import exclusive
 from hifiprune.io.resume import Unfinished
-from hifiprune.progress import SILENT, Voice, about
+from hifiprune.progress import about, logger, note, track
 from hifiprune.run_record import RunRecord
 from hifiprune.scores import Scores
 from hifiprune.scoring.load_scores import check_layout, load_scores
@@ -51,7 +51,6 @@ def ablate(
     seed: int = 0,
     compute: Compute = Compute(),
     overwrite: bool = False,
-    voice: Voice = SILENT,
 ) -> RunRecord:
     """Remove single neurons and random groups of them, measure the true KL divergence, and rank it against scores.
 
@@ -69,7 +68,6 @@ def ablate(
         seed: of the sample.
         compute: device and arithmetic.
         overwrite: replace an existing output.
-        voice: tells of progress.
 
     Raises:
         UserError: something asked for cannot be done, found before the weights are loaded where possible.
@@ -78,7 +76,7 @@ def ablate(
     if compute.dtype == "auto":
         compute = replace(compute, dtype="float32")  # in half precision a single neuron drowns in rounding
     elif compute.dtype in ("bfloat16", "float16"):
-        voice.note(f"In {compute.dtype} most of what a single neuron does drowns in rounding; float32 is better.")
+        note(f"In {compute.dtype} most of what a single neuron does drowns in rounding; float32 is better.")
     record = RunRecord(
         "ablate",
         plain_arguments(model=model, output=output, scores=[str(path) for path in scores], text=text, compute=compute)
@@ -90,10 +88,10 @@ def ablate(
     )
     for layer_scores in loaded_scores.values():
         check_layout(layer_scores, skeleton)
-    unfinished = Unfinished.beside(target, "ablate", voice)
+    unfinished = Unfinished.beside(target, "ablate")
     trials = sample(next(iter(loaded_scores.values())), neurons, groups, group_size, seed)
-    windows = text.held(checkpoint.tokenizer(), voice.track("reading the text, pieces")).windows
-    compute = compute.for_rows(len(windows), "windows", voice)
+    windows = text.held(checkpoint.tokenizer()).windows
+    compute = compute.for_rows(len(windows), "windows")
     check_tokens(checkpoint, windows)
     checkpoint.fetch()
     dense, model_hash = load_hashed(checkpoint, compute, record)
@@ -105,14 +103,14 @@ def ablate(
     missing = [trial for trial, found in known.items() if found is None]
     tokens = windows.numel() * len(missing)
     cost = estimate_seconds(dense.config, tokens, windows.shape[1], compute.resolved_device, dense.dtype, backwards=0)
-    voice.say(
+    logger.info(
         f"Removing {neurons} single neurons and {groups} groups of {group_size} in turn, {len(missing)} of them still "
         f"to do, on {len(windows)} windows of {windows.shape[1]} tokens: {about(cost)}"
         f"{condition(compute.resolved_device)}. Interrupted, the same command goes on where it stopped."
     )
     with record.stage("ablating"):
         bench = Bench(dense, windows, {layer for layer, _ in trials}, compute.batch_size)
-        for trial in voice.track("ablating")(missing):
+        for trial in track(missing, "ablating"):
             known[trial] = {"kl": bench.divergence(trial)}
             unfinished.write_json(paths[trial], known[trial])
     record.reused_parts = len(unfinished.reused)

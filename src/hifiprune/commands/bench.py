@@ -26,7 +26,7 @@ from hifiprune.io.resume import Unfinished, kept
 from hifiprune.models.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.models.lineage import read_with
 from hifiprune.models.mlp import count_parameters, find_mlps
-from hifiprune.progress import SILENT, Voice, how_many
+from hifiprune.progress import how_many, logger, track
 from hifiprune.pruning.cut_checkpoint import hash_stored, stored_plainly
 from hifiprune.run_record import RunRecord
 
@@ -54,7 +54,6 @@ def bench(
     output: str | Path | None = None,
     overwrite: bool = False,
     compute: Compute = Compute(),
-    voice: Voice = SILENT,
 ) -> RunRecord:
     """Time prefill and decode, the models in turn, each time in a fresh process.
 
@@ -70,7 +69,6 @@ def bench(
         output: folder to be made, with the results in `run.json`.
         overwrite: replace an existing output.
         compute: device and arithmetic.
-        voice: tells of progress.
 
     Raises:
         UserError: something asked for cannot be done.
@@ -108,18 +106,18 @@ def bench(
         Workload(size, length, new_tokens, fast)
         for fast, size, length in product([False, True] if compiled else [False], batch_sizes, lengths)
     ]
-    voice.say(
+    logger.info(
         f"Timing {len(names)} models on {how_many(len(workloads), 'workload')} in {how_many(rounds, 'round')}, each "
         f"time in a fresh process on {compute.resolved_device}; leave the machine alone meanwhile. The time left is "
         "told as it goes."
     )
     crowd = _crowd(compute)
     for remark in crowd:
-        voice.say(remark)
+        logger.info(remark)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    unfinished = Unfinished.beside(target, "bench", voice) if target else None
+    unfinished = Unfinished.beside(target, "bench") if target else None
     with record.stage("timing"):
-        for number, checkpoint in voice.track("timing")([*product(range(rounds), checkpoints)]):
+        for number, checkpoint in track([*product(range(rounds), checkpoints)], "timing"):
             asked = request(checkpoint.name, compute, workloads, repeats)
             facts = ["turns", number, asked, _stamps(checkpoint), version("hifiprune")]
             turn = kept(unfinished, facts, partial(_timed, checkpoint.name, asked))

@@ -26,7 +26,7 @@ from hifiprune.io.resume import Unfinished
 from hifiprune.io.text_files import is_pipe
 from hifiprune.io.text_sources import SELF, text_files
 from hifiprune.plan import Budget
-from hifiprune.progress import SILENT, Voice
+from hifiprune.progress import labelled
 from hifiprune.pruning.allocate import allocate
 from hifiprune.run_record import RunRecord
 from hifiprune.scores import Scores
@@ -49,7 +49,6 @@ def compare(
     round_to: int = 128,
     compute: Compute = Compute(),
     overwrite: bool = False,
-    voice: Voice = SILENT,
 ) -> RunRecord:
     """Prune by every criterion, at every ratio, with several draws of the calibration windows, and measure.
 
@@ -68,7 +67,6 @@ def compare(
         round_to: widths become the nearest multiple of it.
         compute: device and arithmetic.
         overwrite: replace an existing output.
-        voice: tells of progress.
 
     Raises:
         UserError: something asked for cannot be done, found before the weights are loaded where possible.
@@ -95,21 +93,21 @@ def compare(
         overwrite=overwrite,
     )
     shape = shape_of(skeleton)
-    unfinished = Unfinished.beside(target, "compare", voice)
+    unfinished = Unfinished.beside(target, "compare")
     widths = {ratio: shape.width_at(Budget(ratio=ratio), round_to) for ratio in ratios}
     for width in widths.values():
         shape.check_experts("uniform", width)
     draws = [replace(calibration, seed=calibration.seed + number) for number in range(seeds)]
-    tokenizer, track = checkpoint.tokenizer(), voice.track("reading the texts, pieces")
-    with record.stage("reading the texts"):
-        held = [text.held(tokenizer, track) for text in texts]
-        drawn = [] if calibration.source == SELF else [load_windows(draw, tokenizer, track) for draw in draws]
+    tokenizer = checkpoint.tokenizer()
+    with record.stage("reading the texts"), labelled("reading the texts, pieces"):
+        held = [text.held(tokenizer) for text in texts]
+        drawn = [] if calibration.source == SELF else [load_windows(draw, tokenizer) for draw in draws]
     most = max(calibration.num_samples, *(len(text.windows) for text in held))
-    compute = compute.for_rows(most, "windows", voice)
+    compute = compute.for_rows(most, "windows")
     check_tokens(checkpoint, *drawn, *(text.windows for text in held))
     checkpoint.fetch()
     loaded, model_hash = load_hashed(checkpoint, compute, record)
-    bench = Workbench(loaded, model, model_hash, tokenizer, unfinished.of(loaded, model_hash), compute, voice)
+    bench = Workbench(loaded, model, model_hash, tokenizer, unfinished.of(loaded, model_hash), compute)
     cells: list[Cell] = []
     files: dict[str, Path] = {}
     with record.stage("scoring"):

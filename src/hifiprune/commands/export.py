@@ -21,7 +21,7 @@ from hifiprune.models.detect import family_of
 from hifiprune.models.lineage import read_with
 from hifiprune.models.mlp import count_parameters, find_mlps
 from hifiprune.models.unsupported import refuse_own_tokenizer
-from hifiprune.progress import SILENT, Voice
+from hifiprune.progress import logger
 from hifiprune.version import __version__
 
 FORMATS = ("gguf", "onnx")
@@ -73,7 +73,6 @@ def export(
     type: str = "auto",  # what llama.cpp calls it
     converter: str | Path | None = None,
     overwrite: bool = False,
-    voice: Voice = SILENT,
 ) -> dict[str, Any]:
     """Write a checkpoint as one GGUF file, for llama.cpp and what is built on it.
 
@@ -84,7 +83,6 @@ def export(
         type: of the weights, such as f16, q8_0 or q4_k_m; auto: 16 bits, bfloat16 where the checkpoint has that.
         converter: llama.cpp's folder, or its converter; if not given, the variable `LLAMA_CPP` or the PATH tells.
         overwrite: replace an existing output.
-        voice: tells of progress.
 
     Returns:
         the file, its size in bytes, its tensors by type, and remarks.
@@ -110,19 +108,19 @@ def export(
     check_space(target, int(parameters * (kind.bits + 16 * kind.quantized) / 8))
     remarks = _remarks(wanted, {"MLP width": widths[0], "hidden size": hidden})
     for remark in remarks:
-        voice.say(remark)
+        logger.info(remark)
     checkpoint.fetch()
-    voice.say(f"Converting by {command[-1]}.")
+    logger.info(f"Converting by {command[-1]}.")
     start = time.monotonic()
     with replacing(target, overwrite=overwrite) as new:
         made, stated = new.with_name("made.gguf"), "auto" if quantizer else wanted
         maker = new.with_name("metadata.json")
         maker.write_text(json.dumps({GGUF_FIELD: f"{GENERATOR} {__version__}"}), encoding="utf-8")
         words = ["--outfile", str(made), "--metadata", str(maker), "--outtype", stated]
-        run([*command, str(checkpoint.folder), *words], "converting", voice)
+        run([*command, str(checkpoint.folder), *words], "converting")
         remarks += _check(made, widths)
         if quantizer:
-            run([*quantizer, str(made), str(new), wanted.upper()], "quantizing", voice)
+            run([*quantizer, str(made), str(new), wanted.upper()], "quantizing")
             made.unlink()
         else:
             made.rename(new)

@@ -18,7 +18,7 @@ from hifiprune.io.atomic import disk_size
 from hifiprune.io.distributed import processes
 from hifiprune.io.tokenization import special_tokens
 from hifiprune.plan import EXPERT, Budget, Shape
-from hifiprune.progress import Voice, about
+from hifiprune.progress import about, logger, note
 from hifiprune.pruning.allocate import Sharing
 from hifiprune.pruning.iterative import Course
 from hifiprune.scores import Scores
@@ -37,13 +37,13 @@ def announce_plan(budget: Budget, shape: Shape, width: int, round_to: int, alloc
     return f"Plan: asked {asked}; width {shape.neurons} -> {width}, a multiple of {round_to}, removes {reached}."
 
 
-def remark_on_blocks(budget: Budget, shape: Shape, width: int, sharing: Sharing, voice: Voice) -> None:
+def remark_on_blocks(budget: Budget, shape: Shape, width: int, sharing: Sharing) -> None:
     """Say where k-quants took the dense model's width and will not take the one that all MLPs get."""
     if sharing.allocation != "uniform" or shape.neurons % K_BLOCK or not width % K_BLOCK:
         return  # widths that differ are not for llama.cpp at all
     flag, best = ("--width", width // K_BLOCK * K_BLOCK) if budget.width else ("--round-to", K_BLOCK)
     remedy = f"; {flag} {best} spares it" if width > K_BLOCK else ""
-    voice.note(
+    note(
         f"Width {width} does not divide by {K_BLOCK}: k-quants of llama.cpp fall back to other types for the down maps"
         f"{remedy}."
     )
@@ -100,43 +100,45 @@ def announce_search(
     )
 
 
-def remark_on_options(scores: Scores | None, ratio: float, voice: Voice) -> None:
+def remark_on_options(scores: Scores | None, ratio: float) -> None:
     """Say where scores that were made before have other options than the papers' at this ratio."""
     made = scores.settings.get("options", {}) if scores else {}
     papers = {name: value for name, value in asdict(Options().for_ratio(ratio)).items() if name in made}
     differing = [name for name in ("alpha", "temperature") if name in made and made[name] != papers[name]]
     for name in differing:
-        voice.note(f"The scores were made with {name} {made[name]:g}; the papers use {papers[name]:g} near this ratio.")
+        note(f"The scores were made with {name} {made[name]:g}; the papers use {papers[name]:g} near this ratio.")
 
 
-def remark_on_scale(scores: Scores, sharing: Sharing, voice: Voice) -> None:
+def remark_on_scale(scores: Scores, sharing: Sharing) -> None:
     """Say where one threshold is laid over scores that cannot be compared from layer to layer."""
     known = CRITERIA.get(scores.criterion)
     if sharing.allocation == "global" and known and not known.across_layers:
-        voice.say(f"Scores by '{scores.criterion}' are not on one scale in all layers; widths by them mean little.")
+        logger.warning(
+            f"Scores by '{scores.criterion}' are not on one scale in all layers; widths by them mean little."
+        )
 
 
-def remark_on_start(calibration: Calibration, tokenizer: PreTrainedTokenizerBase, voice: Voice) -> None:
+def remark_on_start(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> None:
     """Say where windows of the calibration text lack the start token that the tokenizer writes before a text."""
     if not calibration.bos and (start := special_tokens(tokenizer)[0]):
-        voice.say(
+        logger.info(
             f"Windows of the calibration text do not begin with {tokenizer.decode(start)}, which the tokenizer writes "
             "before a text: as in the papers."
         )
 
 
-def remark_on_unseen(scores: Scores, voice: Voice) -> None:
+def remark_on_unseen(scores: Scores) -> None:
     """Say how many experts no token of the text was sent to, whose scores are all alike."""
     experts = [values for name, values in zip(scores.names, scores.values, strict=True) if EXPERT.search(name)]
     unseen = sum(bool((values == values[0]).all()) for values in experts)
     if unseen:
-        voice.say(
+        logger.warning(
             f"{unseen} of {len(experts)} experts saw no token of the text: which of their neurons stay is arbitrary. "
             "Give more text, or text of more kinds."
         )
 
 
-def remark_on_unused(options: Options | None, criterion: str, sharing: Sharing, voice: Voice) -> None:
+def remark_on_unused(options: Options | None, criterion: str, sharing: Sharing) -> None:
     """Say which settings have no effect, of those that are not what they would be anyway."""
     unused = []
     if options:
@@ -147,4 +149,4 @@ def remark_on_unused(options: Options | None, criterion: str, sharing: Sharing, 
             unused.append(name)
     if unused:
         names = ", ".join(name.replace("_", "-") for name in unused)
-        voice.note(f"Without effect with criterion '{criterion}' and {sharing.allocation} allocation: {names}.")
+        note(f"Without effect with criterion '{criterion}' and {sharing.allocation} allocation: {names}.")

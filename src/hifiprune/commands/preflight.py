@@ -15,7 +15,7 @@ from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.detect import family_of
 from hifiprune.models.mlp import find_mlps
 from hifiprune.plan import Shape
-from hifiprune.progress import Voice
+from hifiprune.progress import note
 from hifiprune.pruning.allocate import allocate
 from hifiprune.pruning.cut import require_bias
 from hifiprune.pruning.iterative import Course
@@ -76,7 +76,6 @@ def settle_system(
     preset: str,
     asked: dict[str, Any],
     calibration: Calibration | None,
-    voice: Voice,
     *,
     scored: bool,
     bias_compensation: bool,
@@ -85,16 +84,16 @@ def settle_system(
     if asked["repair"] is None and (calibration is None or bias_compensation):
         asked = asked | {"repair": "none"}  # the default gives way
         if calibration is None and settle(preset).repair != "none":
-            voice.note("Without --calibration there is no text to repair with: the cut stays a plain one.")
+            note("Without --calibration there is no text to repair with: the cut stays a plain one.")
     system = settle(preset, **asked)
     check_texts(system, calibration, scored=scored, bias_compensation=bias_compensation)
     return system
 
 
-def text_for(system: Preset, calibration: Calibration | None, voice: Voice, *, scored: bool) -> Calibration | None:
+def text_for(system: Preset, calibration: Calibration | None, *, scored: bool) -> Calibration | None:
     """The calibration, its windows begun as the system's are, if anything is to be read; says where nothing is."""
     if calibration and not scored and not reads_text(system):
-        voice.note(f"Criterion '{system.criterion}' needs no text and nothing is repaired: the text is not read.")
+        note(f"Criterion '{system.criterion}' needs no text and nothing is repaired: the text is not read.")
         return None
     return calibration and replace(calibration, bos=calibration.bos and system.bos)
 
@@ -142,9 +141,7 @@ def check_steps(course: Course, scores: Scores | None, calibration: Calibration 
         raise UserError(f"{course.steps} steps need text to score on anew: give --calibration")
 
 
-def stability_of(
-    wanted: float | None, course: Course, criterion: str, *, scored: bool, voice: Voice
-) -> Stability | None:
+def stability_of(wanted: float | None, course: Course, criterion: str, *, scored: bool) -> Stability | None:
     """What ends scoring early, where that is asked for; widths that will be searched are judged by one threshold."""
     if wanted is None:
         return None
@@ -153,8 +150,6 @@ def stability_of(
     sharing = (
         replace(course.sharing, allocation="global") if course.sharing.allocation == "searched" else course.sharing
     )
-    stability = Stability(
-        wanted, partial(allocate, budget=course.budget, round_to=course.round_to, sharing=sharing), voice
-    )
+    stability = Stability(wanted, partial(allocate, budget=course.budget, round_to=course.round_to, sharing=sharing))
     stability.check([criterion])
     return stability

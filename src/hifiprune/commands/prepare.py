@@ -24,7 +24,7 @@ from hifiprune.models.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.models.detect import family_of
 from hifiprune.models.lineage import read_with
 from hifiprune.models.mlp import count_parameters, find_mlps
-from hifiprune.progress import SILENT, Voice
+from hifiprune.progress import logger
 from hifiprune.pruning.cut_checkpoint import hash_stored, stored_plainly
 from hifiprune.run_record import RunRecord
 from hifiprune.scoring.accumulate import free_bytes
@@ -105,23 +105,29 @@ def load_hashed(
     record: RunRecord,
     dtype: torch.dtype | None = None,
     *,
-    voice: Voice | None = None,
+    may_stream: bool = False,
     stage: str = "loading the weights",
     model_hash: str = "",
 ) -> tuple[PreTrainedModel, str]:
     """The model in a dtype or the arithmetic asked for, and the hash of its weights as stored, which refuses NaN.
 
-    With a voice, which is told why, the model may be a streamed one. A hash that is known is not computed again.
+    Where it may stream, the model is a streamed one if `streams` says so. A hash that is known is not computed again.
     """
     dtype, device = dtype or compute.dtype_for(checkpoint), compute.resolved_device
     with record.stage(stage):
         checkpoint.fetch()
         plainly = stored_plainly(checkpoint)
-        if voice and streams(checkpoint, compute, dtype, voice):
+        if may_stream and streams(checkpoint, compute, dtype):
+            if compute.stream is None:
+                needed, free = _needed_and_free(checkpoint, compute, dtype)
+                logger.info(
+                    f"The weights take {needed / 1e9:.1f} GB in {dtype}, and {free / 1e9:.1f} GB are free on "
+                    f"{compute.resolved_device}: each block's are read from the disk when it runs (--stream)."
+                )
             scratch = Scratch(compute.scratch) if compute.scratch else None
             return stream(checkpoint, dtype, device, compute.attention, scratch), model_hash or hash_stored(checkpoint)
-        if voice and compute.scratch:
-            voice.say("The weights are in memory: --scratch is not used.")
+        if may_stream and compute.scratch:
+            logger.info("The weights are in memory: --scratch is not used.")
         if plainly:
             return checkpoint.load(dtype, device, compute.attention), model_hash or hash_stored(checkpoint)
         model = checkpoint.load(device=device, attention=compute.attention)
@@ -132,7 +138,7 @@ def load_hashed(
     return model, model_hash
 
 
-def streams(checkpoint: Checkpoint, compute: Compute, dtype: torch.dtype, voice: Voice = SILENT) -> bool:
+def streams(checkpoint: Checkpoint, compute: Compute, dtype: torch.dtype) -> bool:
     """Whether weights stay on the disk: as was asked for, or where they would not fit into the memory that is free.
 
     Weights that are not on this disk yet are taken to be stored plainly.
@@ -155,15 +161,14 @@ def streams(checkpoint: Checkpoint, compute: Compute, dtype: torch.dtype, voice:
                 "cannot be read block by block; leave out --stream"
             )
         return compute.stream
+    needed, free = _needed_and_free(checkpoint, compute, dtype)
+    return plainly and needed >= FITS * free
+
+
+def _needed_and_free(checkpoint: Checkpoint, compute: Compute, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that the weights take in a dtype, and that are free on the device."""
     needed = count_parameters(checkpoint.skeleton()) * dtype.itemsize
-    free = free_bytes(torch.device(compute.resolved_device))
-    if not plainly or needed < FITS * free:
-        return False
-    voice.say(
-        f"The weights take {needed / 1e9:.1f} GB in {dtype}, and {free / 1e9:.1f} GB are free on "
-        f"{compute.resolved_device}: each block's are read from the disk when it runs (--stream)."
-    )
-    return True
+    return needed, free_bytes(torch.device(compute.resolved_device))
 
 
 def plain_arguments(**values: Any) -> dict[str, Any]:

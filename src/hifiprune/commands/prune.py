@@ -30,7 +30,7 @@ from hifiprune.io.output_paths import exclusive
 from hifiprune.io.resume import Unfinished
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.plan import Budget, Plan
-from hifiprune.progress import SILENT, Voice
+from hifiprune.progress import note
 from hifiprune.pruning.allocate import Sharing, allocate
 from hifiprune.pruning.iterative import Course
 from hifiprune.reports.model_card import Base, describe_base, write_card
@@ -54,7 +54,6 @@ def score_checkpoint(
     compute: Compute = Compute(),
     overwrite: bool = False,
     dry_run: bool = False,
-    voice: Voice = SILENT,
 ) -> RunRecord:
     """Score a checkpoint and write the scores, from which it can be pruned at any ratio in seconds.
 
@@ -70,7 +69,6 @@ def score_checkpoint(
         compute: device and arithmetic.
         overwrite: replace an existing output.
         dry_run: stop once it is known what the run will cost, which the record then says.
-        voice: tells of progress.
 
     Raises:
         UserError: something asked for cannot be done, found before the weights are loaded where possible.
@@ -80,7 +78,7 @@ def score_checkpoint(
         raise UserError("until-stable and ratio go together: stable is what is kept at a ratio")
     stability = None
     if until_stable is not None:
-        stability = Stability(until_stable, partial(allocate, budget=Budget(ratio=ratio), round_to=1), voice)
+        stability = Stability(until_stable, partial(allocate, budget=Budget(ratio=ratio), round_to=1))
         stability.check([criterion])
     request = (criterion, options or Options(seed=calibration.seed if calibration else 0))
     record = RunRecord(
@@ -96,8 +94,8 @@ def score_checkpoint(
     )
     if ratio is not None:
         shape_of(skeleton).width_at(Budget(ratio=ratio), 1)
-    unfinished = Unfinished.beside(target, "score", voice)
-    stages = Stages(checkpoint, calibration, compute, record, voice, unfinished, kept_resident(calibration))
+    unfinished = Unfinished.beside(target, "score")
+    stages = Stages(checkpoint, calibration, compute, record, unfinished, kept_resident(calibration))
     stages.read()
     stages.foresee(request)
     if dry_run:
@@ -134,7 +132,6 @@ def prune(
     shard_size: str = "5GB",
     overwrite: bool = False,
     dry_run: bool = False,
-    voice: Voice = SILENT,
 ) -> RunRecord:
     """Prune a checkpoint into the new folder `output`, from calibration data or from scores made before.
 
@@ -167,15 +164,14 @@ def prune(
         shard_size: largest weight file, such as `5GB`.
         overwrite: replace an existing output.
         dry_run: stop once it is known what the run will cost, which the record then says.
-        voice: tells of progress.
 
     Raises:
         UserError: something asked for cannot be done, found before the weights are loaded where possible.
         RunError: numbers, memory or disk failed.
     """
     asked = {"criterion": criterion, "allocation": allocation, "repair": repair, "round_to": round_to}
-    system = settle_system(preset, asked, calibration, voice, scored=bool(scores), bias_compensation=bias_compensation)
-    calibration = text_for(system, calibration, voice, scored=bool(scores))
+    system = settle_system(preset, asked, calibration, scored=bool(scores), bias_compensation=bias_compensation)
+    calibration = text_for(system, calibration, scored=bool(scores))
     path = scores if isinstance(scores, str | Path) else None
     used = load_scores(scores) if isinstance(scores, str | Path) else scores
     if used:
@@ -184,8 +180,8 @@ def prune(
     sharing = Sharing(system.allocation, floor, trials)
     course = Course(steps, budget, round_to, sharing, repair=repair != "none")
     check_steps(course, used, calibration)
-    stability = stability_of(until_stable, course, criterion, scored=used is not None, voice=voice)
-    remark_on_unused(None if used else options, criterion, sharing, voice)
+    stability = stability_of(until_stable, course, criterion, scored=used is not None)
+    remark_on_unused(None if used else options, criterion, sharing)
     sources = plain_arguments(model=model, output=output, budget=budget, calibration=calibration, compute=compute)
     settings = plain_arguments(
         scores=path, criterion=criterion, options=options, preset=preset,
@@ -199,16 +195,16 @@ def prune(
     )
     if bias_compensation:
         check_compensation(checkpoint, used, criterion)
-    base = describe_base(checkpoint, voice)
+    base = describe_base(checkpoint)
     shape, width = width_for(skeleton, course, used)
     check_space(target, int(checkpoint.dtype().itemsize * shape.total_parameters * (1 - shape.ratio_at(width))))
-    voice.note(announce_plan(budget, shape, width, round_to, sharing.allocation))
-    remark_on_blocks(budget, shape, width, sharing, voice)
+    note(announce_plan(budget, shape, width, round_to, sharing.allocation))
+    remark_on_blocks(budget, shape, width, sharing)
     ratio = budget.ratio or shape.ratio_at(width)
-    remark_on_options(used, ratio, voice)
-    unfinished = Unfinished.beside(target, "prune", voice)
+    remark_on_options(used, ratio)
+    unfinished = Unfinished.beside(target, "prune")
     resident = kept_resident(calibration, course, bias_compensation)
-    stages = Stages(checkpoint, calibration, compute, record, voice, unfinished, resident)
+    stages = Stages(checkpoint, calibration, compute, record, unfinished, resident)
     stages.read()
     if used and not dry_run and checkpoint.is_here and stages.stored_plainly:
         stages.check(used)  # before anything is said

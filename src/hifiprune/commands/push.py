@@ -16,14 +16,12 @@ from hifiprune.io.manifest import MANIFEST, list_files
 from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.models.companion_files import has_vocabulary
 from hifiprune.models.weight_files import INDEX, SINGLE, check_whole, refuse_pointers
-from hifiprune.progress import SILENT, Voice
+from hifiprune.progress import logger
 from hifiprune.reports.card_metadata import CARD, read_card
 from hifiprune.reports.model_card import for_repository, is_measured
 
 
-def push(
-    folder: str, repository: str, *, private: bool = False, upload: bool = False, voice: Voice = SILENT
-) -> dict[str, Any]:
+def push(folder: str, repository: str, *, private: bool = False, upload: bool = False) -> dict[str, Any]:
     """Upload a checkpoint's folder to the hub; without `upload` only tell what would be.
 
     Args:
@@ -31,7 +29,6 @@ def push(
         repository: its name on the hub, `owner/name`.
         private: whether only its owner sees it, where it is new.
         upload: do it.
-        voice: tells of progress.
 
     Returns:
         the files with their sizes, what the card lacks, and whether it was uploaded.
@@ -62,7 +59,7 @@ def push(
     if card and not is_measured(card):
         remarks.append("nothing was measured: hifiprune evaluate --card puts results into the card")
     if upload:
-        voice.say(f"Uploading {len(files)} files, {disk_size(sum(files.values()))}, to {repository}.")
+        logger.info(f"Uploading {len(files)} files, {disk_size(sum(files.values()))}, to {repository}.")
         try:
             api = HfApi(token=True)  # or a missing login would be called a refusal
             api.create_repo(repository, private=private, exist_ok=True)

@@ -29,7 +29,7 @@ from hifiprune.io.tokenization import special_tokens
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.detect import family_of
 from hifiprune.models.lineage import check_origin, record_of
-from hifiprune.progress import SILENT, Voice, about, how_many
+from hifiprune.progress import about, how_many, logger
 from hifiprune.recovery.callback import Watch, describe, is_better
 from hifiprune.recovery.config import Training, gathered, last_state, train
 from hifiprune.recovery.distillation import Remembered, Teacher, remember
@@ -62,7 +62,6 @@ def recover(
     compute: Compute = Compute(),
     shard_size: str = "5GB",
     overwrite: bool = False,
-    voice: Voice = SILENT,
 ) -> RunRecord:
     """Train a pruned checkpoint and write the best state by held-out perplexity as an ordinary checkpoint.
 
@@ -84,14 +83,12 @@ def recover(
         compute: device and arithmetic; its batch size is not used.
         shard_size: largest weight file.
         overwrite: replace an existing output.
-        voice: tells of progress.
 
     Raises:
         UserError: something asked for cannot be done, found before the weights are loaded where possible.
         RunError: numbers, memory or disk failed.
     """
     check_compute(compute, training)
-    voice = voice if rank() == 0 else SILENT
     if control:  # from itself it has nothing to learn
         training = replace(training, distill_weight=0.0, match_hidden=0.0, cache_teacher=None)
     check_purpose(training, teacher, control=control, keep_adapter=keep_adapter)
@@ -115,19 +112,19 @@ def recover(
     check_space(target, needed_bytes(started, training))
     job = Job(
         model=model, checkpoint=checkpoint, started=started, dense=dense, teacher=teacher, target=target,
-        training=training, compute=compute, record=record, voice=voice, tracker=tracker,
-        unfinished=Unfinished.beside(target, "recover", voice), limit=TimeLimit(training.max_minutes),
+        training=training, compute=compute, record=record, tracker=tracker,
+        unfinished=Unfinished.beside(target, "recover"), limit=TimeLimit(training.max_minutes),
     )  # fmt: skip
-    base = describe_base(started, voice)
+    base = describe_base(started)
     try:
         rows, held = job.read(data, learn_prompts=learn_prompts, text_column=text_column, max_rows=max_rows)
-        job = replace(job, training=training.for_rows(len(rows), voice))
+        job = replace(job, training=training.for_rows(len(rows)))
         outcome = job.train(rows, held, resume=resume)
     except OutOfTimeError:
         outcome = Outcome(describe(TrainerState(), job.limit.passed))
     if rank() == 0:
         record.results = outcome.results | {"pruning": record_of(started)}
-        trained = outcome.model or _as_it_was(started, record.results, voice)
+        trained = outcome.model or _as_it_was(started, record.results)
         with replacing(target, overwrite=overwrite) as new:
             with record.stage("writing"):
                 if keep_adapter and isinstance(trained, PeftModel):
@@ -166,7 +163,6 @@ class Job:
         training: the settings.
         compute: device and arithmetic.
         record: keeps what each stage cost.
-        voice: tells of progress.
         unfinished: keeps what an interrupted run would have to do again.
         tracker: of transformers' own, that is told of losses too.
         limit: of the time that all of it may take.
@@ -181,7 +177,6 @@ class Job:
     training: Training
     compute: Compute
     record: RunRecord
-    voice: Voice
     unfinished: Unfinished
     tracker: str
     limit: TimeLimit
@@ -189,14 +184,13 @@ class Job:
     def read(self, data: str, **how: Any) -> tuple[Packed, Packed]:
         """Read rows to train on, and rows that are held out; see `hifiprune.recovery.training_data.read_examples`."""
         config = self.started.config()
-        tracked = self.voice.track("reading the data, rows")
         with self.record.stage("reading the data"):
             tokenizer = self.checkpoint.tokenizer()
             examples = read_examples(
                 data,
                 tokenizer,
                 seed=self.training.seed,
-                track=lambda rows: tracked(self.limit.within(rows)),
+                limit=self.limit,
                 **how,
             )
             vocabulary = config.get_text_config().vocab_size
@@ -205,7 +199,7 @@ class Job:
 
     def train(self, rows: Packed, held: Packed, *, resume: bool) -> Outcome:
         """Train on rows, from the newest state of the same training if there is one."""
-        training, compute, voice = self.training, self.compute, self.voice
+        training, compute = self.training, self.compute
         taught, guide, guide_hash = _guide(self, rows)
         self.limit.check()
         dtype = _training_dtype(self.started, training, compute)
@@ -221,10 +215,10 @@ class Job:
             self.unfinished.write(
                 folder / "facts.json", lambda path: path.write_text(json.dumps(facts), encoding="utf-8")
             )
-        voice.say(_announce(student, training, rows, held, compute))
+        logger.info(_announce(student, training, rows, held, compute))
         set_seed(training.seed)  # LoRA starts at random
         trained = _trainable(student, training)
-        watch = Watch(self.limit, _tokens_per_step(training), voice, state)
+        watch = Watch(self.limit, _tokens_per_step(training), state)
         kernel = SoftLabels(training.distill_weight, training.temperature)
         loss = sliced_loss(student, kernel, guide, match_hidden=training.match_hidden)
         device = compute.resolved_device
@@ -325,9 +319,9 @@ def _announce(model: PreTrainedModel, training: Training, rows: Packed, held: Pa
     )
 
 
-def _as_it_was(checkpoint: Checkpoint, results: dict[str, Any], voice: Voice) -> nn.Module:
+def _as_it_was(checkpoint: Checkpoint, results: dict[str, Any]) -> nn.Module:
     """The model that training did not make better."""
     why = results["trouble"] if not results["steps"] and results["trouble"] else None
     why = f"{why[0].upper()}{why[1:]}" if why else "Training did not lower the held-out perplexity"
-    voice.say(f"{why}: the checkpoint is written as it was.")
+    logger.warning(f"{why}: the checkpoint is written as it was.")
     return checkpoint.load(checkpoint.dtype())

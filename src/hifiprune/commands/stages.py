@@ -33,7 +33,7 @@ from hifiprune.io.text_sources import SELF
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.mlp import find_mlps
 from hifiprune.plan import Budget, Plan
-from hifiprune.progress import Voice
+from hifiprune.progress import labelled, logger
 from hifiprune.pruning.allocate import Sharing, allocate
 from hifiprune.pruning.cut import cut_
 from hifiprune.pruning.cut_checkpoint import hash_stored, output_maps, stored_plainly, write_cut
@@ -55,7 +55,6 @@ class Stages:
         calibration: text to score, search and repair on, if there is any.
         compute: device and arithmetic.
         record: keeps what each step cost.
-        voice: tells of progress.
         unfinished: keeps what an interrupted run would have to do again.
         resident: what is done with weights in memory only, if anything is.
         model: loaded when a step first needs it.
@@ -67,7 +66,6 @@ class Stages:
     calibration: Calibration | None
     compute: Compute
     record: RunRecord
-    voice: Voice
     unfinished: Unfinished
     resident: str = ""
     model: PreTrainedModel | None = None
@@ -78,16 +76,16 @@ class Stages:
         if self.resident and self.compute.stream:
             raise UserError(f"{self.resident} with weights in memory only: leave out --stream")
         if self.calibration:
-            self.compute = self.compute.for_rows(self.calibration.num_samples, "windows", self.voice)
+            self.compute = self.compute.for_rows(self.calibration.num_samples, "windows")
 
     def read(self) -> None:
         """Windows of a text, unless there is none or the model has yet to write it."""
         if self.calibration and self.calibration.source != SELF:
             with self.record.stage("reading the calibration data"):
                 tokenizer = self.checkpoint.tokenizer()
-                track = self.voice.track("reading the calibration text, pieces")
-                self.text = load_windows(self.calibration, tokenizer, track)
-            remark_on_start(self.calibration, tokenizer, self.voice)
+                with labelled("reading the calibration text, pieces"):
+                    self.text = load_windows(self.calibration, tokenizer)
+            remark_on_start(self.calibration, tokenizer)
             check_tokens(self.checkpoint, self.text)
 
     def finish(self) -> None:
@@ -142,7 +140,7 @@ class Stages:
         if share is not None:
             costs.append(estimator.writing(share))
         self.record.expected = [asdict(cost) for cost in costs]
-        self.voice.say(announce_costs(costs, estimator.device))
+        logger.info(announce_costs(costs, estimator.device))
         uncounted = {
             "downloading the weights": not self.checkpoint.is_here,
             "reading the weights": elsewhere,
@@ -150,7 +148,7 @@ class Stages:
             "searching widths": searches,
         }
         if any(uncounted.values()):
-            self.voice.say(f"Not counted: {', '.join(name for name, left_out in uncounted.items() if left_out)}.")
+            logger.info(f"Not counted: {', '.join(name for name, left_out in uncounted.items() if left_out)}.")
 
     def load(self, dtype: torch.dtype | None = None, scores: Scores | None = None) -> PreTrainedModel:
         """The dense model, in the dtype for computing if no other is asked for; `scores` must be its own.
@@ -162,9 +160,13 @@ class Stages:
         if self.model is None or self.model.dtype != dtype:
             self.model = None
             gc.collect()
-            voice = None if self.resident else self.voice
             self.model, self.model_hash = load_hashed(
-                self.checkpoint, self.compute, self.record, dtype, voice=voice, model_hash=self.model_hash
+                self.checkpoint,
+                self.compute,
+                self.record,
+                dtype,
+                may_stream=not self.resident,
+                model_hash=self.model_hash,
             )
         if scores:
             scores.require_model(self.model_hash)
@@ -175,8 +177,7 @@ class Stages:
         if self.text is None:
             assert self.calibration
             with self.record.stage("sampling text from the model"):
-                track = self.voice.track("sampling text from the model")
-                self.text = sample_windows(model, self.calibration, track)
+                self.text = sample_windows(model, self.calibration)
         return self.text
 
     def score(self, request: Request, course: Course | None = None, stability: Stability | None = None) -> Scores:
@@ -185,10 +186,10 @@ class Stages:
         model, windows = self.load(), None
         if self.calibration:
             windows = self.windows(model)
-            self.voice.say(f"{announce_scoring(windows, [request], self.estimator)}.")
+            logger.info(f"{announce_scoring(windows, [request], self.estimator)}.")
             if stability:
-                self.voice.say(f"That at most: it ends once {100 * stability.wanted:g}% of what is kept is settled.")
-            self.voice.say("Interrupted, the same command goes on where it stopped.")
+                logger.info(f"That at most: it ends once {100 * stability.wanted:g}% of what is kept is settled.")
+            logger.info("Interrupted, the same command goes on where it stopped.")
         how: dict[str, Any] = {
             "batch_size": self.compute.batch_size,
             "recompute": self.compute.recompute,
@@ -198,16 +199,15 @@ class Stages:
         }
         with self.record.stage("scoring"):
             if course is None or course.steps == 1:
-                track = self.voice.track("scoring")
-                scores = score(model, windows, *request, track=track, stability=stability, **how)
+                scores = score(model, windows, *request, stability=stability, **how)
             else:
                 assert windows is not None
-                self.voice.say(announce_course(course))
-                scores = score_in_steps(model, windows, request, course, track=self.voice.track, **how)
+                logger.info(announce_course(course))
+                scores = score_in_steps(model, windows, request, course, **how)
         if stability:
             self.record.results["stability"] = stability.curve
         self.record.reused_parts = len(self.unfinished.reused)
-        remark_on_unseen(scores, self.voice)
+        remark_on_unseen(scores)
         return scores
 
     def check(self, scores: Scores) -> None:
@@ -265,24 +265,22 @@ class Stages:
         """Who stays."""
         if sharing.allocation == "searched":
             return self.search(scores, budget, round_to, sharing)
-        remark_on_scale(scores, sharing, self.voice)
+        remark_on_scale(scores, sharing)
         return allocate(scores, budget, round_to=round_to, sharing=sharing)
 
     def search(self, scores: Scores, budget: Budget, round_to: int, sharing: Sharing) -> Plan:
         """Widths by trial, on a few of the windows."""
         model = self.load(scores=scores)
         few = search_windows(self.windows(model))
-        self.voice.say(announce_search(model, few, sharing.trials, self.compute))
+        logger.info(announce_search(model, few, sharing.trials, self.compute))
         with self.record.stage("searching widths"):
-            size, track = self.compute.batch_size, self.voice.track("searching widths")
-            divergence = divergence_of(model, few, size)
-            return search(model, scores, budget, divergence, round_to=round_to, sharing=sharing, track=track)
+            divergence = divergence_of(model, few, self.compute.batch_size)
+            return search(model, scores, budget, divergence, round_to=round_to, sharing=sharing)
 
     def repair_(self, model: PreTrainedModel, plan: Plan) -> list[dict[str, Any]]:
         """Cut and repair the model; how each layer's refit went, as plain data."""
         windows = self.windows(model)
-        self.voice.say(announce_repair(windows, sum(plan.widths) // len(plan.widths), self.estimator))
+        logger.info(announce_repair(windows, sum(plan.widths) // len(plan.widths), self.estimator))
         with self.record.stage("cutting and repairing"):
-            size, track = self.compute.batch_size, self.voice.track("repairing")
-            refits = cut_and_repair_(model, plan, windows, batch_size=size, track=track)
+            refits = cut_and_repair_(model, plan, windows, batch_size=self.compute.batch_size)
         return [asdict(refit) for refit in refits]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hifiprune.errors import RunError, UserError
 from hifiprune.io.atomic import local_path
-from hifiprune.progress import SILENT, Voice
+from hifiprune.progress import track
 
 SCRIPT = "convert_hf_to_gguf.py"
 VARIABLE = "LLAMA_CPP"
@@ -78,7 +78,7 @@ def find_quantizer(converter: list[str], wanted: str) -> list[str]:
     )
 
 
-def run(command: list[str], what: str, voice: Voice = SILENT) -> None:
+def run(command: list[str], what: str) -> None:
     """Run a program of llama.cpp to its end, without network, and tell how far it is.
 
     Raises:
@@ -97,7 +97,7 @@ def run(command: list[str], what: str, voice: Voice = SILENT) -> None:
     with process:
         assert process.stdout
         try:
-            for percent in voice.track(what)(range(1, 101)):
+            for percent in track(range(1, 101), what):
                 while reached < percent and (line := process.stdout.readline()):
                     reached = max(reached, _percent(line))
                     _keep(line, said)

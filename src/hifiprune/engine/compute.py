@@ -17,7 +17,7 @@ from hifiprune.io.distributed import local_rank
 from hifiprune.models.checkpoint import DTYPES, Checkpoint
 from hifiprune.models.detect import family_of
 from hifiprune.models.mlp import width_of
-from hifiprune.progress import Voice
+from hifiprune.progress import note
 
 FLASH_PACKAGES = {
     "flash_attention_2": ("flash_attn", "flash-attn"),
@@ -81,11 +81,11 @@ class Compute:
         own = local_rank()
         return f"cuda:{own}" if device == "cuda" and own is not None else device
 
-    def for_rows(self, rows: int, what: str, voice: Voice) -> "Compute":
+    def for_rows(self, rows: int, what: str) -> "Compute":
         """Return the same with a batch size of no more than all `rows`, such as windows, and tell if it was more."""
         if self.batch_size <= rows:
             return self
-        voice.note(f"There are {rows} {what}: --batch-size {self.batch_size} is cut down to {rows}.")
+        note(f"There are {rows} {what}: --batch-size {self.batch_size} is cut down to {rows}.")
         return replace(self, batch_size=rows)
 
     def dtype_for(self, checkpoint: Checkpoint) -> torch.dtype:

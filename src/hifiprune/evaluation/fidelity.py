@@ -19,7 +19,8 @@ from hifiprune.engine.lm_head import Head
 from hifiprune.engine.verify import verified_chain
 from hifiprune.errors import UserError
 from hifiprune.evaluation.bootstrap import Estimate, bootstrap_mean
-from hifiprune.scoring.accumulate import Track, group_of
+from hifiprune.progress import track
+from hifiprune.scoring.accumulate import group_of
 
 LogProbs = Float[Tensor, "rows vocabulary"]
 
@@ -58,7 +59,6 @@ class Reference:
         model: PreTrainedModel,
         windows: Int[Tensor, "windows positions"],
         batch_size: int = 1,
-        track: Track = lambda batches: batches,
     ) -> "Reference":
         """Run `model` over `windows`."""
         check_windows(model, windows, batch_size, least=2)
@@ -66,7 +66,7 @@ class Reference:
             chain = verified_chain(model)
             hidden = torch.empty(*windows.shape, chain.head.linear.in_features, dtype=model.dtype)
             group = batch_size * group_of(model, batch_size * windows.shape[1])
-            for some, target in zip(track(windows.split(group)), hidden.split(group), strict=True):
+            for some, target in zip(windows.split(group), hidden.split(group), strict=True):
                 batches = some.to(model.device, torch.int64).split(batch_size)
                 with memory_explained(model, batches[0].numel()):
                     target.copy_(torch.cat(chain.final_states(batches)))
@@ -80,7 +80,6 @@ def measure(
     *,
     batch_size: int = 1,
     seed: int = 0,
-    track: Track = lambda batches: batches,
 ) -> dict[str, Estimate]:
     """Measure perplexity and entropy of `model` on `windows`; against a dense model also every fidelity metric.
 
@@ -93,7 +92,6 @@ def measure(
         against: the dense model, or its `Reference` on the same windows.
         batch_size: windows per step.
         seed: of the bootstrap.
-        track: wraps the batches, to show progress.
 
     Returns:
         an estimate for each name in `METRICS` that applies.
@@ -102,7 +100,7 @@ def measure(
         UserError: the windows cannot be used, or the two models have different vocabularies.
         RunError: activations are NaN or infinite, or memory ran out.
     """
-    return estimate(measure_windows(model, windows, against, batch_size=batch_size, track=track), seed)
+    return estimate(measure_windows(model, windows, against, batch_size=batch_size), seed)
 
 
 def estimate(values: dict[str, Float[Tensor, "windows"]], seed: int = 0) -> dict[str, Estimate]:
@@ -126,7 +124,6 @@ def measure_windows(
     against: PreTrainedModel | Reference | None = None,
     *,
     batch_size: int = 1,
-    track: Track = lambda batches: batches,
 ) -> dict[str, Float[Tensor, "windows"]]:
     """Measure every window, in float64; perplexities as their logarithms."""
     check_windows(model, windows, batch_size, least=2)
@@ -141,7 +138,7 @@ def measure_windows(
         if len(set(sizes)) != 1:
             raise UserError(f"the vocabularies differ ({sizes[0]} and {sizes[1]}); compare a model with its own origin")
         group = batch_size * max(group_of(each, batch_size * windows.shape[1]) for each in models)
-        for number, some in enumerate(track(windows.split(group))):
+        for number, some in enumerate(track(windows.split(group), "measuring")):
             batches = some.to(torch.int64).split(batch_size)
             with memory_explained(model, batches[0].numel()):
                 states = [chain.final_states([each.to(chain.model.device) for each in batches]) for chain in chains]

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hifiprune.bounds import check_numbers
-from hifiprune.calibration import Track, cut_windows, join_documents, untracked, window_start, with_start
+from hifiprune.calibration import cut_windows, join_documents, window_start, with_start
 from hifiprune.errors import UserError
 from hifiprune.io.text_sources import check_named, read_documents
 
@@ -37,7 +37,7 @@ class Text:
         check_named(self.source)
         check_numbers(vars(self))
 
-    def held(self, tokenizer: PreTrainedTokenizerBase, track: Track = untracked) -> "Held":
+    def held(self, tokenizer: PreTrainedTokenizerBase) -> "Held":
         """Tokenize the text as one stream and cut it without overlap; no more is read than is used.
 
         Every window begins with the special tokens that the tokenizer puts before a text, and has that many fewer
@@ -47,7 +47,7 @@ class Text:
             UserError: there is no text, or too little of it.
         """
         most = self.max_windows and self.max_windows * self.seq_len
-        stream = join_documents(read_documents(self.source, self.text_column), tokenizer, most, track)
+        stream = join_documents(read_documents(self.source, self.text_column), tokenizer, most)
         start = window_start(tokenizer, seq_len=self.seq_len)
         windows = cut_windows(stream[len(start) :], self.seq_len - len(start))[: self.max_windows]
         if len(windows) == 0:

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +26,7 @@ from hifiprune.evaluation.lm_eval_harness import (
 )
 from hifiprune.evaluation.loglikelihood import Request, likelihoods
 from hifiprune.io.hashing import hash_texts
+from hifiprune.progress import track
 
 PAPERS = (
     "arc_easy", "arc_challenge", "boolq", "crows_pairs_english", "openbookqa", "piqa", "race", "social_iqa",
@@ -135,7 +136,6 @@ class Exam:
         tokenizer: PreTrainedTokenizerBase,
         *,
         batch_size: int = 8,
-        track: Callable[[Iterable[int]], Iterable[int]] = lambda prompts: prompts,
     ) -> dict[str, Answers]:
         """Run all tasks on a model and return the main metric of each.
 
@@ -143,7 +143,6 @@ class Exam:
             model: model to evaluate, on its present device; it is not changed.
             tokenizer: its tokenizer.
             batch_size: prompts per step.
-            track: wraps the numbers of the prompts, to show progress.
 
         Returns:
             answers for each `task/metric`, such as `piqa/acc_norm`.
@@ -162,7 +161,7 @@ class Exam:
                 model, "causal", tokenizer=deepcopy(tokenizer), batch_size=batch_size, softmax_dtype="float32",
                 trust_remote_code=False,
             )  # fmt: skip
-            done = iter(track(range(sum(len(task.instances) for task in self._tasks.values()))))
+            done = track(range(sum(len(task.instances) for task in self._tasks.values())), "asking")
             answer: Any = asked._model_call
             vocabulary = model.config.get_text_config().vocab_size
 

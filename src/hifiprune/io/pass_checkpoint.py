@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hifiprune.errors import RunError
 from hifiprune.io.resume import Unfinished
+from hifiprune.progress import logger
 
 SECONDS_BETWEEN = 20.0
 """Minimum time between two states, in seconds."""
@@ -56,7 +57,7 @@ class Keeper:
             try:
                 self.unfinished.write(self._path, lambda path: save_file(state, path))
             except RunError as error:
-                self.unfinished.voice.say(f"Scoring goes on, but could not be resumed from here: {error}")
+                logger.warning(f"Scoring goes on, but could not be resumed from here: {error}")
             self.last = time.monotonic()
             self.took = self.last - start
 

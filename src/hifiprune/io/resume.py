@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from hifiprune.errors import UserError
 from hifiprune.io.atomic import replacing
 from hifiprune.io.output_paths import UNFINISHED, note_unfinished
-from hifiprune.progress import Voice
+from hifiprune.progress import logger
 
 T = TypeVar("T")
 MARK = "made-by-hifiprune"
@@ -27,18 +27,16 @@ class Unfinished:
 
     Attributes:
         folder: folder beside the output, created with the first part.
-        voice: tells of parts that cannot be read.
         made_of: facts that all parts depend on.
         reused: parts found from an earlier run.
     """
 
     folder: Path
-    voice: Voice
     made_of: Sequence[str] = ()
     reused: set[Path] = field(default_factory=set)
 
     @classmethod
-    def beside(cls, target: Path, command: str, voice: Voice) -> "Unfinished":
+    def beside(cls, target: Path, command: str) -> "Unfinished":
         """Return the parts of the command that makes `target`.
 
         Raises:
@@ -48,7 +46,7 @@ class Unfinished:
         if folder.exists() and not (folder / MARK).is_file():
             raise UserError(f"{folder} is needed for unfinished work but is not hifiprune's; rename or remove it")
         note_unfinished(folder)
-        return cls(folder, voice)
+        return cls(folder)
 
     def of(self, model: PreTrainedModel, model_hash: str) -> "Unfinished":
         """Return the parts that depend on this model, in this dtype and device, and on this version."""
@@ -67,7 +65,7 @@ class Unfinished:
         try:
             part = reader(path)
         except ValueError:
-            self.voice.say(f"{path} is damaged and is made again.")
+            logger.warning(f"{path} is damaged and is made again.")
             path.unlink()
             return None
         self.reused.add(path)

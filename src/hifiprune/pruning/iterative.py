@@ -1,7 +1,6 @@
 """Scores made along the way: a part is cut and repaired, and those who stay are scored anew in each other's company."""
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -16,6 +15,7 @@ from hifiprune.engine.temporary_cut import cut
 from hifiprune.io.pass_checkpoint import Keeper
 from hifiprune.models.edit import others
 from hifiprune.plan import Budget, Plan, Shape
+from hifiprune.progress import labelled
 from hifiprune.pruning.allocate import Sharing, allocate
 from hifiprune.pruning.repair import cut_and_repaired
 from hifiprune.scores import Scores
@@ -54,7 +54,6 @@ def score_in_steps(
     course: Course,
     *,
     batch_size: int = 1,
-    track: Callable[[str], Callable[[Iterable[Any]], Iterable[Any]]] = lambda what: lambda items: items,
     settings: dict[str, Any] | None = None,
     keeper: Keeper | None = None,
     **how: Any,
@@ -70,7 +69,6 @@ def score_in_steps(
         request: the criterion and its options.
         course: how much to cut, in how many steps.
         batch_size: windows per step.
-        track: makes a wrapper for the batches or layers of what it is told, to show progress.
         settings: more facts to keep in the scores.
         keeper: see `hifiprune.scoring.score.score_all`.
         how: see `hifiprune.scoring.score.score_all`.
@@ -81,7 +79,8 @@ def score_in_steps(
     """
     facts = {"steps": course.steps, "budget": str(course.budget), "sharing": asdict(course.sharing)}
     how |= {"batch_size": batch_size, "settings": (settings or {}) | facts}
-    scores = score(model, windows, *request, track=track(f"scoring, step 1 of {course.steps}"), keeper=keeper, **how)
+    with labelled(f"scoring, step 1 of {course.steps}"):
+        scores = score(model, windows, *request, keeper=keeper, **how)
     shape = Shape.of(scores)
     removed = shape.neurons - shape.width_at(course.budget, course.round_to)
     sharing = course.sharing
@@ -90,14 +89,15 @@ def score_in_steps(
     for step in range(1, course.steps):
         width = shape.neurons - -(-removed * step // course.steps)
         plan = allocate(scores, Budget(width=width), round_to=1, sharing=sharing)
-        smaller: AbstractContextManager[object] = cut(model, plan)
-        if course.repair:
-            repairing = track(f"repairing after step {step}")
-            smaller = cut_and_repaired(model, plan, windows, batch_size=batch_size, track=repairing)
-        with smaller:
-            again = track(f"scoring, step {step + 1} of {course.steps}")
+        with ExitStack() as stack:
+            if course.repair:
+                with labelled(f"repairing after step {step}"):
+                    stack.enter_context(cut_and_repaired(model, plan, windows, batch_size=batch_size))
+            else:
+                stack.enter_context(cut(model, plan))
+            stack.enter_context(labelled(f"scoring, step {step + 1} of {course.steps}"))
             known = keeper.of(facts, course.round_to, course.repair, step) if keeper else None
-            late = score(model, windows, *request, track=again, keeper=known, **how)
+            late = score(model, windows, *request, keeper=known, **how)
         scores = replace(scores, values=_nested(scores.values, late.values, plan))
     return scores
 

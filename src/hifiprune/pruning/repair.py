@@ -10,7 +10,7 @@ the whole difference to the dense model's residual stream, including errors of e
 damping, and whether the change is used at all, is decided for each map on held-out windows.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +32,7 @@ from hifiprune.errors import UserError
 from hifiprune.models.edit import cuts_of, forget_gradients_, keep_, matching_mlps, others, state_widths
 from hifiprune.models.mlp import LinearMap, find_mlps, siblings
 from hifiprune.plan import Plan
+from hifiprune.progress import track
 from hifiprune.pruning.ridge import HeldOut, Refit
 
 HELD_OUT = 8
@@ -48,7 +49,6 @@ def cut_and_repair_(
     weighted: bool = True,
     dense: Float[Tensor, "blocks windows positions hidden"] | None = None,
     batch_size: int = 1,
-    track: Callable[[Iterable[int]], Iterable[int]] = lambda layers: layers,
 ) -> list[Refit]:
     """Cut `model` by `plan`, and refit each output map to reproduce the dense model's hidden states.
 
@@ -62,7 +62,6 @@ def cut_and_repair_(
             follow do.
         dense: result of `residual_stream` for the dense model and these windows, if several plans are tried.
         batch_size: windows per step; the result depends on it only by rounding.
-        track: wraps the layers, to show progress.
 
     Returns:
         how each refit went.
@@ -82,7 +81,7 @@ def cut_and_repair_(
         refits: list[Refit] = []
         cuts, blocks = cuts_of(model, plan), range(len(chain.blocks))
         kept = [each.to(model.device) for each in plan.kept]
-        for block, _ in zip(walk(model, blocks), track(blocks), strict=True):
+        for block, _ in zip(walk(model, blocks), track(blocks, "repairing"), strict=True):
             own = chain.of_block[block]
             with memory_explained(model, windows[:batch_size].numel()):
                 refits += form(chain, block, kept[own.start : own.stop], streams, weighted)

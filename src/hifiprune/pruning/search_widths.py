@@ -4,7 +4,7 @@ Scores say what a neuron is worth next to the others of its layer; how much one 
 measured: the model is cut by candidate plans, and its KL divergence from the dense model read on a few windows.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Int
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from hifiprune.engine.temporary_cut import cut
 from hifiprune.plan import Budget, Plan, Shape
+from hifiprune.progress import track
 from hifiprune.pruning.allocate import Sharing, plan_with, share_out, step_of
 from hifiprune.scores import Scores
 
@@ -29,7 +30,6 @@ def search(
     round_to: int = 128,
     sharing: Sharing = Sharing("searched"),
     seed: int = 0,
-    track: Callable[[Iterable[int]], Iterable[int]] = lambda trials: trials,
 ) -> Plan:
     """The plan whose plain cut diverges least from the dense model, of those that were tried.
 
@@ -45,7 +45,6 @@ def search(
         round_to: widths become multiples of it.
         sharing: the floor, and how many plans to try, a forward pass over the windows each.
         seed: of the random layers.
-        track: wraps the numbers of the trials, to show progress.
 
     Raises:
         UserError: the budget cannot be met, or the windows do not fit the model.
@@ -59,7 +58,7 @@ def search(
     chance = torch.Generator().manual_seed(seed)
     best, least = starts[0], float("inf")
     tried: set[tuple[int, ...]] = set()
-    for trial in track(range(sharing.trials)):
+    for trial in track(range(sharing.trials), "searching widths"):
         if trial < len(starts):
             widths = starts[trial]
         else:

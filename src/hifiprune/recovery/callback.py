@@ -11,7 +11,7 @@ from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hifiprune.io.atomic import replacing
-from hifiprune.progress import SECONDS_BETWEEN_LINES, Voice, about
+from hifiprune.progress import SECONDS_BETWEEN_LINES, about, logger
 from hifiprune.recovery.time_limit import OutOfTimeError, TimeLimit
 
 CLOCK = "clock.json"
@@ -21,8 +21,8 @@ CLOCK = "clock.json"
 class Watch(TrainerCallback):
     """Reports training progress, keeps its clock across interruptions, and stops it when time is up or it diverges."""
 
-    def __init__(self, limit: TimeLimit, tokens_per_step: int, voice: Voice, resumed: Path | None = None):
-        self.limit, self.tokens, self.voice = limit, tokens_per_step, voice
+    def __init__(self, limit: TimeLimit, tokens_per_step: int, resumed: Path | None = None):
+        self.limit, self.tokens = limit, tokens_per_step
         self.look_seconds = 0.0  # of the last look at the held-out rows
         if resumed:
             clock = json.loads((resumed / CLOCK).read_text(encoding="utf-8"))
@@ -66,7 +66,7 @@ class Watch(TrainerCallback):
         if "eval_loss" in logs:
             self._look(state, control, logs["eval_loss"])
         elif "loss" in logs and self._is_due():
-            self.voice.say(f"step {state.global_step}{self._left(state)}: loss {logs['loss']:.4f}")
+            logger.info(f"step {state.global_step}{self._left(state)}: loss {logs['loss']:.4f}")
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any
@@ -123,7 +123,7 @@ class Watch(TrainerCallback):
         looks = held_out_losses(state)
         start = looks[0][1] if looks else loss
         self.said = now
-        self.voice.say(f"step {state.global_step}{self._left(state)}: held-out perplexity {perplexity(loss):.4g}")
+        logger.info(f"step {state.global_step}{self._left(state)}: held-out perplexity {perplexity(loss):.4g}")
         if not math.isfinite(loss):
             self._stop(control, f"the held-out loss was not finite at step {state.global_step}")
         elif len(looks) > 2 and all(later > start for _, later in looks[-2:]):
@@ -131,7 +131,7 @@ class Watch(TrainerCallback):
 
     def _stop(self, control: TrainerControl, trouble: str) -> None:
         self.trouble = trouble
-        self.voice.say(f"Training is stopped: {trouble}.")
+        logger.warning(f"Training is stopped: {trouble}.")
         control.should_training_stop = True
 
     def _agreed(self, value: float, args: TrainingArguments) -> float:
@@ -153,7 +153,7 @@ class Watch(TrainerCallback):
         """Report progress from time to time."""
         if self._is_due():
             left = (time.monotonic() - start) / done * (total - done)
-            self.voice.say(f"{what}: {done} of {total}, {about(left)} left")
+            logger.info(f"{what}: {done} of {total}, {about(left)} left")
 
     def _left(self, state: TrainerState) -> str:
         done = state.global_step - self.first_step

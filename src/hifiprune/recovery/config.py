@@ -21,7 +21,7 @@ from transformers import (
 from hifiprune.bounds import check_numbers
 from hifiprune.errors import UserError, unknown
 from hifiprune.io.distributed import processes
-from hifiprune.progress import Voice
+from hifiprune.progress import note
 from hifiprune.recovery.callback import CLOCK, Watch
 from hifiprune.recovery.distillation import Remembered
 from hifiprune.recovery.packing import Packed
@@ -96,12 +96,12 @@ class Training:
         if self.cache_teacher and (self.match_hidden or not self.distill_weight):
             raise UserError("cache-teacher keeps distributions: give a --distill-weight above 0, and no --match-hidden")
 
-    def for_rows(self, rows: int, voice: Voice) -> "Training":
+    def for_rows(self, rows: int) -> "Training":
         """Return the same with a batch size of no more than each device's share of all rows; tell if it was more."""
         share = -(-rows // processes())
         if self.batch_size <= share:
             return self
-        voice.note(f"There are {rows} rows to train on: --batch-size {self.batch_size} is cut down to {share}.")
+        note(f"There are {rows} rows to train on: --batch-size {self.batch_size} is cut down to {share}.")
         return replace(self, batch_size=share)
 
     @property

@@ -28,7 +28,7 @@ from hifiprune.errors import UserError
 from hifiprune.io.atomic import disk_size, nearest_folder
 from hifiprune.io.distributed import meet, processes, rank
 from hifiprune.io.resume import Unfinished
-from hifiprune.progress import about
+from hifiprune.progress import about, logger, track
 from hifiprune.recovery.packing import IGNORED, Packed
 from hifiprune.recovery.time_limit import TimeLimit
 
@@ -193,7 +193,7 @@ def remember(
         UserError: there is no room on the disk, or far from enough time.
         OutOfTimeError: the time limit passed meanwhile.
     """
-    model, voice, device = teacher.model, unfinished.voice, torch.device(compute.resolved_device)
+    model, device = teacher.model, torch.device(compute.resolved_device)
     facts = [model_hash, str(model.dtype), kept, temperature, rows.digest()]
     found = Remembered(rows, kept, lambda first: unfinished.path("teacher", *facts, first, suffix=".safetensors"))
     missing, free = found.missing(), shutil.disk_usage(nearest_folder(unfinished.folder)).free
@@ -212,13 +212,13 @@ def remember(
                 f"asking the dense model about {len(rows)} rows takes {about(seconds)}, and "
                 f"max-minutes is {limit.minutes:g}: give more of them, or leave out --cache-teacher"
             )
-        voice.say(
+        logger.info(
             f"Asking the dense model about {len(rows):,} rows; its {kept} likeliest tokens take {disk_size(needed)} on "
             f"the disk until all is done: {about(seconds)}{condition(model.device)}."
         )
     meet(device, unfinished.make)  # all have seen the same files missing
     with memory_explained(model, rows.length):
-        for first in voice.track("asking the dense model")(limit.within(missing[rank() :: processes()])):
+        for first in track(limit.within(missing[rank() :: processes()]), "asking the dense model"):
             unfinished.write(found.place(first), partial(found.write, first, teacher, temperature))
     meet(device)
     return found

@@ -1,10 +1,10 @@
 """Read training examples: rows of text, instructions, answers or conversations become tokens with labels."""
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any
+from typing import TypeVar
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -12,7 +12,11 @@ from hifiprune.bounds import check_numbers
 from hifiprune.errors import UserError
 from hifiprune.io.text_sources import TEXT_COLUMNS, Row, check_text, read_parts
 from hifiprune.io.tokenization import encode_plainly, special_tokens
+from hifiprune.progress import track
 from hifiprune.recovery.chat_templates import ChatTemplate, Piece
+from hifiprune.recovery.time_limit import TimeLimit
+
+T = TypeVar("T")
 
 ANSWERS = ("output", "response", "completion", "answer")
 """Columns of the answer to an instruction or a prompt."""
@@ -45,7 +49,7 @@ def read_examples(
     text_column: str | None = None,
     max_rows: int | None = None,
     seed: int = 0,
-    track: Callable[[Iterable[Any]], Iterable[Any]] = lambda rows: rows,
+    limit: TimeLimit | None = None,
 ) -> list[Example]:
     """Read every row of a source as an example; its columns tell the format.
 
@@ -61,7 +65,7 @@ def read_examples(
         text_column: column of the text, guessed if not given.
         max_rows: of a hub data set; all if not given.
         seed: of the order in which a hub data set is read.
-        track: wraps the rows, to show progress.
+        limit: wall-clock limit of the run, which ends the reading too.
 
     Raises:
         UserError: there is nothing to learn from, or a row has none of these shapes.
@@ -69,13 +73,17 @@ def read_examples(
     check_numbers({"max_rows": max_rows})
     examples: list[Example] = []
     ends = _written_around(tokenizer)
+
+    def tracked(items: Iterable[T]) -> Iterator[T]:
+        return track(limit.within(items) if limit else items, "reading the data, rows")
+
     with ChatTemplate(tokenizer) as template:
         for part in read_parts(source, seed, max_rows):
             if part.text is not None:
-                pieces = _plain_text(track(part.text), ends)
+                pieces = _plain_text(tracked(part.text), ends)
                 examples.append(encode_pieces(pieces, tokenizer, learn_all=learn_prompts))
                 continue
-            rows = enumerate(track(part.rows), 1)
+            rows = enumerate(tracked(part.rows), 1)
             while some := list(islice(rows, ROWS_AHEAD)):
                 template.ask([row["messages"] for _, row in some if "messages" in row and text_column is None])
                 for number, row in some:

@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from hifiprune.errors import UserError
 from hifiprune.io.atomic import local_path
 from hifiprune.models.checkpoint import Checkpoint
-from hifiprune.progress import Voice
+from hifiprune.progress import note
 
 CARD, TAG = "README.md", "hifiprune"
 LARGEST = 4_000_000
@@ -66,12 +66,11 @@ def is_hub_id(value: Any) -> bool:
     return True
 
 
-def base_metadata(checkpoint: Checkpoint, voice: Voice) -> dict[str, Any]:
+def base_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the metadata that outputs of a checkpoint inherit, and remark once on what cannot be used.
 
     Args:
         checkpoint: the base model, whose card may be missing, broken or hostile.
-        voice: told what was left out.
     """
     if checkpoint.gguf:
         return {}
@@ -79,15 +78,13 @@ def base_metadata(checkpoint: Checkpoint, voice: Voice) -> dict[str, Any]:
     stated = {key: found for key in VALID if card and (found := card.data.get(key)) is not None}
     usable = {key: value for key, value in stated.items() if _all_are(VALID[key], value)}
     if card is None and (checkpoint.folder / CARD).exists():
-        voice.note(
+        note(
             f"{CARD} of {checkpoint.name} cannot be read as a model card: licence, language and base model are not "
             "taken over from it."
         )
     elif usable.keys() != stated.keys():
         names = ", ".join(sorted(stated.keys() - usable.keys()))
-        voice.note(
-            f"{CARD} of {checkpoint.name} states what is no valid {names}: not taken over into the output's card."
-        )
+        note(f"{CARD} of {checkpoint.name} states what is no valid {names}: not taken over into the output's card.")
     return usable | _origin(checkpoint, usable.get("base_model"))
 
 

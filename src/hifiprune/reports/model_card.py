@@ -17,7 +17,7 @@ from hifiprune.io.manifest import is_unchanged
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.detect import family_of
 from hifiprune.models.lineage import record_of
-from hifiprune.progress import Voice
+from hifiprune.progress import note
 from hifiprune.reports.card_metadata import CARD, TAG, base_metadata, called, ours, plain, read_card
 
 START, END = "<!-- measured by hifiprune -->", "<!-- end of what was measured -->"
@@ -62,21 +62,20 @@ class Base:
     story: Story | None = None
 
 
-def describe_base(checkpoint: Checkpoint, voice: Voice) -> Base:
+def describe_base(checkpoint: Checkpoint) -> Base:
     """Read what a card will need of the base model, before the work: no file of it can fail the run afterwards.
 
     Args:
         checkpoint: the base model.
-        voice: told of what cannot be used.
     """
     story = None
     try:
         record = record_of(checkpoint)
         story = _story(record) if record else None
     except (UserError, KeyError, TypeError, ValueError, AttributeError, RecursionError):
-        voice.note(f"run.json of {checkpoint.name} does not say how it was made: the output's card will not either.")
+        note(f"run.json of {checkpoint.name} does not say how it was made: the output's card will not either.")
     name = checkpoint.name if checkpoint.on_hub else str(checkpoint.path)
-    return Base(called(name), base_metadata(checkpoint, voice), story)
+    return Base(called(name), base_metadata(checkpoint), story)
 
 
 def write_card(folder: Path, record: dict[str, Any], base: Base, name: str) -> None:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -24,9 +23,8 @@ from hifiprune.io.distributed import meet, neighbours, processes, rank
 from hifiprune.io.hashing import hash_tokens
 from hifiprune.io.pass_checkpoint import Keeper
 from hifiprune.models.mlp import find_mlps, width_of
+from hifiprune.progress import track
 from hifiprune.scoring.neuron_statistics import Statistic
-
-Track = Callable[[Iterable[Any]], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,6 @@ class Pass:
         windows: token ids.
         batch_size: windows per step.
         recompute: see `BlockChain.sweep`.
-        track: shows progress.
         group: batches that go through a block in turn, more than one where weights are read from the disk.
         keeper: keeps the sums of the batches that are done, if an interrupted run is to go on from there.
         totals: of each job and layer, `[statistics, neurons]` in float64.
@@ -75,7 +72,6 @@ class Pass:
     windows: Int[Tensor, "windows positions"]
     batch_size: int
     recompute: bool
-    track: Track
     group: int = 1
     keeper: Keeper | None = None
     totals: dict[Job, dict[int, Tensor]] = field(default_factory=dict)
@@ -126,7 +122,7 @@ class Pass:
         if keep_hidden:
             for some in self._groups(0, done):
                 self.hidden += [each.cpu() for each in self.chain.final_states([self._placed(own[n][1]) for n in some])]
-        for places in self.track(self._groups(done, len(own), looks)):
+        for places in track(self._groups(done, len(own), looks), "scoring"):
             batches = [
                 Batch(self._placed(tokens), first, teacher[place] if teacher else None)
                 for place, (first, tokens) in zip(places, own[places.start : places.stop], strict=True)

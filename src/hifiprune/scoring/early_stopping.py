@@ -15,7 +15,7 @@ from hifiprune.bounds import check_numbers
 from hifiprune.errors import UserError
 from hifiprune.io.distributed import processes
 from hifiprune.plan import Plan
-from hifiprune.progress import SILENT, Voice
+from hifiprune.progress import logger
 from hifiprune.scores import Scores
 from hifiprune.scoring.criteria import find_criterion
 
@@ -30,7 +30,6 @@ class Stability:
     Attributes:
         wanted: agreement of the kept set with that of all windows, as a share of the neurons kept.
         select: returns the plan by which neurons would be kept with given scores.
-        voice: tells of every look.
         curve: of every look the windows so far, the agreement of their halves, and what it is extrapolated to.
 
     Raises:
@@ -39,7 +38,6 @@ class Stability:
 
     wanted: float
     select: Callable[[Scores], Plan]
-    voice: Voice = SILENT
     curve: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -61,7 +59,7 @@ class Stability:
         agreement = overlap(one, other)
         extrapolated = 1 - (1 - agreement) / 2 * math.sqrt(1 - windows / of)
         self.curve.append({"windows": windows, "halves": agreement, "extrapolated": extrapolated})
-        self.voice.say(
+        logger.info(
             f"{windows} of {of} windows: two halves agree on {agreement:.2%} of the kept neurons, so all of them would "
             f"on about {extrapolated:.2%}"
         )

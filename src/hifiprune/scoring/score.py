@@ -24,7 +24,7 @@ from hifiprune.models.mlp import Mlp, by_block, count_parameters, find_mlps
 from hifiprune.models.unsupported import refuse_altered
 from hifiprune.plan import Plan, highest, in_proportion
 from hifiprune.scores import Scores
-from hifiprune.scoring.accumulate import Job, Pass, Track, choose_recompute, free_bytes, group_of, moment_bytes, needs
+from hifiprune.scoring.accumulate import Job, Pass, choose_recompute, free_bytes, group_of, moment_bytes, needs
 from hifiprune.scoring.criteria import PRESETS, Criterion, Options, find_criterion
 from hifiprune.scoring.early_stopping import Stability, looks
 from hifiprune.scoring.neuron_statistics import WEIGHING, Sample, mean_activation, weight_absolute
@@ -69,7 +69,6 @@ def score_all(
     *,
     batch_size: int = 1,
     recompute: bool | None = None,
-    track: Track = lambda batches: batches,
     settings: dict[str, Any] | None = None,
     model_hash: str | None = None,
     keeper: Keeper | None = None,
@@ -90,7 +89,6 @@ def score_all(
         batch_size: windows per step; scores do not depend on it, since every window's mean is taken by itself.
         recompute: run each block twice instead of keeping its graph, for a fraction of the memory; by default only
             where the graphs would not fit into half of the free memory.
-        track: wraps the batches of each pass, to show progress.
         settings: more facts to keep in the scores.
         model_hash: of the weights as stored, if known; else these are hashed.
         keeper: keeps sums on disk as they grow, so that an interrupted call goes on from there, to the same scores.
@@ -124,7 +122,7 @@ def score_all(
     with frozen(model):
         objectives = max([len(needs(jobs)[0]) for jobs in passes_of(requests)], default=0)
         group = group_of(model, batch_size * windows.shape[1], objectives) if windows is not None else 1
-        how = {"batch_size": batch_size, "recompute": bool(recompute), "track": track, "group": group}
+        how = {"batch_size": batch_size, "recompute": bool(recompute), "group": group}
         outcomes = _run(model, windows, asked, keeper, stability, **how)
         model_hash = model_hash or hash_model(model)
     if stability and windows is not None and outcomes[0].windows < len(windows):
