@@ -111,6 +111,22 @@ def test_held_out_windows_hold_the_text_once(tokenizer: PreTrainedTokenizerFast,
     assert torch.equal(few, windows[:2])
 
 
+def test_a_held_out_window_that_begins_with_a_document_has_one_start_token(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(f'{{"text": "document {n:03}"}}\n' for n in range(12)))
+    whole = torch.cat([encode(document) for document in read(path)])[1:]
+    assert whole[13] == whole[27] == BOS, "or the test could not fail"
+    windows = hp.Text(str(path), 14).held(tokenizer).windows
+    assert (windows[:, 0] == BOS).all()
+    assert (windows[:, 1] != BOS).all()
+    text = whole[whole != BOS].tolist()
+    held = windows[windows != BOS].tolist()
+    assert held == text[: len(held)], "in order, nothing twice"
+    assert len(text) - len(held) < 13
+
+
 def test_commands_begin_every_window_so(dense: Path, world: Path, tmp_path: Path) -> None:
     text = ("--calibration", world / "calibration.txt", "--num-samples", 6, "--seq-len", 24)
     papers = "Windows of the calibration text do not begin with <end>, which the tokenizer writes before a text"

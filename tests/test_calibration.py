@@ -70,7 +70,8 @@ def test_stream_gives_windows_of_the_joined_documents_without_overlap(tmp_path: 
     tokenizer, source = byte_tokenizer(), str(write(tmp_path / "a.jsonl"))
     joined = tokenizer.eos_token.join(DOCUMENTS)
     windows = load_windows(Calibration(source, 5, 100, sampler="stream"), tokenizer)
-    pieces = cut_windows(join_documents([[text] for text in DOCUMENTS], tokenizer), 100)
+    stream = join_documents([[text] for text in DOCUMENTS], tokenizer)
+    pieces = cut_windows(stream, 100, torch.empty(0, dtype=torch.long))
     assert "".join(str(tokenizer.decode(piece)) for piece in pieces) in joined
     found = {tuple(window.tolist()) for window in windows}
     assert len(found) == 5

@@ -232,10 +232,19 @@ def _joined(pieces: Iterable[tuple[int, str]], tokenizer: PreTrainedTokenizerBas
             yield tokens
 
 
-def cut_windows(stream: Int[Tensor, "tokens"], length: int) -> Int[Tensor, "windows positions"]:
-    """Cut consecutive windows without overlap; a last incomplete one is dropped."""
-    count = len(stream) // length
-    return stream[: count * length].view(count, length)
+def cut_windows(
+    text: Int[Tensor, "tokens"], seq_len: int, start: Int[Tensor, "start"]
+) -> Int[Tensor, "windows positions"]:
+    """Cut consecutive windows without overlap, each beginning with `start`; a last incomplete one is dropped.
+
+    A window cut right before a document's own start tokens begins with these alone, not with two of them.
+    """
+    length, windows = seq_len - len(start), []
+    first = _after_start(text, 0, start)
+    while first + length <= len(text):
+        windows.append(text[first : first + length])
+        first = _after_start(text, first + length, start)
+    return with_start(start, torch.stack(windows)) if windows else text.new_empty(0, seq_len)
 
 
 def start_token(config: PretrainedConfig) -> int:

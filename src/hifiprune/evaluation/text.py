@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hifiprune.bounds import check_numbers
-from hifiprune.calibration import cut_windows, join_documents, window_start, with_start
+from hifiprune.calibration import cut_windows, join_documents, window_start
 from hifiprune.errors import UserError
 from hifiprune.io.text_sources import check_named, read_documents
 
@@ -46,16 +46,16 @@ class Text:
         Raises:
             UserError: there is no text, or too little of it.
         """
-        most = self.max_windows and self.max_windows * self.seq_len
-        stream = join_documents(read_documents(self.source, self.text_column), tokenizer, most)
         start = window_start(tokenizer, seq_len=self.seq_len)
-        windows = cut_windows(stream[len(start) :], self.seq_len - len(start))[: self.max_windows]
+        most = self.max_windows and self.max_windows * (self.seq_len + len(start))  # a document may begin at a cut
+        stream = join_documents(read_documents(self.source, self.text_column), tokenizer, most)
+        windows = cut_windows(stream[len(start) :], self.seq_len, start)[: self.max_windows]
         if len(windows) == 0:
             raise UserError(
                 f"too little text in {self.source}: its {len(stream)} tokens make no window of {self.seq_len}; "
                 f"use more text or --seq-len {max(2, len(stream))}"
             )
-        return Held(self.source, self.fidelity, with_start(start, windows))
+        return Held(self.source, self.fidelity, windows)
 
 
 @dataclass(frozen=True)
