@@ -92,6 +92,19 @@ def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert AutoTokenizer.from_pretrained("small")("text").input_ids
 
 
+def test_the_notebook_holds_what_its_code_printed() -> None:
+    notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == [*range(1, len(cells) + 1)], "run in order, all of them"
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert {output["output_type"] for output in outputs} <= {"stream", "execute_result"}, "no errors"
+    printed = "".join(line for output in outputs for line in output.get("text", []))
+    assert "perplexity" in printed
+    assert "pruned: " in printed
+    imports = [line for cell in cells for line in cell["source"] if line.startswith(("import ", "from "))]
+    exec("".join(imports), {})
+
+
 def test_the_readme_stays_short() -> None:
     assert len(README.read_text().splitlines()) <= 150
 

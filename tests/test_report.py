@@ -89,8 +89,8 @@ def test_a_report_is_one_file_that_tells_of_all_runs(runs: dict[str, Path], tmp_
         text for text in page.texts if text in re.findall(r"<h2>(.*?)</h2>", (tmp_path / "report.html").read_text())
     ]
     assert titles == [
-        "What was made", "Quality against size", "Recovery training", "Criteria compared", "Layer by layer",
-        "Which neurons stayed", "Token by token", "Speed", "What it cost", "Records",
+        "Checkpoints", "Quality against size", "Recovery training", "Criteria compared", "Layer by layer",
+        "Neuron overlap", "Token by token", "Speed", "Cost", "Records",
     ]  # fmt: skip
     addresses = [value for tag, attrs in page.tags for name, value in attrs.items() if name in ("src", "href")]
     assert addresses == ["data:,"], "nothing is fetched"
@@ -98,6 +98,7 @@ def test_a_report_is_one_file_that_tells_of_all_runs(runs: dict[str, Path], tmp_
     assert {attrs["id"] for attrs in plots} == set(page.data()["plots"])
     assert all(attrs["aria-label"] for attrs in plots)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    assert (tmp_path / "report.html").stat().st_size < 2.5e6, "small enough to send"
     refused(run("report", *runs.values(), "--output", tmp_path / "report.html"), "exists already")
     refused(run("report", tmp_path, "--output", tmp_path / "other.html"), "has no run.json of hifiprune")
 
@@ -109,6 +110,26 @@ def test_mixed_widths_come_with_who_runs_them(runs: dict[str, Path], tmp_path: P
     assert remark_on_mixed() in pages["mixed"]
     assert "trust_remote_code" in remark_on_mixed()
     assert remark_on_mixed() not in pages["plain"]
+
+
+def test_a_uniform_cut_is_told_in_words(runs: dict[str, Path], tmp_path: Path) -> None:
+    page = Page(hp.report([runs["plain"]], tmp_path / "plain.html").read_text())
+    assert "widths" not in page.data()["plots"], "bars of one height show nothing"
+    plan = Plan.load(runs["plain"] / "hifiprune" / "plan.json")
+    (width,), (neurons,) = {*plan.widths}, {*plan.neurons}
+    assert f"plain keeps {width} of {neurons} neurons in each of {len(plan.widths)} layers." in page.texts
+
+
+def test_few_bars_are_narrow_and_many_fill_the_plot() -> None:
+    from plotly import graph_objects as go
+
+    from hifiprune.reports.report_sections import _plot
+
+    gaps = []
+    for number in (1, 4, 40):
+        bars = [go.Bar(x=[*range(number)], y=[1.0] * number, name=name) for name in "ab"]
+        gaps.append(_plot("x", "x", go.Figure(bars), [], barmode="group").figure.layout.bargap)
+    assert gaps == [pytest.approx(gap) for gap in (0.88, 0.52, 0.2)]
 
 
 def test_plots_show_what_was_found(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -257,12 +278,20 @@ def test_the_page_works_in_a_browser(
     page.on("pageerror", lambda error: troubles.append(str(error)))
     page.on("request", lambda request: None if request.url in (address, "data:,") else troubles.append(request.url))
     page.goto(address)
+    page.wait_for_function("[...document.querySelectorAll('.plot')].every((plot) => plot.querySelector('.main-svg'))")
     plots = page.locator(".plot")
     for number in range(plots.count()):
         marks = ".scatterlayer .point, .scatterlayer .js-line, .barlayer .point path, .heatmaplayer image"
         assert plots.nth(number).locator(marks).count() > 0, plots.nth(number).get_attribute("id")
     assert plots.count() >= 10
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out"
+    first_table = "document.querySelector('.wide')"
+    assert page.evaluate(f"{first_table}.scrollWidth <= {first_table}.clientWidth"), "no column is cut off"
+    stages = json.loads((runs["plain"] / "run.json").read_text())["stages"]
+    legend = page.locator("#cost .legendtext").all_text_contents()
+    assert legend[: len({*(stage["name"] for stage in stages)})] == [*dict.fromkeys(stage["name"] for stage in stages)]
+    bars = page.locator("#speed-timed .barlayer .point path")
+    assert 0 < max(bar.bounding_box()["width"] for bar in bars.all()) <= 80  # type: ignore[index]
     token = page.locator(".passage span[tabindex]").first
     assert page.locator("#tip").is_hidden()
     token.hover()

@@ -1,5 +1,7 @@
 """The story of `report`: one page that shows what runs did, with all that it needs inside."""
 
+import base64
+import gzip
 import json
 from collections.abc import Sequence
 from importlib.resources import files
@@ -52,13 +54,22 @@ def report(folders: Sequence[str | Path], output: str | Path, *, overwrite: bool
         version=__version__,
         sections=sections,
         data=data,
-        plotly=get_plotlyjs(),
+        plotly=_packed(get_plotlyjs()),
     )
     with replacing(target, overwrite=overwrite) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return target
 
 
+def _packed(text: str) -> str:
+    """Return text compressed by gzip, in base64; the same text gives the same letters."""
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
+
+
 def _title(runs: list[Run]) -> str:
+    """Return the names of the checkpoints that were made, and of what from."""
+    made = [run.name for run in runs if run.made]
     dense = {Path(pruning["arguments"]["model"]).name for run in runs if (pruning := pruning_of(run.facts))}
-    return f"{', '.join(sorted(dense))}, pruned" if dense else "Measured by hifiprune"
+    if not dense:
+        return "Measured by hifiprune"
+    return f"{' and '.join(made) or 'Checkpoints'}, pruned from {', '.join(sorted(dense))}"

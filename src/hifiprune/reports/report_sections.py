@@ -15,6 +15,7 @@ from torch import Tensor
 from hifiprune.deployment.compatibility import remark_on_mixed
 from hifiprune.evaluation.fidelity import METRICS
 from hifiprune.formatting import accuracies, asked_of, gain_told, megabytes, short, width_range
+from hifiprune.plan import Plan
 from hifiprune.recovery.callback import perplexity
 from hifiprune.reports.runs import Run
 
@@ -58,7 +59,7 @@ def sections_of(runs: Sequence[Run]) -> list[Section]:
 
 def summary(runs: Sequence[Run]) -> Section:
     """What was made, a row a checkpoint."""
-    rows = [["checkpoint", "parameters", "removed", "MLP width", "scored by", "output maps", "trained"]]
+    rows = [["checkpoint", "parameters", "removed", "MLP width", "criterion", "output projections", "trained"]]
     for run in runs:
         if pruning := run.made:
             results, training = pruning["results"], run.facts["arguments"].get("training")
@@ -74,7 +75,7 @@ def summary(runs: Sequence[Run]) -> Section:
                     f"{training['method']}, {run.facts['results']['best_step']} steps" if training else "no",
                 ]
             )
-    return Section("What was made", table=rows)
+    return Section("Checkpoints", table=rows)
 
 
 def quality(runs: Sequence[Run]) -> Section:
@@ -209,19 +210,27 @@ def layers(runs: Sequence[Run]) -> Section:
                 curves.add_trace(go.Scatter(x=numbers, y=values, line=line, legendgroup=run.name, **how))
     if not widths.data:
         return section
-    if any(run.plan and {*run.plan.widths} != {run.plan.widths[0]} for run in runs):
+    mixed = any(run.plan and len({*run.plan.widths}) > 1 for run in runs)
+    if mixed:
         section.texts.append(remark_on_mixed())
+    else:  # bars of one height would show nothing
+        section.texts += [_uniform(run.name, run.plan) for run in runs if run.plan and run.scores]
     widths.update_yaxes(title="neurons kept").update_xaxes(title="layer")
     curves.update_yaxes(title="score, to the median", type="log", dtick=1).update_xaxes(title="layer")
     kept = "Neurons that each layer keeps."
     ranks = "Scores in units of the run's median: the median of each layer, dotted what lies above 10 and 90%."
-    for id_, alt, figure in (("widths", kept, widths), ("scores", ranks, curves)):
+    for id_, alt, figure in [("widths", kept, widths)] * mixed + [("scores", ranks, curves)]:
         table = [["layer", *(trace.name for trace in figure.data)]]
         for number in range(max(len(trace.y) for trace in figure.data)):
             cells = [f"{trace.y[number]:.5g}" if number < len(trace.y) else "" for trace in figure.data]
             table.append([str(number), *cells])
         section.plots.append(_plot(id_, alt, figure, table, barmode="group"))
     return section
+
+
+def _uniform(name: str, plan: Plan) -> str:
+    """Return a sentence on a plan that keeps as many neurons in every layer."""
+    return f"{name} keeps {plan.widths[0]:,} of {plan.neurons[0]:,} neurons in each of {len(plan.widths)} layers."
 
 
 def _rank(scores: Tensor, share: float) -> float:
@@ -231,7 +240,7 @@ def _rank(scores: Tensor, share: float) -> float:
 
 def overlap(runs: Sequence[Run]) -> Section:
     """How much the kept sets share, of runs on dense models of one shape."""
-    section = Section("Which neurons stayed")
+    section = Section("Neuron overlap")
     plans = {run.name: run.plan for run in runs if run.plan}
     first = next(iter(plans.values()), None)
     kept = {
@@ -256,8 +265,8 @@ def overlap(runs: Sequence[Run]) -> Section:
 def tokens(runs: Sequence[Run]) -> Section:
     """Passages, coloured by how far the two models are apart."""
     said = (
-        "The redder a token, the further apart the two models were in expecting it (KL divergence). Point at one, or "
-        "reach it with the tab key, to see what each of them expected."
+        "The redder a token, the more the two models differed in what they predicted at its position (KL divergence of "
+        "their distributions). Point at a token, or reach it with the tab key, to see what each of them predicted."
     )
     passages = [
         {"id": f"{run.name}-{number}", "title": name, "texts": texts}
@@ -268,10 +277,10 @@ def tokens(runs: Sequence[Run]) -> Section:
 
 
 def speed(runs: Sequence[Run]) -> Section:
-    """Gains in prefill and decode beside what operations promise."""
+    """Show speed-ups of prefill and decode beside the theoretical ones."""
     section = Section("Speed")
     for run in (run for run in runs if run.command == "bench"):
-        figure, table = go.Figure(), [["workload", "checkpoint", "speed-up, lowest to highest", "promised", "share"]]
+        figure, table = go.Figure(), [["workload", "checkpoint", "speed-up, lowest to highest", "theoretical", "share"]]
         for part, what in (("first", "prefill"), ("later", "decode")):
             for found in run.facts["results"]["workloads"]:
                 work, (_, *rows) = found["workload"], found["models"].items()
@@ -291,7 +300,7 @@ def speed(runs: Sequence[Run]) -> Section:
 
 def cost(runs: Sequence[Run]) -> Section:
     """Seconds of every stage of the runs that made checkpoints."""
-    section, figure = Section("What it cost"), go.Figure()
+    section, figure = Section("Cost"), go.Figure()
     made = [run for run in runs if run.made]
     if not made:
         return section
@@ -306,22 +315,33 @@ def cost(runs: Sequence[Run]) -> Section:
     names = [run.name for run in made]
     for stage in stages:
         figure.add_trace(go.Bar(y=names, x=[total[stage] for total in totals], name=stage, orientation="h"))
-    figure.update_xaxes(title="seconds").update_yaxes(automargin=True)
+    figure.update_xaxes(title="seconds").update_yaxes(autorange="reversed")
     section.plots.append(_plot("cost", "Seconds that each stage of each run took.", figure, table, barmode="stack"))
     return section
 
 
 def records(runs: Sequence[Run]) -> Section:
-    """All that is known of each run."""
+    """Show the full record of each run."""
     return Section("Records", records=[(run.name, dumps(run.facts, indent=2)) for run in runs])
 
 
 def _plot(id_: str, alt: str, figure: Any, table: Rows, **layout: Any) -> Plot:
-    """A figure in the page's style."""
-    legend, top = {"orientation": "h", "yanchor": "bottom", "y": 1.02}, 60 if len(figure.data) > 1 else 20
+    """Return a figure in the page's style."""
+    legend = {"orientation": "h", "yanchor": "bottom", "y": 1.02, "traceorder": "normal"}
+    top = 60 if len(figure.data) > 1 else 20
+    if "barmode" in layout:
+        layout["bargap"] = 1 - _filled(figure, layout["barmode"] == "group")
     figure.update_layout(margin={"l": 60, "r": 12, "t": top, "b": 50}, legend=legend, template="none", **layout)
     figure.update_yaxes(automargin=True)
     return Plot(id_.replace(" ", "-"), alt[0].upper() + alt[1:], figure, table)
+
+
+def _filled(figure: Any, grouped: bool) -> float:
+    """Return the share of the axis that bars fill: less where there are few, or one would fill the page."""
+    bars = [trace for trace in figure.data if trace.type == "bar"]
+    places = {place for trace in bars for place in (trace.y if trace.orientation == "h" else trace.x)}
+    share = 0.06 * (len(bars) if grouped else 2) * len(places)
+    return min(0.8, share)
 
 
 def _estimates(kind: Any, x: Sequence[Any], estimates: Sequence[dict[str, Any]], **how: Any) -> Any:
