@@ -17,7 +17,7 @@ CLI, API = "<!-- generated: command line -->", "<!-- generated: public names -->
 GROUPS = {
     "Commands on checkpoints": ("commands",),
     "Calibration and scoring": ("calibration", "scores", "scoring"),
-    "Pruning": ("plan", "pruning"),
+    "Pruning": ("plan", "pruning", "temporary_cut"),
     "Recovery": ("recovery",),
     "Evaluation": ("evaluation",),
     "Models and machine": ("models", "engine"),
@@ -35,7 +35,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 @cache
 def command_line() -> str:
     """Return the help of all commands, each under its heading."""
-    commands = re.findall(r"^\W*([a-z][a-z-]*)\s{2,}\S", help_of().partition("Commands")[2], re.MULTILINE)
+    commands = re.findall(r"^[│|\s]*([a-z][a-z-]*)\s{2,}\S", help_of(), re.MULTILINE)
     if len(commands) < 10:
         raise RuntimeError(f"`hifiprune --help` lists {commands} only: its commands were not recognized")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -59,7 +59,7 @@ def public_names() -> str:
         names = [
             name
             for name, place in places.items()
-            if name not in told and (parts is None or place.split(".")[1] in parts)
+            if name not in told and (parts is None or {*place.split(".")} & {*parts})
         ]
         told |= {*names}
         lines += [f"## {title}", *(f"::: {places[name]}.{name}" for name in names)] if names else []
