@@ -40,7 +40,7 @@ def command_line() -> str:
         raise RuntimeError(f"`hifiprune --help` lists {commands} only: its commands were not recognized")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         texts = dict(zip(commands, pool.map(help_of, commands), strict=True))
-    return "\n\n".join(f"## hifiprune {name}\n\n```text\n{text}\n```" for name, text in sorted(texts.items()))
+    return "\n\n".join(f"## hifiprune {name}\n\n```text\n{text}\n```" for name, text in texts.items())
 
 
 def help_of(*words: str) -> str:
