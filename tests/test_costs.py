@@ -1,42 +1,102 @@
 """What a run is expected to cost follows from its trial by arithmetic, in every family; a dry run makes nothing."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import hifiprune as hp
 from hifiprune.commands import cost_model
 from hifiprune.commands.cost_model import Estimator, Pace
 from hifiprune.models.checkpoint import Checkpoint, find_checkpoint
+from hifiprune.models.families import FAMILIES
+from hifiprune.models.mlp import find_blocks
 from tests.commands import refused, run
-from tests.families import FORMS, ROUTED, VARIANTS, VOCABULARY
+from tests.families import FORMS, ROUTED, VARIANTS, VOCABULARY, family_name, load, tiny_tokens
+from tests.naive import mean_entropy, recorded_activations
 
 REQUEST = [("hfprune", hp.Options())]
+DISTINCT = ["llama", "falcon", "gpt2", "qwen2_moe"]
+REST = sorted({*FORMS, *ROUTED} - {*DISTINCT})
 pytestmark = pytest.mark.stopwatch
+
+
+class Products(TorchDispatchMode):
+    """Counts the operations of matrix products."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Trials take a second an operation."""
+    with Products() as products:
+        monkeypatch.setattr(cost_model, "time", SimpleNamespace(perf_counter=lambda: float(products.total)))
+        yield
+
+
+def estimator_of(path: Path, *, streamed: bool = False) -> Estimator:
+    return Estimator(find_checkpoint(str(path)), hp.Compute(device="cpu"), streamed=streamed)
+
+
+def operations(path: Path, *, forward_only: bool = False) -> int:
+    """Of 3 windows of 20 tokens: through all blocks, or to the entropy and back to every activation."""
+    model, tokens = load(path).eval().requires_grad_(False), tiny_tokens(1, 20)
+    model.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_())
+    with Products() as products, recorded_activations(model) as activations:
+        if forward_only:
+            model.base_model(input_ids=tokens, use_cache=False)
+        else:
+            entropy = mean_entropy(model(input_ids=tokens, use_cache=False).logits, tokens).sum()
+            torch.autograd.grad(entropy, activations)
+    return 3 * products.total
 
 
 @pytest.mark.by_layout
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_trial_runs_in_every_family(variant: str, make_checkpoint: Callable[..., Path]) -> None:
-    estimator = Estimator(find_checkpoint(str(make_checkpoint(family=variant))), hp.Compute(device="cpu"))
-    assert estimator.scoring(REQUEST, 3, 20).seconds > 0
+def test_a_trial_does_what_scoring_does_in_every_family(
+    variant: str, make_checkpoint: Callable[..., Path], counted: None
+) -> None:
+    path = make_checkpoint(family=variant)
+    tried = estimator_of(path).scoring(REQUEST, 3, 20).seconds
+    if FAMILIES[family_name(variant)].experts:  # in a trial all tokens see the same ones, in blocks that all have them
+        assert tried == pytest.approx(operations(path), rel=0.5)
+    else:
+        assert tried == operations(path)
 
 
-@pytest.mark.parametrize("variant", FORMS + ROUTED)
-def test_a_trial_runs_for_every_kind_of_criterion(variant: str, make_checkpoint: Callable[..., Path]) -> None:
-    estimator = Estimator(find_checkpoint(str(make_checkpoint(family=variant))), hp.Compute(device="cpu"))
+@pytest.mark.parametrize("variant", DISTINCT + [pytest.param(each, marks=pytest.mark.exhaustive) for each in REST])
+def test_a_trial_does_what_every_kind_of_criterion_asks_for(
+    variant: str, make_checkpoint: Callable[..., Path], counted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_checkpoint(family=variant)
+    estimator, costs = estimator_of(path), {}
     for criterion in ("hfprune", "fisher", "flap", "self-distillation", "cross-entropy"):
-        cost = estimator.scoring([(criterion, hp.Options())], 3, 20)
-        assert cost.seconds > 0
-        assert cost.memory > estimator.base
-    assert estimator.repair(3, 20, 24).seconds > 0
+        costs[criterion] = estimator.scoring([(criterion, hp.Options())], 3, 20)
+        assert costs[criterion].memory > estimator.base
+    seconds = {criterion: cost.seconds for criterion, cost in costs.items()}
+    assert seconds["hfprune"] == seconds["fisher"] == seconds["cross-entropy"]
+    assert seconds["self-distillation"] > 2 * seconds["hfprune"], "it has two stages, and a teacher in the second"
+    if variant in FORMS:
+        assert seconds["flap"] == operations(path, forward_only=True), "it needs no gradients"
+    assert estimator.repair(3, 20, 24).seconds > 2 * seconds["flap"], "of the dense model, and of the one that is cut"
+    monkeypatch.setattr(Estimator, "_rates", (2.0, 0.0, 0.0))
+    stored = 4 * sum(parameter.numel() for parameter in find_blocks(load(path)).parameters())
     for streamed in (False, True):
-        estimator = Estimator(estimator.checkpoint, estimator.compute, streamed=streamed)
-        assert (estimator.scoring([("magnitude", hp.Options())], 0, 0).seconds > 0) == streamed, "it reads no text"
+        reading = estimator_of(path, streamed=streamed).scoring([("magnitude", hp.Options())], 0, 0).seconds
+        assert reading == 2.0 * stored * streamed, "it reads no text"
 
 
 @pytest.mark.parametrize("layers", [3, 5])
@@ -151,7 +211,7 @@ def test_a_dry_run_downloads_no_weights(world: Path, tmp_path: Path, monkeypatch
     found = run("score", "somebody/model", "--output", tmp_path / "out", *words, "--json")
     assert found.code == 0, found.err
     assert "Not counted: downloading the weights." in found.err
-    assert found.json["expected"][1]["seconds"] > 0
+    assert found.json["expected"][1]["seconds"] > found.json["expected"][0]["seconds"] == 0, "it is not here to be read"
 
 
 def test_repairs_between_steps_belong_to_scoring(world: Path, tmp_path: Path) -> None:
