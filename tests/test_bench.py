@@ -31,16 +31,23 @@ real = subprocess.run
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("variant", FORMS + ROUTED)
-def test_what_is_written_is_what_transformers_generates(variant: str, compiled: bool) -> None:
-    model, tokens = tiny_model(variant), tiny_tokens(2, 7)
+def test_what_is_written_is_what_transformers_generates(
+    variant: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokens, clock = tiny_model(variant), tiny_tokens(2, 7), [0.0]
+
+    def forward(input_ids: torch.Tensor, **how: Any) -> Any:
+        clock[0] += input_ids.shape[1]
+        return model(input_ids=input_ids, **how)
+
+    monkeypatch.setattr(f"{SPEED}._now", lambda _: clock[0])
     work = Workload(2, 7, 6, compiled)  # with the cache of a compiled run, not compiled
-    written, first, later = write(model, model, tokens, work)
+    written, first, later = write(model, forward, tokens, work)
     generator: Any = model
     generator.generation_config.eos_token_id = None
     theirs = generator.generate(tokens, max_new_tokens=6, do_sample=False, pad_token_id=0)
     assert torch.equal(written, theirs[:, 7:])
-    assert first > 0
-    assert later > 0
+    assert (first, later) == (7.0, 1.0), "a second a token that is read"
 
 
 @pytest.mark.parametrize("variant", ["llama", "qwen3", "gemma2", "mistral"])

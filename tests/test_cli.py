@@ -257,7 +257,7 @@ MODELS = [
     (_break_tokenizer, "has no tokenizer files"),
     (_break_pickled, "pytorch_model.bin would have to be unpickled"),
     (_break_tensor, "lacks 1 tensors, such as model.layers.1.mlp.up_proj.weight"),
-    (_break_gguf, "the configuration of"),
+    (_break_gguf, "is GGUF v0; this reader handles v2 and v3"),
     (_break_nan, "model.layers.1.mlp.up_proj.weight contain NaN or infinite values"),
 ]
 
