@@ -2,13 +2,15 @@
 
 import multiprocessing
 import os
+import runpy
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from accelerate.state import AcceleratorState, GradientState
 
@@ -60,6 +62,47 @@ def forked(folder: Path, work: Callable[[], None], processes: int = 1) -> Ended:
     for process in started:
         process.join()
     return Ended([process.exitcode for process in started], (folder / "1").read_text(), (folder / "2").read_text())
+
+
+class Copy:
+    """What stands for `subprocess.Popen` where a Python script is run: a copy of this process runs it.
+
+    Args:
+        command: a Python interpreter, the script, and its arguments.
+        env: the environment.
+        foreign: packages that the script brings along.
+    """
+
+    returncode: int | None = None
+
+    def __init__(self, command: list[str], *, env: dict[str, str], foreign: Sequence[str] = (), **_: Any):
+        reading, writing = os.pipe()
+        script, self.stdout = command[1:], open(reading)  # noqa: SIM115
+        self._process = multiprocessing.get_context("fork").Process(
+            target=_run_script, args=(script, env, foreign, writing)
+        )
+        self._process.start()
+        os.close(writing)
+
+    def __enter__(self) -> "Copy":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stdout.close()
+        self._process.join()
+        self.returncode = self._process.exitcode
+
+
+def _run_script(script: list[str], env: dict[str, str], foreign: Sequence[str], writing: int) -> None:
+    os.dup2(writing, 1)
+    os.dup2(writing, 2)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+    os.environ.update(env)
+    for name in [name for name in sys.modules if name.partition(".")[0] in foreign]:
+        del sys.modules[name]
+    sys.path.insert(0, str(Path(script[0]).parent))
+    sys.argv = script
+    runpy.run_path(script[0], run_name="__main__")
 
 
 def _run(folder: Path, work: Callable[[], None], rank: int, processes: int, port: int) -> None:

@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from hifiprune.errors import RunError
 from tests.commands import Interruption, leftovers, refused, run
 from tests.conftest import fetching, save_checkpoint
 from tests.families import load
+from tests.processes import Copy
 
 WIDTH = 24
 FAKE = """
@@ -52,6 +54,13 @@ def converter() -> Path:
             return fetch_converter(cache / "llama.cpp")
     except RunError as error:
         pytest.skip(f"llama.cpp's converter cannot be had: {error}")
+
+
+@pytest.fixture
+def copied(converter: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The converter, run by a copy of this process, which has imported what takes it seconds."""
+    monkeypatch.setattr(subprocess, "Popen", partial(Copy, foreign=("gguf",)))
+    return converter
 
 
 @pytest.fixture
@@ -110,10 +119,10 @@ def test_a_file_in_f32_holds_the_pruned_model(converter: Path, cut: Callable[...
 
 
 def test_rows_that_a_type_cannot_hold_are_told_before_and_kept_larger(
-    converter: Path, cut: Callable[..., Path], tmp_path: Path
+    copied: Path, cut: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder, path = cut(), tmp_path / "small.gguf"
-    result = run("export", folder, "--output", path, "--type", "Q8_0", "--converter", converter, "--json")
+    result = run("export", folder, "--output", path, "--type", "Q8_0", "--converter", copied, "--json")
     assert result.code == 0, result.err
     remark = "The MLP width 24 is no multiple of 32, as q8_0 wants it"
     assert result.err.index(remark) < result.err.index("Converting by")
@@ -135,19 +144,17 @@ def test_rows_that_a_type_cannot_hold_are_told_before_and_kept_larger(
 
 
 def test_a_width_that_the_converter_guesses_is_put_right(
-    converter: Path, cut: Callable[..., Path], tmp_path: Path
+    copied: Path, cut: Callable[..., Path], tmp_path: Path
 ) -> None:
-    facts = hp.export(str(cut("gpt2", n_ctx=64)), tmp_path / "small.gguf", converter=converter)
+    facts = hp.export(str(cut("gpt2", n_ctx=64)), tmp_path / "small.gguf", converter=copied)
     assert GGUFReader(tmp_path / "small.gguf").fields["gpt2.feed_forward_length"].contents() == WIDTH
     assert "the width of the dense family, 128" in facts["remarks"][0]
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "gemma3", "qwen2_vl"])
-def test_experts_and_text_parts_are_held(
-    family: str, converter: Path, cut: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_experts_and_text_parts_are_held(family: str, copied: Path, cut: Callable[..., Path], tmp_path: Path) -> None:
     small = cut(family, 32)
-    result = run("export", small, "--output", tmp_path / "x.gguf", "--type", "f32", "--converter", converter)
+    result = run("export", small, "--output", tmp_path / "x.gguf", "--type", "f32", "--converter", copied)
     assert result.code == 0, result.err
     held = {tensor.name: tensor.data for tensor in GGUFReader(tmp_path / "x.gguf").tensors}
     for mlp in hp.find_mlps(load(small)):
@@ -159,9 +166,9 @@ def test_experts_and_text_parts_are_held(
         assert (ours == theirs).all(), mlp.name
 
 
-def test_the_converters_own_trouble_is_one_message(converter: Path, make_checkpoint: Any, tmp_path: Path) -> None:
+def test_the_converters_own_trouble_is_one_message(copied: Path, make_checkpoint: Any, tmp_path: Path) -> None:
     words = ("export", make_checkpoint(), "--output", tmp_path / "small.gguf")
-    refused(run(*words, "--converter", converter), "BPE pre-tokenizer was not recognized", code=1)
+    refused(run(*words, "--converter", copied), "BPE pre-tokenizer was not recognized", code=1)
     assert not (tmp_path / "small.gguf").exists()
     assert leftovers(tmp_path) == []
 

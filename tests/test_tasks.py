@@ -3,14 +3,13 @@
 import json
 import logging
 import math
-import os
 import random
 import shutil
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from hifiprune.evaluation import lm_eval_harness
 from hifiprune.evaluation.bootstrap import Estimate
 from hifiprune.evaluation.zero_shot_tasks import Answers, Exam, Tasks, average, differences, zero_shot
 from tests.commands import Interruption, refused, run
+from tests.processes import forked
 
 Item = dict[str, Any]
 Question = tuple[list[tuple[str, str]], list[str], int]
@@ -285,14 +285,22 @@ def test_accuracies_equal_those_of_the_harness_own_command(
     exam = Exam(Tasks(names, folder, limit=12, seed=1))
     found = exam.ask(AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path))
     drawn = {name: sorted(random.Random(1).sample(range(size), 12)) for name, (_, size) in exam.items.items()}
-    command = [
-        *(sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={path},dtype=float32"),
+    words = [
+        *("lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={path},dtype=float32"),
         *("--device", "cpu", "--batch_size", "8", "--tasks", ",".join(names), "--include_path", str(folder)),
         *("--samples", json.dumps(drawn), "--output_path", str(tmp_path / "theirs")),
     ]
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | offline)
-    assert done.returncode == 0, done.stderr
+
+    def harness() -> None:
+        from lm_eval.__main__ import cli_evaluate
+        from lm_eval.tasks import TaskManager
+
+        TaskManager.__init__ = partialmethod(TaskManager.__init__, include_defaults=False)  # thousands of files
+        sys.argv = words
+        cli_evaluate()
+
+    done = forked(tmp_path / "told", harness)
+    assert done.codes == [0], done.err
     (written,) = (tmp_path / "theirs").rglob("results*.json")
     theirs = json.loads(written.read_text())["results"]
     assert {name.partition("/")[0] for name in found} == set(drawn)
