@@ -65,22 +65,35 @@ def forked(folder: Path, work: Callable[[], None], processes: int = 1) -> Ended:
 
 
 class Copy:
-    """What stands for `subprocess.Popen` where a Python script is run: a copy of this process runs it.
+    """What stands for `subprocess.Popen` where llama.cpp's converter is run: a copy of this process runs it.
 
     Args:
         command: a Python interpreter, the script, and its arguments.
         env: the environment.
         foreign: packages that the script brings along.
+        before: what to do first.
     """
 
     returncode: int | None = None
 
-    def __init__(self, command: list[str], *, env: dict[str, str], foreign: Sequence[str] = (), **_: Any):
+    def __init__(
+        self, command: list[str], *, env: dict[str, str], foreign: Sequence[str] = (),
+        before: Callable[[], None] = lambda: None, **_: Any,
+    ):  # fmt: skip
         reading, writing = os.pipe()
-        script, self.stdout = command[1:], open(reading)  # noqa: SIM115
-        self._process = multiprocessing.get_context("fork").Process(
-            target=_run_script, args=(script, env, foreign, writing)
-        )
+        self.stdout = open(reading)  # noqa: SIM115
+
+        def work() -> None:
+            _write_to(writing, writing)
+            os.environ.update(env)
+            for name in [name for name in sys.modules if name.partition(".")[0] in foreign]:
+                del sys.modules[name]
+            sys.path[:0] = [str(Path(command[1]).parent / place) for place in (".", "gguf-py")]
+            before()
+            sys.argv = command[1:]
+            runpy.run_path(sys.argv[0], run_name="__main__")
+
+        self._process = multiprocessing.get_context("fork").Process(target=work)
         self._process.start()
         os.close(writing)
 
@@ -93,22 +106,16 @@ class Copy:
         self.returncode = self._process.exitcode
 
 
-def _run_script(script: list[str], env: dict[str, str], foreign: Sequence[str], writing: int) -> None:
-    os.dup2(writing, 1)
-    os.dup2(writing, 2)
+def _write_to(out: int, err: int) -> None:
+    """Have this process write into other files."""
+    os.dup2(out, 1)
+    os.dup2(err, 2)
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
-    os.environ.update(env)
-    for name in [name for name in sys.modules if name.partition(".")[0] in foreign]:
-        del sys.modules[name]
-    sys.path.insert(0, str(Path(script[0]).parent))
-    sys.argv = script
-    runpy.run_path(script[0], run_name="__main__")
 
 
 def _run(folder: Path, work: Callable[[], None], rank: int, processes: int, port: int) -> None:
-    for number in (1, 2):
-        os.dup2(os.open(folder / str(number), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+    out, err = (os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND) for name in ("1", "2"))
+    _write_to(out, err)
     if processes > 1:
         facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
         facts |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

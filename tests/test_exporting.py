@@ -7,8 +7,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +26,7 @@ from hifiprune.deployment import llama_cpp
 from hifiprune.errors import RunError
 from tests.commands import Interruption, leftovers, refused, run
 from tests.conftest import fetching, save_checkpoint
-from tests.families import load
+from tests.families import VOCABULARY, load
 from tests.processes import Copy
 
 WIDTH = 24
@@ -56,24 +58,36 @@ def converter() -> Path:
         pytest.skip(f"llama.cpp's converter cannot be had: {error}")
 
 
-@pytest.fixture
-def copied(converter: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The converter, run by a copy of this process, which has imported what takes it seconds."""
-    monkeypatch.setattr(subprocess, "Popen", partial(Copy, foreign=("gguf",)))
-    return converter
+def in_copies(before: Callable[[], None] = lambda: None) -> SimpleNamespace:
+    """The module `subprocess`, but for programs, which copies of this process run."""
+    return SimpleNamespace(**{**vars(subprocess), "Popen": partial(Copy, foreign=("gguf",), before=before)})
 
 
 @pytest.fixture
-def cut(tmp_path: Path, smollm2_tokenizer: PreTrainedTokenizerBase) -> Callable[..., Path]:
-    """Prunes a tiny model that has SmolLM2's tokenizer, since the converter knows tokenizers one by one."""
+def any_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the converter take a tokenizer of 257 tokens for SmolLM2's, of which it reads 49,152, for seconds."""
 
-    def made(family: str = "llama", width: int = WIDTH, **options: object) -> Path:
-        dense = save_checkpoint(
-            tmp_path / "dense", family, vocab_size=len(smollm2_tokenizer), hidden_size=32, **options
-        )
-        smollm2_tokenizer.save_pretrained(dense)
+    def before() -> None:
+        base = import_module("conversion.base")
+        base.TextModel.get_vocab_base_pre = lambda *_: "smollm"
+
+    monkeypatch.setattr(llama_cpp, "subprocess", in_copies(before))
+
+
+@pytest.fixture
+def cut(tmp_path: Path) -> Callable[..., Path]:
+    """Prunes a tiny model."""
+
+    def made(
+        family: str = "llama", width: int = WIDTH, tokenizer: PreTrainedTokenizerBase | None = None, **options: object
+    ) -> Path:
+        dense = save_checkpoint(tmp_path / "dense", family, vocab_size=VOCABULARY, hidden_size=32, **options)
+        if tokenizer:
+            dense = save_checkpoint(dense, family, vocab_size=len(tokenizer), hidden_size=32, **options)
+            tokenizer.save_pretrained(dense)
         how = ("--width", width, "--round-to", 1, "--criterion", "magnitude")
-        assert run("prune", dense, "--output", tmp_path / "cut", *how).code == 0
+        pruned = run("prune", dense, "--output", tmp_path / "cut", *how)
+        assert pruned.code == 0, pruned.err
         return tmp_path / "cut"
 
     return made
@@ -94,8 +108,10 @@ def fake(tmp_path: Path) -> Callable[..., Path]:
     return made
 
 
-def test_a_file_in_f32_holds_the_pruned_model(converter: Path, cut: Callable[..., Path], tmp_path: Path) -> None:
-    folder = cut()
+def test_a_file_in_f32_holds_the_pruned_model(
+    converter: Path, cut: Callable[..., Path], smollm2_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    folder = cut(tokenizer=smollm2_tokenizer)
     result = run("export", folder, "--output", tmp_path / "small.gguf", "--type", "f32", "--converter", converter)
     assert result.code == 0, result.err
     assert "Next: llama-cli -m" in result.out
@@ -118,11 +134,12 @@ def test_a_file_in_f32_holds_the_pruned_model(converter: Path, cut: Callable[...
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.usefixtures("any_tokenizer")
 def test_rows_that_a_type_cannot_hold_are_told_before_and_kept_larger(
-    copied: Path, cut: Callable[..., Path], tmp_path: Path
+    converter: Path, cut: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder, path = cut(), tmp_path / "small.gguf"
-    result = run("export", folder, "--output", path, "--type", "Q8_0", "--converter", copied, "--json")
+    result = run("export", folder, "--output", path, "--type", "Q8_0", "--converter", converter, "--json")
     assert result.code == 0, result.err
     remark = "The MLP width 24 is no multiple of 32, as q8_0 wants it"
     assert result.err.index(remark) < result.err.index("Converting by")
@@ -143,18 +160,22 @@ def test_rows_that_a_type_cannot_hold_are_told_before_and_kept_larger(
     assert (read != exact).any()
 
 
+@pytest.mark.usefixtures("any_tokenizer")
 def test_a_width_that_the_converter_guesses_is_put_right(
-    copied: Path, cut: Callable[..., Path], tmp_path: Path
+    converter: Path, cut: Callable[..., Path], tmp_path: Path
 ) -> None:
-    facts = hp.export(str(cut("gpt2", n_ctx=64)), tmp_path / "small.gguf", converter=copied)
+    facts = hp.export(str(cut("gpt2", n_ctx=64)), tmp_path / "small.gguf", converter=converter)
     assert GGUFReader(tmp_path / "small.gguf").fields["gpt2.feed_forward_length"].contents() == WIDTH
     assert "the width of the dense family, 128" in facts["remarks"][0]
 
 
+@pytest.mark.usefixtures("any_tokenizer")
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "gemma3", "qwen2_vl"])
-def test_experts_and_text_parts_are_held(family: str, copied: Path, cut: Callable[..., Path], tmp_path: Path) -> None:
+def test_experts_and_text_parts_are_held(
+    family: str, converter: Path, cut: Callable[..., Path], tmp_path: Path
+) -> None:
     small = cut(family, 32)
-    result = run("export", small, "--output", tmp_path / "x.gguf", "--type", "f32", "--converter", copied)
+    result = run("export", small, "--output", tmp_path / "x.gguf", "--type", "f32", "--converter", converter)
     assert result.code == 0, result.err
     held = {tensor.name: tensor.data for tensor in GGUFReader(tmp_path / "x.gguf").tensors}
     for mlp in hp.find_mlps(load(small)):
@@ -166,9 +187,12 @@ def test_experts_and_text_parts_are_held(family: str, copied: Path, cut: Callabl
         assert (ours == theirs).all(), mlp.name
 
 
-def test_the_converters_own_trouble_is_one_message(copied: Path, make_checkpoint: Any, tmp_path: Path) -> None:
+def test_the_converters_own_trouble_is_one_message(
+    converter: Path, make_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama_cpp, "subprocess", in_copies())
     words = ("export", make_checkpoint(), "--output", tmp_path / "small.gguf")
-    refused(run(*words, "--converter", copied), "BPE pre-tokenizer was not recognized", code=1)
+    refused(run(*words, "--converter", converter), "BPE pre-tokenizer was not recognized", code=1)
     assert not (tmp_path / "small.gguf").exists()
     assert leftovers(tmp_path) == []
 
