@@ -43,9 +43,11 @@ def command(*words: object, before: Callable[[], None] = lambda: None) -> Callab
 def start(folder: Path, work: Callable[[], None], processes: int = 1) -> list[BaseProcess]:
     """Start them, as a launcher does where there are several; they write into files in the folder."""
     context, port = multiprocessing.get_context("fork"), free_port()
-    started = [context.Process(target=_run, args=(folder, work, rank, processes, port)) for rank in range(processes)]
-    for process in started:
+    started: list[BaseProcess] = []
+    for rank in range(processes):
+        process = context.Process(target=_run, args=(folder, work, rank, processes, port))
         process.start()
+        started.append(process)
     return started
 
 
@@ -53,11 +55,12 @@ def forked(folder: Path, work: Callable[[], None], processes: int = 1) -> Ended:
     """Start them and wait; where one fails the others are ended, as launchers do."""
     folder.mkdir()
     started = start(folder, work, processes)
-    left = {process.sentinel: process for process in started}
+    left = started
     while left:
-        ready = wait(list(left), PATIENCE)
-        failed = not ready or any(left.pop(int(each)).exitcode for each in ready)  # type: ignore[call-overload]
-        for process in left.values() if failed else ():
+        ready = wait([process.sentinel for process in left], PATIENCE)
+        failed = not ready or any(process.exitcode for process in left)
+        left = [process for process in left if process.exitcode is None]
+        for process in left if failed else ():
             process.terminate()
     for process in started:
         process.join()
@@ -118,8 +121,8 @@ def _run(folder: Path, work: Callable[[], None], rank: int, processes: int, port
     _write_to(out, err)
     if processes > 1:
         facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-        facts |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in facts.items()})
+        os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
         AcceleratorState._reset_state(reset_partial_state=True)  # what this process was when it was alone
         GradientState._reset_state()
     work()

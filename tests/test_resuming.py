@@ -14,11 +14,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import distributed
 
 import hifiprune as hp
 from hifiprune.engine.block_chain import BlockChain
-from hifiprune.io import pass_checkpoint, safetensors_stream
+from hifiprune.io import safetensors_stream
 from hifiprune.io.atomic import replacing
 from hifiprune.io.distributed import follow_first, leave, rank
 from hifiprune.io.output_paths import check_target
@@ -142,17 +143,19 @@ def test_short_runs_leave_no_states(tmp_path: Path) -> None:
 
 def dying_in_state(number: int) -> None:
     """Have this process die in the middle of writing so many states."""
-    pass_checkpoint.SECONDS_BETWEEN, pass_checkpoint.COST = 0.0, float("inf")
-    save, writes = pass_checkpoint.save_file, []
+    writes = []
 
     def save_or_die(state: Any, path: Path) -> None:
         writes.append(path)
         if len(writes) == number:
             path.write_bytes(b"half a state")
             os.kill(os.getpid(), signal.SIGKILL)
-        save(state, path)
+        save_file(state, path)
 
-    pass_checkpoint.save_file = save_or_die
+    patch = pytest.MonkeyPatch()
+    patch.setattr("hifiprune.io.pass_checkpoint.SECONDS_BETWEEN", 0.0)
+    patch.setattr("hifiprune.io.pass_checkpoint.COST", float("inf"))
+    patch.setattr("hifiprune.io.pass_checkpoint.save_file", save_or_die)
 
 
 def test_a_killed_run_goes_on_to_the_same_scores(world: Path, tmp_path: Path) -> None:
@@ -181,7 +184,7 @@ def dying_in_weights() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         pour(file, rows)
 
-    safetensors_stream._pour = pour_or_die
+    pytest.MonkeyPatch().setattr("hifiprune.io.safetensors_stream._pour", pour_or_die)
 
 
 @pytest.mark.parametrize("how", ["cut", "repaired", "streamed"])
