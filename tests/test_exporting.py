@@ -108,6 +108,7 @@ def fake(tmp_path: Path) -> Callable[..., Path]:
     return made
 
 
+@pytest.mark.exhaustive  # a real tokenizer and a process of its own, which take a minute
 def test_a_file_in_f32_holds_the_pruned_model(
     converter: Path, cut: Callable[..., Path], smollm2_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
