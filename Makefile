@@ -1,4 +1,4 @@
-# Targets: demo, test, test-all, test-browser, test-llama-cpp, test-readers, chromium, check, docs, notebook, figures,
+# Targets: demo, test, test-exhaustive, test-browser, test-llama-cpp, test-readers, chromium, check, docs, notebook, figures,
 # bench, wheel-test, dist, publish. Those that need an environment make it first.
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,10 +7,12 @@ ENGINE := $(VENV)-llama-cpp
 READERS := $(VENV)-readers
 READERS_4 := $(VENV)-readers-4
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
-# Checks types and shapes at every call, which takes as long again as what is called.
+# Checks types and shapes at every call, which takes as long again as what is called: for tests of numerics only.
 TYPES := --jaxtyping-packages=hifiprune,beartype.beartype
+TYPED := $(addprefix tests/test_,$(addsuffix .py,allocation calibration criteria cut cutting evaluation experts families fisher \
+	objectives repair scoring scratch search second_order steps streaming training_loss))
 
-.PHONY: demo test test-all test-browser test-llama-cpp test-readers chromium check docs notebook figures bench wheel-test \
+.PHONY: demo test test-exhaustive test-browser test-llama-cpp test-readers chromium check docs notebook figures bench wheel-test \
 	dist publish
 
 demo: $(VENV)/.installed
@@ -19,9 +21,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.dev
 	$(PYTEST) -m "not exhaustive"
 
-test-all: $(VENV)/.dev
-	$(PYTEST) $(TYPES) -m "not exhaustive"
+test-exhaustive: $(VENV)/.dev
 	$(PYTEST) -m exhaustive
+	$(PYTEST) $(TYPES) -m "not exhaustive" $(TYPED)
 
 test-browser: $(VENV)/.dev chromium
 	HIFIPRUNE_BROWSER=1 $(BIN)/python -m pytest tests/test_report.py
