@@ -20,7 +20,8 @@ def main() -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["QUICKSTART_FOLDER"] = folder
-        NotebookClient(notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": folder}}).execute()
+        client = NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": folder}})
+        client.execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times, which differ from run to run
         if cell.cell_type == "code":
