@@ -18,7 +18,7 @@ from torch import Tensor
 
 import hifiprune as hp
 from benchmarks.gemma import PARTS, fetch_gemma
-from hifiprune.commands.presets import PRESETS
+from hifiprune.config.presets import PRESETS
 from hifiprune.engine.temporary_cut import cut
 from hifiprune.evaluation.fidelity import measure
 from hifiprune.models.checkpoint import find_checkpoint
@@ -58,7 +58,7 @@ def main() -> None:
         text = str(DATA / "wiki.train.head.txt")
         calibration = hp.Calibration(text, asked.calibration, POSITIONS, sampler="stream", bos=bos)
         windows, system = hp.load_windows(calibration, tokenizer), PRESETS[preset]
-        scores = hp.score(model, windows, system.criterion, hp.Options().for_ratio(RATIO))
+        scores = hp.score(model, windows, system.criterion, hp.CriterionOptions().for_ratio(RATIO))
         plan = hp.allocate(scores, hp.Budget(neuron_ratio=RATIO), round_to=1)
         changed = cut(model, plan) if system.repair == "none" else cut_and_repaired(model, plan, windows)
         with changed:

@@ -10,11 +10,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from hifiprune.calibration import Calibration
 from hifiprune.cli.console import speaking
 from hifiprune.commands.ablate import ablate
 from hifiprune.commands.compare import compare
 from hifiprune.commands.demo import fetch_smollm2
+from hifiprune.config.groups import Calibration
 from hifiprune.evaluation.text import Text
 
 ROOT = Path(__file__).parent.parent

@@ -158,7 +158,7 @@ def main() -> None:
         folder = Path(name)
         dense = fetch_smollm2(ROOT / ".cache" / "smollm2")
         calibration = hp.Calibration("python-docs", num_samples=2, seq_len=128)
-        pruned = hp.prune(str(dense), folder / "pruned", hp.Budget(ratio=0.2), calibration)
+        pruned = hp.prune(str(dense), folder / "pruned", hp.PruneConfig(hp.Budget(ratio=0.2), calibration))
         facts = {
             "versions": {name: version(name) for name in PACKAGES},
             "width": pruned.results["width"],

@@ -62,8 +62,8 @@ def tried(variant: str, folder: Path, converter: Path, tokenizer: Any) -> dict[s
                 parameter.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(folder / "dense")
     tokenizer.save_pretrained(folder / "dense")
-    how: dict[str, Any] = {"round_to": 1, "criterion": "magnitude", "repair": "none"}
-    hp.prune(str(folder / "dense"), folder / "cut", hp.Budget(width=WIDTH), **how)
+    config = hp.PruneConfig(hp.Budget(width=WIDTH), round_to=1, criterion="magnitude", repair="none")
+    hp.prune(str(folder / "dense"), folder / "cut", config)
     hp.export(str(folder / "cut"), folder / "cut.gguf", type="f32", converter=converter)
     cut: Any = AutoModelForCausalLM.from_pretrained(folder / "cut", dtype=torch.float32, trust_remote_code=False).eval()
     ids = torch.randint(1000, 40000, (1, 20), generator=torch.Generator().manual_seed(0))

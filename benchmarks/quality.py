@@ -27,7 +27,7 @@ from hifiprune.commands.demo import fetch_smollm2
 from hifiprune.evaluation.fidelity import divergence_of, measure_windows
 from hifiprune.io.atomic import replacing
 from hifiprune.models.checkpoint import find_checkpoint
-from hifiprune.pruning.iterative import Course, score_in_steps
+from hifiprune.pruning.iterative import score_in_steps
 from hifiprune.pruning.repair import cut_and_repair_, residual_stream
 from hifiprune.pruning.search_widths import search, search_windows
 
@@ -127,7 +127,7 @@ class Draw:
             names = names if criterion in names else [criterion]
             start = time.perf_counter()
             made = hp.score_all(
-                self.bench.dense(), self.windows, [(name, hp.Options(seed=self.seed)) for name in names]
+                self.bench.dense(), self.windows, [(name, hp.CriterionOptions(seed=self.seed)) for name in names]
             )
             seconds = (time.perf_counter() - start) / len(names)
             for name, scores in zip(names, made, strict=True):
@@ -140,9 +140,16 @@ class Draw:
         if variant.steps == 1:
             return self.scores(variant.criterion)
         start = time.perf_counter()
-        course = Course(variant.steps, hp.Budget(ratio=ratio), 1, hp.Sharing(variant.allocation))
-        request = (variant.criterion, hp.Options(seed=self.seed))
-        return score_in_steps(self.bench.dense(), self.windows, request, course), time.perf_counter() - start
+        scores = score_in_steps(
+            self.bench.dense(),
+            self.windows,
+            (variant.criterion, hp.CriterionOptions(seed=self.seed)),
+            hp.Budget(ratio=ratio),
+            steps=variant.steps,
+            round_to=1,
+            allocation=hp.AllocationConfig(variant.allocation),
+        )
+        return scores, time.perf_counter() - start
 
     def plan(self, variant: Variant, scores: hp.Scores, ratio: float) -> tuple[hp.Plan, float]:
         """What a variant keeps, and the seconds that a search took."""
@@ -151,7 +158,7 @@ class Draw:
             divergence = divergence_of(self.bench.dense(), search_windows(self.windows))
             plan = search(self.bench.dense(), scores, budget, divergence, round_to=1)
         else:
-            plan = hp.allocate(scores, budget, round_to=1, sharing=hp.Sharing(variant.allocation))
+            plan = hp.allocate(scores, budget, round_to=1, allocation=hp.AllocationConfig(variant.allocation))
         return plan, time.perf_counter() - start
 
     def build(self, name: str, ratio: float) -> tuple[PreTrainedModel, dict[str, float]]:

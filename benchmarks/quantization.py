@@ -101,7 +101,7 @@ def main() -> None:
     pruned = asked.folder / "pruned"
     if not pruned.exists():
         calibration = hp.Calibration(str(DATA / "c4" / "c4_documents.jsonl"), asked.samples)
-        hp.prune(str(model), pruned, hp.Budget(ratio=0.2), calibration)
+        hp.prune(str(model), pruned, hp.PruneConfig(hp.Budget(ratio=0.2), calibration))
     tokenizer = find_checkpoint(str(model)).tokenizer()
     windows = hp.Text(str(DATA / "wikitext-2" / "wiki.test.raw"), 512, asked.windows).held(tokenizer).windows
     reference = hp.Reference.of(find_checkpoint(str(model)).load(torch.float32), windows)

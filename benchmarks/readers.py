@@ -69,7 +69,9 @@ def make(scratch: Path) -> list[str]:
         tokenizer.save_pretrained(dense)
         width = 24 if "moe_intermediate_size" in facts else 48
         cut, zeroed = scratch / name / "cut", scratch / name / "zeroed"
-        hp.prune(str(dense), cut, hp.Budget(width=width), round_to=1, criterion="magnitude", repair="none")
+        hp.prune(
+            str(dense), cut, hp.PruneConfig(hp.Budget(width=width), round_to=1, criterion="magnitude", repair="none")
+        )
         plan, model = hp.Plan.load(cut / "hifiprune" / "plan.json"), load(dense)
         with torch.no_grad():
             for mlp, kept in zip(hp.find_mlps(model), plan.kept, strict=True):

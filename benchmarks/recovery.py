@@ -102,7 +102,11 @@ def run(variant: Variant, dense: Path, folder: Path, output: Path, minutes: floa
     pruned, scores = folder / f"pruned-{variant.ratio:g}", folder / "pruned-0.2" / "hifiprune" / "scores.safetensors"
     if not pruned.exists():
         budget, known = hp.Budget(ratio=variant.ratio), scores if scores.exists() else None
-        hp.prune(str(dense), pruned, budget, CALIBRATION, scores=known, allocation="global", round_to=1)
+        hp.prune(
+            str(dense),
+            pruned,
+            hp.PruneConfig(budget, CALIBRATION, round_to=1, allocation=hp.AllocationConfig("global"), scores=known),
+        )
     if variant.training is None:
         return {"ratio": variant.ratio, "folder": str(pruned)}
     training = replace(variant.training, max_minutes=minutes)

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune.calibration import Calibration, load_windows
+from hifiprune.calibration import load_windows
 from hifiprune.commands.demo import fetch_smollm2
+from hifiprune.config.groups import Calibration
 from hifiprune.engine.context import frozen
 from hifiprune.engine.hooks import Seen
 from hifiprune.engine.verify import verified_chain

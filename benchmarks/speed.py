@@ -28,10 +28,10 @@ from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.models.mlp import find_blocks, find_mlps
 
 ROOT = Path(__file__).parent.parent
-PRUNED: dict[str, dict[str, Any]] = {
-    "20%": {"budget": hp.Budget(ratio=0.2)},
-    "20%, `--round-to 1`": {"budget": hp.Budget(ratio=0.2), "round_to": 1},
-    "30%": {"budget": hp.Budget(ratio=0.3)},
+PRUNED = {
+    "20%": hp.PruneConfig(hp.Budget(ratio=0.2), criterion="magnitude", repair="none"),
+    "20%, `--round-to 1`": hp.PruneConfig(hp.Budget(ratio=0.2), criterion="magnitude", repair="none", round_to=1),
+    "30%": hp.PruneConfig(hp.Budget(ratio=0.3), criterion="magnitude", repair="none"),
 }
 NEW, ROUNDS = 32, 7
 TAKEN_APART = [Workload(batch_size=1, length=512, new_tokens=NEW), Workload(batch_size=8, length=128, new_tokens=NEW)]
@@ -43,9 +43,9 @@ def main() -> None:
     models = {"dense": fetch_smollm2(ROOT / ".cache" / "smollm2")} | {
         name: folder / re.sub(r"\W+", "-", name).strip("-") for name in PRUNED
     }
-    for name, how in PRUNED.items():
+    for name, config in PRUNED.items():
         if not models[name].exists():
-            hp.prune(str(models["dense"]), models[name], criterion="magnitude", repair="none", **how)
+            hp.prune(str(models["dense"]), models[name], config)
     dense, *pruned = map(str, models.values())
     timed = folder / "timed"
     if not timed.exists():

@@ -43,10 +43,12 @@ ITEMS = {
 }
 BUDGET, CALIBRATION = hp.Budget(ratio=0.2), hp.Calibration(str(ROOT.parent / "shared/data/c4/c4_documents.jsonl"), 41)
 RECOVERED = ROOT / ".cache" / "recovery-30"
-PRUNED: dict[str, dict[str, Any]] = {
-    "hfprune": {"preset": "hfprune"},
-    "entropy-square, repaired": {"round_to": 1},
-    "fisher, global, repaired": {"allocation": "global", "round_to": 1},
+PRUNED = {
+    "hfprune": hp.PruneConfig(BUDGET, CALIBRATION, preset="hfprune"),
+    "entropy-square, repaired": hp.PruneConfig(BUDGET, CALIBRATION, round_to=1),
+    "fisher, global, repaired": hp.PruneConfig(
+        BUDGET, CALIBRATION, allocation=hp.AllocationConfig("global"), round_to=1
+    ),
 }
 
 
@@ -90,7 +92,7 @@ def main() -> None:
 def build(name: str, dense: Path, folder: Path) -> Path:
     """A checkpoint, pruned now if it was not before."""
     if name in PRUNED and not folder.exists():
-        hp.prune(str(dense), folder, BUDGET, CALIBRATION, **PRUNED[name])
+        hp.prune(str(dense), folder, PRUNED[name])
     return folder
 
 

@@ -70,8 +70,10 @@ def scored(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, dense = tmp_path_factory.mktemp("scored"), str(world / "dense")
     calibration = hp.Calibration(str(world / "calibration.txt"), 3, 24)
     for criterion in ("fisher", "flap", "random"):
-        hp.score_checkpoint(dense, folder / criterion, calibration, criterion=criterion)
-    hp.score_checkpoint(dense, folder / "another", criterion="random", options=hp.Options(seed=1))
+        hp.score_checkpoint(dense, folder / criterion, hp.ScoreConfig(calibration, criterion=criterion))
+    hp.score_checkpoint(
+        dense, folder / "another", hp.ScoreConfig(criterion="random", options=hp.CriterionOptions(seed=1))
+    )
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float64)
     tokens, scores = tokens_of(world / "held.txt", 24, 2), hp.Scores.load(folder / "random")
     values = [
@@ -528,7 +530,7 @@ def test_signals_leave_what_is_finished_for_the_same_command(
 CHANGES: dict[str, Callable[[Path, Path], tuple[int, dict[str, Any]]]] = {
     "another text": lambda world, _: (9, {"text": hp.Text(str(world / "other.txt"), 24, 2)}),
     "more windows": lambda world, _: (9, {"text": hp.Text(str(world / "held.txt"), 24, 3)}),
-    "dtype": lambda *_: (9, {"compute": hp.Compute(dtype="bfloat16")}),
+    "dtype": lambda *_: (9, {"compute": hp.ComputeConfig(dtype="bfloat16")}),
     "more groups": lambda *_: (2, {"groups": 5}),
     "another criterion": lambda _, scored: (0, {"scores": [scored / "fisher", scored / "flap"]}),
 }
@@ -557,7 +559,7 @@ def test_scores_and_trials_of_another_model_are_refused(
     changed[1] = second
     refused(run(*changed), "these scores belong to another model")
     assert [path.name for path in tmp_path.iterdir()] == ["second"]
-    hp.score_checkpoint(str(second), tmp_path / "own", criterion="random")
+    hp.score_checkpoint(str(second), tmp_path / "own", hp.ScoreConfig(criterion="random"))
     output, changes = tmp_path / "out", {"model": str(second), "scores": [tmp_path / "own"]}
     interrupted(world, scored, output, scores=[scored / "random"])
     calls = counted(monkeypatch)

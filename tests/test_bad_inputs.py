@@ -28,8 +28,8 @@ def made(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a pruned checkpoint, `pruned`, its scores, and what `evaluate` and `recover` made of it."""
     folder, dense = tmp_path_factory.mktemp("made"), str(world / "dense")
     text = hp.Calibration(str(world / "calibration.txt"), 2, 16)
-    hp.score_checkpoint(dense, folder / "scores", text)
-    hp.prune(dense, folder / "pruned", hp.Budget(width=24), text, repair="none")
+    hp.score_checkpoint(dense, folder / "scores", hp.ScoreConfig(text))
+    hp.prune(dense, folder / "pruned", hp.PruneConfig(hp.Budget(width=24), text, repair="none"))
     hp.evaluate(
         str(folder / "pruned"), str(world / "held.txt"), against=dense, seq_len=16, max_windows=1,
         output=folder / "measured",
@@ -93,7 +93,7 @@ def test_scores_in_memory_must_fit_the_model(world: Path, made: Path, tmp_path: 
     scores.names.pop()
     scores.parameters_per_neuron.pop()
     with pytest.raises(hp.UserError, match="2 MLPs were scored, this model has 3"):
-        hp.prune(str(world / "dense"), tmp_path / "out", hp.Budget(width=24), scores=scores)
+        hp.prune(str(world / "dense"), tmp_path / "out", hp.PruneConfig(hp.Budget(width=24)), scores=scores)
 
 
 RECORDS: list[tuple[Callable[[dict[str, Any]], object], str]] = [

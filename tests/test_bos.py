@@ -190,7 +190,7 @@ def test_every_piece_of_a_long_example_begins_with_the_start_token() -> None:
 
 
 def test_rows_of_a_training_begin_so(dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hp.prune(str(dense), tmp_path / "small", hp.Budget(width=24), criterion="magnitude", repair="none")
+    hp.prune(str(dense), tmp_path / "small", hp.PruneConfig(hp.Budget(width=24), criterion="magnitude", repair="none"))
     rows: list[Any] = []
 
     def keep(*arguments: object, **options: object) -> None:

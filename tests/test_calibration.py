@@ -20,7 +20,8 @@ from hifiprune.calibration import (
     load_windows,
     sample_windows,
 )
-from hifiprune.cli.options import drawn_from, mixture
+from hifiprune.cli.options import drawn_from
+from hifiprune.config.groups import mixture
 from hifiprune.io.text_sources import python_docs, read_documents
 from tests.conftest import byte_tokenizer
 

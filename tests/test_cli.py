@@ -140,7 +140,7 @@ def test_scores_made_in_a_narrower_dtype_belong_to_the_stored_weights(
     arguments = ("--width", 8, "--scores", tmp_path / "s", "--seed=3")
     result = cli("prune", checkpoint, "--output", tmp_path / "out", *arguments)
     assert result.code == 0, result.err
-    assert "Ignored, since the --scores were made before: --seed=3" in result.err
+    assert "Ignored, since the --scores were made before: --seed 3" in result.err
     assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float32}
 
 
@@ -404,7 +404,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_that_fills_up_leaves_nothing(
     cli: Cli, checkpoint: Path, text: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for story in ("commands.prune", "pruning.cut_checkpoint"):
+    for story in ("commands.preflight", "pruning.cut_checkpoint"):
         monkeypatch.setattr(f"hifiprune.{story}.check_space", lambda *_: None)
     arguments = ("--width", 8, "--calibration", text, *CALIBRATION)
     refused(cli("prune", checkpoint, "--output", small_disk / "out", *arguments), "the disk is full", code=1)
@@ -412,12 +412,12 @@ def test_a_disk_that_fills_up_leaves_nothing(
 
 
 STAGES = [
-    "commands.prune.prepare",
-    "commands.stages.load_windows",
+    "commands.preflight.prepare",
+    "commands.steps.load_windows",
     "models.checkpoint.Checkpoint.load",
-    "commands.stages.score",
-    "commands.stages.allocate",
-    "commands.stages.cut_and_repair_",
+    "commands.steps.score_all",
+    "commands.prune.allocate",
+    "commands.prune.cut_and_repair_",
     "pruning.cut_checkpoint.write_shard",
     "models.checkpoint.Checkpoint.save",
     "plan.Plan.save",
@@ -453,8 +453,8 @@ def test_signals_in_every_stage_leave_nothing(
 @pytest.mark.parametrize(
     ("command", "stage"),
     [
-        (("score", "--calibration", "TEXT", "--output", "OUT"), "commands.stages.score"),
-        (("score", "--calibration", "self", "--output", "OUT"), "commands.stages.sample_windows"),
+        (("score", "--calibration", "TEXT", "--output", "OUT"), "commands.steps.score_all"),
+        (("score", "--calibration", "self", "--output", "OUT"), "commands.steps.sample_windows"),
         (("evaluate", "--text", "TEXT"), "commands.evaluate.measure"),
         (("evaluate", "--text", "TEXT"), "models.checkpoint.Checkpoint.load"),
     ],

@@ -47,7 +47,7 @@ def fill(folder: Path, names: list[str]) -> None:
 
 
 def prune(dense: Path, output: Path) -> None:
-    hp.prune(str(dense), output, hp.Budget(width=24), round_to=1, criterion="magnitude", repair="none")
+    hp.prune(str(dense), output, hp.PruneConfig(hp.Budget(width=24), round_to=1, criterion="magnitude", repair="none"))
 
 
 def test_companions_go_along_and_the_rest_stays(checkpoint: Path, tmp_path: Path) -> None:

@@ -165,13 +165,15 @@ def test_every_cell_is_what_prune_and_evaluate_give(world: Path, finished: Finis
             continue
         folder = tmp_path / f"{criterion}-{ratio}-{seed}"
         calibration = hp.Calibration(str(world / "calibration.txt"), 3, 24, seed)
-        hp.prune(dense, folder, hp.Budget(ratio), calibration, criterion=criterion, round_to=2, repair="none")
+        hp.prune(
+            dense, folder, hp.PruneConfig(hp.Budget(ratio), calibration, criterion=criterion, round_to=2, repair="none")
+        )
         saved = hp.Scores.load(folder / "hifiprune" / "scores.safetensors")
         used = finished.scores(criterion, ratio, seed)
         assert saved.settings["options"] == used.settings["options"]
         for one, two in zip(saved.values, used.values, strict=True):
             torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-9)
-        alike: dict[str, Any] = {"seq_len": 24, "max_windows": 5, "compute": hp.Compute(batch_size=2)}
+        alike: dict[str, Any] = {"seq_len": 24, "max_windows": 5, "compute": hp.ComputeConfig(batch_size=2)}
         found = measured(str(folder), held, against=dense, **alike)
         assert set(found) == set(METRICS) == set(cell["windows"][0])
         assert set(cell["windows"][1]) == {"perplexity", "entropy"}
@@ -200,10 +202,8 @@ def test_the_ratio_asked_for_decides_the_papers_values_not_the_one_reached(
     world: Path, tmp_path: Path, round_to: int, reached: float
 ) -> None:
     calibration = hp.Calibration(str(world / "calibration.txt"), 2, 16)
-    record = hp.prune(
-        str(world / "dense"), tmp_path / "out", hp.Budget(0.24), calibration, criterion="self-distillation",
-        round_to=round_to,
-    )  # fmt: skip
+    config = hp.PruneConfig(hp.Budget(0.24), calibration, criterion="self-distillation", round_to=round_to)
+    record = hp.prune(str(world / "dense"), tmp_path / "out", config)
     assert record.results["ratio"]["reached"] == pytest.approx(reached, abs=0.001)
     assert record.results["scoring"]["options"]["alpha"] == 0.4
 
@@ -360,7 +360,7 @@ def arguments(world: Path, output: Path, **changes: Any) -> dict[str, Any]:
         "texts": [hp.Text(str(world / "held.txt"), 24, 4)],
         "seeds": 2,
         "round_to": 2,
-        "compute": hp.Compute(batch_size=4),
+        "compute": hp.ComputeConfig(batch_size=4),
     }
     return given | changes
 
@@ -550,14 +550,14 @@ Change = Callable[[Path, Path], dict[str, Any]]
 CHANGES: dict[str, Change] = {
     "another model": lambda world, folder: {"model": small(folder, initializer_range=0.2)},
     "more windows": lambda world, _: {"calibration": hp.Calibration(str(world / "calibration.txt"), 3, 24)},
-    "attention": lambda *_: {"compute": hp.Compute(attention="eager", batch_size=4)},
+    "attention": lambda *_: {"compute": hp.ComputeConfig(attention="eager", batch_size=4)},
     "another text": lambda world, _: {"texts": [hp.Text(str(world / "other.txt"), 24, 4)]},
     "fewer windows of the text": lambda world, _: {"texts": [hp.Text(str(world / "held.txt"), 24, 3)]},
     "perplexity only": lambda world, _: {"texts": [hp.Text(str(world / "held.txt"), 24, 4, fidelity=False)]},
-    "dtype": lambda *_: {"compute": hp.Compute(dtype="bfloat16", batch_size=4)},
-    "label samples": lambda *_: {"options": hp.Options(label_samples=2)},
-    "alpha": lambda *_: {"options": hp.Options(alpha=0.9)},
-    "light cut": lambda *_: {"options": hp.Options(light_cut=0.3)},
+    "dtype": lambda *_: {"compute": hp.ComputeConfig(dtype="bfloat16", batch_size=4)},
+    "label samples": lambda *_: {"options": hp.CriterionOptions(label_samples=2)},
+    "alpha": lambda *_: {"options": hp.CriterionOptions(alpha=0.9)},
+    "light cut": lambda *_: {"options": hp.CriterionOptions(light_cut=0.3)},
     "ratio": lambda *_: {"ratios": [0.2]},
     "rounding": lambda *_: {"round_to": 8},
     "fewer criteria": lambda *_: {"criteria": ["fisher"]},

@@ -27,7 +27,9 @@ SMALLER = {40: 24, 56: 32, 60: 40}
 
 def cut_plainly(dense: Path, output: Path, width: int) -> hp.Plan:
     """Prune without text or repair."""
-    hp.prune(str(dense), output, hp.Budget(width=width), round_to=1, criterion="magnitude", repair="none")
+    hp.prune(
+        str(dense), output, hp.PruneConfig(hp.Budget(width=width), round_to=1, criterion="magnitude", repair="none")
+    )
     return hp.Plan.load(output / "hifiprune" / "plan.json")
 
 
@@ -168,7 +170,11 @@ def test_mixed_widths_come_and_go(tmp_path: Path, world: Path) -> None:
     dense = save_checkpoint(tmp_path / "dense", auto_map={"AutoModelForCausalLM": "modeling_theirs.Theirs"})
     (dense / "config.json").write_text(json.dumps(as_published(facts_of(dense))))
     text: Any = hp.Calibration(str(world / "calibration.txt"), num_samples=4, seq_len=24)
-    hp.prune(str(dense), tmp_path / "mixed", hp.Budget(width=24), text, allocation="global", repair="none")
+    hp.prune(
+        str(dense),
+        tmp_path / "mixed",
+        hp.PruneConfig(hp.Budget(width=24), text, repair="none", allocation=hp.AllocationConfig("global")),
+    )
     found = difference(facts_of(dense), facts_of(tmp_path / "mixed"))
     maps = [f"model.layers.{{}}.mlp.{name}_proj" for name in ("gate", "up", "down")]
     widths = found.pop("mlp_widths")[1]

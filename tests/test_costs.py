@@ -21,7 +21,7 @@ from tests.commands import refused, run
 from tests.families import FORMS, ROUTED, VARIANTS, VOCABULARY, family_name, load, tiny_tokens
 from tests.naive import mean_entropy, recorded_activations
 
-REQUEST = [("hfprune", hp.Options())]
+REQUEST = [("hfprune", hp.CriterionOptions())]
 DISTINCT = ["llama", "falcon", "gpt2", "qwen2_moe"]
 REST = sorted({*FORMS, *ROUTED} - {*DISTINCT})
 pytestmark = pytest.mark.stopwatch
@@ -50,7 +50,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def estimator_of(path: Path, *, streamed: bool = False) -> Estimator:
-    return Estimator(find_checkpoint(str(path)), hp.Compute(device="cpu"), streamed=streamed)
+    return Estimator(find_checkpoint(str(path)), hp.ComputeConfig(device="cpu"), streamed=streamed)
 
 
 def operations(path: Path, *, forward_only: bool = False) -> int:
@@ -87,7 +87,7 @@ def test_a_trial_does_what_every_kind_of_criterion_asks_for(
     path = make_checkpoint(family=variant)
     estimator, costs = estimator_of(path), {}
     for criterion in ("hfprune", "fisher", "flap", "self-distillation", "cross-entropy"):
-        costs[criterion] = estimator.scoring([(criterion, hp.Options())], 3, 20)
+        costs[criterion] = estimator.scoring([(criterion, hp.CriterionOptions())], 3, 20)
         assert costs[criterion].memory > estimator.base
     seconds = {criterion: cost.seconds for criterion, cost in costs.items()}
     assert seconds["hfprune"] == seconds["fisher"] == seconds["cross-entropy"]
@@ -98,7 +98,7 @@ def test_a_trial_does_what_every_kind_of_criterion_asks_for(
     monkeypatch.setattr(Estimator, "_rates", (2.0, 0.0, 0.0))
     stored = 4 * sum(parameter.numel() for parameter in find_blocks(load(path)).parameters())
     for streamed in (False, True):
-        reading = estimator_of(path, streamed=streamed).scoring([("magnitude", hp.Options())], 0, 0).seconds
+        reading = estimator_of(path, streamed=streamed).scoring([("magnitude", hp.CriterionOptions())], 0, 0).seconds
         assert reading == 2.0 * stored * streamed, "it reads no text"
 
 
@@ -114,7 +114,7 @@ def test_seconds_follow_from_the_trial(
     monkeypatch.setattr(cost_model, "VOCABULARY", 50)
     path = make_checkpoint(num_hidden_layers=layers)
     for size in (1, 2):
-        estimator = Estimator(find_checkpoint(str(path)), hp.Compute(device="cpu", batch_size=size))
+        estimator = Estimator(find_checkpoint(str(path)), hp.ComputeConfig(device="cpu", batch_size=size))
         found = estimator.scoring(REQUEST, 8, 16, times=2).seconds
         assert found == pytest.approx(2 * 8 * 16 * (7 + 20 * layers + 3 * 257))
 
@@ -130,7 +130,7 @@ def test_long_windows_are_tried_by_their_first_positions(
 
     monkeypatch.setattr(cost_model, "_timed", timed)
     monkeypatch.setattr(cost_model, "product_speed", lambda *_: 1e5)
-    estimator = Estimator(find_checkpoint(str(make_checkpoint(num_hidden_layers=4))), hp.Compute(device="cpu"))
+    estimator = Estimator(find_checkpoint(str(make_checkpoint(num_hidden_layers=4))), hp.ComputeConfig(device="cpu"))
     assert estimator.scoring(REQUEST, 2, 640).seconds == pytest.approx(2 * 640 * 4)
     assert set(seen) == {32}
 
@@ -140,9 +140,9 @@ def test_streamed_weights_take_two_blocks_and_what_a_group_keeps(
 ) -> None:
     path, memory = make_checkpoint(num_hidden_layers=6), {}
     for how, compute in {
-        "resident": hp.Compute(device="cpu"),
-        "streamed": hp.Compute(device="cpu", stream=True),
-        "scratch": hp.Compute(device="cpu", stream=True, scratch=str(tmp_path)),
+        "resident": hp.ComputeConfig(device="cpu"),
+        "streamed": hp.ComputeConfig(device="cpu", stream=True),
+        "scratch": hp.ComputeConfig(device="cpu", stream=True, scratch=str(tmp_path)),
     }.items():
         estimator = Estimator(find_checkpoint(str(path)), compute, streamed=how != "resident")
         estimator.base = estimator.weights  # not that of this process

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune import CRITERIA, Options, UserError, cut_, find_mlps, score, score_all
+from hifiprune import CRITERIA, CriterionOptions, UserError, cut_, find_mlps, score, score_all
+from hifiprune.config.groups import SDMPRUNE_SETTINGS
 from hifiprune.scoring.accumulate import Pass
-from hifiprune.scoring.criteria import PRESETS, describe_criteria
+from hifiprune.scoring.criteria import describe_criteria
 from hifiprune.scoring.objectives import SampledLabel
 from tests.families import FORMS, ROUTED, tiny_model, tiny_tokens
 from tests.naive import (
@@ -68,7 +69,7 @@ def test_cross_entropy_weight_equals_weight_gradients_of_the_whole_model(
     model, tokens = tiny_model(variant), tiny_tokens()
     products = weight_products(model, tokens, [next_token_loss] * len(tokens))
     names = ("cross-entropy-weight", "cross-entropy-weight-square")
-    found, square = score_all(model, tokens, [(name, Options()) for name in names], **settings)
+    found, square = score_all(model, tokens, [(name, CriterionOptions()) for name in names], **settings)
     assert_scores(found.values, [weight_absolute(layer) for layer in products])
     assert_scores(square.values, [weight_square(layer) for layer in products])
 
@@ -112,7 +113,7 @@ def test_fisher_equals_autograd_with_the_labels_that_were_drawn(variant: str, sa
         absolutes += torch.stack([absolute_sum(layer) for layer in products])
     # of the sum over positions, halved, in the mean over positions, windows and samples
     nats = squares * 11**2 / 2 / (11 * 3 * samples)
-    options = Options(label_samples=samples, seed=9)
+    options = CriterionOptions(label_samples=samples, seed=9)
     assert_scores(score(model, tokens, "fisher", options, batch_size=2).values, [*nats])
     assert_scores(score(model, tokens, "fisher-abs", options, batch_size=2).values, [*absolutes])
 
@@ -142,7 +143,7 @@ def test_self_distillation_equals_two_stages_with_a_copy_as_the_teacher(
     losses = [distillation_loss(target, alpha, temperature) for target in targets]
     second = weight_products(student, tokens, losses)
 
-    options = Options(alpha=alpha, temperature=temperature, light_cut=fraction)
+    options = CriterionOptions(alpha=alpha, temperature=temperature, light_cut=fraction)
     names = {"self-distillation": weight_absolute, "self-distillation-square": weight_square}
     found = score_all(teacher, tokens, [(name, options) for name in names], **settings)
     with torch.no_grad():
@@ -221,7 +222,7 @@ def test_criteria_without_data_equal_their_formulas(
 def test_random_scores_are_uniform_seeded_and_differ_between_layers() -> None:
     model = tiny_model("llama", intermediate_size=400)
     draw = partial(score, model, None, "random")
-    first, again, other = draw(), draw(Options(seed=0)), draw(Options(seed=1))
+    first, again, other = draw(), draw(CriterionOptions(seed=0)), draw(CriterionOptions(seed=1))
     layers = [*first.values, *other.values]
     assert all(torch.equal(a, b) for a, b in zip(first.values, again.values, strict=True))
     for number, values in enumerate(layers):
@@ -251,18 +252,18 @@ def test_random_scores_are_uniform_seeded_and_differ_between_layers() -> None:
 )
 def test_options_out_of_range_are_refused(given: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Options(**given)  # type: ignore[arg-type]
+        CriterionOptions(**given)  # type: ignore[arg-type]
 
 
 def test_a_light_cut_that_leaves_nothing_is_refused_before_any_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pass, "run", None)
     with pytest.raises(UserError, match=r"light-cut 0\.99 leaves no neuron in a layer"):
-        score(tiny_model("llama"), tiny_tokens(), "self-distillation", Options(light_cut=0.99))
+        score(tiny_model("llama"), tiny_tokens(), "self-distillation", CriterionOptions(light_cut=0.99))
 
 
 def test_options_at_the_limits_are_taken() -> None:
     for alpha in (0.0, 1.0):
-        assert Options(alpha=alpha, temperature=1e-3, light_cut=0.999, label_samples=1).alpha == alpha
+        assert CriterionOptions(alpha=alpha, temperature=1e-3, light_cut=0.999, label_samples=1).alpha == alpha
 
 
 @pytest.mark.parametrize(
@@ -279,17 +280,17 @@ def test_options_at_the_limits_are_taken() -> None:
     ],
 )
 def test_options_left_open_are_the_papers_at_the_nearest_ratio(ratio: float, alpha: float, temperature: float) -> None:
-    found = Options(seed=3, light_cut=0.1).for_ratio(ratio)
-    assert found == Options(alpha=alpha, temperature=temperature, seed=3, light_cut=0.1)
-    assert Options(alpha=0.0).for_ratio(ratio) == Options(alpha=0.0, temperature=temperature)
-    assert Options(temperature=7.0).for_ratio(ratio) == Options(alpha=alpha, temperature=7.0)
-    assert Options(alpha=0.5, temperature=7.0).for_ratio(ratio) == Options(alpha=0.5, temperature=7.0)
+    found = CriterionOptions(seed=3, light_cut=0.1).for_ratio(ratio)
+    assert found == CriterionOptions(alpha=alpha, temperature=temperature, seed=3, light_cut=0.1)
+    assert CriterionOptions(alpha=0.0).for_ratio(ratio) == CriterionOptions(alpha=0.0, temperature=temperature)
+    assert CriterionOptions(temperature=7.0).for_ratio(ratio) == CriterionOptions(alpha=alpha, temperature=7.0)
+    assert CriterionOptions(alpha=0.5, temperature=7.0).for_ratio(ratio) == CriterionOptions(alpha=0.5, temperature=7.0)
 
 
 def test_scores_record_the_options_that_matter_to_them() -> None:
     model, tokens = tiny_model("llama"), tiny_tokens()
-    options = Options(light_cut=0.1, label_samples=2, seed=4)
-    alpha, temperature = PRESETS[0.2]
+    options = CriterionOptions(light_cut=0.1, label_samples=2, seed=4)
+    alpha, temperature = SDMPRUNE_SETTINGS[0.2]
     distilled = {"alpha": alpha, "temperature": temperature, "light_cut": 0.1}
     expected = {
         "entropy": {},
@@ -314,4 +315,4 @@ def test_criteria_that_need_data_say_so(criterion: str) -> None:
         with pytest.raises(UserError, match=f"criterion '{criterion}' needs calibration data"):
             score(model, None, criterion)
         with pytest.raises(UserError, match=f"criterion '{criterion}' needs calibration data"):
-            score_all(model, None, [("magnitude", Options()), (criterion, Options())])
+            score_all(model, None, [("magnitude", CriterionOptions()), (criterion, CriterionOptions())])

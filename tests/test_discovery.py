@@ -64,8 +64,8 @@ def test_what_is_found_keeps_the_contract(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FOUND)
 def test_what_it_will_cost_is_tried(name: str, tmp_path: Path) -> None:
     tiny(name).float().save_pretrained(tmp_path)
-    estimator = Estimator(find_checkpoint(str(tmp_path)), hp.Compute(device="cpu"))
-    assert estimator.scoring([("hfprune", hp.Options())], 3, 20).seconds > 0
+    estimator = Estimator(find_checkpoint(str(tmp_path)), hp.ComputeConfig(device="cpu"))
+    assert estimator.scoring([("hfprune", hp.CriterionOptions())], 3, 20).seconds > 0
 
 
 def test_what_sees_is_taken_for_what_it_is(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_what_sees_is_taken_for_what_it_is(tmp_path: Path) -> None:
     model = AutoModelForImageTextToText.from_config(config)
     model.save_pretrained(tmp_path / "dense")
     assert family_of(config).sees
-    hp.prune(str(tmp_path / "dense"), tmp_path / "out", hp.Budget(width=24), criterion="magnitude")
+    hp.prune(str(tmp_path / "dense"), tmp_path / "out", hp.PruneConfig(hp.Budget(width=24), criterion="magnitude"))
     assert "AutoModelForImageTextToText" in (tmp_path / "out" / "README.md").read_text()
     words = ("prune", tmp_path / "dense", "--output", tmp_path / "no", "--width", 24, "--allocation", "global")
     refused(run(*words, "--criterion", "magnitude"), "vision-language models are saved with one width")

@@ -160,7 +160,7 @@ def test_experts_that_would_differ_in_width_are_refused(allocation: str, world: 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_pruned_model_with_experts_is_trained(method: str, world: Path, tmp_path: Path) -> None:
     dense = save_checkpoint(tmp_path / "dense", "qwen2_moe", max_position_embeddings=128)
-    hp.prune(str(dense), tmp_path / "small", hp.Budget(width=24), criterion="magnitude")
+    hp.prune(str(dense), tmp_path / "small", hp.PruneConfig(hp.Budget(width=24), criterion="magnitude"))
     words = ("--data", world / "calibration.txt", "--max-steps", 4, "--seq-len", 24, "--output", tmp_path / "out")
     how = ("--method", method, "--distill-weight", 0)  # the dense model itself is random
     result = run("recover", tmp_path / "small", *words, *how)
@@ -176,7 +176,7 @@ def test_a_pruned_model_with_experts_is_trained(method: str, world: Path, tmp_pa
 
 def test_layers_that_predict_further_tokens_are_not_stated(tmp_path: Path) -> None:
     dense = save_checkpoint(tmp_path / "dense", "glm4_moe", num_mtp_layers=1)
-    hp.prune(str(dense), tmp_path / "out", hp.Budget(width=24), criterion="magnitude")
+    hp.prune(str(dense), tmp_path / "out", hp.PruneConfig(hp.Budget(width=24), criterion="magnitude"))
     stated = json.loads((tmp_path / "out" / "config.json").read_text())
     assert not any("layers.3" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
     assert not stated.get("num_mtp_layers")

@@ -10,13 +10,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hifiprune import find_mlps, score
+from hifiprune.config.groups import CriterionOptions
 from hifiprune.engine.context import frozen
 from hifiprune.engine.hooks import Seen
 from hifiprune.engine.verify import verified_chain
 from hifiprune.models.families import FAMILIES
 from hifiprune.plan import Plan, in_proportion
 from hifiprune.pruning.cut import cut_
-from hifiprune.scoring.criteria import CRITERIA, Options
+from hifiprune.scoring.criteria import CRITERIA
 from hifiprune.scoring.objectives import Entropy
 from hifiprune.scoring.score import score_all
 from tests.families import VARIANTS, load, tiny_model, tiny_tokens
@@ -180,7 +181,7 @@ def test_only_where_it_is_said_a_norm_or_factor_follows_the_mlp(variant: str) ->
 @pytest.mark.by_layout
 def test_every_criterion_gives_finite_scores(variant: str) -> None:
     model = tiny_model(variant, torch.float32)
-    found = score_all(model, tiny_tokens(4), [(name, Options()) for name in CRITERIA])
+    found = score_all(model, tiny_tokens(4), [(name, CriterionOptions()) for name in CRITERIA])
     assert [scores.criterion for scores in found] == [*CRITERIA]
     for scores in found:
         scores.require_finite()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from hifiprune import Options, find_mlps, score, score_all
+from hifiprune import CriterionOptions, find_mlps, score, score_all
 from hifiprune.engine import lm_head as head_module
 from hifiprune.engine.context import frozen
 from hifiprune.engine.hooks import Seen
@@ -140,7 +140,7 @@ def test_fisher_is_the_exact_gauss_newton_diagonal_in_the_mean_over_draws(varian
     draws, positions = 1000, 6
     model, window = tiny_model(variant, vocab_size=VOCABULARY), windows_of(VOCABULARY, 1, positions)
     copies = window.expand(draws, -1)
-    scores = score(model, copies, "fisher", Options(seed=11), batch_size=draws)
+    scores = score(model, copies, "fisher", CriterionOptions(seed=11), batch_size=draws)
     for layer, squares in enumerate(squares_by_draw(model, copies, seed=11)):
         exact = gauss_newton_diagonal(model, window[0], layer) / (2 * positions)
         by_draw = squares * positions / 2
@@ -157,7 +157,7 @@ def test_more_labels_at_each_position_bring_the_scores_nearer_to_the_exact_diago
     exact = torch.stack(
         [torch.stack([gauss_newton_diagonal(model, w, layer) for w in windows]).mean(0) / 12 for layer in range(3)]
     )
-    requests = [("fisher", Options(label_samples=samples)) for samples in (1, 8, 64)]
+    requests = [("fisher", CriterionOptions(label_samples=samples)) for samples in (1, 8, 64)]
     found = [torch.stack(scores.values).double() for scores in score_all(model, windows, requests, batch_size=3)]
     first, some, many = ((values - exact).norm() / exact.norm() for values in found)
     assert many < some / 2 < first / 4
@@ -183,7 +183,7 @@ def divergences_of_single_neurons(model: PreTrainedModel, windows: Tensor) -> Te
 def rank_correlations(model: PreTrainedModel, windows: Tensor) -> dict[str, tuple[float, float]]:
     """Of `fisher` and `entropy` with the true damage of every neuron: mean within layers, and over all layers."""
     truth = divergences_of_single_neurons(model, windows)
-    requests = [("fisher", Options(label_samples=32)), ("entropy", Options())]
+    requests = [("fisher", CriterionOptions(label_samples=32)), ("entropy", CriterionOptions())]
     found = {}
     for scores in score_all(model, windows, requests, batch_size=len(windows)):
         values = torch.stack(scores.values)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune import Budget, Options, Scores, allocate, score_all
+from hifiprune import Budget, CriterionOptions, Scores, allocate, score_all
 from hifiprune.evaluation.ranks import spearman
 
 EXACT_WIDTH = 1017  # 20% of all parameters of SmolLM2-135M
@@ -26,7 +26,7 @@ def golden(shared: Path) -> dict[str, Tensor]:
 def found(smollm2: PreTrainedModel, golden: dict[str, Tensor]) -> dict[str, Scores]:
     """All criteria of the papers in one go."""
     names = ("hfprune", "cross-entropy-weight", "self-distillation")
-    options = Options(alpha=0.42, temperature=0.5)
+    options = CriterionOptions(alpha=0.42, temperature=0.5)
     scores = score_all(smollm2, golden["windows"], [(name, options) for name in names])
     return dict(zip(names, scores, strict=True))
 

@@ -28,14 +28,14 @@ TEXT = ("--num-samples", 2, "--seq-len", 16)
 
 WAITING = """
 import sys, time
-from hifiprune.commands import stages
+from hifiprune.commands import steps
 from hifiprune.cli.app import main
 
 def wait(*_):
     print("reading", flush=True)
     time.sleep(99)
 
-stages.load_windows, sys.argv = wait, {words!r}
+steps.load_windows, sys.argv = wait, {words!r}
 main()
 """
 
@@ -196,7 +196,7 @@ def test_homes_and_variables_are_filled_in_everywhere(dense: Path, home: Path, m
     assert result.code == 0, result.err
     assert (dense.parent / "small" / "config.json").is_file()
     for name in ("~/small", Path("~/small2")):
-        hp.prune("$MODELS/dense", name, hp.Budget(width=24), criterion="magnitude")
+        hp.prune("$MODELS/dense", name, hp.PruneConfig(hp.Budget(width=24), criterion="magnitude"))
     scores = hp.Scores.load("~/s.safetensors")
     scores.save("~/again")
     hp.Plan.load("$MODELS/small/hifiprune/plan.json").save("~/plan.json")
@@ -405,7 +405,7 @@ def test_an_interruption_says_what_stays(
         (tmp_path / "scores.score-unfinished").mkdir(exist_ok=True)
         os.kill(os.getpid(), 2)
 
-    monkeypatch.setattr("hifiprune.commands.stages.score", stopped)
+    monkeypatch.setattr("hifiprune.commands.steps.score_all", stopped)
     words = ("--criterion", "entropy", "--calibration", world / "calibration.txt", *TEXT)
     stays = f"{tmp_path / 'scores.score-unfinished'} stays, and the same command goes on from there"
     refused(run("score", dense, "--output", tmp_path / "scores", *words), stays, code=1)

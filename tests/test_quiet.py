@@ -18,7 +18,7 @@ def test_the_api_shows_no_bars_of_libraries_and_leaves_those_of_the_user(
     logging.enable_progress_bar()
     before = logging.is_progress_bar_enabled(), are_progress_bars_disabled(), logging.get_verbosity()
     calibration = hp.Calibration(str(world / "calibration.txt"), 3, 24)
-    hp.prune(str(world / "dense"), tmp_path / "small", hp.Budget(width=24), calibration)
+    hp.prune(str(world / "dense"), tmp_path / "small", hp.PruneConfig(hp.Budget(width=24), calibration))
     assert capfd.readouterr().err == ""
     assert (logging.is_progress_bar_enabled(), are_progress_bars_disabled(), logging.get_verbosity()) == before
     AutoModelForCausalLM.from_pretrained(tmp_path / "small")

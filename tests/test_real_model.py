@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hifiprune import Budget, Calibration, UserError, evaluate, inspect, prune
 from hifiprune.commands.demo import run, write_texts
+from hifiprune.config.prune import PruneConfig
 from hifiprune.io.hashing import hash_model
 
 
@@ -26,7 +27,9 @@ def test_a_gguf_file_is_pruned_to_an_ordinary_checkpoint(
     smollm2_gguf: Path, smollm2_folder: Path, tmp_path: Path
 ) -> None:
     assert inspect(str(smollm2_gguf))["parameters"]["total"] == 134_515_008
-    record = prune(str(smollm2_gguf), tmp_path / "out", Budget(width=1024), Calibration("python-docs", 2, 64))
+    record = prune(
+        str(smollm2_gguf), tmp_path / "out", PruneConfig(Budget(width=1024), Calibration("python-docs", 2, 64))
+    )
     dense = AutoModelForCausalLM.from_pretrained(smollm2_folder)
     assert record.results["model_hash"] == hash_model(dense)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

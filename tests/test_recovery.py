@@ -53,7 +53,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = ["".join(chance.choice(("ab", "cd ", "abc")) for _ in range(chance.randint(3, 25))) for _ in range(60)]
     (folder / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     learn_(save_checkpoint(folder / "dense", initializer_range=0.1), texts)
-    hp.prune(str(folder / "dense"), folder / "pruned", hp.Budget(width=20), criterion="magnitude")
+    hp.prune(str(folder / "dense"), folder / "pruned", hp.PruneConfig(hp.Budget(width=20), criterion="magnitude"))
     return folder
 
 
@@ -101,7 +101,7 @@ def test_training_lowers_what_it_should(pruned: Path, tmp_path: Path, method: st
 @pytest.mark.parametrize("family", ["gpt2", "phi3", "opt", "falcon"])
 def test_maps_of_every_form_are_trained(family: str, pruned: Path, tmp_path: Path) -> None:
     dense, small = save_checkpoint(tmp_path / "dense", family), tmp_path / "small"
-    hp.prune(str(dense), small, hp.Budget(width=20), criterion="magnitude")
+    hp.prune(str(dense), small, hp.PruneConfig(hp.Budget(width=20), criterion="magnitude"))
     training = replace(QUICK, distill_weight=0.0, learning_rate=1e-3)  # the dense model itself is random
     recover(str(small), tmp_path / "out", str(pruned / "data.jsonl"), training)
     before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (small, tmp_path / "out"))
@@ -137,7 +137,7 @@ def dropouts(layer: Any) -> set[float]:
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if FAMILIES[family_name(name)].experts])
 def test_experts_stay_as_they_are_and_all_other_maps_learn(variant: str, pruned: Path, tmp_path: Path) -> None:
     dense, small = save_checkpoint(tmp_path / "dense", variant), tmp_path / "small"
-    hp.prune(str(dense), small, hp.Budget(width=24), criterion="magnitude")
+    hp.prune(str(dense), small, hp.PruneConfig(hp.Budget(width=24), criterion="magnitude"))
     training = Training(max_steps=2, seq_len=32, held_out=0.2, distill_weight=0.0, gradient_accumulation=1)
     recover(str(small), tmp_path / "out", str(pruned / "data.jsonl"), training)
     before, after = (load(path).state_dict() for path in (small, tmp_path / "out"))
@@ -164,7 +164,13 @@ def test_an_adapter_that_peft_would_put_on_experts_is_not_kept(pruned: Path, tmp
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_model_of_mixed_widths_is_trained_into_one(pruned: Path, tmp_path: Path, method: str) -> None:
     dense, small = pruned / "dense", tmp_path / "small"
-    hp.prune(str(dense), small, hp.Budget(width=20), criterion="magnitude", allocation="global", floor=0.5, round_to=1)
+    hp.prune(
+        str(dense),
+        small,
+        hp.PruneConfig(
+            hp.Budget(width=20), criterion="magnitude", round_to=1, allocation=hp.AllocationConfig("global", floor=0.5)
+        ),
+    )
     widths = [layer.mlp.down_proj.in_features for layer in find_checkpoint(str(small)).load().model.layers]
     assert len(set(widths)) > 1
     training = replace(QUICK, method=method, learning_rate=1e-3)
@@ -577,10 +583,10 @@ def test_what_cannot_be_trained_is_refused(pruned: Path, tmp_path: Path) -> None
     with pytest.raises(hp.UserError, match="shard size '5 gigs' must be a number and a unit"):
         run(pruned, tmp_path / "out", shard_size="5 gigs")
     with pytest.raises(hp.UserError, match="dtype float16 loses the small gradients"):
-        run(pruned, tmp_path / "out", compute=hp.Compute(dtype="float16"))
+        run(pruned, tmp_path / "out", compute=hp.ComputeConfig(dtype="float16"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hifiprune.engine.compute.check_attention", lambda *_: None)  # it runs on GPUs only
-        flash = hp.Compute(attention="flash_attention_2")
+        flash = hp.ComputeConfig(attention="flash_attention_2")
     with pytest.raises(hp.UserError, match="in batches of one row only"):
         run(pruned, tmp_path / "out", replace(QUICK, batch_size=2), compute=flash)
     with pytest.raises(hp.UserError, match=r"output .*dense is the input .*dense; choose another name"):
@@ -653,7 +659,7 @@ def test_a_look_is_taken_once_when_a_run_goes_on(pruned: Path, tmp_path: Path, m
 
 def test_what_training_did_not_better_is_the_checkpoint_bit_for_bit(pruned: Path, tmp_path: Path) -> None:
     training = replace(QUICK, method="full", learning_rate=10.0, max_steps=2)
-    run(pruned, tmp_path / "out", training, compute=hp.Compute("cpu", "bfloat16"))
+    run(pruned, tmp_path / "out", training, compute=hp.ComputeConfig("cpu", "bfloat16"))
     kept, before = weights_of(tmp_path / "out"), weights_of(pruned / "pruned")
     assert all(torch.equal(weight, before[name]) for name, weight in kept.items())
     configs = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", pruned / "pruned")]

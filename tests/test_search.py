@@ -41,7 +41,7 @@ def test_shares_have_the_largest_sum_of_all(gains: list[list[float]], width: int
 def test_a_global_threshold_keeps_the_highest_scores_of_all_layers() -> None:
     scores = make_scores()
     scores.values[1] *= 3
-    plan = hp.allocate(scores, hp.Budget(width=20), round_to=1, sharing=hp.Sharing("global", floor=0.25))
+    plan = hp.allocate(scores, hp.Budget(width=20), round_to=1, allocation=hp.AllocationConfig("global", floor=0.25))
     assert sum(plan.widths) == 60
     assert min(plan.widths) >= 5
     flat = torch.cat(scores.values).sort(descending=True).values
@@ -51,7 +51,8 @@ def test_a_global_threshold_keeps_the_highest_scores_of_all_layers() -> None:
     assert len(set(plan.widths)) > 1
     assert plan.parameters_after == plan.parameters_before - (3 * 64 - 60) * 30
     assert (
-        hp.allocate(scores, hp.Budget(width=20), round_to=1, sharing=hp.Sharing("global", floor=1.0)).widths == [20] * 3
+        hp.allocate(scores, hp.Budget(width=20), round_to=1, allocation=hp.AllocationConfig("global", floor=1.0)).widths
+        == [20] * 3
     )
 
 
@@ -59,7 +60,9 @@ def test_a_width_that_is_asked_for_is_the_exact_mean() -> None:
     scores = make_scores()
     scores.values[1] *= 3
     for width, round_to in ((20, 16), (32, 16), (20, 128)):
-        plan = hp.allocate(scores, hp.Budget(width=width), round_to=round_to, sharing=hp.Sharing("global", floor=0.25))
+        plan = hp.allocate(
+            scores, hp.Budget(width=width), round_to=round_to, allocation=hp.AllocationConfig("global", floor=0.25)
+        )
         assert sum(plan.widths) == 3 * width
         assert len(set(plan.widths)) > 1
         if width == 32:
@@ -69,7 +72,7 @@ def test_a_width_that_is_asked_for_is_the_exact_mean() -> None:
 def test_rounded_widths_are_multiples_and_keep_the_budget() -> None:
     scores = make_scores()
     scores.values[1] *= 3
-    plan = hp.allocate(scores, hp.Budget(neuron_ratio=0.5), round_to=16, sharing=hp.Sharing("global"))
+    plan = hp.allocate(scores, hp.Budget(neuron_ratio=0.5), round_to=16, allocation=hp.AllocationConfig("global"))
     assert sum(plan.widths) == 96
     assert all(width % 16 == 0 and width >= 16 for width in plan.widths)
     assert plan.widths[1] == max(plan.widths) > 32
@@ -77,9 +80,13 @@ def test_rounded_widths_are_multiples_and_keep_the_budget() -> None:
 
 def test_search_never_ends_worse_than_uniform_widths_and_leaves_the_model_whole() -> None:
     model, tokens = tiny_model("llama"), tiny_tokens(4)
-    scores, budget, sharing = hp.score(model, tokens, "fisher"), hp.Budget(width=17), hp.Sharing("searched", 0.5, 40)
+    scores, budget, sharing = (
+        hp.score(model, tokens, "fisher"),
+        hp.Budget(width=17),
+        hp.AllocationConfig("searched", 0.5, 40),
+    )
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    plan = search(model, scores, budget, divergence_of(model, tokens), round_to=1, sharing=sharing)
+    plan = search(model, scores, budget, divergence_of(model, tokens), round_to=1, allocation=sharing)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     assert sum(plan.widths) == 3 * 17
     assert min(plan.widths) >= 8
@@ -90,13 +97,13 @@ def test_search_never_ends_worse_than_uniform_widths_and_leaves_the_model_whole(
             for each in (
                 plan,
                 hp.allocate(scores, budget, round_to=1),
-                hp.allocate(scores, budget, round_to=1, sharing=hp.Sharing("global")),
+                hp.allocate(scores, budget, round_to=1, allocation=hp.AllocationConfig("global")),
                 *(plan_with(scores, each, budget) for each in ([20, 14, 17], [14, 20, 17], [17, 14, 20])),
             )
         }
     assert min(found, key=lambda each: found[each]) == tuple(plan.widths)
     assert len(found) > 1
-    again = search(model, scores, budget, divergence_of(model, tokens), round_to=1, sharing=sharing)
+    again = search(model, scores, budget, divergence_of(model, tokens), round_to=1, allocation=sharing)
     assert again.to_json() == plan.to_json()
 
 
@@ -110,8 +117,10 @@ def test_exchanges_are_halved_at_every_quarter(neurons: int, unit: int, sizes: l
 
 def test_searched_widths_are_multiples() -> None:
     model, tokens = tiny_model("llama"), tiny_tokens(4)
-    scores, sharing = hp.score(model, tokens, "fisher"), hp.Sharing("searched", 0.5, 24)
-    plan = search(model, scores, hp.Budget(neuron_ratio=0.4), divergence_of(model, tokens), round_to=4, sharing=sharing)
+    scores, sharing = hp.score(model, tokens, "fisher"), hp.AllocationConfig("searched", 0.5, 24)
+    plan = search(
+        model, scores, hp.Budget(neuron_ratio=0.4), divergence_of(model, tokens), round_to=4, allocation=sharing
+    )
     assert sum(plan.widths) == 3 * 24
     assert not any(width % 4 for width in plan.widths)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from hifiprune import Options, RunError, find_mlps, score
+from hifiprune import CriterionOptions, RunError, find_mlps, score
 from hifiprune.scoring.objectives import SampledLabel
 from hifiprune.scoring.obs import removal_costs
 from tests.families import tiny_model
@@ -105,7 +105,7 @@ def test_dead_neurons_and_few_tokens_stay_finite(tokens: int) -> None:
 @pytest.mark.parametrize("variant", ["llama", "llama-bias", "qwen3"])
 def test_the_criterion_is_the_cost_in_nats_by_autograd_and_least_squares(variant: str) -> None:
     model, tokens = tiny_model(variant), torch.randint(50, (8, 16), generator=torch.Generator().manual_seed(5))
-    found = score(model, tokens, "obs", Options(seed=2), batch_size=3)
+    found = score(model, tokens, "obs", CriterionOptions(seed=2), batch_size=3)
     losses = []
     with recorded_outputs(model) as outputs:
         logits = logits_of(model, tokens)

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune import CRITERIA, Options, score, score_all
+from hifiprune import CRITERIA, CriterionOptions, score, score_all
 from hifiprune.models.mlp import find_blocks
 from hifiprune.scoring.score import Request, count_passes
 from tests.families import tiny_model, tiny_tokens
 
-OPTIONS = Options(light_cut=0.1, label_samples=2, seed=3)
+OPTIONS = CriterionOptions(light_cut=0.1, label_samples=2, seed=3)
 EVERYTHING = [(name, OPTIONS) for name in CRITERIA]
 DISTILLED = "self-distillation"
 REQUESTS: dict[str, tuple[list[Request], tuple[int, int]]] = {
@@ -26,14 +26,20 @@ REQUESTS: dict[str, tuple[list[Request], tuple[int, int]]] = {
     "two objectives": ([("entropy", OPTIONS), ("cross-entropy", OPTIONS), ("flap", OPTIONS)], (1, 2)),
     "both forms": ([("cross-entropy-weight", OPTIONS), ("cross-entropy", OPTIONS)], (1, 1)),
     "two labels": ([("fisher", OPTIONS), ("fisher-abs", OPTIONS)], (1, 2)),
-    "one of two labels": ([("fisher", OPTIONS), ("fisher", Options(seed=3))], (1, 3)),
-    "two seeds": ([("fisher", Options(seed=1)), ("fisher", Options(seed=2))], (1, 2)),
+    "one of two labels": ([("fisher", OPTIONS), ("fisher", CriterionOptions(seed=3))], (1, 3)),
+    "two seeds": ([("fisher", CriterionOptions(seed=1)), ("fisher", CriterionOptions(seed=2))], (1, 2)),
     "two stages": ([(DISTILLED, OPTIONS)], (2, 2)),
     "two stages twice": ([(DISTILLED, OPTIONS), ("self-distillation-square", OPTIONS)], (2, 2)),
     "first stage too": ([("cross-entropy-weight", OPTIONS), (DISTILLED, OPTIONS), ("cross-entropy", OPTIONS)], (2, 2)),
-    "two alphas": ([(DISTILLED, Options(alpha=0.1)), (DISTILLED, Options(alpha=0.2))], (2, 3)),
-    "papers' alpha": ([(DISTILLED, Options()), (DISTILLED, Options(alpha=0.4, temperature=0.2))], (2, 2)),
-    "two light cuts": ([(DISTILLED, Options(light_cut=0.1)), (DISTILLED, Options(light_cut=0.2))], (3, 3)),
+    "two alphas": ([(DISTILLED, CriterionOptions(alpha=0.1)), (DISTILLED, CriterionOptions(alpha=0.2))], (2, 3)),
+    "papers' alpha": (
+        [(DISTILLED, CriterionOptions()), (DISTILLED, CriterionOptions(alpha=0.4, temperature=0.2))],
+        (2, 2),
+    ),
+    "two light cuts": (
+        [(DISTILLED, CriterionOptions(light_cut=0.1)), (DISTILLED, CriterionOptions(light_cut=0.2))],
+        (3, 3),
+    ),
     "everything": (EVERYTHING, (2, 5)),
 }
 
@@ -78,11 +84,10 @@ def test_as_many_passes_are_run_as_are_counted(case: str, recompute: bool) -> No
 @pytest.mark.parametrize("recompute", [False, True])
 def test_scores_asked_for_together_are_bitwise_those_asked_for_alone(dtype: torch.dtype, recompute: bool) -> None:
     model, tokens = tiny_model("llama-bias", dtype), tiny_tokens()
-    settings = {"batch_size": 2, "recompute": recompute}
-    together = score_all(model, tokens, EVERYTHING, **settings)  # type: ignore[arg-type]
+    together = score_all(model, tokens, EVERYTHING, batch_size=2, recompute=recompute)
     assert [scores.criterion for scores in together] == list(CRITERIA)
     for scores in together:
-        alone = score(model, tokens, scores.criterion, OPTIONS, **settings)
+        alone = score(model, tokens, scores.criterion, OPTIONS, batch_size=2, recompute=recompute)
         assert all(torch.equal(one, other) for one, other in zip(scores.values, alone.values, strict=True))
         assert scores.objective == alone.objective
         assert (scores.model_hash, scores.data_hash) == (alone.model_hash, alone.data_hash)
@@ -102,7 +107,12 @@ def test_requests_may_come_in_any_order_and_twice() -> None:
 
 def test_options_of_one_request_leave_the_others_alone() -> None:
     model, tokens = tiny_model("llama", torch.float32), tiny_tokens()
-    several = [Options(seed=1), Options(seed=2, label_samples=2), Options(alpha=0.9, light_cut=0.3), Options(alpha=0.1)]
+    several = [
+        CriterionOptions(seed=1),
+        CriterionOptions(seed=2, label_samples=2),
+        CriterionOptions(alpha=0.9, light_cut=0.3),
+        CriterionOptions(alpha=0.1),
+    ]
     requests = [(name, options) for name in ("fisher", DISTILLED, "random") for options in several]
     for (name, options), scores in zip(requests, score_all(model, tokens, requests), strict=True):
         alone = score(model, tokens, name, options)

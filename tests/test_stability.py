@@ -22,7 +22,7 @@ HALF = hp.Budget(width=20)
 
 
 def scored(model: Any, windows: Any, stability: Stability | None = None, **how: Any) -> Scores:
-    return score_all(model, windows, [("hfprune", hp.Options())], stability=stability, **how)[0]
+    return score_all(model, windows, [("hfprune", hp.CriterionOptions())], stability=stability, **how)[0]
 
 
 @pytest.mark.parametrize(("batch_size", "first"), [(1, 8), (2, 8), (3, 12), (8, 16), (9, 18)])

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import hifiprune as hp
-from hifiprune.pruning.iterative import Course, score_in_steps
+from hifiprune.pruning.iterative import score_in_steps
 from hifiprune.pruning.repair import cut_and_repair_, cut_and_repaired
 from tests.commands import refused, run
 from tests.families import tiny_model, tiny_tokens
@@ -19,7 +19,6 @@ from tests.test_families import random_plan
 
 TOKENS = tiny_tokens(9)
 CRITERIA = ["entropy-square", "fisher", "self-distillation"]
-COURSE = Course(3, hp.Budget(width=20), round_to=1)
 
 
 def kept_of(plan: hp.Plan) -> list[set[int]]:
@@ -45,7 +44,7 @@ def by_hand(model: PreTrainedModel, criterion: str, widths: list[int]) -> tuple[
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_steps_are_cuts_repairs_and_scores_in_turn(criterion: str) -> None:
     model = tiny_model("llama")
-    scores = score_in_steps(model, TOKENS, (criterion, hp.Options()), COURSE)
+    scores = score_in_steps(model, TOKENS, (criterion, hp.CriterionOptions()), hp.Budget(width=20), steps=3, round_to=1)
     kept, values = by_hand(model, criterion, [40, 33, 26])  # 20 neurons go in 3 steps, the first ones rounded up
     for ours, theirs, late in zip(scores.values, kept, values, strict=True):
         assert set(ours.topk(26).indices.tolist()) == set(theirs.tolist())
@@ -60,23 +59,27 @@ def test_steps_are_cuts_repairs_and_scores_in_turn(criterion: str) -> None:
 def test_plans_hold_each_other_and_the_model_is_whole_after(criterion: str, allocation: str, repair: bool) -> None:
     model = tiny_model("llama-bias")
     state, sizes = state_of(model), sizes_of(model)
-    sharing = hp.Sharing(allocation, floor=0.3)
-    course = Course(3, hp.Budget(width=20), 1, sharing, repair)
-    scores = score_in_steps(model, TOKENS, (criterion, hp.Options()), course, batch_size=2)
+    sharing = hp.AllocationConfig(allocation, floor=0.3)
+    request, budget = (criterion, hp.CriterionOptions()), hp.Budget(width=20)
+    scores = score_in_steps(
+        model, TOKENS, request, budget, steps=3, round_to=1, allocation=sharing, repair=repair, batch_size=2
+    )
     assert_unchanged(model, state, sizes)
     assert scores.model_hash == hp.score(model, TOKENS).model_hash
-    plans = [kept_of(hp.allocate(scores, hp.Budget(width=width), sharing=sharing)) for width in (33, 26, 20, 10)]
+    plans = [kept_of(hp.allocate(scores, hp.Budget(width=width), allocation=sharing)) for width in (33, 26, 20, 10)]
     for larger, smaller in pairwise(plans):
         assert all(small <= large for large, small in zip(larger, smaller, strict=True))
     once = hp.score(model, TOKENS, criterion)
     if allocation == "uniform":
         assert plans[0] == kept_of(hp.allocate(once, hp.Budget(width=33))), "the first step is that of plain scores"
-    assert plans[2] != kept_of(hp.allocate(once, hp.Budget(width=20), sharing=sharing)), "or there was no need of steps"
+    assert plans[2] != kept_of(hp.allocate(once, hp.Budget(width=20), allocation=sharing)), (
+        "or there was no need of steps"
+    )
 
 
 def test_one_step_is_plain_scoring() -> None:
     model = tiny_model("llama")
-    scores = score_in_steps(model, TOKENS, ("fisher", hp.Options()), Course(1, hp.Budget(width=20)))
+    scores = score_in_steps(model, TOKENS, ("fisher", hp.CriterionOptions()), hp.Budget(width=20), steps=1)
     plain = hp.score(model, TOKENS, "fisher")
     assert all(torch.equal(one, other) for one, other in zip(scores.values, plain.values, strict=True))
 

@@ -71,7 +71,7 @@ def test_streamed_models_and_their_cuts_are_the_resident_ones(
     assert count_parameters(checkpoint.skeleton()) == count_parameters(resident)
     assert tied_names(checkpoint.skeleton()) == tied_names(resident)
     assert max(map(len, tied_names(resident))) == (1 if form == "apart" else 2)
-    asked = [("hfprune", hp.Options())]
+    asked = [("hfprune", hp.CriterionOptions())]
     (theirs,) = score_all(load(folder, dtype=torch.float32).eval(), tiny_tokens(3, 9), asked, recompute=True)
     (ours,) = score_all(stream(checkpoint, torch.float32), tiny_tokens(3, 9), asked, model_hash="known")
     assert all(torch.equal(one, other) for one, other in zip(ours.values, theirs.values, strict=True))

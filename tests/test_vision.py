@@ -63,7 +63,7 @@ def test_widths_that_differ_are_refused(world: Path, tmp_path: Path) -> None:
 
 def test_a_pruned_model_that_sees_is_trained(world: Path, tmp_path: Path) -> None:
     dense = save_checkpoint(tmp_path / "dense", "qwen2_vl", max_position_embeddings=128)
-    hp.prune(str(dense), tmp_path / "small", hp.Budget(width=24), criterion="magnitude")
+    hp.prune(str(dense), tmp_path / "small", hp.PruneConfig(hp.Budget(width=24), criterion="magnitude"))
     words = ("--data", world / "calibration.txt", "--max-steps", 4, "--seq-len", 24, "--output", tmp_path / "out")
     result = run("recover", tmp_path / "small", *words)
     assert result.code == 0, result.err

@@ -5,18 +5,20 @@ from hifiprune.version import __version__ as __version__
 TYPE_CHECKING = False  # as in `typing`, which takes a while to import: a Ctrl-C would find nobody listening yet
 
 if TYPE_CHECKING:
-    from hifiprune.calibration import Calibration, load_windows
+    from hifiprune.calibration import load_windows
     from hifiprune.commands.ablate import ablate
     from hifiprune.commands.bench import bench
     from hifiprune.commands.compare import compare
     from hifiprune.commands.evaluate import evaluate
     from hifiprune.commands.export import export
     from hifiprune.commands.inspect import inspect
-    from hifiprune.commands.prune import prune, score_checkpoint
+    from hifiprune.commands.prune import prune
     from hifiprune.commands.push import push
     from hifiprune.commands.recover import recover
     from hifiprune.commands.report import report
-    from hifiprune.engine.compute import Compute
+    from hifiprune.commands.score import score_checkpoint
+    from hifiprune.config.groups import AllocationConfig, Budget, Calibration, ComputeConfig, CriterionOptions
+    from hifiprune.config.prune import PruneConfig, ScoreConfig
     from hifiprune.engine.temporary_cut import cut
     from hifiprune.errors import HifipruneError, RunError, UserError
     from hifiprune.evaluation.bootstrap import Estimate
@@ -24,34 +26,36 @@ if TYPE_CHECKING:
     from hifiprune.evaluation.text import Text
     from hifiprune.evaluation.zero_shot_tasks import Tasks, zero_shot
     from hifiprune.models.mlp import Mlp, find_mlps
-    from hifiprune.plan import Budget, Plan
-    from hifiprune.pruning.allocate import Sharing, allocate
+    from hifiprune.plan import Plan
+    from hifiprune.pruning.allocate import allocate
     from hifiprune.pruning.cut import cut_
     from hifiprune.pruning.cut_checkpoint import cut_checkpoint
     from hifiprune.pruning.repair import cut_and_repair_
     from hifiprune.recovery.config import Training
     from hifiprune.run_record import RunRecord
     from hifiprune.scores import Scores
-    from hifiprune.scoring.criteria import CRITERIA, Criterion, Options
+    from hifiprune.scoring.criteria import CRITERIA, Criterion
     from hifiprune.scoring.score import score, score_all
 
 
 __all__ = [
     "CRITERIA",
+    "AllocationConfig",
     "Budget",
     "Calibration",
-    "Compute",
+    "ComputeConfig",
     "Criterion",
+    "CriterionOptions",
     "Estimate",
     "HifipruneError",
     "Mlp",
-    "Options",
     "Plan",
+    "PruneConfig",
     "Reference",
     "RunError",
     "RunRecord",
+    "ScoreConfig",
     "Scores",
-    "Sharing",
     "Tasks",
     "Text",
     "Training",
@@ -81,21 +85,23 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Budget": "plan",
+    "Budget": "config.groups",
     "CRITERIA": "scoring.criteria",
-    "Calibration": "calibration",
-    "Compute": "engine.compute",
+    "Calibration": "config.groups",
+    "ComputeConfig": "config.groups",
     "Criterion": "scoring.criteria",
     "Estimate": "evaluation.bootstrap",
     "HifipruneError": "errors",
     "Mlp": "models.mlp",
-    "Options": "scoring.criteria",
+    "CriterionOptions": "config.groups",
     "Plan": "plan",
+    "PruneConfig": "config.prune",
+    "ScoreConfig": "config.prune",
     "Reference": "evaluation.fidelity",
     "RunError": "errors",
     "RunRecord": "run_record",
     "Scores": "scores",
-    "Sharing": "pruning.allocate",
+    "AllocationConfig": "config.groups",
     "Tasks": "evaluation.zero_shot_tasks",
     "Text": "evaluation.text",
     "Training": "recovery.config",
@@ -120,7 +126,7 @@ _HOMES = {
     "report": "commands.report",
     "score": "scoring.score",
     "score_all": "scoring.score",
-    "score_checkpoint": "commands.prune",
+    "score_checkpoint": "commands.score",
     "zero_shot": "evaluation.zero_shot_tasks",
 }
 

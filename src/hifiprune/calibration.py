@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import itemgetter
 
@@ -12,90 +11,16 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from hifiprune.bounds import check_numbers
+from hifiprune.config.groups import Calibration
 from hifiprune.errors import UserError
 from hifiprune.io.distributed import processes
 from hifiprune.io.spool import Documents, stored_tokens
 from hifiprune.io.text_files import is_pipe
-from hifiprune.io.text_sources import SELF, check_named, check_there, read_documents
+from hifiprune.io.text_sources import check_there, read_documents
 from hifiprune.io.tokenization import encode_pieces, special_tokens
 from hifiprune.progress import track
 
-SAMPLERS = ("auto", "documents", "stream")
-MOST_TOKENS = 2**32
-"""Largest number of tokens in all windows; papers use some hundred thousand."""
 GENERATED_TOGETHER = 16  # sequences sampled from the model at a time
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Which text the model is shown, and how windows are drawn from it.
-
-    Attributes:
-        source: a `.jsonl`, `.csv`, `.tsv` or `.parquet` file, any other file as plain text, one of these as `.gz`,
-            `.bz2`, `.xz` or `.zst`, a folder of `.txt` and those, a pipe (`-` is standard input), `python-docs` (the
-            language reference that ships inside Python), `self` (text sampled from the model) or a hub data set,
-            `id[:config][:split]`.
-        num_samples: number of windows.
-        seq_len: tokens per window.
-        seed: of the choice of documents and windows.
-        sampler: `documents` draws one random window from each of `num_samples` random documents longer than `seq_len`
-            (the papers' way), `stream` joins all documents by the end-of-text token, cuts windows and draws from these;
-            `auto` is `stream` for a single document, else `documents`.
-        text_column: column of the text in JSON Lines, Parquet and hub data, guessed if not given.
-        mixed: further sources, and the share of the windows that each gets; `source` gets the rest.
-        bos: begin every window with what the tokenizer writes before a text, such as a start token, where it does. A
-            window of `seq_len` tokens has that many fewer of text. The papers' windows are without.
-
-    Raises:
-        UserError: a value is out of range.
-    """
-
-    source: str
-    num_samples: int = 128
-    seq_len: int = 1024
-    seed: int = 0
-    sampler: str = "auto"
-    text_column: str | None = None
-    mixed: tuple[tuple[str, float], ...] = ()
-    bos: bool = True
-
-    def __post_init__(self) -> None:
-        check_numbers(vars(self))
-        if self.num_samples * self.seq_len > MOST_TOKENS:
-            raise UserError(
-                f"num-samples {self.num_samples} of seq-len {self.seq_len} are {self.num_samples * self.seq_len:.3g} "
-                f"tokens, more than the {MOST_TOKENS:.3g} that are taken; use fewer"
-            )
-        if self.sampler not in SAMPLERS:
-            raise UserError(f"sampler '{self.sampler}' is not known; known are {', '.join(SAMPLERS)}")
-        for source in (self.source, *(source for source, _ in self.mixed)):
-            check_named(source)
-        if self.mixed and SELF in (self.source, *(source for source, _ in self.mixed)):
-            raise UserError(f"'{SELF}' cannot be mixed with other sources")
-        for source, share in self.mixed:
-            if not 0 < share < 1:
-                raise UserError(f"the share {share:g} of {source} must lie in (0, 1)")
-        least = min(self._counts)
-        if least < 1:
-            raise UserError(
-                f"num-samples {self.num_samples} leaves a source without a window; use more or larger shares"
-            )
-
-    @property
-    def _counts(self) -> list[int]:
-        """Windows of each source."""
-        further = [round(share * self.num_samples) for _, share in self.mixed]
-        return [self.num_samples - sum(further), *further]
-
-    @property
-    def parts(self) -> list["Calibration"]:
-        """The same for each source by itself, with its number of windows."""
-        sources = [self.source, *(source for source, _ in self.mixed)]
-        return [
-            replace(self, source=source, num_samples=count, mixed=())
-            for source, count in zip(sources, self._counts, strict=True)
-        ]
 
 
 def check_source(source: str, seq_len: int, longest: int | None) -> None:

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hifiprune.bounds import check_numbers
+from hifiprune.config.groups import Budget
 from hifiprune.errors import UserError
 from hifiprune.io.atomic import local_path, replacing
 from hifiprune.io.json_files import checked, read_text
@@ -98,35 +99,6 @@ class Plan:
 EXPERT_STEP = 8
 EXPERT = re.compile(r"experts\.\d+$")
 """Matches the end of an expert's name."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much to remove; exactly one of the three.
-
-    Attributes:
-        ratio: fraction of the model's total parameters, in (0, 1).
-        neuron_ratio: fraction of the MLP neurons, in (0, 1).
-        width: neurons that every MLP keeps.
-
-    Raises:
-        UserError: none or several are given, or a value is out of range.
-    """
-
-    ratio: float | None = None
-    neuron_ratio: float | None = None
-    width: int | None = None
-
-    def __post_init__(self) -> None:
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        if len(given) != 1:
-            flags = "--ratio, --neuron-ratio, --width"
-            raise UserError(f"give exactly one of {flags}; given: {', '.join(given) or 'none'}")
-        check_numbers(given)
-
-    def __str__(self) -> str:
-        name, value = next((name, value) for name, value in vars(self).items() if value is not None)
-        return f"{name.replace('_', '-')} {value:g}"
 
 
 def in_proportion(width: int, of: int, neurons: int) -> int:

@@ -5,7 +5,6 @@ import os
 import sys
 from functools import partial
 from io import TextIOWrapper
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,196 +15,32 @@ from hifiprune.cli.console import hush_torchao, show
 from hifiprune.cli.evidence import bench, evaluate, push, report
 from hifiprune.cli.export import export
 from hifiprune.cli.options import (
-    SCORING_FLAGS,
-    SOURCES,
-    TEXT_FLAGS,
-    Allocation,
-    Alpha,
     AsJson,
-    Attention,
-    BatchSize,
-    BiasCompensation,
-    CriterionName,
     Debug,
-    Device,
-    DryRun,
-    Dtype,
-    Floor,
-    LabelSamples,
-    LightCut,
     Model,
     NumSamples,
-    Output,
     Overwrite,
-    Preset,
-    PresetCriterion,
-    PresetRoundTo,
     Quiet,
-    Recompute,
-    Repair,
-    Sampler,
-    Scratch,
-    Seed,
     SeqLen,
-    ShardSize,
-    Steps,
-    Stream,
-    Temperature,
-    TextColumn,
-    Trials,
-    UntilStable,
     Verbose,
-    drawn_from,
 )
+from hifiprune.cli.prune import prune, score
 from hifiprune.cli.recover import recover
 from hifiprune.cli.signals import Stopped, handle_signals
 from hifiprune.cli.study import ablate, compare, criteria
 from hifiprune.cli.usage import Command, explain
-from hifiprune.defaults import DEFAULT_CRITERION
 from hifiprune.errors import HifipruneError
-from hifiprune.io.atomic import local_path
 from hifiprune.io.distributed import check_command, follow_first, leave
-from hifiprune.progress import console, note
+from hifiprune.progress import console
 from hifiprune.version import __version__
 
 app = typer.Typer(
     name="hifiprune",
     help="Make a large language model smaller by removing the MLP neurons that its predictions depend on least.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-
-
-@app.command(cls=Command)
-def prune(
-    model: Model,
-    output: Output,
-    ratio: Annotated[float | None, Option(help="Fraction of all parameters to remove.")] = None,
-    neuron_ratio: Annotated[float | None, Option(help="Fraction of the MLP neurons to remove.")] = None,
-    width: Annotated[int | None, Option(help="Neurons that every MLP keeps.")] = None,
-    calibration: Annotated[list[str] | None, Option(help=SOURCES)] = None,
-    scores: Annotated[
-        Path | None, Option(help="Scores made before; --calibration is then to repair or search.")
-    ] = None,
-    num_samples: NumSamples = 128,
-    seq_len: SeqLen = 1024,
-    seed: Seed = 0,
-    sampler: Sampler = "auto",
-    text_column: TextColumn = None,
-    preset: Preset = "default",
-    criterion: PresetCriterion = None,
-    alpha: Alpha = None,
-    temperature: Temperature = None,
-    light_cut: LightCut = 0.025,
-    label_samples: LabelSamples = 1,
-    allocation: Allocation = None,
-    floor: Floor = 0.75,
-    trials: Trials = 64,
-    steps: Steps = 1,
-    until_stable: UntilStable = None,
-    repair: Repair = None,
-    bias_compensation: BiasCompensation = False,
-    round_to: PresetRoundTo = None,
-    batch_size: BatchSize = 1,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    recompute: Recompute = None,
-    stream: Stream = None,
-    scratch: Scratch = None,
-    attention: Attention = None,
-    shard_size: ShardSize = "5GB",
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
-) -> None:
-    """Remove the least important neurons; write a smaller, ordinary checkpoint."""
-    import hifiprune as hp
-    from hifiprune.cli import tables
-
-    if scores:
-        unused = SCORING_FLAGS if calibration else (*SCORING_FLAGS, *TEXT_FLAGS)
-        ignored = [word for word in sys.argv if word.split("=")[0] in unused]
-        if ignored:
-            note(f"Ignored, since the --scores were made before: {', '.join(ignored)}.")
-    record = hp.prune(
-        model,
-        output,
-        hp.Budget(ratio, neuron_ratio, width),
-        drawn_from(calibration, num_samples, seq_len, seed, sampler, text_column) if calibration else None,
-        scores=scores,
-        preset=preset,
-        criterion=criterion,
-        options=hp.Options(alpha, temperature, light_cut, label_samples, seed),
-        allocation=allocation,
-        floor=floor,
-        trials=trials,
-        steps=steps,
-        until_stable=until_stable,
-        repair=repair,
-        bias_compensation=bias_compensation,
-        round_to=round_to,
-        compute=hp.Compute(device, dtype, batch_size, recompute, attention, stream, scratch),
-        shard_size=shard_size,
-        overwrite=overwrite,
-        dry_run=dry_run,
-    )
-    told = partial(tables.foreseen, record) if dry_run else partial(tables.pruned, record, local_path(output))
-    show(record.to_dict(), as_json, told)
-
-
-@app.command(cls=Command)
-def score(
-    model: Model,
-    output: Output,
-    calibration: Annotated[list[str] | None, Option(help=SOURCES)] = None,
-    num_samples: NumSamples = 128,
-    seq_len: SeqLen = 1024,
-    seed: Seed = 0,
-    sampler: Sampler = "auto",
-    text_column: TextColumn = None,
-    criterion: CriterionName = DEFAULT_CRITERION,
-    alpha: Alpha = None,
-    temperature: Temperature = None,
-    light_cut: LightCut = 0.025,
-    label_samples: LabelSamples = 1,
-    until_stable: UntilStable = None,
-    ratio: Annotated[float | None, Option(help="Fraction of all parameters, for --until-stable.")] = None,
-    batch_size: BatchSize = 1,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    recompute: Recompute = None,
-    stream: Stream = None,
-    scratch: Scratch = None,
-    attention: Attention = None,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
-) -> None:
-    """Score every neuron once, to prune at any ratio later."""
-    import hifiprune as hp
-    from hifiprune.cli import tables
-
-    record = hp.score_checkpoint(
-        model,
-        output,
-        drawn_from(calibration, num_samples, seq_len, seed, sampler, text_column) if calibration else None,
-        criterion=criterion,
-        options=hp.Options(alpha, temperature, light_cut, label_samples, seed),
-        until_stable=until_stable,
-        ratio=ratio,
-        compute=hp.Compute(device, dtype, batch_size, recompute, attention, stream, scratch),
-        overwrite=overwrite,
-        dry_run=dry_run,
-    )
-    told = partial(tables.foreseen, record) if dry_run else partial(tables.scored, record, model, local_path(output))
-    show(record.to_dict(), as_json, told)
 
 
 @app.command(cls=Command)
@@ -252,7 +87,7 @@ def _root(version: Annotated[bool, Option("--version", help="Show the version.")
         raise typer.Exit
 
 
-for command in (evaluate, criteria, compare, ablate, recover, bench, report, export, push):
+for command in (prune, score, evaluate, criteria, compare, ablate, recover, bench, report, export, push):
     app.command(cls=Command)(command)
 
 

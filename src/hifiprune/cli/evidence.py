@@ -70,7 +70,7 @@ def evaluate(
         output=output,
         overwrite=overwrite,
         card=card,
-        compute=hp.Compute(device, dtype, batch_size, None, attention, stream),
+        compute=hp.ComputeConfig(device, dtype, batch_size, None, attention, stream),
     )
     show(record.to_dict(), as_json, lambda: tables.evaluated(record, output, card=card))
 
@@ -109,7 +109,7 @@ def bench(
         compiled=compiled,
         output=output,
         overwrite=overwrite,
-        compute=hp.Compute(device, dtype, attention=attention),
+        compute=hp.ComputeConfig(device, dtype, attention=attention),
     )
     show(record.to_dict(), as_json, lambda: tables.benched(record))
 

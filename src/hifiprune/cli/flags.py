@@ -10,9 +10,11 @@ from typing import Annotated, Any, get_origin, get_type_hints
 from typer import Context
 from typer import Option as Flag
 
+from hifiprune.cli.console import speaking
 from hifiprune.config.files import from_dict, read_config
 from hifiprune.config.options import PANELS, Declared, declared_options, group_of, without_none
 from hifiprune.errors import UserError
+from hifiprune.progress import note
 
 MESSAGES = "Config and messages"
 ConfigFile = Annotated[
@@ -23,6 +25,14 @@ ConfigFile = Annotated[
         help="Options in a YAML or JSON file, or the run.json of an earlier run, to repeat it; flags override it.",
         rich_help_panel=MESSAGES,
     ),
+]
+Quiet = Annotated[
+    bool,
+    Flag("--quiet", "-q", help="Show only warnings and errors, and no progress.", rich_help_panel=MESSAGES, metavar=""),
+]
+Verbose = Annotated[
+    bool,
+    Flag("--verbose", "-v", help="Also show each stage and how long it took.", rich_help_panel=MESSAGES, metavar=""),
 ]
 AsJson = Annotated[
     bool, Flag("--json", help="Print one JSON object on standard output.", rich_help_panel=MESSAGES, metavar="")
@@ -76,14 +86,20 @@ def with_config(command: Callable[..., None]) -> Callable[..., None]:
         arguments = {
             parameter.name: _input(parameter.name, values, given, facts, context) for parameter in inputs
         }  # takes them out of the facts
-        made = from_dict(config, merged(config, facts, given), str(file or "config"))
-        command(**arguments, **{name: made}, as_json=values["as_json"])
+        settled = merged(config, facts, given)
+        made = from_dict(config, settled, str(file or "config"))
+        with speaking(quiet=values["quiet"], verbose=values["verbose"]):
+            if unused := without_group(config, settled, given):
+                note(f"Ignored, since there is no {unused}.")
+            command(**arguments, **{name: made}, as_json=values["as_json"])
 
     signature = [
         inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Context),
         *inputs,
         *(_parameter(flag) for flag in flags),
         inspect.Parameter("config_file", inspect.Parameter.KEYWORD_ONLY, annotation=ConfigFile, default=None),
+        inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, annotation=Quiet, default=False),
+        inspect.Parameter("verbose", inspect.Parameter.KEYWORD_ONLY, annotation=Verbose, default=False),
         inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, annotation=AsJson, default=False),
         inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, annotation=Debug, default=False),
     ]
@@ -125,6 +141,16 @@ def _share(config: type, facts: dict[str, Any]) -> None:
         for place in groups if len(flag.options) > 1 else []:
             if values:
                 place.setdefault(flag.first.name, values[0])
+
+
+def without_group(config: type, facts: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """Return which flags have no effect, since the group that they belong to is not there; nothing where all have."""
+    unused: dict[str, list[str]] = {}
+    for flag in shared_flags(config):
+        groups = [option.path[0] for option in flag.options]
+        if flag.name in given and flag.first.path[1:] and not any(facts.get(name) for name in groups):
+            unused.setdefault(f"--{groups[0]}", []).append(f"--{flag.name.replace('_', '-')}")
+    return "; ".join(f"{name}: {', '.join(flags)}" for name, flags in unused.items())
 
 
 def _values_of(nested: str, flags: list[Shared], given: Mapping[str, Any]) -> dict[str, Any]:

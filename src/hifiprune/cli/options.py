@@ -1,27 +1,20 @@
 """The command line's options, declared once for all commands."""
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
+from hifiprune.config.groups import mixture
 from hifiprune.errors import UserError
 
 if TYPE_CHECKING:
-    from hifiprune.calibration import Calibration
+    from hifiprune.config.groups import Calibration
     from hifiprune.evaluation.zero_shot_tasks import Tasks
 
-SCORING_FLAGS = (
-    "--criterion", "--recompute", "--keep-graphs", "--alpha", "--temperature", "--light-cut", "--label-samples",
-    "--steps",
-)  # fmt: skip
-TEXT_FLAGS = (
-    "--num-samples", "--seq-len", "--seed", "--sampler", "--text-column", "--batch-size", "--dtype", "--attention",
-)  # fmt: skip
 Model = Annotated[str, Argument(metavar="MODEL", help="Local folder, hub id or .gguf file.")]
-Output = Annotated[str, Option(metavar="PATH", help="What to make; written beside and renamed when whole.")]
+Output = Annotated[str, Option(metavar="PATH", help="Where to write (a new file or folder, whole or not at all).")]
 SOURCES = (
     "Calibration text: .txt, .jsonl, .csv or .parquet file, or one of these as .gz, .bz2, .xz or .zst; a folder of "
     "those, a pipe ('-' is standard input), a hub data set id[:config][:split], "
@@ -113,31 +106,10 @@ Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error."
 
 def drawn_from(words: list[str], *how: Any) -> "Calibration":
     """The `Calibration` that `--calibration` and its companions ask for."""
-    from hifiprune.calibration import Calibration
+    from hifiprune.config.groups import Calibration
 
-    source, mixed = mixture(words)
-    return replace(Calibration(source, *how), mixed=mixed)
-
-
-def mixture(words: list[str]) -> tuple[str, tuple[tuple[str, float], ...]]:
-    """The first source, and the others with their shares: of `a` and `b:0.3`, `("a", (("b", 0.3),))`.
-
-    Sources without a share get equal parts of the rest; where all have one, their shares are relative.
-
-    Raises:
-        UserError: the shares leave nothing for a source.
-    """
-    found = [re.fullmatch(r"(.+):(\d*\.?\d+)", word) for word in words]
-    sources = [match[1] if match else word for word, match in zip(words, found, strict=True)]
-    given = [float(match[2]) if match else None for match in found]
-    total = sum(share for share in given if share is not None)
-    if None not in given and total > 0:
-        shares = [share / total for share in given if share is not None]
-    elif total < 1:
-        shares = [(1 - total) / given.count(None) if share is None else share for share in given]
-    else:
-        raise UserError(f"the shares of --calibration add up to {total:g} and leave nothing for the others")
-    return sources[0], tuple(zip(sources[1:], shares[1:], strict=True))
+    facts: Any = mixture(words)
+    return replace(Calibration(facts["source"], *how), mixed=facts["mixed"])
 
 
 def asked_tasks(names: str | None, path: Path | None, limit: int | None) -> "Tasks | None":

@@ -155,7 +155,7 @@ def recover(
         keep_adapter=keep_adapter,
         resume=resume,
         tracker=tracker,
-        compute=hp.Compute(device, dtype, attention=attention),
+        compute=hp.ComputeConfig(device, dtype, attention=attention),
         shard_size=shard_size,
         overwrite=overwrite,
     )

@@ -104,10 +104,10 @@ def compare(
         drawn_from(calibration, num_samples, seq_len, seed, sampler, text_column),
         plain + cheap,
         seeds=seeds,
-        options=hp.Options(alpha, temperature, light_cut, label_samples),
+        options=hp.CriterionOptions(alpha, temperature, light_cut, label_samples),
         tasks=asked_tasks(tasks, task_path, limit),
         round_to=round_to,
-        compute=hp.Compute(device, dtype, batch_size, recompute, attention),
+        compute=hp.ComputeConfig(device, dtype, batch_size, recompute, attention),
         overwrite=overwrite,
     )
     show(record.to_dict(), as_json, lambda: tables.compared(record, model, local_path(output)))
@@ -148,7 +148,7 @@ def ablate(
         groups=groups,
         group_size=group_size,
         seed=seed,
-        compute=hp.Compute(device, dtype, batch_size, None, attention),
+        compute=hp.ComputeConfig(device, dtype, batch_size, None, attention),
         overwrite=overwrite,
     )
     show(record.to_dict(), as_json, lambda: tables.ablated(record, model, scores))

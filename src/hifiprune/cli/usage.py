@@ -37,7 +37,7 @@ class Command(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         check_numbers(ctx.params)
-        if "quiet" not in ctx.params:
+        if "quiet" not in ctx.params or "config_file" in ctx.params:
             return super().invoke(ctx)
         with speaking(quiet=ctx.params["quiet"], verbose=ctx.params["verbose"]):
             return super().invoke(ctx)

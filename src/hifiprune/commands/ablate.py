@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from hifiprune.bounds import check_numbers
 from hifiprune.commands.prepare import check_tokens, load_hashed, plain_arguments, prepare
-from hifiprune.engine.compute import Compute, estimate_seconds
+from hifiprune.config.groups import ComputeConfig
+from hifiprune.engine.compute import estimate_seconds, limit_batch, resolved_device
 from hifiprune.engine.context import check_windows, frozen, memory_explained
 from hifiprune.engine.hooks import BlockCall
 from hifiprune.engine.lm_head import Head
@@ -49,7 +50,7 @@ def ablate(
     groups: int = 32,
     group_size: int = 32,
     seed: int = 0,
-    compute: Compute = Compute(),
+    compute: ComputeConfig = ComputeConfig(),
     overwrite: bool = False,
 ) -> RunRecord:
     """Remove single neurons and random groups of them, measure the true KL divergence, and rank it against scores.
@@ -91,7 +92,7 @@ def ablate(
     unfinished = Unfinished.beside(target, "ablate")
     trials = sample(next(iter(loaded_scores.values())), neurons, groups, group_size, seed)
     windows = text.held(checkpoint.tokenizer()).windows
-    compute = compute.for_rows(len(windows), "windows")
+    compute = limit_batch(compute, len(windows), "windows")
     check_tokens(checkpoint, windows)
     checkpoint.fetch()
     dense, model_hash = load_hashed(checkpoint, compute, record)
@@ -102,11 +103,11 @@ def ablate(
     known = {trial: unfinished.read_json(path) for trial, path in paths.items()}
     missing = [trial for trial, found in known.items() if found is None]
     tokens = windows.numel() * len(missing)
-    cost = estimate_seconds(dense.config, tokens, windows.shape[1], compute.resolved_device, dense.dtype, backwards=0)
+    cost = estimate_seconds(dense.config, tokens, windows.shape[1], resolved_device(compute), dense.dtype, backwards=0)
     logger.info(
         f"Removing {neurons} single neurons and {groups} groups of {group_size} in turn, {len(missing)} of them still "
         f"to do, on {len(windows)} windows of {windows.shape[1]} tokens: {about(cost)}"
-        f"{condition(compute.resolved_device)}. Interrupted, the same command goes on where it stopped."
+        f"{condition(resolved_device(compute))}. Interrupted, the same command goes on where it stopped."
     )
     with record.stage("ablating"):
         bench = Bench(dense, windows, {layer for layer, _ in trials}, compute.batch_size)

@@ -13,7 +13,8 @@ from typing import Any
 
 from hifiprune.bounds import check_numbers
 from hifiprune.commands.prepare import check_model, plain_arguments
-from hifiprune.engine.compute import Compute
+from hifiprune.config.groups import ComputeConfig
+from hifiprune.engine.compute import resolved_device
 from hifiprune.engine.context import check_names
 from hifiprune.engine.machine import Machine
 from hifiprune.errors import RunError, UserError
@@ -53,7 +54,7 @@ def bench(
     compiled: bool = False,
     output: str | Path | None = None,
     overwrite: bool = False,
-    compute: Compute = Compute(),
+    compute: ComputeConfig = ComputeConfig(),
 ) -> RunRecord:
     """Time prefill and decode, the models in turn, each time in a fresh process.
 
@@ -108,7 +109,7 @@ def bench(
     ]
     logger.info(
         f"Timing {len(names)} models on {how_many(len(workloads), 'workload')} in {how_many(rounds, 'round')}, each "
-        f"time in a fresh process on {compute.resolved_device}; leave the machine alone meanwhile. The time left is "
+        f"time in a fresh process on {resolved_device(compute)}; leave the machine alone meanwhile. The time left is "
         "told as it goes."
     )
     crowd = _crowd(compute)
@@ -143,10 +144,10 @@ def bench(
     return record
 
 
-def _crowd(compute: Compute) -> list[str]:
+def _crowd(compute: ComputeConfig) -> list[str]:
     """Return a warning if other work would disturb the timings."""
     machine = Machine.now()
-    if compute.resolved_device != "cpu" or not machine.busy:
+    if resolved_device(compute) != "cpu" or not machine.busy:
         return []
     return [
         f"The machine was busy before the first timing ({machine}): timings then tell of the other work, not of the "

@@ -10,11 +10,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from hifiprune.bounds import check_numbers
-from hifiprune.calibration import Calibration, load_windows
+from hifiprune.calibration import load_windows
 from hifiprune.commands.compare_plans import Workbench
 from hifiprune.commands.inspect import shape_of
 from hifiprune.commands.prepare import check_tokens, load_hashed, plain_arguments, prepare
-from hifiprune.engine.compute import Compute
+from hifiprune.config.groups import Budget, Calibration, ComputeConfig, CriterionOptions
+from hifiprune.engine.compute import limit_batch
 from hifiprune.errors import UserError
 from hifiprune.evaluation.criteria_comparison import Cell, contrast
 from hifiprune.evaluation.text import Text
@@ -25,12 +26,11 @@ from hifiprune.io.output_paths import exclusive
 from hifiprune.io.resume import Unfinished
 from hifiprune.io.text_files import is_pipe
 from hifiprune.io.text_sources import SELF, text_files
-from hifiprune.plan import Budget
 from hifiprune.progress import labelled
 from hifiprune.pruning.allocate import allocate
 from hifiprune.run_record import RunRecord
 from hifiprune.scores import Scores
-from hifiprune.scoring.criteria import Options, find_criterion
+from hifiprune.scoring.criteria import find_criterion
 from hifiprune.scoring.score import Request
 
 
@@ -44,10 +44,10 @@ def compare(
     texts: Sequence[Text],
     *,
     seeds: int = 3,
-    options: Options | None = None,
+    options: CriterionOptions | None = None,
     tasks: Tasks | None = None,
     round_to: int = 128,
-    compute: Compute = Compute(),
+    compute: ComputeConfig = ComputeConfig(),
     overwrite: bool = False,
 ) -> RunRecord:
     """Prune by every criterion, at every ratio, with several draws of the calibration windows, and measure.
@@ -103,7 +103,7 @@ def compare(
         held = [text.held(tokenizer) for text in texts]
         drawn = [] if calibration.source == SELF else [load_windows(draw, tokenizer) for draw in draws]
     most = max(calibration.num_samples, *(len(text.windows) for text in held))
-    compute = compute.for_rows(most, "windows")
+    compute = limit_batch(compute, most, "windows")
     check_tokens(checkpoint, *drawn, *(text.windows for text in held))
     checkpoint.fetch()
     loaded, model_hash = load_hashed(checkpoint, compute, record)
@@ -158,10 +158,10 @@ def _label(criterion: str, ratio: float) -> str:
 
 
 def _requests(
-    criteria: Sequence[str], ratios: Sequence[float], options: Options | None, seed: int
+    criteria: Sequence[str], ratios: Sequence[float], options: CriterionOptions | None, seed: int
 ) -> dict[str, Request]:
-    def settled(ratio: float) -> Options:
-        return replace(options or Options(), seed=seed).for_ratio(ratio)
+    def settled(ratio: float) -> CriterionOptions:
+        return replace(options or CriterionOptions(), seed=seed).for_ratio(ratio)
 
     return {_label(name, ratio): (name, settled(ratio)) for ratio in ratios for name in criteria}
 

@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from hifiprune.calibration import Calibration, sample_windows
+from hifiprune.calibration import sample_windows
 from hifiprune.commands.cost_model import Estimator
 from hifiprune.commands.messages import announce_scoring
-from hifiprune.engine.compute import Compute, estimate_seconds
+from hifiprune.config.groups import Calibration, ComputeConfig
+from hifiprune.engine.compute import estimate_seconds, resolved_device
 from hifiprune.engine.machine import condition
 from hifiprune.engine.temporary_cut import cut
 from hifiprune.evaluation.criteria_comparison import Measured
@@ -55,7 +56,7 @@ class Workbench:
     model_hash: str
     tokenizer: PreTrainedTokenizerBase
     unfinished: Unfinished
-    compute: Compute
+    compute: ComputeConfig
 
     def sample(self, calibration: Calibration) -> Int[Tensor, "windows positions"]:
         """Calibration windows that the model itself writes, unless they are there from before."""
@@ -127,7 +128,7 @@ class Workbench:
         tasks = " and the time of the tasks" if any(isinstance(each, Tasks) for each in what) else ""
         logger.info(
             f"Measuring: {len(todo)} of {len(wanted)} measurements are to be made, {about(seconds)}{tasks}"
-            f"{condition(self.compute.resolved_device)}. Interrupted, the same command goes on where it stopped."
+            f"{condition(resolved_device(self.compute))}. Interrupted, the same command goes on where it stopped."
         )
         references = {
             source: Reference.of(self.model, texts[source].windows, self.compute.batch_size)
@@ -168,7 +169,7 @@ class Workbench:
 
     def _seconds(self, text: Held) -> float:
         """Rough time of a measurement: a forward pass, and with every metric about half as much again."""
-        windows, device = text.windows, self.compute.resolved_device
+        windows, device = text.windows, resolved_device(self.compute)
         passes = estimate_seconds(
             self.model.config, windows.numel(), windows.shape[1], device, self.model.dtype, backwards=0
         )

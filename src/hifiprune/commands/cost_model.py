@@ -14,7 +14,8 @@ from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune.engine.compute import Compute, product_speed
+from hifiprune.config.groups import ComputeConfig
+from hifiprune.engine.compute import compute_dtype, product_speed, resolved_device
 from hifiprune.engine.context import frozen, memory_explained
 from hifiprune.engine.hooks import Seen
 from hifiprune.engine.lm_head import rows_of_slice
@@ -94,9 +95,9 @@ class Estimator:
         loaded: whether they are in memory already.
     """
 
-    def __init__(self, checkpoint: Checkpoint, compute: Compute, *, streamed: bool = False, loaded: bool = False):
+    def __init__(self, checkpoint: Checkpoint, compute: ComputeConfig, *, streamed: bool = False, loaded: bool = False):
         self.checkpoint, self.compute, self.streamed = checkpoint, compute, streamed
-        self.dtype, self.device = compute.dtype_for(checkpoint), torch.device(compute.resolved_device)
+        self.dtype, self.device = compute_dtype(compute, checkpoint), torch.device(resolved_device(compute))
         skeleton: Any = checkpoint.skeleton()
         self.skeleton: PreTrainedModel = skeleton.to(self.dtype)
         self.config = self.skeleton.config.get_text_config()

@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from hifiprune.calibration import Calibration
 from hifiprune.commands import evaluate, prune
+from hifiprune.config.groups import Budget, Calibration
+from hifiprune.config.prune import PruneConfig
 from hifiprune.errors import RunError, UserError
 from hifiprune.io.atomic import local_path, replacing
 from hifiprune.io.output_paths import claim, exclusive
 from hifiprune.io.processes import run_program
 from hifiprune.io.text_sources import python_docs
 from hifiprune.models.checkpoint import find_checkpoint
-from hifiprune.plan import Budget
 from hifiprune.progress import logger
 from hifiprune.reports.card_metadata import CARD
 from hifiprune.run_record import RunRecord
@@ -138,7 +138,7 @@ def run(
     calibration_text, evaluation_text = write_texts(output)
     calibration = Calibration(str(calibration_text), num_samples, seq_len, sampler="stream")
     after = str(output / "pruned")
-    pruning = prune.prune(dense, after, Budget(ratio=0.2), calibration, overwrite=True)
+    pruning = prune.prune(dense, after, PruneConfig(Budget(ratio=0.2), calibration, overwrite=True))
     evaluation = evaluate.evaluate(
         after,
         str(evaluation_text),

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hifiprune.commands.prepare import check_model, check_tokens, load_hashed, plain_arguments
-from hifiprune.engine.compute import Compute, estimate_seconds
+from hifiprune.config.groups import ComputeConfig
+from hifiprune.engine.compute import compute_dtype, estimate_seconds, limit_batch, resolved_device
 from hifiprune.engine.context import check_names
 from hifiprune.engine.machine import condition
 from hifiprune.errors import UserError
@@ -53,7 +54,7 @@ def evaluate(
     output: str | Path | None = None,
     overwrite: bool = False,
     card: bool = False,
-    compute: Compute = Compute(),
+    compute: ComputeConfig = ComputeConfig(),
 ) -> RunRecord:
     """Perplexity of checkpoints on a text, their fidelity to the dense one `against`, and their zero-shot accuracy.
 
@@ -116,7 +117,7 @@ def evaluate(
     exams = {name: Exam(replace(tasks, names=(name,))) for name in tasks.names} if tasks else {}
     prompts = max((len(exam.prompts) for exam in exams.values()), default=0)
     rows = max(len(windows) if windows is not None else 1, -(-prompts // PROMPTS))
-    compute = compute.for_rows(rows, "windows, or groups of prompts" if prompts else "windows")
+    compute = limit_batch(compute, rows, "windows, or groups of prompts" if prompts else "windows")
     for checkpoint in everyone:
         checkpoint.fetch()
     bench = Bench(windows, exams, compute, record, unfinished)
@@ -139,7 +140,7 @@ def evaluate(
     return record
 
 
-def _check_asked(text: str | None, tasks: Tasks | None, compute: Compute) -> None:
+def _check_asked(text: str | None, tasks: Tasks | None, compute: ComputeConfig) -> None:
     if text is None and tasks is None:
         raise UserError("there is nothing to measure: give --text, --tasks or both")
     if tasks and compute.stream:
@@ -167,7 +168,7 @@ class Bench:
 
     windows: Int[Tensor, "windows positions"] | None
     exams: dict[str, Exam]
-    compute: Compute
+    compute: ComputeConfig
     record: RunRecord
     unfinished: Unfinished | None
     dense: PreTrainedModel | None = None
@@ -238,7 +239,7 @@ class Bench:
             lengths = [len(ids) for ids in first.tokenizer()(some).input_ids]
             tokens += len(prompts) * sum(lengths) // len(lengths)
             what.append(f"{len(prompts):,} prompts of {len(self.exams)} tasks")
-        dtype, device = self.compute.dtype_for(first), self.compute.resolved_device
+        dtype, device = compute_dtype(self.compute, first), resolved_device(self.compute)
         seconds = count * estimate_seconds(first.config(), tokens, 512, device, dtype, backwards=0)
         models = how_many(count, "model")
         return f"Measuring {models} on {' and '.join(what)}: {about(seconds)}{condition(device)}."

@@ -4,12 +4,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from hifiprune.config.groups import Budget
 from hifiprune.deployment.compatibility import deployment
 from hifiprune.errors import UserError
 from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.models.lineage import dense_of, record_of
 from hifiprune.models.mlp import count_parameters, find_mlps
-from hifiprune.plan import Budget, Shape
+from hifiprune.plan import Shape
 
 
 def inspect(model: str, *, deploy: bool = False) -> dict[str, Any]:

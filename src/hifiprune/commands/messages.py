@@ -9,20 +9,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from hifiprune.calibration import Calibration
 from hifiprune.commands.cost_model import Cost, Estimator, total_disk
+from hifiprune.config.groups import AllocationConfig, Budget, Calibration, ComputeConfig, CriterionOptions
+from hifiprune.config.prune import PruneConfig
 from hifiprune.deployment.engines import K_BLOCK
-from hifiprune.engine.compute import Compute, estimate_seconds
+from hifiprune.engine.compute import estimate_seconds, resolved_device
 from hifiprune.engine.machine import condition
 from hifiprune.io.atomic import disk_size
 from hifiprune.io.distributed import processes
 from hifiprune.io.tokenization import special_tokens
-from hifiprune.plan import EXPERT, Budget, Shape
+from hifiprune.plan import EXPERT, Shape
 from hifiprune.progress import about, logger, note
-from hifiprune.pruning.allocate import Sharing
-from hifiprune.pruning.iterative import Course
 from hifiprune.scores import Scores
-from hifiprune.scoring.criteria import CRITERIA, Options, find_criterion
+from hifiprune.scoring.criteria import CRITERIA, find_criterion
 from hifiprune.scoring.score import Request, count_passes
 
 
@@ -37,9 +36,9 @@ def announce_plan(budget: Budget, shape: Shape, width: int, round_to: int, alloc
     return f"Plan: asked {asked}; width {shape.neurons} -> {width}, a multiple of {round_to}, removes {reached}."
 
 
-def remark_on_blocks(budget: Budget, shape: Shape, width: int, sharing: Sharing) -> None:
+def remark_on_blocks(budget: Budget, shape: Shape, width: int, allocation: AllocationConfig) -> None:
     """Say where k-quants took the dense model's width and will not take the one that all MLPs get."""
-    if sharing.allocation != "uniform" or shape.neurons % K_BLOCK or not width % K_BLOCK:
+    if allocation.method != "uniform" or shape.neurons % K_BLOCK or not width % K_BLOCK:
         return  # widths that differ are not for llama.cpp at all
     flag, best = ("--width", width // K_BLOCK * K_BLOCK) if budget.width else ("--round-to", K_BLOCK)
     remedy = f"; {flag} {best} spares it" if width > K_BLOCK else ""
@@ -73,10 +72,10 @@ def announce_costs(costs: Sequence[Cost], device: torch.device) -> str:
     return f"In all {about(seconds)}, {memory / 1e9:.1f} GB of memory{each}{written}{condition(device)}."
 
 
-def announce_course(course: Course) -> str:
-    """How much longer scoring in steps will take."""
-    also = f", and {course.steps - 1} repairs" if course.repair else ""
-    return f"That {course.steps} times, on models that are smaller each time{also}."
+def announce_steps(steps: int, *, repairs: bool) -> str:
+    """Return how much longer scoring in steps will take."""
+    also = f", and {steps - 1} repairs" if repairs else ""
+    return f"That {steps} times, on models that are smaller each time{also}."
 
 
 def announce_repair(windows: Int[Tensor, "windows positions"], width: int, estimator: Estimator) -> str:
@@ -89,10 +88,10 @@ def announce_repair(windows: Int[Tensor, "windows positions"], width: int, estim
 
 
 def announce_search(
-    model: PreTrainedModel, windows: Int[Tensor, "windows positions"], trials: int, compute: Compute
+    model: PreTrainedModel, windows: Int[Tensor, "windows positions"], trials: int, compute: ComputeConfig
 ) -> str:
     """What a search for widths will cost: a forward pass a trial, and half as much again for the metrics."""
-    device = compute.resolved_device
+    device = resolved_device(compute)
     one = estimate_seconds(model.config, windows.numel(), windows.shape[1], device, model.dtype, backwards=0)
     return (
         f"Searching for widths by {trials} trials on {len(windows)} windows of {windows.shape[1]} tokens: "
@@ -103,16 +102,16 @@ def announce_search(
 def remark_on_options(scores: Scores | None, ratio: float) -> None:
     """Say where scores that were made before have other options than the papers' at this ratio."""
     made = scores.settings.get("options", {}) if scores else {}
-    papers = {name: value for name, value in asdict(Options().for_ratio(ratio)).items() if name in made}
+    papers = {name: value for name, value in asdict(CriterionOptions().for_ratio(ratio)).items() if name in made}
     differing = [name for name in ("alpha", "temperature") if name in made and made[name] != papers[name]]
     for name in differing:
         note(f"The scores were made with {name} {made[name]:g}; the papers use {papers[name]:g} near this ratio.")
 
 
-def remark_on_scale(scores: Scores, sharing: Sharing) -> None:
+def remark_on_scale(scores: Scores, allocation: AllocationConfig) -> None:
     """Say where one threshold is laid over scores that cannot be compared from layer to layer."""
     known = CRITERIA.get(scores.criterion)
-    if sharing.allocation == "global" and known and not known.across_layers:
+    if allocation.method == "global" and known and not known.across_layers:
         logger.warning(
             f"Scores by '{scores.criterion}' are not on one scale in all layers; widths by them mean little."
         )
@@ -138,15 +137,29 @@ def remark_on_unseen(scores: Scores) -> None:
         )
 
 
-def remark_on_unused(options: Options | None, criterion: str, sharing: Sharing) -> None:
-    """Say which settings have no effect, of those that are not what they would be anyway."""
+def remark_on_unused(options: CriterionOptions | None, criterion: str, allocation: AllocationConfig) -> None:
+    """Say which options have no effect, of those that are not what they would be anyway."""
     unused = []
     if options:
         others = [name for name in asdict(options) if name not in (*find_criterion(criterion).options, "seed")]
-        unused += [name for name in others if getattr(options, name) != getattr(Options(), name)]
+        unused += [name for name in others if getattr(options, name) != getattr(CriterionOptions(), name)]
     for name, where in (("floor", ("global", "searched")), ("trials", ("searched",))):
-        if sharing.allocation not in where and getattr(sharing, name) != getattr(Sharing(), name):
+        if allocation.method not in where and getattr(allocation, name) != getattr(AllocationConfig(), name):
             unused.append(name)
     if unused:
         names = ", ".join(name.replace("_", "-") for name in unused)
-        note(f"Without effect with criterion '{criterion}' and {sharing.allocation} allocation: {names}.")
+        note(f"Without effect with criterion '{criterion}' and {allocation.method} allocation: {names}.")
+
+
+def remark_on_ignored(config: PruneConfig) -> None:
+    """Say which options scores that were made before leave without effect, of those that are not the default."""
+    settings = asdict(config.options or CriterionOptions()) | {"recompute": config.compute.recompute}
+    usual = asdict(CriterionOptions()) | {"recompute": None}
+    if config.calibration:
+        del settings["seed"]
+    else:
+        settings |= {name: getattr(config.compute, name) for name in ("batch_size", "dtype", "attention")}
+        usual |= {name: getattr(ComputeConfig(), name) for name in ("batch_size", "dtype", "attention")}
+    ignored = [f"--{name.replace('_', '-')} {value}" for name, value in settings.items() if value != usual[name]]
+    if ignored:
+        note(f"Ignored, since the --scores were made before: {', '.join(ignored)}.")

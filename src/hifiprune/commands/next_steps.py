@@ -10,11 +10,11 @@ from shutil import which
 from typing import Any
 
 from hifiprune.commands.inspect import shape_of
+from hifiprune.config.groups import Budget
 from hifiprune.errors import HifipruneError
 from hifiprune.io.atomic import local_path
 from hifiprune.io.text_sources import PYTHON_DOCS, SELF
 from hifiprune.models.checkpoint import find_checkpoint
-from hifiprune.plan import Budget
 from hifiprune.progress import console
 
 NAME = "hifiprune"

@@ -1,15 +1,29 @@
-"""What is asked of `score` and `prune`: settled, and checked before the work begins."""
+"""What is asked of `prune`: settled, and checked before the work begins."""
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from hifiprune.calibration import Calibration
 from hifiprune.commands.inspect import shape_of
-from hifiprune.commands.presets import Preset, settle
-from hifiprune.errors import UserError, unknown
+from hifiprune.commands.job import PruneJob
+from hifiprune.commands.messages import (
+    announce_plan,
+    remark_on_blocks,
+    remark_on_ignored,
+    remark_on_options,
+    remark_on_unused,
+)
+from hifiprune.commands.prepare import prepare
+from hifiprune.commands.score import batches_of, check_data, check_resident, options_of
+from hifiprune.config.files import to_dict
+from hifiprune.config.groups import Calibration
+from hifiprune.config.presets import PRESETS, Preset, settle
+from hifiprune.config.prune import PruneConfig
+from hifiprune.errors import UserError
+from hifiprune.io.atomic import check_shard_size, check_space
+from hifiprune.io.resume import Unfinished
 from hifiprune.io.text_sources import SELF
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.detect import family_of
@@ -18,28 +32,178 @@ from hifiprune.plan import Shape
 from hifiprune.progress import note
 from hifiprune.pruning.allocate import allocate
 from hifiprune.pruning.cut import require_bias
-from hifiprune.pruning.iterative import Course
+from hifiprune.reports.model_card import describe_base
+from hifiprune.run_record import RunRecord
 from hifiprune.scores import Scores
 from hifiprune.scoring.criteria import find_criterion
 from hifiprune.scoring.early_stopping import Stability
-from hifiprune.scoring.load_scores import check_layout
-
-REPAIRS = ("none", "ridge")
+from hifiprune.scoring.load_scores import check_layout, load_scores
 
 
-def kept_resident(calibration: Calibration | None, course: Course | None = None, compensate: bool = False) -> str:
-    """What of this is done with weights in memory only."""
+def resolve(model: str, output: str | Path, config: PruneConfig, scores: Scores | None = None) -> PruneJob:
+    """Settle all that is left open, and check everything that can be checked before weights are loaded.
+
+    Args:
+        model: local folder, hub id or GGUF file.
+        output: folder to be made.
+        config: options.
+        scores: scores of the model, in place of the file that the options name.
+
+    Raises:
+        UserError: something asked for cannot be done.
+    """
+    if scores is None and config.scores:
+        scores = load_scores(config.scores)
+    asked_system = settle_system(config, scored=scores is not None)
+    calibration = text_for(asked_system, config, scored=scores is not None)
+    system = scored_by(scores, asked_system, config) if scores else asked_system
+    check_steps(config.steps, scores, calibration)
+    stability = stability_of(config, system, scored=scores is not None)
+    options = options_of(replace(config, calibration=calibration))
+    settled = replace(
+        config,
+        calibration=calibration,
+        criterion=system.criterion,
+        repair=system.repair,
+        round_to=system.round_to,
+        options=options,
+    )
+    remark_on_unused(None if scores else options, system.criterion, config.allocation)
+    if scores:
+        remark_on_ignored(settled)
+    check_shard_size(config.shard_size)
+    record = RunRecord("prune", {"model": model, "output": str(output), **to_dict(settled)})
+    checkpoint, target, skeleton = prepare(
+        model, output, [calibration], [config.scores], compute=config.compute, folder=True, overwrite=config.overwrite
+    )
+    if config.bias_compensation:
+        check_compensation(checkpoint, scores, system.criterion)
+    base = describe_base(checkpoint)
+    shape, width = width_for(skeleton, config, system, scores)
+    check_space(target, int(checkpoint.dtype().itemsize * shape.total_parameters * (1 - shape.ratio_at(width))))
+    note(announce_plan(config.budget, shape, width, system.round_to, config.allocation.method))
+    remark_on_blocks(config.budget, shape, width, config.allocation)
+    ratio = config.budget.ratio or shape.ratio_at(width)
+    remark_on_options(scores, ratio)
+    resident = resident_for(config, calibration)
+    check_resident(resident, config.compute)
+    return PruneJob(
+        checkpoint=checkpoint,
+        target=target,
+        calibration=calibration,
+        compute=batches_of(config.compute, calibration),
+        record=record,
+        unfinished=Unfinished.beside(target, "prune"),
+        resident=resident,
+        request=None if scores else (system.criterion, options.for_ratio(ratio)),
+        stability=stability,
+        config=settled,
+        system=system,
+        shape=shape,
+        width=width,
+        scores=scores,
+        base=base,
+    )
+
+
+def settle_system(config: PruneConfig, *, scored: bool) -> Preset:
+    """Return what the preset, and what is given in place of its parts, come to with this text."""
+    repair = config.repair
+    if repair is None and (config.calibration is None or config.bias_compensation):
+        repair = "none"  # the default gives way
+        if config.calibration is None and PRESETS[config.preset].repair != "none":
+            note("Without --calibration there is no text to repair with: the cut stays a plain one.")
+    system = settle(
+        config.preset,
+        criterion=config.criterion,
+        repair=repair,
+        round_to=config.round_to,
+        uniform=config.allocation.method == "uniform",
+    )
+    check_texts(system, config, scored=scored)
+    return system
+
+
+def check_texts(system: Preset, config: PruneConfig, *, scored: bool) -> None:
+    """Check that there is a text for each step that reads one, and a use for the one that is given."""
+    calibration, repairs = config.calibration, system.repair != "none"
+    fits = repairs or config.allocation.method == "searched"
+    if not scored:
+        check_data(system.criterion, calibration)
+    elif calibration and not fits:
+        raise UserError("give one of --calibration and --scores, not both; both only to repair or search")
+    if repairs and calibration and calibration.num_samples < 2:
+        raise UserError("repair needs at least 2 windows, of which it holds one out: --num-samples 2, or --repair none")
+    if repairs and calibration is None:
+        raise UserError("repair needs text to fit to: give --calibration, or --repair none")
+    if fits and calibration is None:
+        raise UserError("a search for widths needs text to measure on: give --calibration, or another --allocation")
+    if repairs and config.bias_compensation:
+        raise UserError("repair refits biases itself: give one of --repair and --bias-compensation, not both")
+
+
+def text_for(system: Preset, config: PruneConfig, *, scored: bool) -> Calibration | None:
+    """Return the text with windows begun as the system's are, if anything reads it; tell where nothing does."""
+    scores_text = find_criterion(system.criterion).statistic is not None
+    read = scored or scores_text or system.repair != "none" or config.allocation.method == "searched"
+    if config.calibration and not read:
+        note(f"Criterion '{system.criterion}' needs no text and nothing is repaired: the text is not read.")
+        return None
+    return config.calibration and replace(config.calibration, bos=config.calibration.bos and system.bos)
+
+
+def scored_by(scores: Scores, system: Preset, config: PruneConfig) -> Preset:
+    """Return the same with scores that were made before, which a criterion that was asked for must have made.
+
+    Raises:
+        UserError: another criterion made them.
+    """
+    if (config.criterion or config.preset != "default") and scores.criterion != system.criterion:
+        raise UserError(
+            f"the scores were made by '{scores.criterion}', and '{system.criterion}' is asked for: leave out --scores, "
+            "or --criterion and --preset"
+        )
+    return replace(system, criterion=scores.criterion)
+
+
+def check_steps(steps: int, scores: Scores | None, calibration: Calibration | None) -> None:
+    """Refuse steps that have nothing to score on."""
+    if steps > 1 and scores:
+        raise UserError(f"{steps} steps score the model anew: leave out --scores")
+    if steps > 1 and calibration is None:
+        raise UserError(f"{steps} steps need text to score on anew: give --calibration")
+
+
+def stability_of(config: PruneConfig, system: Preset, *, scored: bool) -> Stability | None:
+    """Return what ends scoring early, where that is asked for; widths to be searched are judged by one threshold."""
+    if config.until_stable is None:
+        return None
+    if scored or config.steps > 1:
+        raise UserError("until-stable is for one scoring of the model: leave it out, or --scores and --steps")
+    allocation = config.allocation
+    if allocation.method == "searched":
+        allocation = replace(allocation, method="global")
+    select = partial(allocate, budget=config.budget, round_to=system.round_to, allocation=allocation)
+    stability = Stability(config.until_stable, select)
+    stability.check([system.criterion])
+    return stability
+
+
+def resident_for(config: PruneConfig, calibration: Calibration | None) -> str:
+    """Return what of this is done with weights in memory only, if anything is."""
     if calibration and any(part.source == SELF for part in calibration.parts):
         return "text is sampled from the model"
-    if course and course.sharing.allocation == "searched":
+    if config.allocation.method == "searched":
         return "widths are searched"
-    if course and course.steps > 1:
+    if config.steps > 1:
         return "models are scored in steps"
-    return "biases are compensated" if compensate else ""
+    return "biases are compensated" if config.bias_compensation else ""
 
 
-def width_for(skeleton: PreTrainedModel, course: Course, scores: Scores | None) -> tuple[Shape, int]:
-    """The sizes of a model, and the width of its MLPs, or of most of them.
+def width_for(
+    skeleton: PreTrainedModel, config: PruneConfig, system: Preset, scores: Scores | None
+) -> tuple[Shape, int]:
+    """Return the sizes of a model, and the width of its MLPs, or of most of them.
 
     Raises:
         UserError: the budget cannot be met, the widths could not be saved, steps would remove nothing, or scores made
@@ -49,20 +213,14 @@ def width_for(skeleton: PreTrainedModel, course: Course, scores: Scores | None) 
         scores.require_finite()
         check_layout(scores, skeleton)
     shape = shape_of(skeleton)
-    width = shape.width_at(course.budget, course.round_to)
-    shape.check_experts(course.sharing.allocation, width)
-    if course.steps > shape.neurons - width:
+    width = shape.width_at(config.budget, system.round_to)
+    shape.check_experts(config.allocation.method, width)
+    if config.steps > shape.neurons - width:
         most = shape.neurons - width
-        raise UserError(f"steps {course.steps} must be at most {most}: that many neurons of each MLP go, one a step")
-    if course.sharing.allocation != "uniform" and (reason := family_of(skeleton.config).one_width):
+        raise UserError(f"steps {config.steps} must be at most {most}: that many neurons of each MLP go, one a step")
+    if config.allocation.method != "uniform" and (reason := family_of(skeleton.config).one_width):
         raise UserError(f"{reason}: --allocation uniform")
     return shape, width
-
-
-def check_data(criterion: str, calibration: Calibration | None) -> None:
-    """Refuse a criterion that reads text where there is none."""
-    if find_criterion(criterion).statistic and calibration is None:
-        raise UserError(f"criterion '{criterion}' needs data: give --calibration, or --scores made before")
 
 
 def check_compensation(checkpoint: Checkpoint, scores: Scores | None, criterion: str) -> None:
@@ -70,86 +228,3 @@ def check_compensation(checkpoint: Checkpoint, scores: Scores | None, criterion:
     require_bias(find_mlps(checkpoint.skeleton()))
     if not (scores.means if scores else find_criterion(criterion).collects_means):
         raise UserError(f"criterion '{criterion}' has no mean activations for biases; use flap")
-
-
-def settle_system(
-    preset: str,
-    asked: dict[str, Any],
-    calibration: Calibration | None,
-    *,
-    scored: bool,
-    bias_compensation: bool,
-) -> Preset:
-    """What a preset, and what is asked for in place of its parts, come to with this text."""
-    if asked["repair"] is None and (calibration is None or bias_compensation):
-        asked = asked | {"repair": "none"}  # the default gives way
-        if calibration is None and settle(preset).repair != "none":
-            note("Without --calibration there is no text to repair with: the cut stays a plain one.")
-    system = settle(preset, **asked)
-    check_texts(system, calibration, scored=scored, bias_compensation=bias_compensation)
-    return system
-
-
-def text_for(system: Preset, calibration: Calibration | None, *, scored: bool) -> Calibration | None:
-    """The calibration, its windows begun as the system's are, if anything is to be read; says where nothing is."""
-    if calibration and not scored and not reads_text(system):
-        note(f"Criterion '{system.criterion}' needs no text and nothing is repaired: the text is not read.")
-        return None
-    return calibration and replace(calibration, bos=calibration.bos and system.bos)
-
-
-def scored_by(scores: Scores, system: Preset, *, asked: bool) -> Preset:
-    """The same with scores that were made before, which a criterion that was asked for must have made."""
-    if asked and scores.criterion != system.criterion:
-        raise UserError(
-            f"the scores were made by '{scores.criterion}', and '{system.criterion}' is asked for: leave out --scores, "
-            "or --criterion and --preset"
-        )
-    return replace(system, criterion=scores.criterion)
-
-
-def check_texts(system: Preset, calibration: Calibration | None, *, scored: bool, bias_compensation: bool) -> None:
-    """Whether there is a text for each step that reads one, and a use for the one that is given."""
-    if system.repair not in REPAIRS:
-        raise unknown("repair", system.repair, REPAIRS)
-    fits = system.repair != "none" or system.allocation == "searched"
-    if not scored:
-        check_data(system.criterion, calibration)
-    elif calibration and not fits:
-        raise UserError("give one of --calibration and --scores, not both; both only to repair or search")
-    if system.repair != "none" and calibration and calibration.num_samples < 2:
-        raise UserError("repair needs at least 2 windows, of which it holds one out: --num-samples 2, or --repair none")
-    if system.repair != "none" and calibration is None:
-        raise UserError("repair needs text to fit to: give --calibration, or --repair none")
-    if fits and calibration is None:
-        raise UserError("a search for widths needs text to measure on: give --calibration, or another --allocation")
-    if system.repair != "none" and bias_compensation:
-        raise UserError("repair refits biases itself: give one of --repair and --bias-compensation, not both")
-
-
-def reads_text(system: Preset) -> bool:
-    """Whether anything that is to be done reads the calibration text."""
-    needs_data = find_criterion(system.criterion).statistic is not None
-    return needs_data or system.repair != "none" or system.allocation == "searched"
-
-
-def check_steps(course: Course, scores: Scores | None, calibration: Calibration | None) -> None:
-    """Refuse steps that have nothing to score on."""
-    if course.steps > 1 and scores:
-        raise UserError(f"{course.steps} steps score the model anew: leave out --scores")
-    if course.steps > 1 and calibration is None:
-        raise UserError(f"{course.steps} steps need text to score on anew: give --calibration")
-
-
-def stability_of(wanted: float | None, course: Course, criterion: str, *, scored: bool) -> Stability | None:
-    """What ends scoring early, where that is asked for; widths that will be searched are judged by one threshold."""
-    if wanted is None:
-        return None
-    if scored or course.steps > 1:
-        raise UserError("until-stable is for one scoring of the model: leave it out, or --scores and --steps")
-    sharing = (
-        replace(course.sharing, allocation="global") if course.sharing.allocation == "searched" else course.sharing
-    )
-    stability = Stability(wanted, partial(allocate, budget=course.budget, round_to=course.round_to, sharing=sharing))
-    stability.check([criterion])
-    return stability

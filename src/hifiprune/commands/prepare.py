@@ -10,8 +10,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune.calibration import Calibration, check_source, start_token
-from hifiprune.engine.compute import Compute
+from hifiprune.calibration import check_source, start_token
+from hifiprune.config.groups import Calibration, ComputeConfig
+from hifiprune.engine.compute import check_compute, compute_dtype, resolved_device
 from hifiprune.engine.context import check_vocabulary
 from hifiprune.engine.offload import stream
 from hifiprune.engine.spill import Scratch
@@ -39,7 +40,7 @@ def prepare(
     sources: Sequence[Calibration | Text | None],
     files: Sequence[str | Path | None] = (),
     *,
-    compute: Compute,
+    compute: ComputeConfig,
     folder: bool,
     overwrite: bool,
 ) -> tuple[Checkpoint, Path, PreTrainedModel]:
@@ -60,14 +61,16 @@ def prepare(
     Raises:
         UserError: one of these cannot be used.
     """
+    check_compute(compute)
     checkpoint = find_checkpoint(model)
     inputs = [*read_with(checkpoint), *(each.source for source in sources for each in _parts(source)), *files]
     target = check_target(output, folder=folder, overwrite=overwrite, inputs=inputs)
     return checkpoint, target, check_model(checkpoint, compute, *sources)
 
 
-def check_model(checkpoint: Checkpoint, compute: Compute, *sources: Calibration | Text | None) -> PreTrainedModel:
+def check_model(checkpoint: Checkpoint, compute: ComputeConfig, *sources: Calibration | Text | None) -> PreTrainedModel:
     """Check family, layout, attention, and that sources are there and fit its positions; returns its skeleton."""
+    check_compute(compute)
     skeleton = checkpoint.skeleton()
     find_mlps(skeleton)
     if compute.attention:
@@ -101,7 +104,7 @@ def _parts(source: Calibration | Text | None) -> Sequence[Calibration | Text]:
 
 def load_hashed(
     checkpoint: Checkpoint,
-    compute: Compute,
+    compute: ComputeConfig,
     record: RunRecord,
     dtype: torch.dtype | None = None,
     *,
@@ -113,7 +116,7 @@ def load_hashed(
 
     Where it may stream, the model is a streamed one if `streams` says so. A hash that is known is not computed again.
     """
-    dtype, device = dtype or compute.dtype_for(checkpoint), compute.resolved_device
+    dtype, device = dtype or compute_dtype(compute, checkpoint), resolved_device(compute)
     with record.stage(stage):
         checkpoint.fetch()
         plainly = stored_plainly(checkpoint)
@@ -122,7 +125,7 @@ def load_hashed(
                 needed, free = _needed_and_free(checkpoint, compute, dtype)
                 logger.info(
                     f"The weights take {needed / 1e9:.1f} GB in {dtype}, and {free / 1e9:.1f} GB are free on "
-                    f"{compute.resolved_device}: each block's are read from the disk when it runs (--stream)."
+                    f"{resolved_device(compute)}: each block's are read from the disk when it runs (--stream)."
                 )
             scratch = Scratch(compute.scratch) if compute.scratch else None
             return stream(checkpoint, dtype, device, compute.attention, scratch), model_hash or hash_stored(checkpoint)
@@ -138,7 +141,7 @@ def load_hashed(
     return model, model_hash
 
 
-def streams(checkpoint: Checkpoint, compute: Compute, dtype: torch.dtype) -> bool:
+def streams(checkpoint: Checkpoint, compute: ComputeConfig, dtype: torch.dtype) -> bool:
     """Whether weights stay on the disk: as was asked for, or where they would not fit into the memory that is free.
 
     Weights that are not on this disk yet are taken to be stored plainly.
@@ -165,10 +168,10 @@ def streams(checkpoint: Checkpoint, compute: Compute, dtype: torch.dtype) -> boo
     return plainly and needed >= FITS * free
 
 
-def _needed_and_free(checkpoint: Checkpoint, compute: Compute, dtype: torch.dtype) -> tuple[int, int]:
+def _needed_and_free(checkpoint: Checkpoint, compute: ComputeConfig, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes that the weights take in a dtype, and that are free on the device."""
     needed = count_parameters(checkpoint.skeleton()) * dtype.itemsize
-    return needed, free_bytes(torch.device(compute.resolved_device))
+    return needed, free_bytes(torch.device(resolved_device(compute)))
 
 
 def plain_arguments(**values: Any) -> dict[str, Any]:

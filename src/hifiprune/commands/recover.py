@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, TrainerState, set_seed
 
 from hifiprune.commands.prepare import load_hashed, plain_arguments, prepare
 from hifiprune.commands.recover_preflight import check_compute, check_purpose, check_tracker, find_dense, needed_bytes
-from hifiprune.engine.compute import Compute, estimate_seconds, load
+from hifiprune.config.groups import ComputeConfig
+from hifiprune.engine.compute import compute_dtype, estimate_seconds, load, resolved_device
 from hifiprune.engine.context import memory_explained
 from hifiprune.engine.machine import condition
 from hifiprune.errors import RunError, UserError
@@ -59,7 +60,7 @@ def recover(
     keep_adapter: bool = False,
     resume: bool = False,
     tracker: str = "none",
-    compute: Compute = Compute(),
+    compute: ComputeConfig = ComputeConfig(),
     shard_size: str = "5GB",
     overwrite: bool = False,
 ) -> RunRecord:
@@ -175,7 +176,7 @@ class Job:
     teacher: str | None
     target: Path
     training: Training
-    compute: Compute
+    compute: ComputeConfig
     record: RunRecord
     unfinished: Unfinished
     tracker: str
@@ -221,7 +222,7 @@ class Job:
         watch = Watch(self.limit, _tokens_per_step(training), state)
         kernel = SoftLabels(training.distill_weight, training.temperature)
         loss = sliced_loss(student, kernel, guide, match_hidden=training.match_hidden)
-        device = compute.resolved_device
+        device = resolved_device(compute)
         with self.record.stage("training"), loss, _explained(student, training, folder):
             trainer = train(trained, training, taught, held, folder, watch, device=device, tracker=self.tracker)
             weights = gathered(trainer)
@@ -265,10 +266,10 @@ def _explained(model: PreTrainedModel, training: Training, folder: Path) -> Iter
         raise RunError(f"a state of the training could not be kept in {folder}: {error}") from error
 
 
-def _training_dtype(checkpoint: Checkpoint, training: Training, compute: Compute) -> Any:
+def _training_dtype(checkpoint: Checkpoint, training: Training, compute: ComputeConfig) -> Any:
     """Weights that are trained in full are float32, unless the optimizer says otherwise; none are float16."""
-    if compute.dtype != "auto" or compute.resolved_device == "cpu":
-        return compute.dtype_for(checkpoint)
+    if compute.dtype != "auto" or resolved_device(compute) == "cpu":
+        return compute_dtype(compute, checkpoint)
     if training.method == "full":
         return torch.bfloat16 if training.optimizer == "adamw-bf16" else torch.float32
     return torch.float32 if checkpoint.dtype() == torch.float16 else checkpoint.dtype()
@@ -294,7 +295,7 @@ def _tokens_per_step(training: Training) -> int:
     return training.batch_size * training.gradient_accumulation * training.seq_len * processes()
 
 
-def _announce(model: PreTrainedModel, training: Training, rows: Packed, held: Packed, compute: Compute) -> str:
+def _announce(model: PreTrainedModel, training: Training, rows: Packed, held: Packed, compute: ComputeConfig) -> str:
     """What training will cost."""
     each = _tokens_per_step(training)
     steps = training.max_steps or math.ceil(len(rows) * training.seq_len / each) * training.epochs
@@ -302,12 +303,12 @@ def _announce(model: PreTrainedModel, training: Training, rows: Packed, held: Pa
         model.config,
         int(steps * each),
         training.seq_len,
-        compute.resolved_device,
+        resolved_device(compute),
         model.dtype,
         forwards=2 if training.taught and not training.cache_teacher else 1,
         backwards=1 if training.method == "lora" else 2,
     )
-    cost = f"{steps:,.0f} steps of {each:,} tokens, {about(seconds)}{condition(compute.resolved_device)}."
+    cost = f"{steps:,.0f} steps of {each:,} tokens, {about(seconds)}{condition(resolved_device(compute))}."
     if training.max_minutes:
         limit = how_many(training.max_minutes, "minute")
         cost += f" It ends with these steps or after {limit} in all, whichever comes first."

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from hifiprune.engine.compute import Compute
+from hifiprune.config.groups import ComputeConfig
 from hifiprune.errors import UserError, unknown
 from hifiprune.io.distributed import check_launcher
 from hifiprune.models.checkpoint import Checkpoint, find_checkpoint
@@ -26,7 +26,7 @@ def check_purpose(training: Training, teacher: str | None, *, control: bool, kee
         raise UserError("--keep-adapter is for --method lora; full training has no adapter")
 
 
-def check_compute(compute: Compute, training: Training) -> None:
+def check_compute(compute: ComputeConfig, training: Training) -> None:
     """Refuse arithmetic and devices that cannot train.
 
     Raises:

@@ -1,17 +1,16 @@
 """Where and in which arithmetic a run computes, and what it will roughly cost."""
 
 import os
-import re
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hifiprune.bounds import check_numbers
-from hifiprune.errors import UserError, nearest_name, unknown
+from hifiprune.config.groups import ComputeConfig
+from hifiprune.errors import UserError, unknown
 from hifiprune.io.atomic import local_path
 from hifiprune.io.distributed import local_rank
 from hifiprune.models.checkpoint import DTYPES, Checkpoint
@@ -27,72 +26,49 @@ FLASH_PACKAGES = {
 """Module and package of the attention implementations that transformers does not bring along."""
 
 
-@dataclass(frozen=True)
-class Compute:
-    """How to run the model.
+def check_compute(compute: ComputeConfig) -> None:
+    """Refuse a device, an attention implementation or a scratch folder that cannot be used here.
 
-    Attributes:
-        device: `auto` (CUDA if there is one, else the CPU), `cpu`, `cuda` or `cuda:N`.
-        dtype: `auto` (float32 on a CPU, the checkpoint's own on a GPU) or a floating dtype by name; the output
-            keeps the checkpoint's own dtype in any case.
-        batch_size: windows per step.
-        recompute: trade time for memory; None decides by free memory.
-        attention: transformers' name of an attention implementation, such as `flash_attention_2`; None is the default.
-        stream: leave the weights on the disk and read each block's when it runs; None decides by free memory.
-        scratch: folder in which a streamed model's activations are set aside, if not in memory.
+    Raises:
+        UserError: one cannot be.
     """
+    if compute.scratch and not os.access(local_path(compute.scratch), os.W_OK | os.X_OK):
+        raise UserError(
+            f"scratch folder {compute.scratch} is not there, or cannot be written; choose another --scratch"
+        )
+    kind, _, number = compute.device.partition(":")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device '{compute.device}': torch {torch.__version__} sees no CUDA GPU; use --device cpu")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise UserError(f"device '{compute.device}' does not exist; there are {torch.cuda.device_count()} GPUs")
+    place = local_rank() or 0
+    device = resolved_device(compute)
+    if device.startswith("cuda") and place >= torch.cuda.device_count():
+        raise UserError(f"process {place + 1} of this machine finds {torch.cuda.device_count()} GPUs: start fewer")
+    if compute.attention is not None:
+        check_attention(compute.attention, device)
 
-    device: str = "auto"
-    dtype: str = "auto"
-    batch_size: int = 1
-    recompute: bool | None = None
-    attention: str | None = None
-    stream: bool | None = None
-    scratch: str | None = None
 
-    def __post_init__(self) -> None:
-        if self.dtype != "auto" and self.dtype not in DTYPES:
-            known = ", ".join(DTYPES)
-            raise UserError(
-                f"dtype '{self.dtype}' is not known; known are auto, {known}{nearest_name(self.dtype, DTYPES)}"
-            )
-        check_numbers(vars(self))
-        if self.scratch and not os.access(local_path(self.scratch), os.W_OK | os.X_OK):
-            raise UserError(
-                f"scratch folder {self.scratch} is not there, or cannot be written; choose another --scratch"
-            )
-        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", self.device):
-            raise UserError(f"device '{self.device}' is not known; use auto, cpu, cuda or cuda:0")
-        kind, _, number = self.device.partition(":")
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise UserError(f"device '{self.device}': torch {torch.__version__} sees no CUDA GPU; use --device cpu")
-        if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-            raise UserError(f"device '{self.device}' does not exist; there are {torch.cuda.device_count()} GPUs")
-        own = local_rank() or 0
-        if self.resolved_device.startswith("cuda") and own >= torch.cuda.device_count():
-            raise UserError(f"process {own + 1} of this machine finds {torch.cuda.device_count()} GPUs: start fewer")
-        if self.attention is not None:
-            check_attention(self.attention, self.resolved_device)
+def resolved_device(compute: ComputeConfig) -> str:
+    """Return the device, with `auto` decided; of several processes on a machine each takes a GPU of its own."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if compute.device == "auto" else compute.device
+    place = local_rank()
+    return f"cuda:{place}" if device == "cuda" and place is not None else device
 
-    @property
-    def resolved_device(self) -> str:
-        """The device, with `auto` decided; of several processes on a machine each takes a GPU of its own."""
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
-        own = local_rank()
-        return f"cuda:{own}" if device == "cuda" and own is not None else device
 
-    def for_rows(self, rows: int, what: str) -> "Compute":
-        """Return the same with a batch size of no more than all `rows`, such as windows, and tell if it was more."""
-        if self.batch_size <= rows:
-            return self
-        note(f"There are {rows} {what}: --batch-size {self.batch_size} is cut down to {rows}.")
-        return replace(self, batch_size=rows)
+def compute_dtype(compute: ComputeConfig, checkpoint: Checkpoint) -> torch.dtype:
+    """Return the dtype to compute in, with `auto` decided."""
+    if compute.dtype != "auto":
+        return DTYPES[compute.dtype]
+    return torch.float32 if resolved_device(compute) == "cpu" else checkpoint.dtype()
 
-    def dtype_for(self, checkpoint: Checkpoint) -> torch.dtype:
-        """The dtype to compute in, with `auto` decided."""
-        if self.dtype != "auto":
-            return DTYPES[self.dtype]
-        return torch.float32 if self.resolved_device == "cpu" else checkpoint.dtype()
+
+def limit_batch(compute: ComputeConfig, rows: int, what: str) -> ComputeConfig:
+    """Return the same with a batch size of no more than all `rows`, such as windows, and tell if it was more."""
+    if compute.batch_size <= rows:
+        return compute
+    note(f"There are {rows} {what}: --batch-size {compute.batch_size} is cut down to {rows}.")
+    return replace(compute, batch_size=rows)
 
 
 def check_attention(name: str, device: str) -> None:
@@ -145,6 +121,6 @@ def product_speed(hidden: int, width: int, device: str, dtype: torch.dtype) -> f
     return products * 2 * 512 * hidden * width / (time.perf_counter() - start)
 
 
-def load(checkpoint: Checkpoint, compute: Compute) -> PreTrainedModel:
+def load(checkpoint: Checkpoint, compute: ComputeConfig) -> PreTrainedModel:
     """The model in the arithmetic asked for."""
-    return checkpoint.load(compute.dtype_for(checkpoint), compute.resolved_device, compute.attention)
+    return checkpoint.load(compute_dtype(compute, checkpoint), resolved_device(compute), compute.attention)

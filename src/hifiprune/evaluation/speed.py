@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.pytorch_utils import Conv1D
 
-from hifiprune.engine.compute import Compute, load
+from hifiprune.config.groups import ComputeConfig
+from hifiprune.engine.compute import load
 from hifiprune.engine.context import frozen
 from hifiprune.errors import HifipruneError
 from hifiprune.models.checkpoint import find_checkpoint
@@ -96,7 +97,7 @@ def operations(model: PreTrainedModel, work: Workload) -> dict[str, float]:
     return {"first": work.batch_size * first, "later": work.batch_size * later}
 
 
-def time_checkpoint(name: str, compute: Compute, workloads: list[Workload], repeats: int) -> dict[str, Any]:
+def time_checkpoint(name: str, compute: ComputeConfig, workloads: list[Workload], repeats: int) -> dict[str, Any]:
     """Load a checkpoint in this process, and time it."""
     start = time.perf_counter()
     model = load(find_checkpoint(name), compute)
@@ -117,7 +118,7 @@ def _timed_or_told(model: PreTrainedModel, work: Workload, repeats: int) -> dict
         return {"trouble": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
 
 
-def request(name: str, compute: Compute, workloads: list[Workload], repeats: int) -> str:
+def request(name: str, compute: ComputeConfig, workloads: list[Workload], repeats: int) -> str:
     """Return the JSON argument of the timing process."""
     each = [asdict(work) for work in workloads]
     return json.dumps({"name": name, "compute": asdict(compute), "workloads": each, "repeats": repeats})
@@ -128,7 +129,7 @@ def main() -> None:
     asked = json.loads(sys.argv[1])
     workloads = [Workload(**each) for each in asked["workloads"]]
     try:
-        found = time_checkpoint(asked["name"], Compute(**asked["compute"]), workloads, asked["repeats"])
+        found = time_checkpoint(asked["name"], ComputeConfig(**asked["compute"]), workloads, asked["repeats"])
     except HifipruneError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(error.exit_code)

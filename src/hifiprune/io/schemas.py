@@ -84,7 +84,13 @@ class Windows(TypedDict):
 
 
 class Allocation(TypedDict):
-    """How layers share the neurons."""
+    """How widths were decided."""
+
+    method: str
+
+
+class FormerAllocation(TypedDict):
+    """How widths were decided, as hifiprune 0.1 wrote it."""
 
     allocation: str
 
@@ -95,7 +101,8 @@ class PruneArguments(TypedDict):
     model: str
     repair: str
     calibration: Windows | None
-    sharing: Allocation
+    allocation: NotRequired[Allocation]
+    sharing: NotRequired[FormerAllocation]
 
 
 class Scoring(TypedDict):

@@ -2,44 +2,18 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
 
-from hifiprune.bounds import check_numbers
-from hifiprune.errors import unknown
-from hifiprune.plan import Budget, Plan, Shape, highest
+from hifiprune.config.groups import AllocationConfig, Budget
+from hifiprune.plan import Plan, Shape, highest
 from hifiprune.scores import Scores
 
-ALLOCATIONS = ("uniform", "global", "searched")
 
-
-@dataclass(frozen=True)
-class Sharing:
-    """How MLPs share the neurons that a budget leaves.
-
-    Attributes:
-        allocation: `uniform`, the same number in every MLP, which a stock configuration can state; `global`, one
-            threshold over all MLPs, for scores that are on one scale; or `searched`, see `pruning.search_widths`.
-        floor: fraction of the uniform width that every MLP keeps where widths differ, in [0, 1].
-        trials: plans that a search tries.
-
-    Raises:
-        UserError: the allocation is not known, or a value is out of range.
-    """
-
-    allocation: str = "uniform"
-    floor: float = 0.75
-    trials: int = 64
-
-    def __post_init__(self) -> None:
-        if self.allocation not in ALLOCATIONS:
-            raise unknown("allocation", self.allocation, ALLOCATIONS)
-        check_numbers(vars(self))
-
-
-def allocate(scores: Scores, budget: Budget, *, round_to: int = 128, sharing: Sharing = Sharing()) -> Plan:
+def allocate(
+    scores: Scores, budget: Budget, *, round_to: int = 128, allocation: AllocationConfig = AllocationConfig()
+) -> Plan:
     """Decide which neurons each MLP keeps: those with the highest scores.
 
     Ties keep the lower index, so equal scores always give the same plan.
@@ -48,7 +22,7 @@ def allocate(scores: Scores, budget: Budget, *, round_to: int = 128, sharing: Sh
         scores: of every neuron.
         budget: how much to remove.
         round_to: widths become multiples of it.
-        sharing: how widths are decided; a search is not made here.
+        allocation: how widths are decided; a search is not made here.
 
     Raises:
         UserError: the budget cannot be met, or scores are not finite.
@@ -57,9 +31,9 @@ def allocate(scores: Scores, budget: Budget, *, round_to: int = 128, sharing: Sh
     shape = Shape.of(scores)
     width = shape.width_at(budget, round_to)
     widths = [shape.width_of(len(values), width) for values in scores.values]
-    if sharing.allocation == "global":
+    if allocation.method == "global":
         shape.check_experts("global", width)
-        widths = share_out(scores.values, width, round_to=round_to, floor=sharing.floor)
+        widths = share_out(scores.values, width, round_to=round_to, floor=allocation.floor)
     return plan_with(scores, widths, budget)
 
 

@@ -13,7 +13,6 @@ damping, and whether the change is used at all, is decided for each map on held-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -95,7 +94,12 @@ def cut_and_repair_(
 
 @contextmanager
 def cut_and_repaired(
-    model: PreTrainedModel, plan: Plan, windows: Int[Tensor, "windows positions"], **how: Any
+    model: PreTrainedModel,
+    plan: Plan,
+    windows: Int[Tensor, "windows positions"],
+    *,
+    sequential: bool = True,
+    batch_size: int = 1,
 ) -> Iterator[list[Refit]]:
     """Cut and repair `model` as `cut_and_repair_` does within this context; afterwards every weight is restored.
 
@@ -105,7 +109,7 @@ def cut_and_repaired(
     before = [parameter.detach().clone() for parameter in maps]
     try:
         with put_back(model, plan):
-            yield cut_and_repair_(model, plan, windows, **how)
+            yield cut_and_repair_(model, plan, windows, sequential=sequential, batch_size=batch_size)
     finally:
         for parameter, values in zip(maps, before, strict=True):
             parameter.data.copy_(values)
@@ -113,7 +117,7 @@ def cut_and_repaired(
 
 @torch.no_grad()
 def residual_stream(
-    model: PreTrainedModel, windows: Int[Tensor, "windows positions"], batch_size: int = 1
+    model: PreTrainedModel, windows: Int[Tensor, "windows positions"], *, sequential: bool = True, batch_size: int = 1
 ) -> Float[Tensor, "blocks windows positions hidden"]:
     """Return the hidden states after every block, `[blocks][windows, positions, hidden]`, on the CPU."""
     found = []

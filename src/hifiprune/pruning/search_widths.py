@@ -11,10 +11,11 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hifiprune.config.groups import AllocationConfig, Budget
 from hifiprune.engine.temporary_cut import cut
-from hifiprune.plan import Budget, Plan, Shape
+from hifiprune.plan import Plan, Shape
 from hifiprune.progress import track
-from hifiprune.pruning.allocate import Sharing, plan_with, share_out, step_of
+from hifiprune.pruning.allocate import plan_with, share_out, step_of
 from hifiprune.scores import Scores
 
 WINDOWS, POSITIONS = 4, 512
@@ -28,7 +29,7 @@ def search(
     divergence: Callable[[], float],
     *,
     round_to: int = 128,
-    sharing: Sharing = Sharing("searched"),
+    allocation: AllocationConfig = AllocationConfig("searched"),
     seed: int = 0,
 ) -> Plan:
     """The plan whose plain cut diverges least from the dense model, of those that were tried.
@@ -43,7 +44,7 @@ def search(
         budget: how much to remove.
         divergence: measures how far `model`, as it is cut at the moment, diverges from what it was.
         round_to: widths become multiples of it.
-        sharing: the floor, and how many plans to try, a forward pass over the windows each.
+        allocation: the floor, and how many plans to try, a forward pass over the windows each.
         seed: of the random layers.
 
     Raises:
@@ -52,18 +53,18 @@ def search(
     scores.require_finite()
     shape = Shape.of(scores)
     width = shape.width_at(budget, round_to)
-    floors = (1.0, (1 + sharing.floor) / 2, sharing.floor)
+    floors = (1.0, (1 + allocation.floor) / 2, allocation.floor)
     starts = [share_out(scores.values, width, round_to=round_to, floor=floor) for floor in floors]
     unit = step_of(width, round_to)
     chance = torch.Generator().manual_seed(seed)
     best, least = starts[0], float("inf")
     tried: set[tuple[int, ...]] = set()
-    for trial in track(range(sharing.trials), "searching widths"):
+    for trial in track(range(allocation.trials), "searching widths"):
         if trial < len(starts):
             widths = starts[trial]
         else:
-            step = exchange_size(shape.neurons, unit, trial / sharing.trials)
-            widths = _exchanged(best, step, int(sharing.floor * width), shape.neurons, chance)
+            step = exchange_size(shape.neurons, unit, trial / allocation.trials)
+            widths = _exchanged(best, step, int(allocation.floor * width), shape.neurons, chance)
         if tuple(widths) in tried:
             continue
         tried.add(tuple(widths))

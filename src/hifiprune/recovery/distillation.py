@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from hifiprune.engine.compute import Compute, estimate_seconds
+from hifiprune.config.groups import ComputeConfig
+from hifiprune.engine.compute import estimate_seconds, resolved_device
 from hifiprune.engine.context import memory_explained
 from hifiprune.engine.lm_head import Head
 from hifiprune.engine.machine import condition
@@ -183,7 +184,7 @@ def remember(
     model_hash: str,
     kept: int,
     temperature: float,
-    compute: Compute,
+    compute: ComputeConfig,
     unfinished: Unfinished,
     limit: TimeLimit,
 ) -> Remembered:
@@ -193,7 +194,7 @@ def remember(
         UserError: there is no room on the disk, or far from enough time.
         OutOfTimeError: the time limit passed meanwhile.
     """
-    model, device = teacher.model, torch.device(compute.resolved_device)
+    model, device = teacher.model, torch.device(resolved_device(compute))
     facts = [model_hash, str(model.dtype), kept, temperature, rows.digest()]
     found = Remembered(rows, kept, lambda first: unfinished.path("teacher", *facts, first, suffix=".safetensors"))
     missing, free = found.missing(), shutil.disk_usage(nearest_folder(unfinished.folder)).free

@@ -193,6 +193,8 @@ def _pruned(record: dict[str, Any], name: str) -> Story:
     arguments, results = record["arguments"], record["results"]
     parameters, widths = results["parameters"], results["width"]
     text, scoring = arguments["calibration"], results["scoring"]
+    former = arguments.get("sharing", {"allocation": "uniform"})  # hifiprune 0.1
+    allocation = arguments["allocation"]["method"] if "allocation" in arguments else former["allocation"]
     read = "by weights alone"
     if "windows" in scoring:
         read = f"on {scoring['windows']:,} windows of {scoring['positions']:,} tokens"
@@ -201,8 +203,7 @@ def _pruned(record: dict[str, Any], name: str) -> Story:
         f"{parameters['before']:,} parameters became {parameters['after']:,}, MLPs of width {widths['before']:,} "
         f"ones of {width_range(widths['after'])}.",
         (
-            f"neurons scored by `{plain(results['criterion'])}` {read}, widths "
-            f"{plain(arguments['sharing']['allocation'])}",
+            f"neurons scored by `{plain(results['criterion'])}` {read}, widths {plain(allocation)}",
             f"output maps refitted in closed form on {text['num_samples']:,} windows of {text['seq_len']:,} tokens"
             if arguments["repair"] == "ridge"
             else "output maps left as they were",

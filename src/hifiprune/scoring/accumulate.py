@@ -50,6 +50,21 @@ def serves(job: Job, kernels: Sequence[Kernel], seen: Seen) -> bool:
     return not job.kernels if seen.kernel is None else kernels[seen.kernel] in job.kernels
 
 
+@dataclass(frozen=True)
+class PassConfig:
+    """How the windows go through the model.
+
+    Attributes:
+        batch_size: windows per step.
+        recompute: see `BlockChain.sweep`.
+        group: batches that go through a block in turn, more than one where weights are read from the disk.
+    """
+
+    batch_size: int = 1
+    recompute: bool = False
+    group: int = 1
+
+
 @dataclass
 class Pass:
     """One run over all windows, for any number of jobs, shared out among the processes that there are.
@@ -57,9 +72,7 @@ class Pass:
     Attributes:
         chain: the model.
         windows: token ids.
-        batch_size: windows per step.
-        recompute: see `BlockChain.sweep`.
-        group: batches that go through a block in turn, more than one where weights are read from the disk.
+        config: how they go through it.
         keeper: keeps the sums of the batches that are done, if an interrupted run is to go on from there.
         totals: of each job and layer, `[statistics, neurons]` in float64.
         sums: of each kernel over the windows.
@@ -70,9 +83,7 @@ class Pass:
 
     chain: BlockChain
     windows: Int[Tensor, "windows positions"]
-    batch_size: int
-    recompute: bool
-    group: int = 1
+    config: PassConfig
     keeper: Keeper | None = None
     totals: dict[Job, dict[int, Tensor]] = field(default_factory=dict)
     sums: dict[Kernel, float] = field(default_factory=dict)
@@ -113,8 +124,8 @@ class Pass:
                 if serves(job, kernels, seen):
                     self._add(job, seen)
 
-        starts = range(0, len(self.windows), self.batch_size)
-        own = [*zip(starts, self.windows.split(self.batch_size), strict=True)][rank() :: processes()]
+        starts = range(0, len(self.windows), self.config.batch_size)
+        own = [*zip(starts, self.windows.split(self.config.batch_size), strict=True)][rank() :: processes()]
         keeper = self._keeper(wanted)
         if processes() > 1:
             meet(self.chain.model.device, keeper.unfinished.make if keeper else None)
@@ -127,8 +138,8 @@ class Pass:
                 Batch(self._placed(tokens), first, teacher[place] if teacher else None)
                 for place, (first, tokens) in zip(places, own[places.start : places.stop], strict=True)
             ]
-            with memory_explained(self.chain.model, self.windows[: self.batch_size].numel()):
-                self.chain.sweep_all(batches, kernels, visit, recompute=self.recompute, maps=maps)
+            with memory_explained(self.chain.model, self.windows[: self.config.batch_size].numel()):
+                self.chain.sweep_all(batches, kernels, visit, recompute=self.config.recompute, maps=maps)
             self._require_finite([batch.tokens for batch in batches])
             for batch in batches:
                 if keep_hidden:
@@ -137,7 +148,7 @@ class Pass:
                     self.sums[kernel] += value.double().sum().item()
             self.done = places.stop
             if settled and places.stop in looks and settled(self):
-                self.windows = self.windows[: places.stop * self.batch_size]
+                self.windows = self.windows[: places.stop * self.config.batch_size]
                 break
             if keeper:  # after the look, which a resumed run does not take again
                 keeper.write(self._state(places.stop))
@@ -146,7 +157,7 @@ class Pass:
 
     def _groups(self, first: int, last: int, stops: Sequence[int] = ()) -> list[range]:
         """Numbers of the batches that go through a block in turn; a group ends at a stop at the latest."""
-        edges = [*range(first, last, self.group), *(stop for stop in stops if first < stop < last)]
+        edges = [*range(first, last, self.config.group), *(stop for stop in stops if first < stop < last)]
         return [range(one, other) for one, other in pairwise(sorted({*edges, last}))]
 
     def _placed(self, batch: Tensor) -> Int[Tensor, "windows positions"]:
@@ -154,7 +165,7 @@ class Pass:
 
     def _keeper(self, jobs: Sequence[Job]) -> Keeper | None:
         """For states of just this pass and this process's part of it."""
-        part = rank(), processes(), self.batch_size, self.recompute, bool(self.halves)
+        part = rank(), processes(), self.config.batch_size, self.config.recompute, bool(self.halves)
         return self.keeper.of(hash_tokens(self.windows), [*map(str, jobs)], *part) if self.keeper else None
 
     def _state(self, done: int) -> dict[str, Tensor]:
@@ -192,7 +203,7 @@ class Pass:
     def _add(self, job: Job, seen: Seen) -> None:
         """Sum in float64 where the model is, so that nothing waits for a GPU."""
         found, tables = job.statistic(seen).double(), [self.totals[job]]
-        if self.halves and seen.windows // self.batch_size % 2:
+        if self.halves and seen.windows // self.config.batch_size % 2:
             tables.append(self.halves[job])
         for totals in tables:
             totals[seen.layer] = totals[seen.layer] + found if seen.layer in totals else found

@@ -1,10 +1,10 @@
 """Named criteria: which objective a pass differentiates, what it collects, and where that comes from."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from hifiprune.bounds import check_numbers
+from hifiprune.config.groups import SDMPRUNE_SETTINGS, CriterionOptions
 from hifiprune.defaults import DEFAULT_CRITERION
 from hifiprune.engine.sliced_objective import Kernel
 from hifiprune.errors import unknown
@@ -12,61 +12,27 @@ from hifiprune.scoring import neuron_statistics as st
 from hifiprune.scoring.objectives import CrossEntropy, Distillation, Entropy, SampledLabel
 
 HFPRUNE, SDMPRUNE = "arXiv 2603.08083", "arXiv 2506.11120"
-PRESETS = {0.2: (0.4, 0.2), 0.3: (0.42, 0.5), 0.4: (0.1, 0.2)}
-"""Alpha and temperature of self-distillation that arXiv 2506.11120 uses at each ratio."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """What criteria leave open; each criterion uses what it knows.
-
-    Attributes:
-        alpha: share of the divergence from the dense model in self-distillation, in [0, 1]; None is the papers'.
-        temperature: of the dense model in self-distillation; None is the papers'.
-        light_cut: fraction of the neurons that self-distillation removes before it looks.
-        label_samples: labels that `fisher` draws at each position, one backward pass each.
-        seed: of everything drawn at random.
-
-    Raises:
-        UserError: a value is out of range.
-    """
-
-    alpha: float | None = None
-    temperature: float | None = None
-    light_cut: float = 0.025
-    label_samples: int = 1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_numbers(vars(self))
-
-    def for_ratio(self, ratio: float) -> "Options":
-        """With the papers' alpha and temperature at their nearest ratio, where these are left open."""
-        papers = PRESETS[min(PRESETS, key=lambda known: abs(known - ratio))]
-        given = (self.alpha, self.temperature)
-        alpha, temperature = (known if own is None else own for own, known in zip(given, papers, strict=True))
-        return replace(self, alpha=alpha, temperature=temperature)
+Objective = Callable[[CriterionOptions], tuple[Kernel, ...]]
 
 
-Objective = Callable[[Options], tuple[Kernel, ...]]
-
-
-def _entropy(options: Options) -> tuple[Kernel, ...]:
+def _entropy(options: CriterionOptions) -> tuple[Kernel, ...]:
     return (Entropy(),)
 
 
-def _cross_entropy(options: Options) -> tuple[Kernel, ...]:
+def _cross_entropy(options: CriterionOptions) -> tuple[Kernel, ...]:
     return (CrossEntropy(),)
 
 
-def _self_distillation(options: Options) -> tuple[Kernel, ...]:
-    settled = options.for_ratio(min(PRESETS))
+def _self_distillation(options: CriterionOptions) -> tuple[Kernel, ...]:
+    settled = options.for_ratio(min(SDMPRUNE_SETTINGS))
     assert settled.alpha is not None
     assert settled.temperature is not None
     return (Distillation(settled.alpha, settled.temperature),)
 
 
-def _own_labels(options: Options) -> tuple[Kernel, ...]:
+def _own_labels(options: CriterionOptions) -> tuple[Kernel, ...]:
     samples = options.label_samples
     return tuple(SampledLabel(options.seed, number, samples) for number in range(samples))
 
@@ -109,7 +75,7 @@ class Criterion:
         """Whether second moments of all neurons are collected, which are large."""
         return self.statistic is st.curvatures
 
-    def used(self, options: Options) -> dict[str, Any]:
+    def used(self, options: CriterionOptions) -> dict[str, Any]:
         """The options that matter to it."""
         return {name: getattr(options, name) for name in self.options}
 

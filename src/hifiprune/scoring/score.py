@@ -1,6 +1,6 @@
 """From calibration windows to `Scores`, by one criterion or by many that share their passes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hifiprune.config.groups import SDMPRUNE_SETTINGS, CriterionOptions
 from hifiprune.defaults import DEFAULT_CRITERION
 from hifiprune.engine.context import check_windows, frozen
 from hifiprune.engine.offload import walk
@@ -24,13 +25,22 @@ from hifiprune.models.mlp import Mlp, by_block, count_parameters, find_mlps
 from hifiprune.models.unsupported import refuse_altered
 from hifiprune.plan import Plan, highest, in_proportion
 from hifiprune.scores import Scores
-from hifiprune.scoring.accumulate import Job, Pass, choose_recompute, free_bytes, group_of, moment_bytes, needs
-from hifiprune.scoring.criteria import PRESETS, Criterion, Options, find_criterion
+from hifiprune.scoring.accumulate import (
+    Job,
+    Pass,
+    PassConfig,
+    choose_recompute,
+    free_bytes,
+    group_of,
+    moment_bytes,
+    needs,
+)
+from hifiprune.scoring.criteria import Criterion, find_criterion
 from hifiprune.scoring.early_stopping import Stability, looks
 from hifiprune.scoring.neuron_statistics import WEIGHING, Sample, mean_activation, weight_absolute
 from hifiprune.scoring.objectives import CrossEntropy
 
-Request = tuple[str, Options]
+Request = tuple[str, CriterionOptions]
 """A criterion by name, and its options."""
 LIGHT = Job(weight_absolute, (CrossEntropy(),), maps=True)
 """What self-distillation makes its light cut by."""
@@ -40,8 +50,10 @@ def score(
     model: PreTrainedModel,
     windows: Int[Tensor, "windows positions"] | None,
     criterion: str = DEFAULT_CRITERION,
-    options: Options = Options(),
-    **settings: Any,
+    options: CriterionOptions = CriterionOptions(),
+    *,
+    batch_size: int = 1,
+    recompute: bool | None = None,
 ) -> Scores:
     """Score every MLP neuron of `model` on `windows`; the model is not changed.
 
@@ -50,7 +62,8 @@ def score(
         windows: integer token ids; None for criteria that need no data.
         criterion: see `hifiprune.scoring.criteria.CRITERIA`.
         options: what the criterion leaves open.
-        settings: see `score_all`.
+        batch_size: windows per step; scores do not depend on it.
+        recompute: run each block twice instead of keeping its graph; by default only where memory is short.
 
     Returns:
         scores with one float32 `[neurons]` tensor per MLP in layer order.
@@ -59,7 +72,7 @@ def score(
         UserError: the criterion, the windows or the architecture cannot be used.
         RunError: an activation or gradient is NaN or infinite, or memory ran out.
     """
-    return score_all(model, windows, [(criterion, options)], **settings)[0]
+    return score_all(model, windows, [(criterion, options)], batch_size=batch_size, recompute=recompute)[0]
 
 
 def score_all(
@@ -69,7 +82,7 @@ def score_all(
     *,
     batch_size: int = 1,
     recompute: bool | None = None,
-    settings: dict[str, Any] | None = None,
+    settings: Mapping[str, object] | None = None,
     model_hash: str | None = None,
     keeper: Keeper | None = None,
     stability: Stability | None = None,
@@ -98,7 +111,7 @@ def score_all(
         scores in the order of the requests.
     """
     refuse_altered(model)
-    asked = [Asked(find_criterion(name), options.for_ratio(min(PRESETS))) for name, options in requests]
+    asked = [Asked(find_criterion(name), options.for_ratio(min(SDMPRUNE_SETTINGS))) for name, options in requests]
     needing = [each.criterion.name for each in asked if each.criterion.statistic]
     if stability:
         stability.check([each.criterion.name for each in asked])
@@ -122,8 +135,8 @@ def score_all(
     with frozen(model):
         objectives = max([len(needs(jobs)[0]) for jobs in passes_of(requests)], default=0)
         group = group_of(model, batch_size * windows.shape[1], objectives) if windows is not None else 1
-        how = {"batch_size": batch_size, "recompute": bool(recompute), "group": group}
-        outcomes = _run(model, windows, asked, keeper, stability, **how)
+        config = PassConfig(batch_size, bool(recompute), group)
+        outcomes = _run(model, windows, asked, config, keeper, stability)
         model_hash = model_hash or hash_model(model)
     if stability and windows is not None and outcomes[0].windows < len(windows):
         windows = windows[: outcomes[0].windows]
@@ -133,7 +146,7 @@ def score_all(
             _as_scores(outcome, model, each),
             model_hash=model_hash,
             data_hash=hash_tokens(windows) if windows is not None and each.criterion.statistic else "",
-            settings=facts | (settings or {}) | {"options": each.criterion.used(each.options)},
+            settings=facts | dict(settings or {}) | {"options": each.criterion.used(each.options)},
         )
         for each, outcome in zip(asked, outcomes, strict=True)
     ]
@@ -153,7 +166,7 @@ class Asked:
     """A criterion with its options."""
 
     criterion: Criterion
-    options: Options
+    options: CriterionOptions
 
     @property
     def job(self) -> Job | None:
@@ -209,9 +222,9 @@ def _run(
     model: PreTrainedModel,
     windows: Int[Tensor, "windows positions"] | None,
     asked: list[Asked],
+    config: PassConfig,
     keeper: Keeper | None,
     stability: Stability | None,
-    **how: Any,
 ) -> list[Outcome]:
     """The pass over the dense model, then one over each lightly cut model that is asked for."""
     mlps = find_mlps(model)
@@ -221,10 +234,10 @@ def _run(
             raise UserError(f"light-cut {fraction:g} leaves no neuron in a layer; use a smaller one")
     first = None
     if windows is not None and schedule.first:
-        first = Pass(verified_chain(model), windows, keeper=keeper, **how)
+        first = Pass(verified_chain(model), windows, config, keeper)
         if stability:
             settled = partial(_settled, asked[0], model, stability, len(windows))
-            first.run(schedule.first, looks=looks(len(windows), first.batch_size), settled=settled)
+            first.run(schedule.first, looks=looks(len(windows), config.batch_size), settled=settled)
             windows = first.windows
         else:
             first.run(schedule.first, keep_hidden=bool(schedule.later))
@@ -236,7 +249,7 @@ def _run(
         with cut(model, light):
             jobs = [each.job for each in group if each.job]
             late = keeper.of("light cut", fraction) if keeper else None
-            second = Pass(verified_chain(model), windows, keeper=late, **how).run(jobs, first.hidden)
+            second = Pass(verified_chain(model), windows, config, late).run(jobs, first.hidden)
             for each in group:
                 kept = _finish(each, second, model, windows)
                 found[each] = Outcome(_spread(kept.values, light, first.totals[LIGHT]), None, kept.objective)
@@ -264,7 +277,7 @@ def _finish(
 
 def _settled(each: Asked, model: PreTrainedModel, stability: Stability, of: int, run: Pass) -> bool:
     """Whether the kept set would hardly change with more windows."""
-    size = run.batch_size
+    size = run.config.batch_size
 
     def halves() -> tuple[Scores, Scores]:
         odd = run.halves

@@ -1,0 +1,142 @@
+"""The steps that `prune` and `score` share: each is announced, timed, and kept for a run that goes on."""
+
+from dataclasses import asdict, replace
+
+from jaxtyping import Int
+from torch import Tensor
+
+from hifiprune.calibration import load_windows, sample_windows
+from hifiprune.commands.cost_model import Cost, Estimator
+from hifiprune.commands.job import DenseModel, Job, PruneJob
+from hifiprune.commands.messages import (
+    announce_costs,
+    announce_scoring,
+    announce_steps,
+    remark_on_start,
+    remark_on_unseen,
+)
+from hifiprune.commands.prepare import check_tokens, streams
+from hifiprune.engine.compute import compute_dtype
+from hifiprune.io.pass_checkpoint import Keeper
+from hifiprune.progress import labelled, logger
+from hifiprune.pruning.iterative import score_in_steps
+from hifiprune.scores import Scores
+from hifiprune.scoring.score import score_all
+
+Windows = Int[Tensor, "windows positions"]
+
+
+def read_windows(job: Job) -> Windows | None:
+    """Draw windows from the calibration text, unless there is none or the model has yet to write it."""
+    if job.calibration is None or job.samples:
+        return None
+    with job.record.stage("reading the calibration data"), labelled("reading the calibration text, pieces"):
+        tokenizer = job.checkpoint.tokenizer()
+        windows = load_windows(job.calibration, tokenizer)
+    remark_on_start(job.calibration, tokenizer)
+    check_tokens(job.checkpoint, windows)
+    return windows
+
+
+def written_windows(dense: DenseModel, job: Job) -> Windows:
+    """Sample windows from the dense model itself."""
+    assert job.calibration
+    model = dense.load()
+    with job.record.stage("sampling text from the model"):
+        return sample_windows(model, job.calibration)
+
+
+def estimator_of(dense: DenseModel, job: Job) -> Estimator:
+    """Return what tells the costs of steps; made before the weights are loaded."""
+    if job.checkpoint.is_here or not job.checkpoint.on_hub:
+        job.checkpoint.fetch()
+    dtype = compute_dtype(job.compute, job.checkpoint)
+    streamed = not job.resident and streams(job.checkpoint, job.compute, dtype)
+    return Estimator(job.checkpoint, job.compute, streamed=streamed)
+
+
+def foresee(dense: DenseModel, job: Job) -> Estimator:
+    """Tell and record what the run will cost; return what tells it."""
+    estimator = estimator_of(dense, job)
+    costs = costs_of(dense, job, estimator)
+    job.record.expected = [asdict(cost) for cost in costs]
+    logger.info(announce_costs(costs, estimator.device))
+    uncounted = {
+        "downloading the weights": not job.checkpoint.is_here,
+        "reading the weights": job.checkpoint.is_here and not dense.stored_plainly,
+        "sampling text from the model": job.samples,
+        "searching widths": isinstance(job, PruneJob) and job.searches,
+    }
+    if any(uncounted.values()):
+        logger.info(f"Not counted: {', '.join(name for name, left_out in uncounted.items() if left_out)}.")
+    return estimator
+
+
+def costs_of(dense: DenseModel, job: Job, estimator: Estimator) -> list[Cost]:
+    """Return the cost of each step of a run that can be foreseen."""
+    sizes = (job.calibration.num_samples, job.calibration.seq_len) if job.calibration else (0, 0)
+    prunes = job if isinstance(job, PruneJob) else None
+    steps = prunes.config.steps if prunes else 1
+    in_memory = prunes and (prunes.repairs or prunes.searches or prunes.config.bias_compensation)
+    loads = job.request or in_memory or (job.checkpoint.is_here and not dense.stored_plainly)
+    costs = [estimator.loading() if loads else estimator.checking()]
+    if job.request:
+        scoring = estimator.scoring([job.request], *sizes, times=steps)
+        if prunes and prunes.repairs and steps > 1:
+            between = estimator.repair(*sizes, (prunes.width + max(estimator.widths)) // 2)
+            scoring = replace(scoring, seconds=scoring.seconds + (steps - 1) * between.seconds)
+        costs.append(scoring)
+    if prunes and prunes.repairs:
+        costs.append(estimator.repair(*sizes, prunes.width))
+    if prunes:
+        costs.append(estimator.writing(1 - prunes.shape.ratio_at(prunes.width)))
+    return costs
+
+
+def score_dense(dense: DenseModel, windows: Windows | None, job: Job, estimator: Estimator) -> Scores:
+    """Score every neuron of the dense model: in several rounds where they are asked for, until it is stable."""
+    assert job.request
+    job.checkpoint.fetch()
+    model, rounds = dense.load(), job.config.steps if isinstance(job, PruneJob) else 1
+    if windows is not None:
+        logger.info(f"{announce_scoring(windows, [job.request], estimator)}.")
+        if job.stability:
+            logger.info(f"That at most: it ends once {100 * job.stability.wanted:g}% of what is kept is settled.")
+        logger.info("Interrupted, the same command goes on where it stopped.")
+    settings = {"calibration": asdict(job.calibration)} if job.calibration else None
+    keeper = Keeper(job.unfinished.of(model, dense.hash))
+    with job.record.stage("scoring"):
+        if rounds > 1 and isinstance(job, PruneJob) and windows is not None:
+            logger.info(announce_steps(rounds, repairs=job.repairs))
+            scores = score_in_steps(
+                model,
+                windows,
+                job.request,
+                job.budget,
+                steps=rounds,
+                round_to=job.system.round_to,
+                allocation=job.allocation,
+                repair=job.repairs,
+                batch_size=job.compute.batch_size,
+                recompute=job.compute.recompute,
+                settings=settings,
+                model_hash=dense.hash,
+                keeper=keeper,
+            )
+        else:
+            (scores,) = score_all(
+                model,
+                windows,
+                [job.request],
+                batch_size=job.compute.batch_size,
+                recompute=job.compute.recompute,
+                settings=settings,
+                model_hash=dense.hash,
+                keeper=keeper,
+                stability=job.stability,
+            )
+    if job.stability:
+        job.record.results["stability"] = job.stability.curve
+    job.record.reused_parts = len(job.unfinished.reused)
+    remark_on_unseen(scores)
+    return scores
