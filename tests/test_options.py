@@ -1,6 +1,8 @@
 """One config a command: options declared once, read from flags, files and records, and refused when they are wrong."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from hifiprune.config.groups import AllocationConfig, Budget, Calibration, Compu
 from hifiprune.config.options import declared_options
 from hifiprune.config.prune import PruneConfig, ScoreConfig
 from hifiprune.errors import UserError
+from tests.commands import refused, run
 
 CONFIGS: list[type] = [PruneConfig, ScoreConfig]
 UNUSUAL = PruneConfig(
@@ -172,3 +175,115 @@ def test_configs_are_light_to_import() -> None:
     code += "f.shared_flags(hifiprune.config.prune.PruneConfig); "
     code += "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'datasets', 'pyarrow')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_run_is_repeated_exactly_from_its_record(world: Path, tmp_path: Path) -> None:
+    text = (
+        "--calibration",
+        world / "calibration.txt",
+        "--num-samples",
+        5,
+        "--seq-len",
+        16,
+        "--seed",
+        3,
+        "--batch-size",
+        2,
+    )
+    flags = ("--neuron-ratio", 0.4, "--allocation", "global", "--round-to", 1, "--floor", 0.5, *text)
+    assert run("prune", world / "dense", "--output", tmp_path / "old", *flags).code == 0
+    record = tmp_path / "old" / "run.json"
+    again = run("prune", "--config", record, "--output", tmp_path / "again", "--json")
+    assert again.code == 0, again.err
+    decided = Path("hifiprune") / "plan.json"
+    assert (tmp_path / "again" / decided).read_bytes() == (tmp_path / "old" / decided).read_bytes()
+    for name in ("model.safetensors", "hifiprune/scores.safetensors", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "old" / name).read_bytes(), name
+    before = json.loads(record.read_text())["arguments"]
+    assert again.json["arguments"] == before | {"output": str(tmp_path / "again")}
+    other = run("prune", "--config", record, "--output", tmp_path / "other", "--width", 20, "--seed", 4, "--json")
+    assert other.json["results"]["asked"] == "width 20"
+    assert other.json["arguments"]["calibration"]["seed"] == other.json["arguments"]["options"]["seed"] == 4
+
+
+def test_papers_presets_are_repeated_exactly_too(world: Path, tmp_path: Path) -> None:
+    text = ("--calibration", world / "calibration.txt", "--num-samples", 4, "--seq-len", 16)
+    for preset in ("hfprune", "sdmprune"):
+        words = ("prune", world / "dense", "--output", tmp_path / preset, "--width", 24, "--preset", preset, *text)
+        assert run(*words).code == 0
+        copy = tmp_path / f"{preset}-again"
+        again = run("prune", "--config", tmp_path / preset / "run.json", "--output", copy)
+        assert again.code == 0, again.err
+        for name in ("model.safetensors", "hifiprune/scores.safetensors", "hifiprune/plan.json"):
+            assert (copy / name).read_bytes() == (tmp_path / preset / name).read_bytes(), name
+
+
+def test_a_whole_command_in_a_file(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "score.yaml").write_text(
+        f"model: {world / 'dense'}\noutput: {tmp_path / 'scores'}\ncriterion: magnitude\n"
+    )
+    assert run("score", "--config", tmp_path / "score.yaml").code == 0
+    refused(run("score", "--config", tmp_path / "score.yaml"), "exists already")
+    assert run("score", "--config", tmp_path / "score.yaml", "--output", tmp_path / "two").code == 0
+    assert (tmp_path / "two").read_bytes() == (tmp_path / "scores").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("prune", "m", "--output", "o"), "give exactly one of --ratio, --neuron-ratio, --width; given: none"),
+        (("prune", "--output", "o", "--ratio", "0.2"), "missing argument 'MODEL'"),
+        (("prune", "m", "--ratio", "0.2"), "missing option '--output'"),
+        (("prune", "--config", "c.yaml", "--output", "o"), "'MODEL' is missing: give it on the command line, or in"),
+        (("prune", "m", "--config", "c.yaml"), "'--output' is missing: give it on the command line, or in the file"),
+        (("prune", "m", "--config", "none.yaml", "--output", "o"), "none.yaml cannot be read: No such file"),
+        (("prune", "m", "--output", "o", "--ratio", "0.2", "--repair", "rigde"), "repair 'rigde' is not known"),
+        (("prune", "m", "--output", "o", "--ratio", "0.2", "--preset", "hfprun"), "did you mean 'hfprune'?"),
+        (("score", "m", "--config", "c.yaml", "--output", "o"), "'budget' is not an option; known are calibration"),
+    ],
+)
+def test_what_is_missing_or_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text("budget: {ratio: 0.2}")
+    refused(run(*words), message)
+
+
+def test_flags_without_effect_are_told(world: Path, tmp_path: Path) -> None:
+    words = ("prune", world / "dense", "--output", tmp_path / "out", "--width", 24, "--criterion", "magnitude")
+    result = run(*words, "--num-samples", 9, "--sampler", "stream")
+    assert result.code == 0, result.err
+    assert "Ignored, since there is no --calibration: --num-samples, --sampler." in result.err
+
+
+def test_help_shows_what_matters_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    long, short = run("prune", "--help").out, run("prune", "-h").out
+    assert long == short
+    panels = dict(re.findall(r"^╭─ (.+?) ─+╮\n(.*?)^╰", long, re.MULTILINE | re.DOTALL))
+    flags = {name: re.findall(r"^│ +\*? *(--[\w-]+)", text, re.MULTILINE) for name, text in panels.items()}
+    assert flags["Options"] == [
+        "--output",
+        "--ratio",
+        "--calibration",
+        "--criterion",
+        "--allocation",
+        "--repair",
+        "--help",
+    ]
+    assert flags["Experimental"] == ["--trials", "--steps"]
+    assert list(panels)[:3] == ["Arguments", "Options", "Widths"]
+    assert "<bool>" not in long
+    assert re.search(r"--num-samples.*\[default: 128\]", long)
+    assert "entropy-square, or the preset's" in long
+
+
+def test_shells_complete_words() -> None:
+    environment = {**os.environ, "_HIFIPRUNE_COMPLETE": "complete_bash"}
+    for words, expected in {"prune --allocation g": "global", "prune --num-": "--num-samples", "sco": "score"}.items():
+        line = f"hifiprune {words}"
+        asked = environment | {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
+        code = "from hifiprune.cli.app import app; app(prog_name='hifiprune')"
+        found = subprocess.run([sys.executable, "-c", code], env=asked, capture_output=True, text=True, check=False)
+        assert found.stdout.split() == [expected], found.stderr

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -35,6 +35,7 @@ def from_dict(config: type[C], facts: Mapping[str, Any], where: str = "config") 
     from pydantic import TypeAdapter, ValidationError
 
     _check_names(config, facts, where)
+    facts = {name: {} for name in _groups_needed(config)} | dict(facts)  # what they need is said by themselves
     try:
         return TypeAdapter(config).validate_json(json.dumps(facts, default=str), strict=True)
     except ValidationError as error:
@@ -44,6 +45,12 @@ def from_dict(config: type[C], facts: Mapping[str, Any], where: str = "config") 
             raise cause from None
         place = ".".join(map(str, first["loc"]))
         raise UserError(f"{where}: {place}: {first['msg']}, not {first['input']!r}") from error
+
+
+def _groups_needed(config: Any) -> list[str]:
+    """Return the names of the groups that have no default."""
+    kinds = get_type_hints(config)
+    return [one.name for one in fields(config) if is_dataclass(kinds[one.name]) and one.default is MISSING]
 
 
 def _check_names(config: Any, facts: Any, where: str, path: str = "") -> None:
