@@ -20,7 +20,6 @@ from hifiprune.calibration import (
     load_windows,
     sample_windows,
 )
-from hifiprune.cli.options import drawn_from
 from hifiprune.config.groups import mixture
 from hifiprune.io.text_sources import python_docs, read_documents
 from tests.conftest import byte_tokenizer
@@ -238,7 +237,8 @@ def test_sources_are_mixed_by_their_shares(tmp_path: Path) -> None:
     ],
 )
 def test_shares_are_read_from_the_command_line(words: list[str], expected: object) -> None:
-    assert mixture(words) == expected
+    facts = mixture(words)
+    assert (facts["source"], facts["mixed"]) == expected
 
 
 @pytest.mark.parametrize(
@@ -251,4 +251,4 @@ def test_shares_are_read_from_the_command_line(words: list[str], expected: objec
 )
 def test_impossible_mixtures(words: list[str], samples: int, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
-        drawn_from(words, samples)
+        Calibration(**mixture(words), num_samples=samples)  # type: ignore[arg-type]

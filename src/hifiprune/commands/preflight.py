@@ -52,13 +52,14 @@ def resolve(model: str, output: str | Path, config: PruneConfig, scores: Scores 
     Raises:
         UserError: something asked for cannot be done.
     """
+    scored = scores is not None or config.scores is not None
+    asked_system = settle_system(config, scored=scored)
+    calibration = text_for(asked_system, config, scored=scored)
     if scores is None and config.scores:
         scores = load_scores(config.scores)
-    asked_system = settle_system(config, scored=scores is not None)
-    calibration = text_for(asked_system, config, scored=scores is not None)
     system = scored_by(scores, asked_system, config) if scores else asked_system
     check_steps(config.steps, scores, calibration)
-    stability = stability_of(config, system, scored=scores is not None)
+    stability = stability_of(config, system, scored=scored)
     options = options_of(replace(config, calibration=calibration))
     settled = replace(
         config,
