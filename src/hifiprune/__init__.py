@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from hifiprune.recovery.config import Training
     from hifiprune.run_record import RunRecord
     from hifiprune.scores import Scores
-    from hifiprune.scoring.criteria import CRITERIA, Criterion
+    from hifiprune.scoring.criteria import CRITERIA, Criterion, register_criterion
     from hifiprune.scoring.score import score, score_all
 
 
@@ -77,6 +77,7 @@ __all__ = [
     "prune",
     "push",
     "recover",
+    "register_criterion",
     "report",
     "score",
     "score_all",
@@ -123,6 +124,7 @@ _HOMES = {
     "prune": "commands.prune",
     "push": "commands.push",
     "recover": "commands.recover",
+    "register_criterion": "scoring.criteria",
     "report": "commands.report",
     "score": "scoring.score",
     "score_all": "scoring.score",

@@ -2,15 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
 from typing import Any
 
 from hifiprune.config.groups import SDMPRUNE_SETTINGS, CriterionOptions
 from hifiprune.defaults import DEFAULT_CRITERION
 from hifiprune.engine.sliced_objective import Kernel
-from hifiprune.errors import unknown
+from hifiprune.errors import UserError, unknown
 from hifiprune.scoring import neuron_statistics as st
 from hifiprune.scoring.objectives import CrossEntropy, Distillation, Entropy, SampledLabel
 
+PLUGINS = "hifiprune.criteria"
+"""Group of entry points that name modules which register criteria."""
 HFPRUNE, SDMPRUNE = "arXiv 2603.08083", "arXiv 2506.11120"
 
 
@@ -52,6 +56,7 @@ class Criterion:
         two_stages: whether a light cut by cross-entropy comes first.
         options: names of the options that matter to it.
         across_layers: whether scores of different layers are on one scale.
+        experimental: whether measurements have not shown that it is worth its cost.
     """
 
     name: str
@@ -64,6 +69,7 @@ class Criterion:
     two_stages: bool = False
     options: tuple[str, ...] = ()
     across_layers: bool = True
+    experimental: bool = False
 
     @property
     def collects_means(self) -> bool:
@@ -121,6 +127,7 @@ CRITERIA: dict[str, Criterion] = {
             _cross_entropy,
             st.weight_square,
             maps=True,
+            experimental=True,
         ),
         Criterion(
             "self-distillation",
@@ -141,6 +148,7 @@ CRITERIA: dict[str, Criterion] = {
             maps=True,
             two_stages=True,
             options=("alpha", "temperature", "light_cut"),
+            experimental=True,
         ),
         Criterion(
             "fisher",
@@ -160,6 +168,7 @@ CRITERIA: dict[str, Criterion] = {
             st.surgeon,
             maps=True,
             options=("label_samples", "seed"),
+            experimental=True,
         ),
         Criterion(
             "fisher-abs",
@@ -209,11 +218,14 @@ CRITERIA: dict[str, Criterion] = {
 
 def describe_criteria() -> list[dict[str, str]]:
     """Name, what it needs, summary and source of every criterion; the default says that it is."""
+    load_plugins()
     return [
         {
             "name": criterion.name,
             "needs": _needs(criterion),
-            "summary": criterion.summary + (" (default)" if criterion.name == DEFAULT_CRITERION else ""),
+            "summary": criterion.summary
+            + " (default)" * (criterion.name == DEFAULT_CRITERION)
+            + " (experimental)" * criterion.experimental,
             "reference": criterion.reference,
         }
         for criterion in CRITERIA.values()
@@ -234,5 +246,68 @@ def find_criterion(name: str) -> Criterion:
         UserError: there is none.
     """
     if name not in CRITERIA:
+        load_plugins()
+    if name not in CRITERIA:
         raise unknown("criterion", name, CRITERIA)
     return CRITERIA[name]
+
+
+def register_criterion(
+    name: str,
+    summary: str,
+    reference: str = "",
+    *,
+    objective: Objective | None = None,
+    statistic: st.Statistic | None = None,
+    maps: bool = False,
+    options: tuple[str, ...] = (),
+    across_layers: bool = True,
+) -> Callable[[st.Finish], st.Finish]:
+    """Register a criterion whose scores the decorated function makes, in Python and for `--criterion`.
+
+    The function is called with the sums of the statistic, an MLP and the sample, and returns a score for each neuron. A
+    package whose entry point in the group `hifiprune.criteria` names the module that registers criteria is imported
+    when one of them, or the list, is asked for.
+
+    Args:
+        name: name of the criterion.
+        summary: one line on what it measures.
+        reference: its source.
+        objective: objectives that a pass differentiates, by the criterion's options; none for a forward pass alone.
+        statistic: what is summed over windows, see `hifiprune.scoring.neuron_statistics`; none reads no text.
+        maps: whether the statistic looks at the linear maps.
+        options: names of the options that matter to it.
+        across_layers: whether scores of different layers are on one scale.
+
+    Raises:
+        UserError: there is a criterion of this name, or an objective without a statistic.
+    """
+    if name in CRITERIA:
+        raise UserError(f"criterion '{name}' is registered already; choose another name")
+    if objective and statistic is None:
+        raise UserError(f"criterion '{name}' has an objective, and nothing that is collected; give a statistic")
+
+    def register(finish: st.Finish) -> st.Finish:
+        CRITERIA[name] = Criterion(
+            name, summary, reference, objective, statistic, finish, maps, options=options, across_layers=across_layers
+        )
+        return finish
+
+    return register
+
+
+@cache
+def load_plugins() -> None:
+    """Import the packages that register criteria of their own.
+
+    Raises:
+        UserError: one cannot be imported.
+    """
+    for point in entry_points(group=PLUGINS):
+        try:
+            point.load()
+        except Exception as error:
+            raise UserError(
+                f"the criteria of {point.value} cannot be imported ({type(error).__name__}: {error}); correct or "
+                "uninstall the package"
+            ) from error

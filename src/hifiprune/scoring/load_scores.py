@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from hifiprune.errors import UserError, nearest_name
 from hifiprune.models.mlp import count_parameters, find_mlps
 from hifiprune.scores import Scores
-from hifiprune.scoring.criteria import CRITERIA
+from hifiprune.scoring.criteria import CRITERIA, load_plugins
 
 
 def load_scores(path: str | Path) -> Scores:
@@ -17,6 +17,8 @@ def load_scores(path: str | Path) -> Scores:
         UserError: the file cannot be read, was changed, or names another criterion.
     """
     scores = Scores.load(path)
+    if scores.criterion not in CRITERIA:
+        load_plugins()
     if scores.criterion not in CRITERIA:
         raise UserError(
             f"{path} was changed since hifiprune wrote it (criterion '{scores.criterion}' is not "

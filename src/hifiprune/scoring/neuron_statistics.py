@@ -172,5 +172,5 @@ def _norm(weight: Tensor, order: int, dim: int) -> Float[Tensor, "neurons"]:
     return norm
 
 
-WEIGHING = (wanda, flap, surgeon, magnitude, peak_to_peak)
-"""Finishes that use the weights as well."""
+WITHOUT_WEIGHTS = (as_summed, as_divergence, minitron, random)
+"""Finishes that read no weights, which a streamed model need not bring for them."""

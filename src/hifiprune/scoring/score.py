@@ -37,7 +37,7 @@ from hifiprune.scoring.accumulate import (
 )
 from hifiprune.scoring.criteria import Criterion, find_criterion
 from hifiprune.scoring.early_stopping import Stability, looks
-from hifiprune.scoring.neuron_statistics import WEIGHING, Sample, mean_activation, weight_absolute
+from hifiprune.scoring.neuron_statistics import WITHOUT_WEIGHTS, Sample, mean_activation, weight_absolute
 from hifiprune.scoring.objectives import CrossEntropy
 
 Request = tuple[str, CriterionOptions]
@@ -268,7 +268,7 @@ def _finish(
     totals = [run.totals[job][layer] if run and job else nothing for layer in layers]
     parts = list(zip(totals, mlps, samples, strict=True))
     blocks = by_block(mlps)
-    order = walk(model, range(len(blocks))) if each.criterion.finish in WEIGHING else range(len(blocks))
+    order = range(len(blocks)) if each.criterion.finish in WITHOUT_WEIGHTS else walk(model, range(len(blocks)))
     values = [each.criterion.finish(*parts[layer]).float().cpu() for block in order for layer in blocks[block]]
     means = [mean_activation(*part).float().cpu() for part in parts] if each.criterion.collects_means else None
     objective = run.objectives[job.kernels[0]] if run and job and job.kernels else None
