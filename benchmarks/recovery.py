@@ -31,8 +31,8 @@ ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
 C4, ANSWERS = DATA / "c4" / "c4_documents.jsonl", DATA / "instruct"
 CALIBRATION = hp.Calibration(str(C4), 41)
-BASE = hp.Training(  # until time is up
-    learning_rate=5e-4, epochs=100.0, seq_len=512, gradient_accumulation=2, evaluate_every=20, held_out=0.02
+BASE = hp.TrainingConfig(  # until time is up
+    learning_rate=5e-4, epochs=100.0, seq_len=512, gradient_accumulation_steps=2, evaluate_every=20, held_out=0.02
 )
 
 
@@ -41,7 +41,7 @@ class Variant:
     """What is trained, on what, and how."""
 
     ratio: float
-    training: hp.Training | None = None
+    training: hp.TrainingConfig | None = None
     data: Path = C4
     more: dict[str, Any] = field(default_factory=dict)
 
@@ -111,7 +111,7 @@ def run(variant: Variant, dense: Path, folder: Path, output: Path, minutes: floa
         return {"ratio": variant.ratio, "folder": str(pruned)}
     training = replace(variant.training, max_minutes=minutes)
     if not output.exists():
-        hp.recover(str(pruned), output, str(variant.data), training, **variant.more)
+        hp.recover(str(pruned), output, str(variant.data), hp.RecoverConfig(training, **variant.more))
     results = json.loads((output / "run.json").read_text())["results"]
     kept = ("held_out_perplexity", "steps", "best_step", "trouble", "losses", "held_out_losses")
     facts = {"threads": torch.get_num_threads(), "data": variant.data.name, "training": asdict(training)}

@@ -198,9 +198,9 @@ def test_rows_of_a_training_begin_so(dense: Path, text: Path, tmp_path: Path, mo
         raise Interruption
 
     monkeypatch.setattr("hifiprune.recovery.rows.pack", keep)
-    training = hp.Training(seq_len=16, max_steps=1, distill_weight=0.0)
+    training = hp.TrainingConfig(seq_len=16, max_steps=1, distill_weight=0.0)
     with pytest.raises(Interruption):
-        hp.recover(str(tmp_path / "small"), tmp_path / "out", str(text), training)
+        hp.recover(str(tmp_path / "small"), tmp_path / "out", str(text), hp.RecoverConfig(training))
     pieces = [piece for row in rows for piece in row]
     assert len(pieces) > 10
     assert all(piece.tokens[0] == BOS for piece in pieces)

@@ -164,7 +164,7 @@ def test_a_trained_checkpoint_tells_of_both_runs(pruned: Path, tmp_path: Path) -
         "--lora-r",
         4,
     )
-    labels = ("--distill-weight", 0, "--lr", 1e-9)
+    labels = ("--distill-weight", 0, "--learning-rate", 1e-9)
     assert run("recover", tmp_path / "better", "--output", tmp_path / "best", *words, *labels).code == 0
     card = ModelCard.load(tmp_path / "best" / "README.md")
     assert trained in card.text, "the earlier training is told too"

@@ -5,20 +5,22 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hifiprune.cli.flags import merged
+from hifiprune.cli.flags import merged, shared_flags, upon_preset
 from hifiprune.config.files import from_dict, read_config, to_dict
 from hifiprune.config.groups import AllocationConfig, Budget, Calibration, ComputeConfig, CriterionOptions
 from hifiprune.config.options import declared_options
 from hifiprune.config.prune import PruneConfig, ScoreConfig
+from hifiprune.config.recover import TRAININGS, RecoverConfig, TrainingConfig
 from hifiprune.errors import UserError
 from tests.commands import refused, run
 
-CONFIGS: list[type] = [PruneConfig, ScoreConfig]
+CONFIGS: list[type] = [PruneConfig, ScoreConfig, RecoverConfig]
 UNUSUAL = PruneConfig(
     Budget(neuron_ratio=0.3),
     Calibration("a.txt", 7, 33, 5, "stream", "body", (("b.txt", 0.25),), bos=False),
@@ -49,7 +51,13 @@ def test_unusual_is_unusual_in_every_option() -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [UNUSUAL, ScoreConfig(), ScoreConfig(Calibration("x"), options=CriterionOptions(0.5))]
+    "config",
+    [
+        UNUSUAL,
+        ScoreConfig(),
+        ScoreConfig(Calibration("x"), options=CriterionOptions(0.5)),
+        RecoverConfig(TrainingConfig(target_modules=("a", "b"), max_steps=3), "dense", report_to="wandb"),
+    ],
 )
 def test_plain_data_and_back(config: Any) -> None:
     facts = json.loads(json.dumps(to_dict(config)))
@@ -170,8 +178,23 @@ def test_flags_override_files(facts: dict[str, Any], given: dict[str, Any], expe
     assert json.dumps(facts) == before
 
 
+@pytest.mark.parametrize("name", TRAININGS)
+def test_flags_override_files_and_files_presets(name: str) -> None:
+    facts = upon_preset(RecoverConfig.presets, name, {"training": {"lora_r": 5, "seed": 6}, "control": True})
+    found = from_dict(RecoverConfig, merged(RecoverConfig, facts, {"seed": 7, "target_modules": ["a, b", "c"]}))
+    training = replace(TRAININGS[name], lora_r=5, seed=7, target_modules=("a", "b", "c"))
+    assert found == RecoverConfig(training, control=True)
+
+
+def test_a_config_has_flags_for_those_options_of_a_group_that_it_uses() -> None:
+    names = {flag.name for flag in shared_flags(RecoverConfig)}
+    assert names >= {"device", "dtype", "attention", "per_device_batch_size"}
+    assert not names & {"batch_size", "stream", "recompute", "scratch"}
+
+
 def test_configs_are_light_to_import() -> None:
-    code = "import sys, hifiprune.config.prune, hifiprune.config.files, hifiprune.cli.flags as f; "
+    code = "import sys, hifiprune.config.prune, hifiprune.config.recover, hifiprune.config.files; "
+    code += "import hifiprune.cli.flags as f; "
     code += "f.shared_flags(hifiprune.config.prune.PruneConfig); "
     code += "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'datasets', 'pyarrow')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -20,16 +20,17 @@ from transformers.pytorch_utils import Conv1D
 
 import hifiprune as hp
 from hifiprune.commands.recover import recover
+from hifiprune.config.recover import TRAININGS, RecoverConfig, TrainingConfig
 from hifiprune.io.hashing import hash_model
 from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.models.families import FAMILIES
 from hifiprune.progress import shown
 from hifiprune.recovery.callback import Watch
-from hifiprune.recovery.config import TRAININGS, TimedTrainer, Training
 from hifiprune.recovery.distillation import Remembered
 from hifiprune.recovery.lora import with_adapter
 from hifiprune.recovery.rows import split
 from hifiprune.recovery.time_limit import TimeLimit
+from hifiprune.recovery.trainer import TimedTrainer
 from hifiprune.recovery.training_data import Example
 from hifiprune.run_record import RunRecord
 from tests.commands import Interruption, leftovers, refused
@@ -39,9 +40,9 @@ from tests.families import VARIANTS, family_name, load, tiny_model, tiny_tokens
 from tests.naive import logits_of
 from tests.processes import command, forked
 
-QUICK = Training(
-    max_steps=6, gradient_accumulation=2, seq_len=32, lora_r=4, lora_alpha=8, learning_rate=1e-2, evaluate_every=2,
-    held_out=0.2,
+QUICK = TrainingConfig(
+    max_steps=6, gradient_accumulation_steps=2, seq_len=32, lora_r=4, lora_alpha=8, learning_rate=1e-2,
+    evaluate_every=2, held_out=0.2,
 )  # fmt: skip
 
 
@@ -70,8 +71,8 @@ def learn_(folder: Path, texts: list[str]) -> None:
     model.save_pretrained(folder)
 
 
-def run(folder: Path, output: Path, training: Training = QUICK, **more: Any) -> RunRecord:
-    return recover(str(folder / "pruned"), output, str(folder / "data.jsonl"), training, **more)
+def run(folder: Path, output: Path, training: TrainingConfig = QUICK, **more: Any) -> RunRecord:
+    return recover(str(folder / "pruned"), output, str(folder / "data.jsonl"), RecoverConfig(training, **more))
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -103,7 +104,7 @@ def test_maps_of_every_form_are_trained(family: str, pruned: Path, tmp_path: Pat
     dense, small = save_checkpoint(tmp_path / "dense", family), tmp_path / "small"
     hp.prune(str(dense), small, hp.PruneConfig(hp.Budget(width=20), criterion="magnitude"))
     training = replace(QUICK, distill_weight=0.0, learning_rate=1e-3)  # the dense model itself is random
-    recover(str(small), tmp_path / "out", str(pruned / "data.jsonl"), training)
+    recover(str(small), tmp_path / "out", str(pruned / "data.jsonl"), RecoverConfig(training))
     before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (small, tmp_path / "out"))
     assert type(after) is type(before)
     named = dict(before.named_parameters())
@@ -117,7 +118,7 @@ def test_maps_of_every_form_are_trained(family: str, pruned: Path, tmp_path: Pat
 def test_an_adapter_is_put_on_every_plain_map_of_the_blocks_and_on_nothing_else(variant: str) -> None:
     model = tiny_model(variant, torch.float32)
     wanted = {name for name, module in blocks_of(model).items() if isinstance(module, (nn.Linear, Conv1D))}
-    adapted = with_adapter(model, Training())
+    adapted = with_adapter(model, TrainingConfig())
     assert {name for name, module in blocks_of(model).items() if hasattr(module, "lora_A")} == wanted
     assert {kind for layer in adapted.modules() if hasattr(layer, "lora_dropout") for kind in dropouts(layer)} == {0.05}
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
@@ -138,8 +139,8 @@ def dropouts(layer: Any) -> set[float]:
 def test_experts_stay_as_they_are_and_all_other_maps_learn(variant: str, pruned: Path, tmp_path: Path) -> None:
     dense, small = save_checkpoint(tmp_path / "dense", variant), tmp_path / "small"
     hp.prune(str(dense), small, hp.PruneConfig(hp.Budget(width=24), criterion="magnitude"))
-    training = Training(max_steps=2, seq_len=32, held_out=0.2, distill_weight=0.0, gradient_accumulation=1)
-    recover(str(small), tmp_path / "out", str(pruned / "data.jsonl"), training)
+    training = TrainingConfig(max_steps=2, seq_len=32, held_out=0.2, distill_weight=0.0, gradient_accumulation_steps=1)
+    recover(str(small), tmp_path / "out", str(pruned / "data.jsonl"), RecoverConfig(training))
     before, after = (load(path).state_dict() for path in (small, tmp_path / "out"))
     start = f"{FAMILIES[variant].blocks}."
     changed = {name for name, values in after.items() if not torch.equal(values, before[name])}
@@ -155,9 +156,9 @@ def test_an_adapter_that_peft_would_put_on_experts_is_not_kept(pruned: Path, tmp
     with pytest.raises(
         hp.UserError, match="peft loads no adapter for gate_proj, up_proj or down_proj of a deepseek_v2"
     ):
-        recover(model, tmp_path / "out", data, training, keep_adapter=True)
+        recover(model, tmp_path / "out", data, RecoverConfig(training, keep_adapter=True))
     attention = replace(training, target_modules=("kv_b_proj", "o_proj"))
-    recover(model, tmp_path / "out", data, attention, keep_adapter=True)
+    recover(model, tmp_path / "out", data, RecoverConfig(attention, keep_adapter=True))
     PeftModel.from_pretrained(load(Path(model)), str(tmp_path / "out" / "adapter"))
 
 
@@ -174,7 +175,7 @@ def test_a_model_of_mixed_widths_is_trained_into_one(pruned: Path, tmp_path: Pat
     widths = [layer.mlp.down_proj.in_features for layer in find_checkpoint(str(small)).load().model.layers]
     assert len(set(widths)) > 1
     training = replace(QUICK, method=method, learning_rate=1e-3)
-    record = recover(str(small), tmp_path / "out", str(pruned / "data.jsonl"), training)
+    record = recover(str(small), tmp_path / "out", str(pruned / "data.jsonl"), RecoverConfig(training))
     before, after = (record.results["held_out_perplexity"][name] for name in ("before", "after"))
     assert after < before
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
@@ -326,7 +327,10 @@ def test_the_best_state_is_the_one_that_is_written(pruned: Path, tmp_path: Path)
     assert 0 < record.results["best_step"] < record.results["steps"], "or the test could not fail"
     assert looks[-1] > 1.01 * min(looks)
     again = recover(
-        str(tmp_path / "out"), tmp_path / "again", str(pruned / "data.jsonl"), replace(training, max_steps=1)
+        str(tmp_path / "out"),
+        tmp_path / "again",
+        str(pruned / "data.jsonl"),
+        RecoverConfig(replace(training, max_steps=1)),
     )
     assert again.results["held_out_perplexity"]["before"] == pytest.approx(math.exp(min(looks)), rel=1e-5)
 
@@ -373,7 +377,12 @@ def test_a_padding_token_beyond_the_vocabulary_does_no_harm(pruned: Path, tmp_pa
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(tmp_path / "pruned")
     assert tokenizer.pad_token_id == 257
-    recover(str(tmp_path / "pruned"), tmp_path / "out", str(pruned / "data.jsonl"), replace(QUICK, max_steps=1))
+    recover(
+        str(tmp_path / "pruned"),
+        tmp_path / "out",
+        str(pruned / "data.jsonl"),
+        RecoverConfig(replace(QUICK, max_steps=1)),
+    )
 
 
 def test_a_dense_model_that_is_another_by_now_does_not_teach(pruned: Path, tmp_path: Path) -> None:
@@ -381,10 +390,10 @@ def test_a_dense_model_that_is_another_by_now_does_not_teach(pruned: Path, tmp_p
     record = json.loads((tmp_path / "pruned" / "run.json").read_text())
     record["arguments"]["model"] = str(save_checkpoint(tmp_path / "other", initializer_range=0.3))
     (tmp_path / "pruned" / "run.json").write_text(json.dumps(record))
-    start = (str(tmp_path / "pruned"), tmp_path / "out", str(pruned / "data.jsonl"), replace(QUICK, max_steps=1))
+    start, config = (str(tmp_path / "pruned"), tmp_path / "out", str(pruned / "data.jsonl")), RecoverConfig(QUICK)
     with pytest.raises(hp.UserError, match=r"is not the one that .* was pruned from: its weights differ"):
-        recover(*start)
-    found = recover(*start, teacher=str(tmp_path / "other")).results
+        recover(*start, config)
+    found = recover(*start, replace(config, teacher=str(tmp_path / "other"))).results
     assert found["teacher_hash"] == hash_model(AutoModelForCausalLM.from_pretrained(tmp_path / "other"))
     assert found["data_hash"]
 
@@ -394,7 +403,7 @@ def test_a_record_that_says_nothing_is_no_record(pruned: Path, tmp_path: Path, t
     shutil.copytree(pruned / "pruned", tmp_path / "pruned")
     (tmp_path / "pruned" / "run.json").write_text(text)
     with pytest.raises(hp.UserError, match=r"the dense model is not known from .*: give --teacher"):
-        recover(str(tmp_path / "pruned"), tmp_path / "out", str(pruned / "data.jsonl"), QUICK)
+        recover(str(tmp_path / "pruned"), tmp_path / "out", str(pruned / "data.jsonl"), RecoverConfig(QUICK))
 
 
 def test_a_tracker_is_told_of_losses(pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,14 +414,14 @@ def test_a_tracker_is_told_of_losses(pruned: Path, tmp_path: Path, monkeypatch: 
             told.append(logs)
 
     with pytest.raises(hp.UserError, match="tracker 'swanlab' is not installed: pip install swanlab"):
-        run(pruned, tmp_path / "out", tracker="swanlab")
+        run(pruned, tmp_path / "out", report_to="swanlab")
     with pytest.raises(hp.UserError, match=r"tracker 'wand' is not known; .* did you mean 'wandb'\?"):
-        run(pruned, tmp_path / "out", tracker="wand")
+        run(pruned, tmp_path / "out", report_to="wand")
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "swanlab", Tracker)
     monkeypatch.setattr(
         "hifiprune.commands.recover_preflight.get_available_reporting_integrations", lambda: ["swanlab"]
     )
-    record = run(pruned, tmp_path / "out", tracker="swanlab")
+    record = run(pruned, tmp_path / "out", report_to="swanlab")
     assert [logs["loss"] for logs in told if "loss" in logs] == [loss for _, loss in record.results["losses"]]
     assert any("eval_loss" in logs for logs in told)
 
@@ -512,7 +521,7 @@ def test_a_limit_that_passes_before_the_first_step_leaves_the_checkpoint_as_it_w
     pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
     clock.install(monkeypatch)
-    words = ("--data", pruned / "data.jsonl", "--max-minutes", 10, "--seq-len", 32, "--gradient-accumulation", 2)
+    words = ("--data", pruned / "data.jsonl", "--max-minutes", 10, "--seq-len", 32, "--gradient-accumulation-steps", 2)
     result = run_command("recover", pruned / "pruned", "--output", tmp_path / "out", *words, "--lora-r", 4)
     assert result.code == 0, result.err
     said = "time limit of 10 minutes passed before the first step, so give a larger --max-minutes"
@@ -573,9 +582,9 @@ def test_a_time_limit_counts_the_time_before_an_interruption(
 def test_what_cannot_be_trained_is_refused(pruned: Path, tmp_path: Path) -> None:
     (tmp_path / "few.jsonl").write_text('{"text": "one alone"}\n')
     with pytest.raises(hp.UserError, match="too little data: 1 examples make no row"):
-        recover(str(pruned / "pruned"), tmp_path / "out", str(tmp_path / "few.jsonl"), QUICK)
+        recover(str(pruned / "pruned"), tmp_path / "out", str(tmp_path / "few.jsonl"), RecoverConfig(QUICK))
     with pytest.raises(hp.UserError, match=r"the dense model is not known from .*: give --teacher"):
-        recover(str(pruned / "dense"), tmp_path / "out", str(pruned / "data.jsonl"), QUICK)
+        recover(str(pruned / "dense"), tmp_path / "out", str(pruned / "data.jsonl"), RecoverConfig(QUICK))
     with pytest.raises(hp.UserError, match="seq-len 200000 exceeds the model's 64 positions"):
         run(pruned, tmp_path / "out", replace(QUICK, seq_len=200_000))
     with pytest.raises(hp.UserError, match=r"target module 'dwn_proj' is not known; .* did you mean 'down_proj'"):
@@ -588,7 +597,7 @@ def test_what_cannot_be_trained_is_refused(pruned: Path, tmp_path: Path) -> None
         patch.setattr("hifiprune.engine.compute.check_attention", lambda *_: None)  # it runs on GPUs only
         flash = hp.ComputeConfig(attention="flash_attention_2")
     with pytest.raises(hp.UserError, match="in batches of one row only"):
-        run(pruned, tmp_path / "out", replace(QUICK, batch_size=2), compute=flash)
+        run(pruned, tmp_path / "out", replace(QUICK, per_device_batch_size=2), compute=flash)
     with pytest.raises(hp.UserError, match=r"output .*dense is the input .*dense; choose another name"):
         run(pruned, pruned / "dense", overwrite=True)
     save_checkpoint(tmp_path / "other", vocab_size=300)
@@ -623,7 +632,7 @@ def test_what_cannot_be_trained_is_refused(pruned: Path, tmp_path: Path) -> None
     ]
     for values, message in cases:
         with pytest.raises(hp.UserError, match=message):
-            Training(**values)
+            TrainingConfig(**values)
     assert not (tmp_path / "out").exists()
 
 
@@ -640,7 +649,9 @@ def test_labels_need_no_dense_model_and_teaching_says_where_it_is_not(pruned: Pa
 
 def test_a_long_text_is_rows_to_train_on_and_to_hold_out(pruned: Path, tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("abc cd " * 200)
-    record = recover(str(pruned / "pruned"), tmp_path / "out", str(tmp_path / "long.txt"), replace(QUICK, max_steps=1))
+    record = recover(
+        str(pruned / "pruned"), tmp_path / "out", str(tmp_path / "long.txt"), RecoverConfig(replace(QUICK, max_steps=1))
+    )
     assert record.results["steps"] == 1
 
 
@@ -678,7 +689,7 @@ def test_launchers_that_are_known_to_fail_are_refused(
 
 
 def test_the_papers_settings_are_those_of_their_scripts() -> None:
-    names = ("method", "learning_rate", "epochs", "gradient_accumulation", "weight_decay", "seq_len")
+    names = ("method", "learning_rate", "epochs", "gradient_accumulation_steps", "weight_decay", "seq_len")
     rows: dict[str, Any] = {preset: tuple(getattr(each, name) for name in names) for preset, each in TRAININGS.items()}
     assert rows["hfprune-lora"] == ("lora", 4e-4, 2, 32, 0, 1024)
     assert rows["hfprune-full"] == ("full", 1e-4, 3, 32, 0.05, 1024)
@@ -694,12 +705,13 @@ def test_two_processes_are_one_with_twice_the_accumulation(
 ) -> None:
     flags = [
         "--data", pruned / "data.jsonl", "--method", method, *more, "--distill-weight", 0.5,
-        "--lr", 1e-3, "--max-steps", 4, "--evaluate-every", 2, "--seq-len", 32, "--held-out", 0.2, "--device", "cpu",
+        "--learning-rate", 1e-3, "--max-steps", 4, "--evaluate-every", 2, "--seq-len", 32, "--held-out", 0.2,
+        "--device", "cpu",
     ]  # fmt: skip
     start = ["recover", pruned / "pruned", *flags]
-    one = run_command(*start, "--gradient-accumulation", 4, "--output", tmp_path / "one", "--json")
+    one = run_command(*start, "--gradient-accumulation-steps", 4, "--output", tmp_path / "one", "--json")
     assert one.code == 0, one.err
-    shared = command(*start, "--gradient-accumulation", 2, "--output", tmp_path / "two", "--json")
+    shared = command(*start, "--gradient-accumulation-steps", 2, "--output", tmp_path / "two", "--json")
     two = forked(tmp_path / "told", shared, 2)
     assert two.codes == [0, 0], two.err
     found = json.loads(two.out)  # one process speaks
@@ -732,7 +744,7 @@ def test_the_command_shows_presets_and_refuses_what_it_lacks(pruned: Path, tmp_p
 
 
 def test_the_next_step_of_a_second_training_names_the_dense_model(pruned: Path, tmp_path: Path) -> None:
-    flags = ("--data", pruned / "data.jsonl", "--max-steps", 1, "--seq-len", 32, "--gradient-accumulation", 1)
+    flags = ("--data", pruned / "data.jsonl", "--max-steps", 1, "--seq-len", 32, "--gradient-accumulation-steps", 1)
     first = run_command("recover", pruned / "pruned", "--output", tmp_path / "one", *flags)
     assert first.code == 0, first.err
     second = run_command("recover", tmp_path / "one", "--output", tmp_path / "two", *flags)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hifiprune.commands.score import score_checkpoint
     from hifiprune.config.groups import AllocationConfig, Budget, Calibration, ComputeConfig, CriterionOptions
     from hifiprune.config.prune import PruneConfig, ScoreConfig
+    from hifiprune.config.recover import RecoverConfig, TrainingConfig
     from hifiprune.engine.temporary_cut import cut
     from hifiprune.errors import HifipruneError, RunError, UserError
     from hifiprune.evaluation.bootstrap import Estimate
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from hifiprune.pruning.cut import cut_
     from hifiprune.pruning.cut_checkpoint import cut_checkpoint
     from hifiprune.pruning.repair import cut_and_repair_
-    from hifiprune.recovery.config import Training
     from hifiprune.run_record import RunRecord
     from hifiprune.scores import Scores
     from hifiprune.scoring.criteria import CRITERIA, Criterion, register_criterion
@@ -51,6 +51,7 @@ __all__ = [
     "Mlp",
     "Plan",
     "PruneConfig",
+    "RecoverConfig",
     "Reference",
     "RunError",
     "RunRecord",
@@ -58,7 +59,7 @@ __all__ = [
     "Scores",
     "Tasks",
     "Text",
-    "Training",
+    "TrainingConfig",
     "UserError",
     "ablate",
     "allocate",
@@ -98,6 +99,7 @@ _HOMES = {
     "Plan": "plan",
     "PruneConfig": "config.prune",
     "ScoreConfig": "config.prune",
+    "RecoverConfig": "config.recover",
     "Reference": "evaluation.fidelity",
     "RunError": "errors",
     "RunRecord": "run_record",
@@ -105,7 +107,7 @@ _HOMES = {
     "AllocationConfig": "config.groups",
     "Tasks": "evaluation.zero_shot_tasks",
     "Text": "evaluation.text",
-    "Training": "recovery.config",
+    "TrainingConfig": "config.recover",
     "UserError": "errors",
     "ablate": "commands.ablate",
     "allocate": "pruning.allocate",

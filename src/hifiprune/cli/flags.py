@@ -13,7 +13,7 @@ from typer import Option as Flag
 from hifiprune.cli.console import speaking
 from hifiprune.config.files import from_dict, read_config
 from hifiprune.config.options import PANELS, Declared, declared_options, group_of, without_none
-from hifiprune.errors import UserError
+from hifiprune.errors import UserError, unknown
 from hifiprune.progress import note
 
 MESSAGES = "Config and messages"
@@ -68,14 +68,16 @@ def shared_flags(config: type) -> list[Shared]:
 def with_config(command: Callable[..., None]) -> Callable[..., None]:
     """Make a typer command of a function, whose parameter that is a config becomes flags.
 
-    With `--config` a file fills it, and names the other parameters too where they are not given. `--json` comes as the
-    parameter `as_json`.
+    With `--config` a file fills it, and names the other parameters too where they are not given. Where the config has
+    `presets`, the one that the parameter `preset` names is what flags and files change. `--json` comes as the parameter
+    `as_json`, and the names of the flags that were given as the parameter `given`, if there is one.
     """
     kinds = get_type_hints(command, include_extras=True)
     parameters = list(inspect.signature(command).parameters.values())
     ((name, config),) = ((name, kind) for name, kind in kinds.items() if is_dataclass(kind) and isinstance(kind, type))
     flags = shared_flags(config)
-    inputs = [parameter for parameter in parameters if parameter.name not in (name, "as_json")]
+    inputs = [parameter for parameter in parameters if parameter.name not in (name, "as_json", "given")]
+    wants_given = "given" in kinds
 
     @wraps(command)
     def run(**values: Any) -> None:
@@ -86,12 +88,15 @@ def with_config(command: Callable[..., None]) -> Callable[..., None]:
         arguments = {
             parameter.name: _input(parameter.name, values, given, facts, context) for parameter in inputs
         }  # takes them out of the facts
+        if presets := getattr(config, "presets", None):
+            facts = upon_preset(presets, arguments["preset"], facts)
         settled = merged(config, facts, given)
         made = from_dict(config, settled, str(file or "config"))
         with speaking(quiet=values["quiet"], verbose=values["verbose"]):
             if unused := without_group(config, settled, given):
                 note(f"Ignored, since there is no {unused}.")
-            command(**arguments, **{name: made}, as_json=values["as_json"])
+            more = {"given": frozenset(given)} if wants_given else {}
+            command(**arguments, **{name: made}, **more, as_json=values["as_json"])
 
     signature = [
         inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Context),
@@ -108,6 +113,18 @@ def with_config(command: Callable[..., None]) -> Callable[..., None]:
     )
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in signature}
     return run
+
+
+def upon_preset(presets: Mapping[str, Mapping[str, Any]], name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a preset's groups of options, with the facts of a file in place of theirs.
+
+    Raises:
+        UserError: there is no such preset.
+    """
+    if name not in presets:
+        raise unknown("preset", name, presets)
+    groups = {nested: {**values, **(facts.get(nested) or {})} for nested, values in presets[name].items()}
+    return {**facts, **groups}
 
 
 def merged(config: type, facts: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,40 +1,123 @@
-"""What a training run refuses before it begins, and where its dense model is."""
+"""What is asked of `recover`: settled, and checked before the work begins; and where its dense model is."""
 
 import os
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+from hifiprune.commands.prepare import prepare
+from hifiprune.config.files import to_dict
 from hifiprune.config.groups import ComputeConfig
+from hifiprune.config.recover import RecoverConfig, TrainingConfig
 from hifiprune.errors import UserError, unknown
+from hifiprune.evaluation.text import Text
+from hifiprune.io.atomic import check_shard_size, check_space
 from hifiprune.io.distributed import check_launcher
+from hifiprune.io.resume import Unfinished
 from hifiprune.models.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.models.lineage import dense_of, record_of
 from hifiprune.models.mlp import count_parameters
-from hifiprune.recovery.config import Training
-from hifiprune.recovery.lora import linears_of
+from hifiprune.recovery.lora import check_adapter, linears_of
+from hifiprune.recovery.time_limit import TimeLimit
+from hifiprune.reports.model_card import Base, describe_base
+from hifiprune.run_record import RunRecord
 
 
-def check_purpose(training: Training, teacher: str | None, *, control: bool, keep_adapter: bool) -> None:
+@dataclass(frozen=True)
+class RecoverJob:
+    """A checkpoint to be trained, with everything checked that can be without its weights.
+
+    Attributes:
+        model: what the user called the pruned checkpoint.
+        data: rows to learn from.
+        config: options.
+        training: how the model is trained: as the options say, as far as it has an effect.
+        checkpoint: the pruned checkpoint, whose tokenizer reads the data.
+        started: the checkpoint that is trained: `checkpoint`, or `dense` as a control.
+        dense: the dense model, if it has a part.
+        target: absolute path of the output.
+        base: what the card of the output says of the checkpoint that is trained.
+        record: record of the run, as far as it is.
+        unfinished: what an interrupted run would have to do again.
+        limit: wall-clock limit of the run.
+    """
+
+    model: str
+    data: str
+    config: RecoverConfig
+    training: TrainingConfig
+    checkpoint: Checkpoint
+    started: Checkpoint
+    dense: Checkpoint | None
+    target: Path
+    base: Base
+    record: RunRecord
+    unfinished: Unfinished
+    limit: TimeLimit
+
+
+def resolve(model: str, output: str | Path, data: str, config: RecoverConfig) -> RecoverJob:
+    """Check everything that can be checked before weights are loaded.
+
+    Raises:
+        UserError: something asked for cannot be done.
+    """
+    training, compute = config.training, config.compute
+    check_training(compute, training)
+    if config.control:  # from itself it has nothing to learn
+        training = replace(training, distill_weight=0.0, match_hidden=0.0, cache_teacher=None)
+    check_purpose(training, config)
+    settled = to_dict(replace(config, training=training))
+    record = RunRecord("recover", {"model": model, "output": str(output), "data": data, **settled})
+    check_shard_size(config.shard_size)
+    dense = find_dense(model, config.teacher, training, control=config.control)
+    texts, read = [Text(data, training.seq_len)], [dense.path] if dense else []
+    checkpoint, target, skeleton = prepare(
+        model, output, texts, read, compute=compute, folder=True, overwrite=config.overwrite
+    )
+    check_adapter(skeleton, training, kept=config.keep_adapter)
+    check_tracker(config.report_to, target)
+    started = dense if dense and config.control else checkpoint
+    check_space(target, needed_bytes(started, training))
+    return RecoverJob(
+        model=model,
+        data=data,
+        config=config,
+        training=training,
+        checkpoint=checkpoint,
+        started=started,
+        dense=dense,
+        target=target,
+        base=describe_base(started),
+        record=record,
+        unfinished=Unfinished.beside(target, "recover"),
+        limit=TimeLimit(training.max_minutes),
+    )
+
+
+def check_purpose(training: TrainingConfig, config: RecoverConfig) -> None:
     """Refuse what would have no effect."""
-    if teacher and not (training.taught or control):
+    if config.teacher and not (training.taught or config.control):
         raise UserError(
             "--teacher has nothing to teach: give --distill-weight or --match-hidden above 0, or leave it out"
         )
-    if keep_adapter and training.method == "full":
+    if config.keep_adapter and training.method == "full":
         raise UserError("--keep-adapter is for --method lora; full training has no adapter")
 
 
-def check_compute(compute: ComputeConfig, training: Training) -> None:
+def check_training(compute: ComputeConfig, training: TrainingConfig) -> None:
     """Refuse arithmetic and devices that cannot train.
 
     Raises:
         UserError: these are such.
     """
     check_launcher(low_rank=training.method == "lora")
-    if "flash" in (compute.attention or "") and training.batch_size > 1:
-        raise UserError("flash attention keeps packed examples apart in batches of one row only: --batch-size 1")
+    if "flash" in (compute.attention or "") and training.per_device_batch_size > 1:
+        raise UserError(
+            "flash attention keeps packed examples apart in batches of one row only: --per-device-batch-size 1"
+        )
     if compute.dtype == "float16":
         raise UserError("dtype float16 loses the small gradients of training: use bfloat16 or float32")
     if compute.device.startswith("cuda:"):
@@ -59,7 +142,7 @@ def check_tracker(name: str, target: Path) -> None:
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", f"{target}-logs")  # or they would go with the states
 
 
-def find_dense(model: str, teacher: str | None, training: Training, *, control: bool) -> Checkpoint | None:
+def find_dense(model: str, teacher: str | None, training: TrainingConfig, *, control: bool) -> Checkpoint | None:
     """The dense model, where there is something for it to do, checked to fit where it teaches."""
     made_by = record_of(find_checkpoint(model))  # read in any case: what training makes tells of it too
     if not control and not training.taught:
@@ -86,7 +169,7 @@ def find_dense(model: str, teacher: str | None, training: Training, *, control: 
     return dense
 
 
-def needed_bytes(checkpoint: Checkpoint, training: Training) -> int:
+def needed_bytes(checkpoint: Checkpoint, training: TrainingConfig) -> int:
     """Disk for the result and for three states, of which each has what is trained and two moments in float32."""
     skeleton = checkpoint.skeleton()
     total = trained = count_parameters(skeleton)

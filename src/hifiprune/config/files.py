@@ -12,6 +12,8 @@ from hifiprune.config.options import declared_options, without_none
 from hifiprune.errors import UserError, nearest_name
 
 RUN_FORMAT = "hifiprune-run-1"
+OF_ONE_RUN = ("output", "overwrite", "dry_run", "resume")
+"""Options that another run does not take over."""
 C = TypeVar("C")
 
 
@@ -90,7 +92,9 @@ def read_config(path: Path, command: str) -> dict[str, Any]:
     arguments = facts.get("arguments")
     if not isinstance(arguments, dict):
         raise UserError(f"{path} was changed since hifiprune wrote it: it has no arguments")
-    return {name: value for name, value in arguments.items() if name not in ("output", "overwrite", "dry_run")}
+    return {
+        name: value for name, value in arguments.items() if name not in ("output", "overwrite", "dry_run", "resume")
+    }
 
 
 def _parsed(path: Path) -> Any:

@@ -9,8 +9,11 @@ from hifiprune.bounds import Bounds, check_number
 from hifiprune.errors import unknown
 
 WIDTHS, CALIBRATION, SCORING = "Widths", "Calibration data", "Scoring and repair"
+TRAINING_DATA, LOSS, OPTIMIZATION, ADAPTER = "Training data", "Loss", "Optimization", "LoRA"
 COMPUTE, OUTPUT, EXPERIMENTAL = "Compute", "Output", "Experimental"
-PANELS = (None, WIDTHS, CALIBRATION, SCORING, COMPUTE, OUTPUT, EXPERIMENTAL)
+PANELS = (
+    None, WIDTHS, CALIBRATION, SCORING, TRAINING_DATA, LOSS, OPTIMIZATION, ADAPTER, COMPUTE, OUTPUT, EXPERIMENTAL,
+)  # fmt: skip
 """Help panels in order; the first has the options that matter most."""
 Words = Callable[[list[str]], dict[str, object]]
 """Makes fields of a group from the words of a flag that may be given more than once."""
@@ -63,9 +66,11 @@ class Group:
 
     Attributes:
         one_of: whether only one of its options may be given, so that a flag stands for all that a file says of them.
+        only: names of the options that the config uses; of none, all.
     """
 
     one_of: bool = False
+    only: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,9 +114,9 @@ def option(
     return field(default=default, metadata={"option": facts})
 
 
-def group(default: Any = MISSING, /, *, one_of: bool = False) -> Any:
-    """Return a dataclass field for a nested group of options."""
-    return field(default=default, metadata={"group": Group(one_of)})
+def group(default: Any = MISSING, /, *, one_of: bool = False, only: tuple[str, ...] = ()) -> Any:
+    """Return a dataclass field for a nested group of options; see `Group` for the keywords."""
+    return field(default=default, metadata={"group": Group(one_of, only)})
 
 
 class Checked:
@@ -139,7 +144,9 @@ def declared_options(config: type, path: tuple[str, ...] = ()) -> Iterator[Decla
     for declared in fields(config):
         kind, place = without_none(kinds[declared.name]), (*path, declared.name)
         if is_dataclass(kind) and isinstance(kind, type):
-            yield from declared_options(kind, place)
+            only = group_of(config, declared.name).only
+            nested = declared_options(kind, place)
+            yield from (option for option in nested if not only or option.path[len(place)] in only)
         elif "option" in declared.metadata:
             yield Declared(place, kind, declared.default, declared.metadata["option"])
 

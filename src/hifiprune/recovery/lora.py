@@ -11,20 +11,20 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hifiprune.config.recover import TrainingConfig
 from hifiprune.errors import UserError, unknown
 from hifiprune.models.detect import family_of
 from hifiprune.models.mlp import find_blocks
-from hifiprune.recovery.config import Training
 
 
-def with_adapter(model: PreTrainedModel, training: Training) -> PeftModel:
+def with_adapter(model: PreTrainedModel, training: TrainingConfig) -> PeftModel:
     """Put an adapter on the maps that are to be trained, and freeze all else."""
     with warnings.catch_warnings(), _names_as_given():
         warnings.simplefilter("ignore", FutureWarning)  # about how peft calls transformers
         return get_peft_model(model, _settings(model, training))
 
 
-def check_adapter(model: PreTrainedModel, training: Training, *, kept: bool) -> None:
+def check_adapter(model: PreTrainedModel, training: TrainingConfig, *, kept: bool) -> None:
     """Refuse an adapter for maps that are not there, or one to be kept that peft would put elsewhere when it loads it.
 
     Args:
@@ -47,14 +47,14 @@ def check_adapter(model: PreTrainedModel, training: Training, *, kept: bool) -> 
         )
 
 
-def _settings(model: PreTrainedModel, training: Training) -> LoraConfig:
+def _settings(model: PreTrainedModel, training: TrainingConfig) -> LoraConfig:
     sides = {path: min(linear.weight.shape) for path, linear in linears_of(model)}
     paths = {path: path.rpartition(".")[2] for path in sides}
     for name in training.target_modules:
         if name not in paths.values():
             raise unknown("target module", name, sorted({*paths.values()}))
     most = max(side for path, side in sides.items() if paths[path] in (training.target_modules or (paths[path],)))
-    limit = max(most, Training.lora_r)  # the default is for any model
+    limit = max(most, TrainingConfig.lora_r)  # the default is for any model
     if training.lora_r > limit:
         raise UserError(
             f"lora-r {training.lora_r} must be at most {limit}; the smaller side of the largest map is {most}"

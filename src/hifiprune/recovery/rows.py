@@ -3,9 +3,9 @@
 import random
 from collections.abc import Sequence
 
+from hifiprune.config.recover import TrainingConfig
 from hifiprune.engine.context import check_vocabulary
 from hifiprune.errors import UserError
-from hifiprune.recovery.config import Training
 from hifiprune.recovery.packing import Packed, cut_to, pack
 from hifiprune.recovery.training_data import Example
 
@@ -15,7 +15,7 @@ HELD_OUT_ROWS = 128
 
 def split(
     examples: Sequence[Example],
-    training: Training,
+    training: TrainingConfig,
     vocabulary: int,
     *,
     together: bool = True,
