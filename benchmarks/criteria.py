@@ -14,8 +14,8 @@ from hifiprune.cli.console import speaking
 from hifiprune.commands.ablate import ablate
 from hifiprune.commands.compare import compare
 from hifiprune.commands.demo import fetch_smollm2
-from hifiprune.config.groups import Calibration
-from hifiprune.evaluation.text import Text
+from hifiprune.config.groups import Calibration, Text
+from hifiprune.config.study import AblateConfig
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -49,7 +49,7 @@ def main() -> None:
     scores = [compared / "scores" / f"{name}-seed0.safetensors" for name in names]
     text = Text(HELD_OUT.source, HELD_OUT.seq_len, 2)
     if not ablated.exists():
-        ablate(model, ablated, scores, text, neurons=96, groups=48)
+        ablate(model, ablated, AblateConfig(tuple(scores), text, neurons=96, groups=48))
     for name, file in (("criteria", compared / "compare.json"), ("ablation", ablated / "ablate.json")):
         record = json.loads(file.read_text().replace(f"{ROOT.parent}/", ""))
         record["results"] = {key: value for key, value in record["results"].items() if key not in ("cells", "trials")}

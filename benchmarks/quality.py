@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 import hifiprune as hp
 from hifiprune.commands.demo import fetch_smollm2
 from hifiprune.evaluation.fidelity import divergence_of, measure_windows
+from hifiprune.evaluation.text import held_windows
 from hifiprune.io.atomic import replacing
 from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.pruning.iterative import score_in_steps
@@ -213,8 +214,8 @@ def main() -> None:
     asked = parser.parse_args()
     model = fetch_smollm2(ROOT / ".cache" / "smollm2")
     tokenizer = find_checkpoint(str(model)).tokenizer()
-    wikitext = hp.Text(str(DATA / "wikitext-2" / "wiki.test.raw"), 1024, asked.wikitext).held(tokenizer).windows
-    c4 = hp.Text(str(DATA / "c4" / "c4_short.jsonl"), 512, 8).held(tokenizer).windows
+    wikitext = held_windows(hp.Text(str(DATA / "wikitext-2" / "wiki.test.raw"), 1024, asked.wikitext), tokenizer)
+    c4 = held_windows(hp.Text(str(DATA / "c4" / "c4_short.jsonl"), 512, 8), tokenizer)
     folder = ROOT / ".cache" / f"quality-{asked.wikitext}"
     folder.mkdir(exist_ok=True)
     bench = Bench(model, wikitext, c4, folder)

@@ -24,6 +24,7 @@ import hifiprune as hp
 from hifiprune.commands.demo import fetch_smollm2
 from hifiprune.evaluation.bootstrap import bootstrap_mean
 from hifiprune.evaluation.fidelity import measure_windows
+from hifiprune.evaluation.text import held_windows
 from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.models.mlp import find_mlps
 from hifiprune.run_record import describe_environment
@@ -103,7 +104,7 @@ def main() -> None:
         calibration = hp.Calibration(str(DATA / "c4" / "c4_documents.jsonl"), asked.samples)
         hp.prune(str(model), pruned, hp.PruneConfig(hp.Budget(ratio=0.2), calibration))
     tokenizer = find_checkpoint(str(model)).tokenizer()
-    windows = hp.Text(str(DATA / "wikitext-2" / "wiki.test.raw"), 512, asked.windows).held(tokenizer).windows
+    windows = held_windows(hp.Text(str(DATA / "wikitext-2" / "wiki.test.raw"), 512, asked.windows), tokenizer)
     reference = hp.Reference.of(find_checkpoint(str(model)).load(torch.float32), windows)
 
     cells: dict[tuple[str, str], Losses] = {}

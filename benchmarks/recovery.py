@@ -24,6 +24,7 @@ import hifiprune as hp
 from hifiprune.cli.console import speaking
 from hifiprune.commands.demo import fetch_smollm2
 from hifiprune.evaluation.fidelity import measure_windows
+from hifiprune.evaluation.text import held_windows
 from hifiprune.io.atomic import replacing
 from hifiprune.models.checkpoint import find_checkpoint
 
@@ -70,8 +71,8 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     checkpoint = find_checkpoint(str(dense_folder))
     tokenizer = checkpoint.tokenizer()
-    wikitext = hp.Text(str(DATA / "wikitext-2" / "wiki.test.raw"), 1024, 24).held(tokenizer).windows
-    held = hp.Text(str(DATA / "c4" / "c4_short.jsonl"), 512, 8).held(tokenizer).windows
+    wikitext = held_windows(hp.Text(str(DATA / "wikitext-2" / "wiki.test.raw"), 1024, 24), tokenizer)
+    held = held_windows(hp.Text(str(DATA / "c4" / "c4_short.jsonl"), 512, 8), tokenizer)
     dense = checkpoint.load()
     reference, start = hp.Reference.of(dense, held), float(measure_windows(dense, wikitext)["perplexity"].mean())
     rows: list[dict[str, Any]] = []

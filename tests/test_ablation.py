@@ -447,16 +447,9 @@ def test_files_of_one_criterion_are_told_apart_by_their_names(world: Path, score
 
 
 def arguments(world: Path, scored: Path, output: Path, **changes: Any) -> dict[str, Any]:
-    given = {
-        "model": str(world / "dense"),
-        "output": output,
-        "scores": [scored / "fisher"],
-        "text": hp.Text(str(world / "held.txt"), 24, 2),
-        "neurons": 6,
-        "groups": 3,
-        "group_size": 4,
-    }
-    return given | changes
+    config = hp.AblateConfig((scored / "fisher",), hp.Text(str(world / "held.txt"), 24, 2), 6, 3, 4)
+    model = changes.pop("model", str(world / "dense"))
+    return {"model": model, "output": output, "config": replace(config, **changes)}
 
 
 def counted(patch: pytest.MonkeyPatch, stop: int | None = None) -> list[Any]:
@@ -532,7 +525,15 @@ CHANGES: dict[str, Callable[[Path, Path], tuple[int, dict[str, Any]]]] = {
     "more windows": lambda world, _: (9, {"text": hp.Text(str(world / "held.txt"), 24, 3)}),
     "dtype": lambda *_: (9, {"compute": hp.ComputeConfig(dtype="bfloat16")}),
     "more groups": lambda *_: (2, {"groups": 5}),
-    "another criterion": lambda _, scored: (0, {"scores": [scored / "fisher", scored / "flap"]}),
+    "another criterion": lambda _, scored: (
+        0,
+        {
+            "scores": (
+                scored / "fisher",
+                scored / "flap",
+            )
+        },
+    ),
 }
 
 
@@ -560,8 +561,8 @@ def test_scores_and_trials_of_another_model_are_refused(
     refused(run(*changed), "these scores belong to another model")
     assert [path.name for path in tmp_path.iterdir()] == ["second"]
     hp.score_checkpoint(str(second), tmp_path / "own", hp.ScoreConfig(criterion="random"))
-    output, changes = tmp_path / "out", {"model": str(second), "scores": [tmp_path / "own"]}
-    interrupted(world, scored, output, scores=[scored / "random"])
+    output, changes = tmp_path / "out", {"model": str(second), "scores": (tmp_path / "own",)}
+    interrupted(world, scored, output, scores=(scored / "random",))
     calls = counted(monkeypatch)
     hp.ablate(**arguments(world, scored, output, **changes))
     assert len(calls) == 9
@@ -591,6 +592,7 @@ def test_every_option_arrives(world: Path, scored: Path, tmp_path: Path) -> None
         "groups": 3,
         "group_size": 7,
         "seed": 5,
+        "overwrite": False,
     }  # fmt: skip
     trials = [(trial["layer"], tuple(trial["neurons"])) for trial in result.json["results"]["trials"]]
     assert trials == sample(hp.Scores.load(scored / "random"), 4, 3, 7, 5)

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 import hifiprune as hp
 from hifiprune.calibration import window_start
+from hifiprune.evaluation.text import held_windows
 from hifiprune.io.text_sources import read_documents
 from hifiprune.recovery.packing import cut_to, pack
 from hifiprune.recovery.training_data import Example, read_examples
@@ -104,10 +105,10 @@ def test_all_that_a_tokenizer_begins_a_text_with_and_nothing_that_it_ends_it_wit
 
 def test_held_out_windows_hold_the_text_once(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     (tmp_path / "held.txt").write_text("abcdefghij" * 10)
-    windows = hp.Text(str(tmp_path / "held.txt"), 24).held(tokenizer).windows
+    windows = held_windows(hp.Text(str(tmp_path / "held.txt"), 24), tokenizer)
     assert (windows[:, 0] == BOS).all()
     assert tokenizer.decode(windows[:, 1:].flatten()) == ("abcdefghij" * 10)[: 4 * 23]
-    few = hp.Text(str(tmp_path / "held.txt"), 24, 2).held(tokenizer).windows
+    few = held_windows(hp.Text(str(tmp_path / "held.txt"), 24, 2), tokenizer)
     assert torch.equal(few, windows[:2])
 
 

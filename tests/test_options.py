@@ -13,14 +13,15 @@ import pytest
 
 from hifiprune.cli.flags import merged, shared_flags, upon_preset
 from hifiprune.config.files import from_dict, read_config, to_dict
-from hifiprune.config.groups import AllocationConfig, Budget, Calibration, ComputeConfig, CriterionOptions
+from hifiprune.config.groups import AllocationConfig, Budget, Calibration, ComputeConfig, CriterionOptions, Text
 from hifiprune.config.options import declared_options
 from hifiprune.config.prune import PruneConfig, ScoreConfig
 from hifiprune.config.recover import TRAININGS, RecoverConfig, TrainingConfig
+from hifiprune.config.study import AblateConfig
 from hifiprune.errors import UserError
 from tests.commands import refused, run
 
-CONFIGS: list[type] = [PruneConfig, ScoreConfig, RecoverConfig]
+CONFIGS: list[type] = [PruneConfig, ScoreConfig, RecoverConfig, AblateConfig]
 UNUSUAL = PruneConfig(
     Budget(neuron_ratio=0.3),
     Calibration("a.txt", 7, 33, 5, "stream", "body", (("b.txt", 0.25),), bos=False),
@@ -84,7 +85,7 @@ def test_every_number_has_bounds_and_every_option_says_what_it_is(config: type) 
         ({"budgte": {}}, "did you mean 'budget'?"),
         ({"budget": {"ratoi": 0.2}}, "'budget.ratoi' is not an option"),
         ({"num_samples": 3}, "did you mean 'calibration.num_samples'?"),
-        ({"calibration": {"num_samples": 3}}, "calibration.source: Field required"),
+        ({"calibration": {"num_samples": 3}}, "'--calibration' is missing"),
         ({"calibration": "x.txt"}, "calibration must be a mapping of names to values"),
         ({"steps": 2.5}, "steps: Input should be a valid integer, not 2.5"),
         ({"allocation": {"method": "golbal"}}, "allocation 'golbal' is not known"),
@@ -184,6 +185,21 @@ def test_flags_override_files_and_files_presets(name: str) -> None:
     found = from_dict(RecoverConfig, merged(RecoverConfig, facts, {"seed": 7, "target_modules": ["a, b", "c"]}))
     training = replace(TRAININGS[name], lora_r=5, seed=7, target_modules=("a", "b", "c"))
     assert found == RecoverConfig(training, control=True)
+
+
+def test_a_part_of_a_group_changes_the_default_of_the_config_and_not_of_the_group() -> None:
+    facts = merged(AblateConfig, {"text": {"seq_len": 9}}, {"scores": ["x"], "max_windows": 3, "batch_size": 2})
+    found = from_dict(AblateConfig, facts)
+    assert found == AblateConfig((Path("x"),), Text("python-docs", 9, 3), compute=ComputeConfig(batch_size=2))
+    defaults = {option.name: option.default for option in declared_options(AblateConfig)}
+    assert (defaults["source"], defaults["seq_len"], defaults["max_windows"]) == ("python-docs", 512, 4)
+
+
+def test_what_must_be_given_is_named_as_a_flag() -> None:
+    with pytest.raises(UserError, match=r"^'--scores' is missing: give it on the command line"):
+        from_dict(AblateConfig, {})
+    with pytest.raises(UserError, match=r"^give exactly one of --ratio, --neuron-ratio, --width"):
+        from_dict(PruneConfig, {})
 
 
 def test_a_config_has_flags_for_those_options_of_a_group_that_it_uses() -> None:

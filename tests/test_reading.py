@@ -28,6 +28,7 @@ from transformers import BatchEncoding, PreTrainedTokenizer, PreTrainedTokenizer
 from hifiprune import Calibration, Text, UserError
 from hifiprune.calibration import check_source, load_windows
 from hifiprune.commands.cost_model import Estimator, Pace
+from hifiprune.evaluation.text import held_windows
 from hifiprune.io.spool import stored_tokens
 from hifiprune.io.text_files import lines_of
 from hifiprune.io.text_sources import python_docs, read_documents
@@ -163,9 +164,9 @@ def test_a_held_out_text_is_read_as_far_as_it_is_used(tmp_path: Path, monkeypatc
     path.write_bytes(PROSE.encode() + b"\xff")  # whoever reads to the end finds that it is no UTF-8
     expected = torch.tensor(tokenizer(PROSE)["input_ids"][: 5 * 100]).view(5, 100)
     with small_pieces(monkeypatch):
-        assert torch.equal(Text(str(path), 100, 5).held(tokenizer).windows, expected)
+        assert torch.equal(held_windows(Text(str(path), 100, 5), tokenizer), expected)
         with pytest.raises(UserError, match=f"is not UTF-8 .byte 0xff at {len(PROSE.encode())}"):
-            Text(str(path), 100).held(tokenizer)
+            held_windows(Text(str(path), 100), tokenizer)
 
 
 def test_many_tokens_lie_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from hifiprune.commands.recover import recover
     from hifiprune.commands.report import report
     from hifiprune.commands.score import score_checkpoint
-    from hifiprune.config.groups import AllocationConfig, Budget, Calibration, ComputeConfig, CriterionOptions
+    from hifiprune.config.groups import AllocationConfig, Budget, Calibration, ComputeConfig, CriterionOptions, Text
     from hifiprune.config.prune import PruneConfig, ScoreConfig
     from hifiprune.config.recover import RecoverConfig, TrainingConfig
+    from hifiprune.config.study import AblateConfig
     from hifiprune.engine.temporary_cut import cut
     from hifiprune.errors import HifipruneError, RunError, UserError
     from hifiprune.evaluation.bootstrap import Estimate
     from hifiprune.evaluation.fidelity import Reference, measure
-    from hifiprune.evaluation.text import Text
     from hifiprune.evaluation.zero_shot_tasks import Tasks, zero_shot
     from hifiprune.models.mlp import Mlp, find_mlps
     from hifiprune.plan import Plan
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CRITERIA",
+    "AblateConfig",
     "AllocationConfig",
     "Budget",
     "Calibration",
@@ -72,6 +73,7 @@ __all__ = [
     "evaluate",
     "export",
     "find_mlps",
+    "held_windows",
     "inspect",
     "load_windows",
     "measure",
@@ -87,6 +89,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AblateConfig": "config.study",
     "Budget": "config.groups",
     "CRITERIA": "scoring.criteria",
     "Calibration": "config.groups",
@@ -106,7 +109,7 @@ _HOMES = {
     "Scores": "scores",
     "AllocationConfig": "config.groups",
     "Tasks": "evaluation.zero_shot_tasks",
-    "Text": "evaluation.text",
+    "Text": "config.groups",
     "TrainingConfig": "config.recover",
     "UserError": "errors",
     "ablate": "commands.ablate",
@@ -120,6 +123,7 @@ _HOMES = {
     "evaluate": "commands.evaluate",
     "export": "commands.export",
     "find_mlps": "models.mlp",
+    "held_windows": "evaluation.text",
     "inspect": "commands.inspect",
     "load_windows": "calibration",
     "measure": "evaluation.fidelity",

@@ -51,6 +51,7 @@ class Bounds:
 SHARE, INNER_SHARE = Bounds(0, 1), Bounds(0, 1, open=True)
 POSITIVE, NOT_NEGATIVE = Bounds(0, inf, open=True), Bounds(0, inf)
 COUNT, PAIR = Bounds(1, LARGEST, whole=True), Bounds(2, LARGEST, whole=True)
+NOT_NEGATIVE_COUNT = Bounds(0, LARGEST, whole=True)
 FEW, SEED = Bounds(1, 1000, whole=True), Bounds(0, SEEDS - 1, whole=True)
 BOUNDS = {
     **dict.fromkeys(("alpha", "floor", "distill_weight", "lora_dropout"), SHARE),
@@ -67,7 +68,7 @@ BOUNDS = {
         ),
         COUNT,
     ),
-    "groups": Bounds(0, LARGEST, whole=True),
+    "groups": NOT_NEGATIVE_COUNT,
     "seed": SEED,
 }  # fmt: skip
 """By the name of an option, with underscores."""

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, get_origin, get_type_hints
@@ -134,6 +134,9 @@ def merged(config: type, facts: Mapping[str, Any], given: Mapping[str, Any]) -> 
     of its options where all have one.
     """
     result = {name: dict(value) if isinstance(value, Mapping) else value for name, value in facts.items()}
+    for declared in fields(config):  # of groups with defaults, a file or flags may change a part
+        if is_dataclass(declared.default) and not isinstance(declared.default, type):
+            result[declared.name] = {**asdict(declared.default), **(result.get(declared.name) or {})}
     flags = [flag for flag in shared_flags(config) if flag.name in given]
     for nested in dict.fromkeys(option.path[0] for flag in flags for option in flag.options if len(option.path) > 1):
         values = _values_of(nested, flags, given)
@@ -144,7 +147,8 @@ def merged(config: type, facts: Mapping[str, Any], given: Mapping[str, Any]) -> 
     for flag in flags:
         for option in flag.options:
             if len(option.path) == 1:
-                result[option.name] = given[flag.name]
+                words = option.option.words
+                result |= words(given[flag.name]) if words else {option.name: given[flag.name]}
     _share(config, result)
     return result
 
@@ -221,7 +225,7 @@ def _parameter(flag: Shared) -> inspect.Parameter:
         facts["show_default"] = option.shown_default or False
     elif option.words or get_origin(kind) is tuple:
         kind, default = list[str], None
-    if option.shown_default:
+    if option.shown_default and default is None:
         facts["show_default"] = option.shown_default
     if option.choices:
         facts["autocompletion"] = _completing(option.choices)

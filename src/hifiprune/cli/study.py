@@ -1,12 +1,12 @@
 """The commands that study criteria: `criteria`, `compare`, `ablate`."""
 
-from pathlib import Path
 from typing import Annotated
 
 from typer import Option
 
 from hifiprune.bounds import meant
 from hifiprune.cli.console import show
+from hifiprune.cli.flags import with_config
 from hifiprune.cli.options import (
     SOURCES,
     Alpha,
@@ -38,6 +38,7 @@ from hifiprune.cli.options import (
     drawn_from,
     listed,
 )
+from hifiprune.config.study import AblateConfig
 from hifiprune.defaults import DEFAULT_CRITERION
 from hifiprune.errors import UserError
 from hifiprune.io.atomic import local_path
@@ -113,45 +114,14 @@ def compare(
     show(record.to_dict(), as_json, lambda: tables.compared(record, model, local_path(output)))
 
 
-def ablate(
-    model: Model,
-    scores: Annotated[list[Path], Option(help="Scores made before; give it once for each criterion.")],
-    output: Output = "ablation",
-    text: Annotated[str, Option(help="Held-out text to measure on.")] = "python-docs",
-    neurons: Annotated[int, Option(help="Single neurons to remove, one at a time.")] = 64,
-    groups: Annotated[int, Option(help="Random groups to remove.")] = 32,
-    group_size: Annotated[int, Option(help="Neurons of a group.")] = 32,
-    seq_len: SeqLen = 512,
-    max_windows: Annotated[int, Option(help="Use only the first windows.")] = 4,
-    seed: Annotated[int, Option(help="Seed of the sample.")] = 0,
-    text_column: TextColumn = None,
-    batch_size: BatchSize = 1,
-    device: Device = "auto",
-    dtype: Annotated[str, Option(help="Arithmetic: float32 (auto), or float64, bfloat16, float16.")] = "auto",
-    attention: Attention = None,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
-) -> None:
+@with_config
+def ablate(model: Model, output: Output = "ablation", *, config: AblateConfig, as_json: bool) -> None:
     """Test criteria: really remove neurons and see how well each score tells the damage."""
     import hifiprune as hp
     from hifiprune.cli import tables
 
-    record = hp.ablate(
-        model,
-        output,
-        scores,
-        hp.Text(text, seq_len, max_windows, text_column=text_column),
-        neurons=neurons,
-        groups=groups,
-        group_size=group_size,
-        seed=seed,
-        compute=hp.ComputeConfig(device, dtype, batch_size, None, attention),
-        overwrite=overwrite,
-    )
-    show(record.to_dict(), as_json, lambda: tables.ablated(record, model, scores))
+    record = hp.ablate(model, output, config)
+    show(record.to_dict(), as_json, lambda: tables.ablated(record, model, list(config.scores)))
 
 
 def _number(text: str) -> float:

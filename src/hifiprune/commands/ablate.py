@@ -13,8 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hifiprune.bounds import check_numbers
-from hifiprune.commands.prepare import check_tokens, load_hashed, plain_arguments, prepare
+from hifiprune.commands.prepare import check_tokens, load_hashed, prepare
+from hifiprune.config.files import to_dict
 from hifiprune.config.groups import ComputeConfig
+from hifiprune.config.study import AblateConfig
 from hifiprune.engine.compute import estimate_seconds, limit_batch, resolved_device
 from hifiprune.engine.context import check_windows, frozen, memory_explained
 from hifiprune.engine.hooks import BlockCall
@@ -24,7 +26,7 @@ from hifiprune.engine.verify import verified_chain
 from hifiprune.errors import UserError
 from hifiprune.evaluation.bootstrap import Estimate
 from hifiprune.evaluation.ranks import correlation
-from hifiprune.evaluation.text import Text
+from hifiprune.evaluation.text import held_windows
 from hifiprune.io.atomic import replacing
 from hifiprune.io.hashing import hash_tokens
 from hifiprune.io.output_paths import exclusive
@@ -40,19 +42,7 @@ Trial = tuple[int, tuple[int, ...]]
 
 
 @exclusive
-def ablate(
-    model: str,
-    output: str | Path,
-    scores: Sequence[str | Path],
-    text: Text,
-    *,
-    neurons: int = 64,
-    groups: int = 32,
-    group_size: int = 32,
-    seed: int = 0,
-    compute: ComputeConfig = ComputeConfig(),
-    overwrite: bool = False,
-) -> RunRecord:
+def ablate(model: str, output: str | Path, config: AblateConfig) -> RunRecord:
     """Remove single neurons and random groups of them, measure the true KL divergence, and rank it against scores.
 
     The neurons are a stratified sample: at evenly spaced ranks of the first scores, in evenly spaced layers. What a
@@ -61,37 +51,24 @@ def ablate(
     Args:
         model: local folder, hub id or GGUF file.
         output: folder to be made: `ablate.json` and plots.
-        scores: files that `score` or `compare` made for this model.
-        text: held-out text to measure on.
-        neurons: how many single neurons to try.
-        groups: how many groups to try.
-        group_size: neurons of a group, all of one layer.
-        seed: of the sample.
-        compute: device and arithmetic.
-        overwrite: replace an existing output.
+        config: options.
 
     Raises:
         UserError: something asked for cannot be done, found before the weights are loaded where possible.
         RunError: numbers, memory or disk failed.
     """
-    if compute.dtype == "auto":
-        compute = replace(compute, dtype="float32")  # in half precision a single neuron drowns in rounding
-    elif compute.dtype in ("bfloat16", "float16"):
-        note(f"In {compute.dtype} most of what a single neuron does drowns in rounding; float32 is better.")
-    record = RunRecord(
-        "ablate",
-        plain_arguments(model=model, output=output, scores=[str(path) for path in scores], text=text, compute=compute)
-        | {"neurons": neurons, "groups": groups, "group_size": group_size, "seed": seed},
-    )
-    loaded_scores = _load_scores(scores)
+    compute = in_float32(config.compute)
+    record = RunRecord("ablate", {"model": model, "output": str(output), **to_dict(config)})
+    loaded_scores = _load_scores(config.scores)
     checkpoint, target, skeleton = prepare(
-        model, output, [text], scores, compute=compute, folder=True, overwrite=overwrite
+        model, output, [config.text], config.scores, compute=compute, folder=True, overwrite=config.overwrite
     )
     for layer_scores in loaded_scores.values():
         check_layout(layer_scores, skeleton)
     unfinished = Unfinished.beside(target, "ablate")
-    trials = sample(next(iter(loaded_scores.values())), neurons, groups, group_size, seed)
-    windows = text.held(checkpoint.tokenizer()).windows
+    first = next(iter(loaded_scores.values()))
+    trials = sample(first, config.neurons, config.groups, config.group_size, config.seed)
+    windows = held_windows(config.text, checkpoint.tokenizer())
     compute = limit_batch(compute, len(windows), "windows")
     check_tokens(checkpoint, windows)
     checkpoint.fetch()
@@ -105,8 +82,8 @@ def ablate(
     tokens = windows.numel() * len(missing)
     cost = estimate_seconds(dense.config, tokens, windows.shape[1], resolved_device(compute), dense.dtype, backwards=0)
     logger.info(
-        f"Removing {neurons} single neurons and {groups} groups of {group_size} in turn, {len(missing)} of them still "
-        f"to do, on {len(windows)} windows of {windows.shape[1]} tokens: {about(cost)}"
+        f"Removing {config.neurons} single neurons and {config.groups} groups of {config.group_size} in turn, "
+        f"{len(missing)} of them still to do, on {len(windows)} windows of {windows.shape[1]} tokens: {about(cost)}"
         f"{condition(resolved_device(compute))}. Interrupted, the same command goes on where it stopped."
     )
     with record.stage("ablating"):
@@ -117,7 +94,7 @@ def ablate(
     record.reused_parts = len(unfinished.reused)
     divergences = [known[trial]["kl"] for trial in trials]
     record.results = {"model_hash": model_hash, **correlate(trials, divergences, loaded_scores)}
-    with replacing(target, overwrite=overwrite) as folder:
+    with replacing(target, overwrite=config.overwrite) as folder:
         from hifiprune.reports.plots import draw_ablation
 
         folder.mkdir()
@@ -127,8 +104,15 @@ def ablate(
     return record
 
 
+def in_float32(compute: ComputeConfig) -> ComputeConfig:
+    """Return the same in float32, unless another dtype is named."""
+    if compute.dtype in ("bfloat16", "float16"):
+        note(f"In {compute.dtype} most of what a single neuron does drowns in rounding; float32 is better.")
+    return replace(compute, dtype="float32") if compute.dtype == "auto" else compute
+
+
 def sample(scores: Scores, neurons: int, groups: int, group_size: int, seed: int) -> list[Trial]:
-    """Single neurons at evenly spaced ranks of `scores` and random groups, in evenly spaced layers.
+    """Draw single neurons at evenly spaced ranks of `scores` and random groups, in evenly spaced layers.
 
     Raises:
         UserError: there are not as many neurons.

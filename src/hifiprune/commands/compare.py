@@ -14,11 +14,11 @@ from hifiprune.calibration import load_windows
 from hifiprune.commands.compare_plans import Workbench
 from hifiprune.commands.inspect import shape_of
 from hifiprune.commands.prepare import check_tokens, load_hashed, plain_arguments, prepare
-from hifiprune.config.groups import Budget, Calibration, ComputeConfig, CriterionOptions
+from hifiprune.config.groups import Budget, Calibration, ComputeConfig, CriterionOptions, Text
 from hifiprune.engine.compute import limit_batch
 from hifiprune.errors import UserError
 from hifiprune.evaluation.criteria_comparison import Cell, contrast
-from hifiprune.evaluation.text import Text
+from hifiprune.evaluation.text import Held, held_windows
 from hifiprune.evaluation.zero_shot_tasks import Tasks
 from hifiprune.io.atomic import local_path, replacing
 from hifiprune.io.hashing import hash_tokens
@@ -100,7 +100,7 @@ def compare(
     draws = [replace(calibration, seed=calibration.seed + number) for number in range(seeds)]
     tokenizer = checkpoint.tokenizer()
     with record.stage("reading the texts"), labelled("reading the texts, pieces"):
-        held = [text.held(tokenizer) for text in texts]
+        held = [Held(text.source, text.fidelity, held_windows(text, tokenizer)) for text in texts]
         drawn = [] if calibration.source == SELF else [load_windows(draw, tokenizer) for draw in draws]
     most = max(calibration.num_samples, *(len(text.windows) for text in held))
     compute = limit_batch(compute, most, "windows")

@@ -13,14 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hifiprune.commands.prepare import check_model, check_tokens, load_hashed, plain_arguments
-from hifiprune.config.groups import ComputeConfig
+from hifiprune.config.groups import ComputeConfig, Text
 from hifiprune.engine.compute import compute_dtype, estimate_seconds, limit_batch, resolved_device
 from hifiprune.engine.context import check_names
 from hifiprune.engine.machine import condition
 from hifiprune.errors import UserError
 from hifiprune.evaluation.bootstrap import Estimate
 from hifiprune.evaluation.fidelity import measure
-from hifiprune.evaluation.text import Text
+from hifiprune.evaluation.text import held_windows
 from hifiprune.evaluation.token_comparison import read_passage
 from hifiprune.evaluation.zero_shot_tasks import Answers, Exam, Tasks, average, differences
 from hifiprune.io.atomic import replacing
@@ -111,7 +111,7 @@ def evaluate(
         unfinished = Unfinished.beside(target, "evaluate")
     if tasks:
         tasks.check()
-    windows = source.held(everyone[0].tokenizer()).windows if source else None
+    windows = held_windows(source, everyone[0].tokenizer()) if source else None
     if windows is not None:
         check_tokens(everyone[0], windows)
     exams = {name: Exam(replace(tasks, names=(name,))) for name in tasks.names} if tasks else {}

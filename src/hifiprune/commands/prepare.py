@@ -11,13 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hifiprune.calibration import check_source, start_token
-from hifiprune.config.groups import Calibration, ComputeConfig
+from hifiprune.config.groups import Calibration, ComputeConfig, Text
 from hifiprune.engine.compute import check_compute, compute_dtype, resolved_device
 from hifiprune.engine.context import check_vocabulary
 from hifiprune.engine.offload import stream
 from hifiprune.engine.spill import Scratch
 from hifiprune.errors import UserError
-from hifiprune.evaluation.text import Text
 from hifiprune.io.hashing import hash_model
 from hifiprune.io.output_paths import check_target
 from hifiprune.io.text_sources import SELF

@@ -46,6 +46,8 @@ def from_dict(config: type[C], facts: Mapping[str, Any], where: str = "config") 
         if isinstance(cause, UserError):
             raise cause from None
         place = ".".join(map(str, first["loc"]))
+        if first["type"] == "missing" and (flag := _flag_of(config, first["loc"])):
+            raise UserError(f"'{flag}' is missing: give it on the command line, or in the file of --config") from None
         raise UserError(f"{where}: {place}: {first['msg']}, not {first['input']!r}") from error
 
 
@@ -53,6 +55,13 @@ def _groups_needed(config: Any) -> list[str]:
     """Return the names of the groups that have no default."""
     kinds = get_type_hints(config)
     return [one.name for one in fields(config) if is_dataclass(kinds[one.name]) and one.default is MISSING]
+
+
+def _flag_of(config: type, place: tuple[int | str, ...]) -> str:
+    """Return the flag of what is missing: of an option, or of the first option of a group; nothing if it has none."""
+    found = (option for option in declared_options(config) if option.path[: len(place)] == place)
+    first = next(found, None)
+    return (first.option.flag.split("/")[0] or f"--{first.name.replace('_', '-')}") if first else ""
 
 
 def _check_names(config: Any, facts: Any, where: str, path: str = "") -> None:

@@ -11,6 +11,7 @@ from hifiprune.config.options import (
     EXPERIMENTAL,
     OUTPUT,
     SCORING,
+    TEXT,
     WIDTHS,
     Checked,
     option,
@@ -178,6 +179,41 @@ class Calibration(Checked):
             replace(self, source=source, num_samples=count, mixed=())
             for source, count in zip(self._sources, self._counts, strict=True)
         ]
+
+
+@dataclass(frozen=True)
+class Text(Checked):
+    """A held-out text to evaluate on.
+
+    Attributes:
+        source: any calibration source except `self`.
+        seq_len: tokens per window.
+        max_windows: maximum number of windows, from the start of the text.
+        fidelity: measure every metric; otherwise only perplexity and entropy, in less time.
+        text_column: column of the text, guessed if not given.
+
+    Raises:
+        UserError: a number is out of range.
+    """
+
+    source: str = option(
+        help="Held-out text to measure on: any source that --calibration takes but 'self'.",
+        flag="--text",
+        metavar="SOURCE",
+    )
+    seq_len: int = option(1024, "Tokens per window.", panel=TEXT, bounds=PAIR)
+    max_windows: int | None = option(
+        None, "Measure on the first windows only.", panel=TEXT, bounds=COUNT, shown_default="all"
+    )
+    fidelity: bool = option(True, "Measure every metric, not only perplexity and entropy.", in_files_only=True)
+    text_column: str | None = option(
+        None, "Column that holds the text.", panel=TEXT, shown_default="guessed from the data"
+    )
+
+    def __post_init__(self) -> None:
+        """Check the numbers and the name of the source."""
+        check_named(self.source)
+        super().__post_init__()
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,18 @@
 
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from hifiprune.bounds import Bounds, check_number
 from hifiprune.errors import unknown
 
 WIDTHS, CALIBRATION, SCORING = "Widths", "Calibration data", "Scoring and repair"
-TRAINING_DATA, LOSS, OPTIMIZATION, ADAPTER = "Training data", "Loss", "Optimization", "LoRA"
+TEXT, TRAINING_DATA, LOSS, OPTIMIZATION, ADAPTER = "Text to measure on", "Training data", "Loss", "Optimization", "LoRA"
 COMPUTE, OUTPUT, EXPERIMENTAL = "Compute", "Output", "Experimental"
 PANELS = (
-    None, WIDTHS, CALIBRATION, SCORING, TRAINING_DATA, LOSS, OPTIMIZATION, ADAPTER, COMPUTE, OUTPUT, EXPERIMENTAL,
+    None, WIDTHS, CALIBRATION, SCORING, TEXT, TRAINING_DATA, LOSS, OPTIMIZATION, ADAPTER, COMPUTE, OUTPUT,
+    EXPERIMENTAL,
 )  # fmt: skip
 """Help panels in order; the first has the options that matter most."""
 Words = Callable[[list[str]], dict[str, object]]
@@ -54,10 +55,11 @@ class Option:
         if value is None:
             return
         word = self.flag.split("/")[0].lstrip("-") or name.replace("_", "-")
-        if self.bounds:
-            check_number(word, value, self.bounds)
-        if self.choices and value not in self.choices:
-            raise unknown(word, str(value), self.choices)
+        for single in value if isinstance(value, tuple) else (value,):
+            if self.bounds:
+                check_number(word, single, self.bounds)
+            if self.choices and single not in self.choices:
+                raise unknown(word, str(single), self.choices)
 
 
 @dataclass(frozen=True)
@@ -145,10 +147,16 @@ def declared_options(config: type, path: tuple[str, ...] = ()) -> Iterator[Decla
         kind, place = without_none(kinds[declared.name]), (*path, declared.name)
         if is_dataclass(kind) and isinstance(kind, type):
             only = group_of(config, declared.name).only
-            nested = declared_options(kind, place)
-            yield from (option for option in nested if not only or option.path[len(place)] in only)
+            for nested in declared_options(kind, place):
+                if not only or nested.path[len(place)] in only:
+                    yield _with_default_of(nested, declared.default)
         elif "option" in declared.metadata:
             yield Declared(place, kind, declared.default, declared.metadata["option"])
+
+
+def _with_default_of(option: Declared, nested: Any) -> Declared:
+    """Return an option of a group with the default that the config has for it, if it has one for the whole group."""
+    return replace(option, default=getattr(nested, option.name)) if is_dataclass(nested) else option
 
 
 def group_of(config: type, name: str) -> Group:
