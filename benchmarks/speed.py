@@ -49,10 +49,8 @@ def main() -> None:
     dense, *pruned = map(str, models.values())
     timed = folder / "timed"
     if not timed.exists():
-        hp.bench(
-            dense, pruned, batch_sizes=(1, 8), lengths=(128, 512), new_tokens=NEW, rounds=ROUNDS,
-            repeats=1, output=timed,
-        )  # fmt: skip
+        timing = hp.BenchConfig((1, 8), (128, 512), new_tokens=NEW, rounds=ROUNDS, repeats=1)
+        hp.bench(dense, pruned, timing, timed)
     record = json.loads((timed / "run.json").read_text())
     names = {str(path): name for name, path in models.items()}
     found = record["results"]

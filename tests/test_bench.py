@@ -110,7 +110,7 @@ def test_figures_are_medians_over_rounds_and_gains_those_of_one_round(
         return subprocess.CompletedProcess(command, 0, "words\n" + json.dumps(facts), "")
 
     monkeypatch.setattr("subprocess.run", process)
-    record = hp.bench(str(pair[0]), [str(pair[1])], lengths=[8], new_tokens=4, rounds=5)
+    record = hp.bench(str(pair[0]), [str(pair[1])], hp.BenchConfig(lengths=(8,), new_tokens=4, rounds=5))
     assert order == ["dense", "small"] * 5
     (found,) = record.results["workloads"]
     rounds = {name: [median(each) for each in own] for name, own in seconds.items()}
@@ -153,7 +153,7 @@ def test_a_machine_too_noisy_to_tell_is_told(
         return subprocess.CompletedProcess(command, 0, json.dumps(facts), "")
 
     monkeypatch.setattr("subprocess.run", process)
-    record = hp.bench(str(pair[0]), [str(pair[1])], lengths=[8], new_tokens=4, rounds=rounds)
+    record = hp.bench(str(pair[0]), [str(pair[1])], hp.BenchConfig(lengths=(8,), new_tokens=4, rounds=rounds))
     remarks = [each for each in record.results["remarks"] if "multiples" not in each]
     assert any(remark in each for each in remarks) if remark else remarks == []
 
@@ -226,7 +226,7 @@ def test_what_cannot_be_timed_is_refused(pair: tuple[Path, Path], monkeypatch: p
     refused(run("bench", pair[0], pair[0]), "would be measured twice")
     refused(run("bench", *pair, "--lengths", "many"), "lengths 'many' must be whole numbers")
     refused(
-        run("bench", *pair, "--batch-sizes", 0, "--lengths", 8, "--new-tokens", 4), "batch-size 0 must be at least 1"
+        run("bench", *pair, "--batch-sizes", 0, "--lengths", 8, "--new-tokens", 4), "batch-sizes 0 must be at least 1"
     )
     refused(run("bench", *pair, "--new-tokens", 1), "new-tokens 1 must be at least 2")
     wrong = ("--lengths", 8, "--new-tokens", 4, "--rounds", 1, "--attention", "flash_atention_2")

@@ -119,7 +119,7 @@ def test_a_held_out_window_that_begins_with_a_document_has_one_start_token(
     path.write_text("".join(f'{{"text": "document {n:03}"}}\n' for n in range(12)))
     whole = torch.cat([encode(document) for document in read(path)])[1:]
     assert whole[13] == whole[27] == BOS, "or the test could not fail"
-    windows = hp.Text(str(path), 14).held(tokenizer).windows
+    windows = held_windows(hp.Text(str(path), 14), tokenizer)
     assert (windows[:, 0] == BOS).all()
     assert (windows[:, 1] != BOS).all()
     text = whole[whole != BOS].tolist()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hifiprune.commands.recover import recover
     from hifiprune.commands.report import report
     from hifiprune.commands.score import score_checkpoint
+    from hifiprune.config.bench import BenchConfig
     from hifiprune.config.groups import AllocationConfig, Budget, Calibration, ComputeConfig, CriterionOptions, Text
     from hifiprune.config.prune import PruneConfig, ScoreConfig
     from hifiprune.config.recover import RecoverConfig, TrainingConfig
@@ -42,6 +43,7 @@ __all__ = [
     "CRITERIA",
     "AblateConfig",
     "AllocationConfig",
+    "BenchConfig",
     "Budget",
     "Calibration",
     "ComputeConfig",
@@ -89,6 +91,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BenchConfig": "config.bench",
     "AblateConfig": "config.study",
     "Budget": "config.groups",
     "CRITERIA": "scoring.criteria",

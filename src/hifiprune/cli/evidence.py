@@ -7,6 +7,7 @@ import typer
 from typer import Argument, Option
 
 from hifiprune.cli.console import show
+from hifiprune.cli.flags import with_config
 from hifiprune.cli.options import (
     AsJson,
     Attention,
@@ -24,8 +25,8 @@ from hifiprune.cli.options import (
     TextColumn,
     Verbose,
     asked_tasks,
-    numbers,
 )
+from hifiprune.config.bench import BenchConfig
 
 
 def evaluate(
@@ -75,42 +76,20 @@ def evaluate(
     show(record.to_dict(), as_json, lambda: tables.evaluated(record, output, card=card))
 
 
+@with_config
 def bench(
     dense: Annotated[str, Argument(metavar="DENSE", help="The dense model: local folder, hub id or .gguf file.")],
-    pruned: Annotated[list[str], Argument(metavar="PRUNED...", help="Those to compare with it.")],
-    batch_sizes: Annotated[str, Option(help="Sequences at once, separated by commas.")] = "1",
-    lengths: Annotated[str, Option(help="Prefill tokens, separated by commas.")] = "512",
-    new_tokens: Annotated[int, Option(help="Decoded tokens.")] = 64,
-    rounds: Annotated[int, Option(help="How often every model has its turn, in a fresh process.")] = 3,
-    repeats: Annotated[int, Option(help="Of each timing in a turn; their median counts.")] = 3,
-    compiled: Annotated[bool, Option("--compile", help="Time torch.compile too.")] = False,
+    pruned: Annotated[list[str], Argument(metavar="PRUNED...", help="The models to compare with it.")],
     output: Annotated[str | None, Option(metavar="PATH", help="Folder to keep the results in.")] = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    attention: Attention = None,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
+    *,
+    config: BenchConfig,
+    as_json: bool,
 ) -> None:
     """Benchmark prefill and decode speed against the dense model, and against what operations promise."""
     import hifiprune as hp
     from hifiprune.cli import tables
 
-    record = hp.bench(
-        dense,
-        pruned,
-        batch_sizes=numbers("batch sizes", batch_sizes),
-        lengths=numbers("lengths", lengths),
-        new_tokens=new_tokens,
-        rounds=rounds,
-        repeats=repeats,
-        compiled=compiled,
-        output=output,
-        overwrite=overwrite,
-        compute=hp.ComputeConfig(device, dtype, attention=attention),
-    )
+    record = hp.bench(dense, pruned, config, output)
     show(record.to_dict(), as_json, lambda: tables.benched(record))
 
 

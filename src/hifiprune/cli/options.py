@@ -124,18 +124,3 @@ def asked_tasks(names: str | None, path: Path | None, limit: int | None) -> "Tas
 def listed(names: str) -> list[str]:
     """Names separated by commas."""
     return [name.strip() for name in names.split(",") if name.strip()]
-
-
-def numbers(what: str, text: str) -> list[int]:
-    """Whole numbers separated by commas.
-
-    Raises:
-        UserError: one is not a number, or there is none.
-    """
-    try:
-        found = [int(each) for each in listed(text)]
-    except ValueError as error:
-        raise UserError(f"{what} '{text}' must be whole numbers separated by commas, such as 1,8") from error
-    if not found:
-        raise UserError(f"{what}: give at least one number")
-    return found

@@ -11,8 +11,11 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
-from hifiprune.bounds import check_numbers
-from hifiprune.commands.prepare import check_model, plain_arguments
+from transformers import PreTrainedModel
+
+from hifiprune.commands.prepare import check_model
+from hifiprune.config.bench import BenchConfig
+from hifiprune.config.files import to_dict
 from hifiprune.config.groups import ComputeConfig
 from hifiprune.engine.compute import resolved_device
 from hifiprune.engine.context import check_names
@@ -43,69 +46,37 @@ QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 @exclusive
 def bench(
-    dense: str,
-    pruned: Sequence[str],
-    *,
-    batch_sizes: Sequence[int] = (1,),
-    lengths: Sequence[int] = (512,),
-    new_tokens: int = 64,
-    rounds: int = 3,
-    repeats: int = 3,
-    compiled: bool = False,
-    output: str | Path | None = None,
-    overwrite: bool = False,
-    compute: ComputeConfig = ComputeConfig(),
+    dense: str, pruned: Sequence[str], config: BenchConfig = BenchConfig(), output: str | Path | None = None
 ) -> RunRecord:
     """Time prefill and decode, the models in turn, each time in a fresh process.
 
     Args:
         dense: local folder, hub id or GGUF file of the dense model.
-        pruned: of those to compare with it.
-        batch_sizes: sequences at once.
-        lengths: tokens of each that are read.
-        new_tokens: tokens that are written after.
-        rounds: how often every model has its turn.
-        repeats: of each timing in a turn, of which the median counts.
-        compiled: time `torch.compile` too.
+        pruned: those of the models to compare with it.
+        config: options.
         output: folder to be made, with the results in `run.json`.
-        overwrite: replace an existing output.
-        compute: device and arithmetic.
 
     Raises:
         UserError: something asked for cannot be done.
         RunError: a model could not be timed.
     """
-    names = [dense, *pruned]
-    record = RunRecord(
-        "bench",
-        plain_arguments(
-            dense=dense, pruned=list(pruned), batch_sizes=list(batch_sizes), lengths=list(lengths),
-            new_tokens=new_tokens, rounds=rounds, repeats=repeats, compiled=compiled, compute=compute,
-        ),
-    )  # fmt: skip
+    names, compute, rounds = [dense, *pruned], config.compute, config.rounds
+    record = RunRecord("bench", {"dense": dense, "pruned": list(pruned), **to_dict(config)})
     check_names(names)
-    check_numbers({"rounds": rounds, "repeats": repeats, "new_tokens": new_tokens})
-    for name, values in {"batch_size": batch_sizes, "length": lengths}.items():
-        for value in values:
-            check_numbers({name: value})
     checkpoints = [find_checkpoint(name) for name in names]
     skeletons = [check_model(checkpoint, compute) for checkpoint in checkpoints]
-    for checkpoint, skeleton in zip(checkpoints, skeletons, strict=True):
-        most = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
-        if most and max(lengths) + new_tokens > most:
-            raise UserError(
-                f"{max(lengths)} tokens and {new_tokens} new ones exceed the {most} positions of {checkpoint.name}; "
-                "use a smaller --lengths"
-            )
+    check_positions(checkpoints, skeletons, config)
     inputs = [path for checkpoint in checkpoints for path in read_with(checkpoint)]
-    target = None if output is None else check_target(output, folder=True, overwrite=overwrite, inputs=inputs)
+    target = None if output is None else check_target(output, folder=True, overwrite=config.overwrite, inputs=inputs)
     for checkpoint in checkpoints:
         checkpoint.fetch()
         if stored_plainly(checkpoint):
             hash_stored(checkpoint)  # which refuses NaN: what is computed with it takes another time
     workloads = [
-        Workload(size, length, new_tokens, fast)
-        for fast, size, length in product([False, True] if compiled else [False], batch_sizes, lengths)
+        Workload(size, length, config.new_tokens, fast)
+        for fast, size, length in product(
+            [False, True] if config.compiled else [False], config.batch_sizes, config.lengths
+        )
     ]
     logger.info(
         f"Timing {len(names)} models on {how_many(len(workloads), 'workload')} in {how_many(rounds, 'round')}, each "
@@ -119,7 +90,7 @@ def bench(
     unfinished = Unfinished.beside(target, "bench") if target else None
     with record.stage("timing"):
         for number, checkpoint in track([*product(range(rounds), checkpoints)], "timing"):
-            asked = request(checkpoint.name, compute, workloads, repeats)
+            asked = request(checkpoint.name, compute, workloads, config.repeats)
             facts = ["turns", number, asked, _stamps(checkpoint), version("hifiprune")]
             turn = kept(unfinished, facts, partial(_timed, checkpoint.name, asked))
             runs[checkpoint.name].append(turn)
@@ -137,11 +108,25 @@ def bench(
     record.results["remarks"] = [*crowd, *dict.fromkeys(filter(None, troubles)), *_remarks(record.results, rounds)]
     if target and unfinished:
         record.reused_parts = len(unfinished.reused)
-        with replacing(target, overwrite=overwrite) as new:
+        with replacing(target, overwrite=config.overwrite) as new:
             new.mkdir()
             record.save(new / "run.json")
         unfinished.remove()
     return record
+
+
+def check_positions(
+    checkpoints: Sequence[Checkpoint], skeletons: Sequence[PreTrainedModel], config: BenchConfig
+) -> None:
+    """Refuse more tokens than a model has positions."""
+    longest = max(config.lengths)
+    for checkpoint, skeleton in zip(checkpoints, skeletons, strict=True):
+        most = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
+        if most and longest + config.new_tokens > most:
+            raise UserError(
+                f"{longest} tokens and {config.new_tokens} new ones exceed the {most} positions of {checkpoint.name}; "
+                "use a smaller --lengths"
+            )
 
 
 def _crowd(compute: ComputeConfig) -> list[str]:

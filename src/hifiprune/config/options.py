@@ -159,6 +159,11 @@ def _with_default_of(option: Declared, nested: Any) -> Declared:
     return replace(option, default=getattr(nested, option.name)) if is_dataclass(nested) else option
 
 
+def listed(words: list[str]) -> list[str]:
+    """Return what stands in words, of which each may hold several parts, separated by commas."""
+    return [part.strip() for word in words for part in word.split(",") if part.strip()]
+
+
 def group_of(config: type, name: str) -> Group:
     """Return how the group of a name is nested in a config."""
     found = next(declared for declared in fields(config) if declared.name == name)

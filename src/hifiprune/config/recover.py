@@ -6,16 +6,22 @@ from typing import Any, ClassVar
 
 from hifiprune.bounds import COUNT, INNER_SHARE, NOT_NEGATIVE, PAIR, POSITIVE, SEED, SHARE
 from hifiprune.config.groups import ComputeConfig, overwrite_option
-from hifiprune.config.options import ADAPTER, COMPUTE, LOSS, OPTIMIZATION, OUTPUT, TRAINING_DATA, Checked, group, option
+from hifiprune.config.options import (
+    ADAPTER,
+    COMPUTE,
+    LOSS,
+    OPTIMIZATION,
+    OUTPUT,
+    TRAINING_DATA,
+    Checked,
+    group,
+    listed,
+    option,
+)
 from hifiprune.errors import UserError
 
 METHODS = ("lora", "full")
 OPTIMIZERS = ("adamw", "adamw-bf16", "8-bit")
-
-
-def listed(words: list[str]) -> list[str]:
-    """Return the names in words, of which each may hold several, separated by commas."""
-    return [name.strip() for word in words for name in word.split(",") if name.strip()]
 
 
 def modules_named(words: list[str]) -> dict[str, object]:
