@@ -358,38 +358,45 @@ def test_what_came_meanwhile_is_not_replaced(tmp_path: Path, overwrite: bool, wh
     assert not leftovers(tmp_path)
 
 
+@pytest.mark.parametrize("ours", [False, True])
 @pytest.mark.parametrize("command", ["score", "prune", "cut"])
 def test_what_came_while_a_command_worked_is_not_replaced(
-    command: str, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: str, ours: bool, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: Any = tempfile.mkdtemp
-    out = tmp_path / "out"
-    plan = tmp_path / "small" / "hifiprune" / "plan.json"
-    assert prune(dense, tmp_path / "small").code == 0
+    out, small = tmp_path / "out", tmp_path / "small"
+    assert prune(dense, small).code == 0
 
     def meanwhile(*words: Any, prefix: str = "", **how: Any) -> Any:
-        if prefix == ".out.":
+        if prefix == ".out." and ours:
+            shutil.copytree(small, out)
+        elif prefix == ".out.":
             out.write_text("precious")
         return made(*words, prefix=prefix, **how)
 
     monkeypatch.setattr(tempfile, "mkdtemp", meanwhile)
     if command == "cut":
         with pytest.raises(RunError, match="came there while this run worked"):
-            hp.cut_checkpoint(str(dense), out, hp.Plan.load(plan))
+            hp.cut_checkpoint(str(dense), out, hp.Plan.load(small / "hifiprune" / "plan.json"))
     else:
         refused((score if command == "score" else prune)(dense, out), "came there while this run worked", code=1)
-    assert out.read_text() == "precious"
+    assert contents(out) == contents(small) if ours else out.read_text() == "precious"
     assert not leftovers(tmp_path)
 
 
-@pytest.mark.parametrize("path", sorted(Path(hp.__file__).parent.rglob("*.py")), ids=lambda path: path.name)
-def test_whoever_may_overwrite_looks_again_before_it(path: Path) -> None:
-    """Every function that is told whether to overwrite tells it to `replacing`, which looks again in the end."""
-    for function in ast.walk(ast.parse(path.read_text())):
-        if isinstance(function, ast.FunctionDef) and "overwrite" in {each.arg for each in function.args.kwonlyargs}:
-            calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
-            told = [ast.unparse(call) for call in calls if ast.unparse(call.func) == "replacing"]
-            assert all("overwrite=overwrite" in call for call in told), function.name
+def test_whoever_makes_an_output_tells_whether_to_overwrite() -> None:
+    """So `replacing` looks again in the end; where it is not told, or told a constant, it writes a file of our own."""
+    makers: dict[str, set[str]] = {}
+    for path in Path(hp.__file__).parent.rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "replacing":
+                makers.setdefault(path.stem, set()).add(" ".join(ast.unparse(word) for word in call.keywords))
+    own = {"atomic", "resume", "callback", "model_card", "demo"}
+    constant = {"plan", "run_record"}
+    assert {name for name, told in makers.items() if "" in told} == own
+    assert {name for name, told in makers.items() if "overwrite=True" in told} == constant
+    rest = set().union(*(told for name, told in makers.items() if name not in own | constant))
+    assert rest <= {"overwrite=overwrite", "overwrite=config.overwrite", "overwrite=job.config.overwrite"}
 
 
 def test_unfinished_work_of_another_run_is_no_output(dense: Path, tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def write(cut: Cut, plan: Plan, scores: Scores, job: PruneJob) -> RunRecord:
     """Write the checkpoint, what it was decided from, its record and its card."""
     record, target, shard_size = job.record, job.target, job.config.shard_size
     record.results |= describe_plan(plan, str(job.budget)) | describe_scores(scores)
-    with replacing(target, overwrite=True) as folder:
+    with replacing(target, overwrite=job.config.overwrite) as folder:
         with record.stage("writing"):
             if cut.model:
                 job.checkpoint.save(cut.model, folder, shard_size)
