@@ -1,4 +1,4 @@
-"""The range of every number that commands take, declared once for the command line and the Python API."""
+"""Ranges of numeric options."""
 
 import re
 from collections.abc import Mapping
@@ -16,13 +16,13 @@ SEEDS = 2**32
 
 @dataclass(frozen=True)
 class Bounds:
-    """The numbers that an option takes.
+    """Range of a numeric option.
 
     Attributes:
-        least: the smallest, or what all are above.
-        most: the largest, or what all are below.
-        whole: whether they are whole.
-        open: whether the ends themselves are left out.
+        least: lower bound.
+        most: upper bound.
+        whole: whether values must be integers.
+        open: whether the bounds themselves are excluded.
     """
 
     least: int | float
@@ -31,12 +31,12 @@ class Bounds:
     open: bool = False
 
     def __contains__(self, value: Any) -> bool:
-        """Whether an option takes a number."""
+        """Return whether a number is in range."""
         inside = self.least < value < self.most if self.open else self.least <= value <= self.most
         return inside and isfinite(value)
 
     def wanted(self, value: Any) -> str:
-        """Say what a number that is out of range must be."""
+        """Describe the range to a user whose number is outside it."""
         if self.most == SEEDS - 1:
             return f"lie in {self.least} to {self.most}"
         if self.most == inf and not isfinite(value):

@@ -32,12 +32,12 @@ logger.addFilter(lambda record: is_first_process())
 
 @dataclass
 class Display:
-    """Where progress is shown at the moment.
+    """State of the progress display.
 
     Attributes:
-        console: console of the messages and bars; None where only a logger takes them.
-        label: what `track` is called by, in place of its own words.
-        busy: whether a sequence is being tracked, within which no other one is shown.
+        console: console of messages and bars; None if only a logger gets them.
+        label: label that replaces that of `track`.
+        busy: whether a sequence is being tracked; inner ones are not shown.
     """
 
     console: Console | None = None
@@ -49,24 +49,24 @@ _display = Display()
 
 
 def duration(seconds: float) -> str:
-    """Return seconds for a reader, in a unit that leaves few digits."""
+    """Format seconds in a readable unit."""
     if seconds <= 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def about(seconds: float) -> str:
-    """Return an estimate of seconds for a reader, to stand within a sentence."""
+    """Format an estimate of seconds for use within a sentence."""
     return f"about {duration(seconds)}" if seconds >= 1 else "under 1 s"
 
 
 def console(**how: Any) -> Console:
-    """Make the console of all messages and tables: names stay as they are, `:b:` is no picture."""
+    """Create the console for messages and tables, without emoji codes."""
     return Console(emoji=False, **how)
 
 
 def how_many(number: int | float, noun: str) -> str:
-    """Return a number with its noun, in the plural where it is not one."""
+    """Format a number with its noun, in the plural unless it is one."""
     return f"{number:g} {noun}{'s' * (number != 1)}"
 
 

@@ -1,4 +1,4 @@
-"""What commands say: messages and progress on standard error, results on standard output."""
+"""Output of commands: messages and progress on standard error, results on standard output."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ from hifiprune.progress import console, shown
 
 
 def hush_torchao() -> None:
-    """Where it is installed transformers imports it, and it warns of GPU kernels that a CPU does not miss."""
+    """Silence torchao, which transformers imports if installed, and which warns about missing GPU kernels."""
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -1,4 +1,4 @@
-"""Results as tables on standard output, each ending with what to do next."""
+"""Print results as tables on standard output, each followed by the next step."""
 
 import math
 from pathlib import Path
@@ -33,7 +33,7 @@ from hifiprune.run_record import RunRecord
 
 
 def pruned(record: RunRecord, output: Path) -> None:
-    """What `prune` made."""
+    """Print the result of `prune`."""
     results, table = record.results, _table("", "dense", "pruned")
     parameters, width, size = results["parameters"], results["width"], results["weight_bytes"]
     table.add_row("parameters", f"{parameters['before']:,}", f"{parameters['after']:,}")
@@ -54,7 +54,7 @@ def pruned(record: RunRecord, output: Path) -> None:
 
 
 def scored(record: RunRecord, model: str, output: Path) -> None:
-    """What `score` made."""
+    """Print the result of `score`."""
     results, table = record.results, _table("", "")
     table.add_row("criterion", results["criterion"])
     if "windows" in results["scoring"]:
@@ -67,7 +67,7 @@ def scored(record: RunRecord, model: str, output: Path) -> None:
 
 
 def foreseen(record: RunRecord) -> None:
-    """What a run would cost."""
+    """Print the estimated costs of a run."""
     table = _table("stage", "seconds", "memory", "disk")
     for cost in record.expected:
         memory, disk = megabytes(cost["memory"]), megabytes(cost["disk"]) if cost["disk"] else ""
@@ -78,7 +78,7 @@ def foreseen(record: RunRecord) -> None:
 
 
 def recovered(record: RunRecord, output: Path) -> None:
-    """What `recover` reached."""
+    """Print the result of `recover`."""
     results, table = record.results, _table("", "before", "after")
     looks = [results["held_out_perplexity"][name] for name in ("before", "after")]
     table.add_row("held-out perplexity", *("not looked at" if look is None else f"{look:.4g}" for look in looks))
@@ -90,7 +90,7 @@ def recovered(record: RunRecord, output: Path) -> None:
 
 
 def settings(facts: dict[str, Any]) -> None:
-    """Settings by name."""
+    """Print settings by name."""
     table = _table("setting", "value")
     for name, value in facts.items():
         table.add_row(name.replace("_", "-"), ", ".join(value) if isinstance(value, tuple) else str(value))
@@ -98,7 +98,7 @@ def settings(facts: dict[str, Any]) -> None:
 
 
 def evaluated(record: RunRecord, output: str | Path | None, *, card: bool) -> None:
-    """What `evaluate` measured, and where it is kept."""
+    """Print the results of `evaluate`, and where they are stored."""
     results = record.results
     measured = {name: row["metrics"] for name, row in results["models"].items() if "metrics" in row}
     if measured:
@@ -119,7 +119,7 @@ def evaluated(record: RunRecord, output: str | Path | None, *, card: bool) -> No
 
 
 def _answered(models: dict[str, dict[str, Any]], items: dict[str, list[int]]) -> None:
-    """A row for each task, a column for each model."""
+    """Print task results: a row per task, a column per model."""
     rows = {name: accuracies(row) for name, row in models.items()}
     table = _table("task", "metric", "items", *short(rows))
     for key in next(iter(rows.values())):
@@ -143,7 +143,7 @@ def _accuracy(estimate: dict[str, float | None], gain: dict[str, float] | None) 
 
 
 def benched(record: RunRecord) -> None:
-    """What `bench` timed."""
+    """Print the results of `bench`."""
     results = record.results
     names = list(results["models"])
     table = _table("", *short(names))
@@ -183,7 +183,7 @@ def _gain(found: dict[str, Any]) -> str:
 
 
 def pushed(facts: dict[str, Any], folder: str) -> None:
-    """What `push` uploaded, or would."""
+    """Print the files that `push` uploaded, or would upload."""
     table = _table("file", "size")
     for name, size in facts["files"].items():
         table.add_row(name, disk_size(size))
@@ -198,7 +198,7 @@ def pushed(facts: dict[str, Any], folder: str) -> None:
 
 
 def criteria_listed(facts: list[dict[str, str]]) -> None:
-    """A line for each criterion."""
+    """Print a line per criterion."""
     for row in facts:
         source = f" [{row['reference']}]" if row["reference"] else ""
         line = f"{row['name']:<28}{row['needs']:<24}{row['summary']}{source}"
@@ -206,7 +206,7 @@ def criteria_listed(facts: list[dict[str, str]]) -> None:
 
 
 def compared(record: RunRecord, model: str, output: Path) -> None:
-    """What `compare` found: a table for each text, and for the tasks, at each ratio."""
+    """Print the results of `compare`: for each ratio a table per text, and one of the tasks."""
     results, seeds = record.results, record.arguments["seeds"]
     criteria = list(dict.fromkeys(row["criterion"] for row in results["summary"]))
     texts = [f"{text['source']}, {' x '.join(map(str, text['windows']))} tokens" for text in results["texts"]]
@@ -236,7 +236,7 @@ def compared(record: RunRecord, model: str, output: Path) -> None:
 
 
 def compared_table(rows: list[dict[str, Any]], dense: dict[str, Any], title: str) -> Table:
-    """A row for the dense model and each criterion, a column for each metric."""
+    """Print a row for the dense model and each criterion, a column per metric."""
     wanted = ("perplexity", "kl", "js_distance", "top1_agreement")
     metrics = [m for m in dict.fromkeys(row["metric"] for row in rows) if m in wanted or m not in METRICS]
     table = _table("criterion", *(METRICS[m][0] if m in METRICS else m for m in metrics), title=title)
@@ -248,7 +248,7 @@ def compared_table(rows: list[dict[str, Any]], dense: dict[str, Any], title: str
 
 
 def compared_cell(row: dict[str, Any]) -> str:
-    """Mean and spread; of the main metrics also, on a second line, the difference to the first criterion."""
+    """Format mean and spread; for the main metrics also the difference to the first criterion, on a second line."""
     text = f"{row['mean']:.4g}" + ("" if row["spread"] is None else f" ± {row['spread']:.2g}")
     bounds = [row["difference"][name] for name in ("value", "low", "high")]
     if row["metric"] not in ("perplexity", "kl") or not any(bounds) or bounds[1] is None:
@@ -261,7 +261,7 @@ def compared_cell(row: dict[str, Any]) -> str:
 
 
 def ablated(record: RunRecord, model: str, scores: list[Path]) -> None:
-    """What `ablate` found."""
+    """Print the results of `ablate`."""
     correlations = record.results["correlations"]
     kinds = list(next(iter(correlations.values())))
     headings = [f"{kind}, {'within layers' if inside else 'all layers'}" for kind in kinds for inside in (True, False)]
@@ -278,7 +278,7 @@ def ablated(record: RunRecord, model: str, scores: list[Path]) -> None:
 
 
 def inspected(facts: dict[str, Any]) -> None:
-    """What `inspect` found."""
+    """Print the result of `inspect`."""
     table = _table(facts["architecture"], facts["model_type"])
     table.add_row("MLPs x neurons", f"{facts['mlps']} x {width_range(facts['neurons_per_mlp'])}")
     for part, count in facts["parameters"].items():
@@ -296,7 +296,7 @@ def inspected(facts: dict[str, Any]) -> None:
 
 
 def demonstrated(summary: dict[str, Any]) -> None:
-    """What the demo showed."""
+    """Print the results of the demo."""
     table = _table("", "dense", "pruned")
     for row in demo_rows(summary):
         table.add_row(*row)
@@ -312,7 +312,7 @@ def demonstrated(summary: dict[str, Any]) -> None:
 
 
 def demo_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """The rows of the demo's table: what, dense, pruned."""
+    """Return the rows of the demo's table: quantity, dense, pruned."""
     results = summary["results"]
     parameters, width, size = results["parameters"], results["width"], results["weight_bytes"]
     metrics = {name: with_interval(estimate) for name, estimate in results["metrics"].items()}

@@ -1,4 +1,4 @@
-"""What is wrong with a command line: every command checks its numbers first, and each mistake is one message."""
+"""Check a command line: numbers first, and one message per mistake."""
 
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,7 @@ class Command(TyperCommand):
 
     @cached_property
     def must_be_given(self) -> frozenset[str]:
-        """Names of the parameters without a default."""
+        """Return the names of the parameters without a default."""
         return frozenset(parameter.name for parameter in self.params if parameter.required)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -44,7 +44,7 @@ class Command(TyperCommand):
 
 
 def explain(error: Any) -> str:
-    """Say what typer refuses: the option, its value, and how to write it; nothing where it showed the help."""
+    """Explain a usage error: the option, its value, and the remedy; empty if typer showed the help."""
     if isinstance(error, BadParameter) and error.__cause__ is not None:
         message = _value_explained(error, error.__cause__)
     elif hasattr(error, "possibilities"):
@@ -59,7 +59,7 @@ def explain(error: Any) -> str:
 
 
 def _value_explained(error: Any, cause: Any) -> str:
-    """Say what is wrong with a value that pydantic refused."""
+    """Explain a value that pydantic refused."""
     first = cause.errors()[0]
     option, value = error.param.opts[0], first["input"]
     kind = next((name for start, name in NUMBERS.items() if first["type"].startswith(start)), "")

@@ -1,4 +1,4 @@
-"""What a run will cost, told by a short trial: the very code, on models of one and of two blocks of the true sizes."""
+"""Estimate time, memory and disk of a run by a short trial: the same code on models of one and of two real blocks."""
 
 import re
 import time
@@ -45,25 +45,25 @@ from hifiprune.scoring.criteria import find_criterion
 from hifiprune.scoring.score import Request, passes_of
 
 NO_PLAIN_BLOCKS = {"first_k_dense_replace": 0, "mlp_only_layers": [], "decoder_sparse_step": 1}
-"""What the configuration of a model with experts says where all its blocks have them."""
+"""Configuration of a model whose blocks all have experts."""
 TRIAL_SECONDS = 0.5
-"""What a sweep through one block may take; longer windows are tried by their first positions."""
+"""Seconds that a sweep through one block may take; for longer windows the first positions are tried."""
 ROUNDS = 3
 VOCABULARY = 2048
 PROBE_BYTES = 2**26
 SOLVED, ADDED = 1024, 4096
-"""Neurons of the system that is solved on trial, and of that to which a batch is added, at most."""
+"""Maximum number of neurons of the trial systems: to solve, and to add a batch to."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step takes.
+    """Cost of a step.
 
     Attributes:
-        step: as run records call it.
-        seconds: on the machine as it was in the trial; see `hifiprune.engine.machine`.
-        memory: resident bytes at the peak; on a GPU its own.
-        disk: bytes that are written.
+        step: name of the step in run records.
+        seconds: seconds on the machine as loaded as in the trial; see `hifiprune.engine.machine`.
+        memory: peak resident bytes; on a GPU the GPU's.
+        disk: bytes written.
     """
 
     step: str
@@ -74,25 +74,25 @@ class Cost:
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds of a batch: in each block, and outside of them."""
+    """Seconds of a batch in each block, and outside the blocks."""
 
     block: float
     rest: float
 
 
 def total_disk(costs: Sequence[Cost]) -> int:
-    """Bytes that are written in all."""
+    """Return the total of bytes written."""
     return sum(cost.disk for cost in costs)
 
 
 class Estimator:
-    """Costs of the steps that a checkpoint can take.
+    """Estimates the cost of each step for a checkpoint.
 
     Args:
-        checkpoint: of the dense model; its weights are not loaded for that.
-        compute: device and arithmetic.
-        streamed: whether weights stay on the disk.
-        loaded: whether they are in memory already.
+        checkpoint: checkpoint of the dense model; its weights are not loaded.
+        compute: device and dtype.
+        streamed: whether weights are streamed from disk.
+        loaded: whether weights are in memory already.
     """
 
     def __init__(self, checkpoint: Checkpoint, compute: ComputeConfig, *, streamed: bool = False, loaded: bool = False):
@@ -112,21 +112,21 @@ class Estimator:
         self.base = self.weights + own * self.on_cpu
 
     def loading(self) -> Cost:
-        """Reading the weights, and their hash."""
+        """Return the cost of reading and hashing the weights."""
         seconds = self._stored * (max(self._rates) + (0 if self.streamed else self._rates[0]))
         return Cost("loading the weights", seconds, self.base)
 
     def checking(self) -> Cost:
-        """Hashing the weights, which are not loaded."""
+        """Return the cost of hashing the weights without loading them."""
         return Cost("checking the weights", self._stored * max(self._rates), self.base - self.weights)
 
     def writing(self, share: float) -> Cost:
-        """Writing a share of the weights."""
+        """Return the cost of writing a share of the weights."""
         size = int(self._stored * share)
         return Cost("writing", size * self._rates[0], self.base - self.weights, size)
 
     def scoring(self, requests: Sequence[Request], windows: int, positions: int, times: int = 1) -> Cost:
-        """Scoring, so many times, on this process's share of the windows."""
+        """Return the cost of scoring, `times` times, on this process's share of the windows."""
         size, tokens = self.compute.batch_size, self.compute.batch_size * positions
         batches = ceil(ceil(windows / size) / processes())
         passes = passes_of(requests)
@@ -159,7 +159,7 @@ class Estimator:
         return Cost("scoring", times * seconds, self.base + more, disk)
 
     def repair(self, windows: int, positions: int, width: int) -> Cost:
-        """Refitting every output map to about `width` neurons: two forward passes, moments, solutions."""
+        """Return the cost of refitting output maps of about `width` neurons: two forward passes, moments, solving."""
         size, hidden = self.compute.batch_size, self.config.hidden_size
         batches, kept = ceil(windows / size), min(width, SOLVED)
         pace = self._pace([], positions, recompute=False)
@@ -175,7 +175,7 @@ class Estimator:
         return Cost("cutting and repairing", seconds, self.base + more, states + maps if spilled else 0)
 
     def recomputes(self, positions: int) -> bool:
-        """Whether blocks will be run twice rather than their graphs kept."""
+        """Return whether blocks will be recomputed instead of keeping their graphs."""
         if self.compute.recompute is not None or self.streamed:
             return self.streamed or bool(self.compute.recompute)
         return working_bytes(self.skeleton, self.compute.batch_size * positions, recompute=False) > self._free // 2
@@ -187,44 +187,44 @@ class Estimator:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether the memory that is counted is that of the CPU."""
+        """Return whether the counted memory is that of the CPU."""
         return self.device.type == "cpu"
 
     @cached_property
     def _stored(self) -> int:
-        """Bytes of all weights in plain files."""
+        """Return the bytes of all weights in plain files."""
         return count_parameters(self.skeleton) * self.checkpoint.dtype().itemsize
 
     @cached_property
     def _stored_blocks(self) -> int:
-        """Bytes of all blocks in the files."""
+        """Return the bytes of all blocks in the files."""
         parameters = sum(parameter.numel() for parameter in find_blocks(self.skeleton).parameters())
         return parameters * self.checkpoint.dtype().itemsize
 
     @property
     def _two_blocks(self) -> int:
-        """The block that runs, and the next one as it is stored."""
+        """Return the bytes of the running block, and of the prefetched one as stored."""
         stored = self._stored_blocks // self.layers
         return stored + stored * self.dtype.itemsize // self.checkpoint.dtype().itemsize
 
     def _streamed(self, computing: float, sweeps: int) -> float:
-        """Seconds of computing while the blocks are read so many times, if they are."""
+        """Return the seconds of computing while blocks are streamed `sweeps` times, if they are."""
         reading = sweeps * self._stored_blocks * self._rates[0] if self.streamed else 0.0
         return max(computing, reading)
 
     @property
     def _head_bytes(self) -> int:
-        """Of the head in the files."""
+        """Return the bytes of the head in the files."""
         head: Any = self.skeleton.get_output_embeddings()
         return int(head.weight.numel()) * self.checkpoint.dtype().itemsize
 
     @property
     def _head_is_held(self) -> bool:
-        """Whether a streamed model's head is read once a group; see `Shelf.head_room`."""
+        """Return whether a streamed model's head is read once a group; see `WeightOffload.head_room`."""
         return not self.on_cpu or self._head_bytes <= max(LEAST_ROOM, self._two_blocks)
 
     def _reading_of_heads(self, groups: int, tokens: int, objectives: int) -> float:
-        """Seconds to read the head once a group, or for every slice of positions and each objective's way back."""
+        """Return the seconds to read the head once a group, or for every slice of positions in every direction."""
         if not self.streamed or not objectives:
             return 0.0
         slices = tokens / rows_of_slice(self.config.vocab_size)
@@ -232,7 +232,7 @@ class Estimator:
 
     @cached_property
     def _rates(self) -> tuple[float, float, float]:
-        """Seconds a stored byte to read it, to hash it, and to read it again; zero where that cannot be tried."""
+        """Measure the seconds per byte to read, to hash, and to reread weights; zero where that cannot be tried."""
         if not self.checkpoint.is_here or not stored_plainly(self.checkpoint):
             return 0.0, 0.0, 0.0
         tensors = self.checkpoint.tensors().values()
@@ -250,7 +250,7 @@ class Estimator:
         return read / part.bytes, hashed / part.bytes, again / part.bytes
 
     def _pace(self, jobs: Sequence[Job], positions: int, recompute: bool) -> Pace:
-        """By differences between models of one and two blocks, and of one and two vocabularies."""
+        """Measure the pace by differences between models of one and two blocks, and of one and two vocabularies."""
         key = tuple(jobs), positions, recompute
         if key not in self._paces:
             self._paces[key] = self._tried(jobs, positions, recompute)
@@ -272,11 +272,11 @@ class Estimator:
 
     @property
     def widths(self) -> list[int]:
-        """Of the MLPs."""
+        """Return the widths of the MLPs."""
         return [mlp.neurons for mlp in find_mlps(self.skeleton)]
 
     def _miniature(self, layers: int, vocabulary: int) -> PreTrainedModel:
-        """A model of a few blocks of the true sizes, which share their weights: one small number everywhere."""
+        """Build a model of a few blocks of the real sizes, all weights being one small number in shared memory."""
         config = self.checkpoint.config()
         family = settled_family(config)
         text = config.get_text_config()
@@ -305,7 +305,7 @@ class Estimator:
         return miniature
 
     def _moments(self, tokens: int, width: int) -> float:
-        """Seconds to add a batch to the moments of a map of so many neurons."""
+        """Measure the seconds to add a batch to the moments of a map of `width` neurons."""
         kept = min(width, ADDED)
         rows = min(tokens, max(32, int(TRIAL_SECONDS * 1e10 / kept**2)))
         activation = torch.full((1, rows, kept), 0.01, dtype=self.dtype, device=self.device)
@@ -319,7 +319,7 @@ class Estimator:
         return min(seconds) * tokens / rows * (width / kept) ** 2
 
     def _solution(self, width: int) -> float:
-        """Seconds to find the best change of a map from `width` neurons, with about half of the dampings tried."""
+        """Measure the seconds to solve for a map of `width` neurons, with about half of the dampings tried."""
         moments = Moments()
         moments.gram = torch.eye(width, dtype=torch.float64, device=self.device)
         hidden = max(1, self.config.hidden_size * width // max(self.widths))
@@ -334,7 +334,7 @@ class Estimator:
 
 
 def _timed(model: PreTrainedModel, tokens: Tensor, jobs: Sequence[Job], *, recompute: bool) -> float:
-    """Seconds of a sweep that serves the jobs, after one that warms up."""
+    """Time a sweep for the jobs, after a warm-up."""
     kernels, maps = needs(jobs)
 
     def visit(seen: Seen) -> None:
@@ -355,7 +355,7 @@ def _timed(model: PreTrainedModel, tokens: Tensor, jobs: Sequence[Job], *, recom
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """That something takes."""
+    """Return the seconds that a function takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""What a run on a checkpoint knows before weights are loaded, and the dense model that it loads when it must."""
+"""A run on a checkpoint: everything resolved before weights are loaded, and the dense model, loaded when needed."""
 
 import gc
 from dataclasses import dataclass, field
@@ -53,7 +53,7 @@ class Job:
 
     @property
     def samples(self) -> bool:
-        """Whether the model itself writes the calibration text."""
+        """Return whether the calibration text is sampled from the model."""
         return self.calibration is not None and self.calibration.source == SELF
 
 
@@ -79,22 +79,22 @@ class PruneJob(Job):
 
     @property
     def budget(self) -> Budget:
-        """How much to remove."""
+        """Return how much to remove."""
         return self.config.budget
 
     @property
     def allocation(self) -> AllocationConfig:
-        """How widths are decided."""
+        """Return how widths are decided."""
         return self.config.allocation
 
     @property
     def repairs(self) -> bool:
-        """Whether the cut is repaired."""
+        """Return whether the cut is repaired."""
         return self.system.repair != "none"
 
     @property
     def searches(self) -> bool:
-        """Whether widths are searched."""
+        """Return whether widths are searched."""
         return self.allocation.method == "searched"
 
 
@@ -146,6 +146,6 @@ class DenseModel:
 
     @cached_property
     def stored_plainly(self) -> bool:
-        """Whether the checkpoint can be cut on the disk."""
+        """Return whether the checkpoint can be cut on disk."""
         self.job.checkpoint.fetch()
         return stored_plainly(self.job.checkpoint)

@@ -1,4 +1,4 @@
-"""What is said before work begins: what it will cost, and what may surprise."""
+"""Messages before the work begins: expected costs, and remarks."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -26,7 +26,7 @@ from hifiprune.scoring.score import Request, count_passes
 
 
 def announce_plan(budget: Budget, shape: Shape, width: int, round_to: int, allocation: str) -> str:
-    """What was asked for, and the widths nearest to it."""
+    """Return a message on the requested budget and the resulting widths."""
     reached = f"{shape.ratio_at(width):.2%} of all parameters, {1 - width / shape.neurons:.2%} of the neurons"
     if budget.width is not None and allocation == "uniform":
         return f"Plan: width {shape.neurons} -> {width}, removes {reached}."
@@ -37,7 +37,7 @@ def announce_plan(budget: Budget, shape: Shape, width: int, round_to: int, alloc
 
 
 def remark_on_blocks(budget: Budget, shape: Shape, width: int, allocation: AllocationConfig) -> None:
-    """Say where k-quants took the dense model's width and will not take the one that all MLPs get."""
+    """Remark if k-quants support the dense model's width but not the new one."""
     if allocation.method != "uniform" or shape.neurons % K_BLOCK or not width % K_BLOCK:
         return  # widths that differ are not for llama.cpp at all
     flag, best = ("--width", width // K_BLOCK * K_BLOCK) if budget.width else ("--round-to", K_BLOCK)
@@ -51,7 +51,7 @@ def remark_on_blocks(budget: Budget, shape: Shape, width: int, allocation: Alloc
 def announce_scoring(
     windows: Int[Tensor, "windows positions"], requests: Sequence[Request], estimator: Estimator
 ) -> str:
-    """What scoring will cost, to be followed by what that depends on where nothing before has told it."""
+    """Return a message on the expected cost of scoring."""
     cost, (forwards, backwards) = estimator.scoring(requests, len(windows), windows.shape[1]), count_passes(requests)
     criteria = ", ".join(dict.fromkeys(f"'{name}'" for name, _ in requests))
     shared = f", shared out among {processes()} processes" if processes() > 1 else ""
@@ -65,7 +65,7 @@ def announce_scoring(
 
 
 def announce_costs(costs: Sequence[Cost], device: torch.device) -> str:
-    """What a run will cost in all."""
+    """Return a message on the expected cost of the whole run."""
     seconds, memory, disk = sum(cost.seconds for cost in costs), max(cost.memory for cost in costs), total_disk(costs)
     each = f" for each of {processes()} processes" if processes() > 1 else ""
     written = f" and {disk_size(disk)} on the disk" if disk else ""
@@ -73,13 +73,13 @@ def announce_costs(costs: Sequence[Cost], device: torch.device) -> str:
 
 
 def announce_steps(steps: int, *, repairs: bool) -> str:
-    """Return how much longer scoring in steps will take."""
+    """Return a message on the cost of scoring in several rounds."""
     also = f", and {steps - 1} repairs" if repairs else ""
     return f"That {steps} times, on models that are smaller each time{also}."
 
 
 def announce_repair(windows: Int[Tensor, "windows positions"], width: int, estimator: Estimator) -> str:
-    """What repair will cost."""
+    """Return a message on the expected cost of repair."""
     cost = estimator.repair(len(windows), windows.shape[1], width)
     return (
         f"Repairing on {len(windows)} windows of {windows.shape[1]} tokens, {estimator.dtype} on {estimator.device}: "
@@ -90,7 +90,7 @@ def announce_repair(windows: Int[Tensor, "windows positions"], width: int, estim
 def announce_search(
     model: PreTrainedModel, windows: Int[Tensor, "windows positions"], trials: int, compute: ComputeConfig
 ) -> str:
-    """What a search for widths will cost: a forward pass a trial, and half as much again for the metrics."""
+    """Return a message on the cost of a search for widths: per trial a forward pass and half of one for metrics."""
     device = resolved_device(compute)
     one = estimate_seconds(model.config, windows.numel(), windows.shape[1], device, model.dtype, backwards=0)
     return (
@@ -100,7 +100,7 @@ def announce_search(
 
 
 def remark_on_options(scores: Scores | None, ratio: float) -> None:
-    """Say where scores that were made before have other options than the papers' at this ratio."""
+    """Remark if precomputed scores were made with other options than the papers' at this ratio."""
     made = scores.settings.get("options", {}) if scores else {}
     papers = {name: value for name, value in asdict(CriterionOptions().for_ratio(ratio)).items() if name in made}
     differing = [name for name in ("alpha", "temperature") if name in made and made[name] != papers[name]]
@@ -109,7 +109,7 @@ def remark_on_options(scores: Scores | None, ratio: float) -> None:
 
 
 def remark_on_scale(scores: Scores, allocation: AllocationConfig) -> None:
-    """Say where one threshold is laid over scores that cannot be compared from layer to layer."""
+    """Remark if a global threshold is applied to scores that are not comparable across layers."""
     known = CRITERIA.get(scores.criterion)
     if allocation.method == "global" and known and not known.across_layers:
         logger.warning(
@@ -118,7 +118,7 @@ def remark_on_scale(scores: Scores, allocation: AllocationConfig) -> None:
 
 
 def remark_on_start(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Say where windows of the calibration text lack the start token that the tokenizer writes before a text."""
+    """Remark if calibration windows lack the start token that the tokenizer puts before a text."""
     if not calibration.bos and (start := special_tokens(tokenizer)[0]):
         logger.info(
             f"Windows of the calibration text do not begin with {tokenizer.decode(start)}, which the tokenizer writes "
@@ -127,7 +127,7 @@ def remark_on_start(calibration: Calibration, tokenizer: PreTrainedTokenizerBase
 
 
 def remark_on_unseen(scores: Scores) -> None:
-    """Say how many experts no token of the text was sent to, whose scores are all alike."""
+    """Remark on experts that received no calibration tokens."""
     experts = [values for name, values in zip(scores.names, scores.values, strict=True) if EXPERT.search(name)]
     unseen = sum(bool((values == values[0]).all()) for values in experts)
     if unseen:
@@ -138,7 +138,7 @@ def remark_on_unseen(scores: Scores) -> None:
 
 
 def remark_on_unused(options: CriterionOptions | None, criterion: str, allocation: AllocationConfig) -> None:
-    """Say which options have no effect, of those that are not what they would be anyway."""
+    """Remark on options that are set but have no effect."""
     unused = []
     if options:
         others = [name for name in asdict(options) if name not in (*find_criterion(criterion).options, "seed")]
@@ -152,7 +152,7 @@ def remark_on_unused(options: CriterionOptions | None, criterion: str, allocatio
 
 
 def remark_on_ignored(config: PruneConfig) -> None:
-    """Say which options scores that were made before leave without effect, of those that are not the default."""
+    """Remark on options that are set but have no effect because scores are precomputed."""
     settings = asdict(config.options or CriterionOptions()) | {"recompute": config.compute.recompute}
     usual = asdict(CriterionOptions()) | {"recompute": None}
     if config.calibration:

@@ -1,4 +1,4 @@
-"""What every command does before its own work: check what is asked, and load the model."""
+"""Common preparation of all commands: check the request, and load the model."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
@@ -95,7 +95,7 @@ def check_tokens(checkpoint: Checkpoint, *texts: Int[Tensor, "_ _"]) -> None:
 
 
 def _parts(source: Calibration | Text | None) -> Sequence[Calibration | Text]:
-    """Every single source that a calibration or a text reads."""
+    """Return every single source that a calibration or a text reads."""
     if isinstance(source, Calibration):
         return source.parts
     return [source] if source else []
@@ -111,9 +111,9 @@ def load_hashed(
     stage: str = "loading the weights",
     model_hash: str = "",
 ) -> tuple[PreTrainedModel, str]:
-    """The model in a dtype or the arithmetic asked for, and the hash of its weights as stored, which refuses NaN.
+    """Load the model, by default as `compute` says, and hash its stored weights, which refuses NaN.
 
-    Where it may stream, the model is a streamed one if `streams` says so. A hash that is known is not computed again.
+    If it may stream, `streams` decides whether the model is streamed. A known hash is not computed again.
     """
     dtype, device = dtype or compute_dtype(compute, checkpoint), resolved_device(compute)
     with record.stage(stage):
@@ -141,9 +141,9 @@ def load_hashed(
 
 
 def streams(checkpoint: Checkpoint, compute: ComputeConfig, dtype: torch.dtype) -> bool:
-    """Whether weights stay on the disk: as was asked for, or where they would not fit into the memory that is free.
+    """Return whether to stream weights from disk: as requested, or if they would not fit into the free memory.
 
-    Weights that are not on this disk yet are taken to be stored plainly.
+    Weights that are not on this disk yet are assumed to be stored plainly.
 
     Raises:
         UserError: it is asked for, but they are not stored in a way that allows it.
@@ -168,11 +168,11 @@ def streams(checkpoint: Checkpoint, compute: ComputeConfig, dtype: torch.dtype) 
 
 
 def _needed_and_free(checkpoint: Checkpoint, compute: ComputeConfig, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes that the weights take in a dtype, and that are free on the device."""
+    """Return the bytes that the weights take in a dtype, and that are free on the device."""
     needed = count_parameters(checkpoint.skeleton()) * dtype.itemsize
     return needed, free_bytes(torch.device(resolved_device(compute)))
 
 
 def plain_arguments(**values: Any) -> dict[str, Any]:
-    """Arguments as plain data."""
+    """Return arguments as plain data."""
     return {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in values.items()}

@@ -1,4 +1,4 @@
-"""The steps that `prune` and `score` share: each is announced, timed, and kept for a run that goes on."""
+"""Steps that `prune` and `score` share: each is announced, timed, and resumable."""
 
 from dataclasses import asdict, replace
 

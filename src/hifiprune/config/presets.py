@@ -1,4 +1,4 @@
-"""Whole systems by name: ours, as measured best, and those of the papers."""
+"""Presets: the default system, as measured best, and those of the papers."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ ACROSS_LAYERS = "fisher"
 
 @dataclass(frozen=True)
 class Preset:
-    """What decides a cut.
+    """Settings that a preset fixes.
 
     Attributes:
         criterion: how neurons are scored.

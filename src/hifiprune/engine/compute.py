@@ -1,4 +1,4 @@
-"""Where and in which arithmetic a run computes, and what it will roughly cost."""
+"""Device and dtype of a run, and a rough estimate of its time."""
 
 import os
 import time
@@ -97,7 +97,7 @@ def estimate_seconds(
     forwards: int = 1,
     backwards: int = 1,
 ) -> float:
-    """Rough time of passes over `tokens`: their operations over the speed of a matrix product here."""
+    """Estimate the seconds of passes over `tokens`: their operations over the speed of a matrix product here."""
     text = config.get_text_config()
     layers, hidden, width = text.num_hidden_layers, text.hidden_size, width_of(config)
     maps, heads = len(family_of(config).inputs) + 1, text.num_attention_heads
@@ -110,7 +110,7 @@ def estimate_seconds(
 
 
 def product_speed(hidden: int, width: int, device: str, dtype: torch.dtype) -> float:
-    """Operations per second of `[512, hidden] @ [hidden, width]`."""
+    """Measure the operations per second of `[512, hidden] @ [hidden, width]`."""
     left = torch.randn(512, hidden, device=device, dtype=dtype)
     right = torch.randn(hidden, width, device=device, dtype=dtype)
     (left @ right).sum().item()
@@ -122,5 +122,5 @@ def product_speed(hidden: int, width: int, device: str, dtype: torch.dtype) -> f
 
 
 def load(checkpoint: Checkpoint, compute: ComputeConfig) -> PreTrainedModel:
-    """The model in the arithmetic asked for."""
+    """Load the model on the device and in the dtype of `compute`."""
     return checkpoint.load(compute_dtype(compute, checkpoint), resolved_device(compute), compute.attention)

@@ -1,4 +1,4 @@
-"""Whether the machine is busy with other work, on which every estimate of time depends."""
+"""Detect whether the machine is busy with other work, since every time estimate depends on it."""
 
 import os
 import time
@@ -18,13 +18,13 @@ SLACK = 0.5
 
 @dataclass(frozen=True)
 class Machine:
-    """How busy the machine is.
+    """Load of the machine.
 
     Attributes:
-        cores: that this process may use.
-        threads: that it computes with.
-        share: CPU time that its threads got in a trial, of what they wanted.
-        others: cores that other processes used during the trial.
+        cores: number of cores that this process may use.
+        threads: number of threads that it computes with.
+        share: CPU time that its threads got in a trial, divided by its wall time.
+        others: number of cores that other processes used during the trial.
     """
 
     cores: int
@@ -34,7 +34,7 @@ class Machine:
 
     @classmethod
     def now(cls) -> "Machine":
-        """Try it, for a fifth of a second of matrix products."""
+        """Measure the load during a fifth of a second of matrix products."""
         cores = (
             sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
         )
@@ -49,12 +49,12 @@ class Machine:
 
     @property
     def busy(self) -> bool:
-        """Whether work here takes longer than on an idle machine."""
+        """Return whether work here takes longer than on an idle machine."""
         crowded = self.others + min(self.threads, self.cores) > self.cores + SLACK
         return self.share < FULL_SHARE or crowded
 
     def __str__(self) -> str:
-        """What tells that it is busy."""
+        """Return the evidence that the machine is busy."""
         cores = "1 core" if self.cores == 1 else f"{self.cores} cores"
         return f"others use {self.others:.1f} of {cores}, {min(self.share, 1):.0%} of the CPU time wanted was had"
 

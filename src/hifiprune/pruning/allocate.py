@@ -1,4 +1,4 @@
-"""From scores and a budget to the width of each layer and the neurons kept."""
+"""Decide the width of each layer and the neurons to keep, from scores and a budget."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ def allocate(
     Ties keep the lower index, so equal scores always give the same plan.
 
     Args:
-        scores: of every neuron.
+        scores: scores of every neuron.
         budget: how much to remove.
         round_to: widths become multiples of it.
-        allocation: how widths are decided; a search is not made here.
+        allocation: how widths are decided; `searched` is not done here.
 
     Raises:
         UserError: the budget cannot be met, or scores are not finite.
@@ -38,7 +38,7 @@ def allocate(
 
 
 def plan_with(scores: Scores, widths: Sequence[int], budget: Budget) -> Plan:
-    """The plan that keeps the neurons with the highest scores, as many in each MLP as `widths` says."""
+    """Return the plan that keeps the neurons with the highest scores, `widths` of them in each MLP."""
     neurons = [len(values) for values in scores.values]
     gone = [count - width for count, width in zip(neurons, widths, strict=True)]
     removed = sum(count * each for count, each in zip(gone, scores.parameters_per_neuron, strict=True))
@@ -57,12 +57,12 @@ def plan_with(scores: Scores, widths: Sequence[int], budget: Budget) -> Plan:
 
 
 def share_out(values: Sequence[Float[Tensor, "neurons"]], width: int, *, round_to: int, floor: float) -> list[int]:
-    """Widths of the mean `width` for which the neurons kept have the largest sum of values.
+    """Return the widths, with mean `width`, that maximize the sum of the kept neurons' values.
 
     Args:
-        values: what each neuron of each MLP is worth.
+        values: value of each neuron of each MLP.
         width: mean width.
-        round_to: widths are multiples of it, or whole; any numbers where the mean is none.
+        round_to: widths are multiples of it, or unchanged; any numbers if `width` is no multiple.
         floor: fraction of the mean width that every MLP keeps.
     """
     step = step_of(width, round_to)
@@ -77,5 +77,5 @@ def share_out(values: Sequence[Float[Tensor, "neurons"]], width: int, *, round_t
 
 
 def step_of(width: int, round_to: int) -> int:
-    """What layers exchange neurons by: `round_to`, or one where a mean width was asked for that is no multiple."""
+    """Return the step between widths: `round_to`, or 1 if the requested mean width is no multiple of it."""
     return 1 if width % round_to else round_to

@@ -1,4 +1,4 @@
-"""Scores made along the way: a part is cut and repaired, and those who stay are scored anew in each other's company."""
+"""Iterative pruning: alternate scoring with cutting (and repairing) a part of the budget."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -38,23 +38,23 @@ def score_in_steps(
     model_hash: str | None = None,
     keeper: Keeper | None = None,
 ) -> Scores:
-    """Score, cut a part, repair, and score again; the model is whole again after.
+    """Score, cut a part, repair, and score again; the model is restored afterwards.
 
-    Neurons that went on the way have scores below all others, those that went first the lowest: one run gives plans for
-    every ratio up to the budget, each within the one before.
+    Neurons that were cut on the way have scores below all others, the first ones the lowest: one run gives nested plans
+    for every ratio up to the budget.
 
     Args:
         model: the dense model.
-        windows: token ids, to score and to repair on.
-        request: the criterion and its options.
-        budget: how much is removed in the end; as much in every step.
-        steps: how often the model is scored; it is cut between.
-        round_to: widths at the end are multiples of it.
-        allocation: how widths are decided, also on the way.
-        repair: whether each cut on the way is repaired.
+        windows: token ids to score and repair on.
+        request: criterion and its options.
+        budget: how much to remove in total, in equal parts.
+        steps: number of scoring rounds; the model is cut between them.
+        round_to: final widths are multiples of it.
+        allocation: how widths are decided, in every round.
+        repair: whether to repair each intermediate cut.
         batch_size: windows per step.
         recompute: see `hifiprune.scoring.score.score_all`.
-        settings: more facts to keep in the scores.
+        settings: further facts to store with the scores.
         model_hash: see `hifiprune.scoring.score.score_all`.
         keeper: see `hifiprune.scoring.score.score_all`.
 
@@ -99,7 +99,7 @@ def score_in_steps(
 
 
 def _nested(before: list[Tensor], late: list[Tensor], plan: Plan) -> list[Float[Tensor, "_"]]:
-    """Late scores for those who stay; below them and zero the others, in the order of what they had before."""
+    """Return late scores of the remaining neurons; the others get scores below these and zero, in earlier order."""
     flat = torch.cat(before)
     starts = torch.tensor([0, *accumulate(len(each) for each in before)])
     staying = torch.cat([kept + start for kept, start in zip(plan.kept, starts, strict=False)])

@@ -1,7 +1,7 @@
-"""Widths by trial: layers exchange neurons as long as the divergence from the dense model falls.
+"""Search for widths: layers exchange neurons as long as the divergence from the dense model falls.
 
-Scores say what a neuron is worth next to the others of its layer; how much one layer is worth next to another is
-measured: the model is cut by candidate plans, and its KL divergence from the dense model read on a few windows.
+Scores rank the neurons within a layer; the value of one layer against another is measured: the model is cut by
+candidate plans, and its KL divergence from the dense model is computed on a few windows.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from hifiprune.pruning.allocate import plan_with, share_out, step_of
 from hifiprune.scores import Scores
 
 WINDOWS, POSITIONS = 4, 512
-"""How many calibration windows a search measures on, and how much of each at most."""
+"""Number of calibration windows to measure on, and the positions used of each."""
 
 
 def search(
@@ -32,20 +32,20 @@ def search(
     allocation: AllocationConfig = AllocationConfig("searched"),
     seed: int = 0,
 ) -> Plan:
-    """The plan whose plain cut diverges least from the dense model, of those that were tried.
+    """Return the plan whose plain cut diverges least from the dense model, among those tried.
 
     The first trials are uniform widths, a global threshold on the scores, and one with a floor halfway between. Each
     later trial takes neurons from one random layer and gives them to another; the amount is halved after every quarter
     of the trials.
 
     Args:
-        model: the dense model, whole again after.
-        scores: of every neuron; they decide which neurons of a layer stay.
+        model: the dense model, restored afterwards.
+        scores: scores of every neuron; they rank the neurons within a layer.
         budget: how much to remove.
-        divergence: measures how far `model`, as it is cut at the moment, diverges from what it was.
+        divergence: measures the divergence of `model`, as it is cut at the moment, from the dense model.
         round_to: widths become multiples of it.
-        allocation: the floor, and how many plans to try, a forward pass over the windows each.
-        seed: of the random layers.
+        allocation: floor and number of trials, one forward pass over the windows each.
+        seed: seed of the random layers.
 
     Raises:
         UserError: the budget cannot be met, or the windows do not fit the model.
@@ -77,17 +77,17 @@ def search(
 
 
 def exchange_size(neurons: int, unit: int, share: float) -> int:
-    """How many neurons a trial moves, a multiple of `unit`, after a `share` of all trials: halved at every quarter."""
+    """Return how many neurons a trial moves after a `share` of the trials: multiples of `unit`, halved each quarter."""
     return max(unit, (neurons // 8 >> int(4 * share)) // unit * unit)
 
 
 def search_windows(windows: Int[Tensor, "windows positions"]) -> Int[Tensor, "few positions"]:
-    """A few of the calibration windows, evenly spread, to search on."""
+    """Select a few evenly spread calibration windows to search on."""
     return windows[:: max(1, len(windows) // WINDOWS)][:WINDOWS, :POSITIONS]
 
 
 def _exchanged(widths: list[int], step: int, least: int, most: int, chance: torch.Generator) -> list[int]:
-    """One layer gives `step` neurons to another, where their widths allow it."""
+    """Move `step` neurons from one random layer to another, if their widths allow it."""
     pairs = [
         (giver, taker)
         for giver, has in enumerate(widths)

@@ -1,4 +1,4 @@
-"""The parts of a report: tables and plots, each plot in words and as a table too."""
+"""Sections of a report: tables and plots; each plot comes with alternative text and a table."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ GREY, COLORS = "#888888", qualitative.D3
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot, what it shows, and its values."""
+    """A plot with its description and its values."""
 
     id: str
     alt: str
@@ -36,7 +36,7 @@ class Plot:
 
 @dataclass
 class Section:
-    """A part of the page."""
+    """A section of the page."""
 
     title: str
     texts: list[str] = field(default_factory=list)
@@ -47,18 +47,18 @@ class Section:
 
     @property
     def filled(self) -> bool:
-        """Whether there is anything in it."""
+        """Return whether the section has content."""
         return bool((self.table and self.table[1:]) or self.plots or self.passages or self.records)
 
 
 def sections_of(runs: Sequence[Run]) -> list[Section]:
-    """All parts of the page that the runs have something for."""
+    """Return all sections of the page that are not empty."""
     makers = (summary, quality, tasks, training, criteria, layers, overlap, tokens, speed, cost, records)
     return [section for maker in makers if (section := maker(runs)).filled]
 
 
 def summary(runs: Sequence[Run]) -> Section:
-    """What was made, a row a checkpoint."""
+    """List the checkpoints, one row each."""
     rows = [["checkpoint", "parameters", "removed", "MLP width", "criterion", "output projections", "trained"]]
     for run in runs:
         if pruning := run.made:
@@ -79,7 +79,7 @@ def summary(runs: Sequence[Run]) -> Section:
 
 
 def quality(runs: Sequence[Run]) -> Section:
-    """Perplexity and divergence against size, of all that were measured on the same text."""
+    """Plot perplexity and divergence against size, for all models measured on the same text."""
     section = Section("Quality against size")
     texts: dict[str, list[Run]] = {}
     for run in runs:
@@ -100,7 +100,7 @@ def quality(runs: Sequence[Run]) -> Section:
 
 
 def _measured(run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Parameters and metrics of every model by its name, and of the dense one beside which they were measured."""
+    """Return parameters and metrics of every model by name, and of the dense reference."""
     results = run.facts["results"]
     rows = {name: row for name, row in results["models"].items() if "metrics" in row}
     dense = results.get("dense")
@@ -112,7 +112,7 @@ def _measured(run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _against_size(metric: str, points: dict[str, tuple[float, dict[str, Any]]], measured_on: str, id_: str) -> Plot:
-    """A mark for each model."""
+    """Plot one marker per model."""
     figure, label = go.Figure(), METRICS[metric][0]
     for name, (size, each) in points.items():
         figure.add_trace(_estimates(go.Scatter, [size], [each], name=name, mode="markers", marker_size=11))
@@ -125,7 +125,7 @@ def _against_size(metric: str, points: dict[str, tuple[float, dict[str, Any]]], 
 
 
 def tasks(runs: Sequence[Run]) -> Section:
-    """Accuracy on every task, a bar a model."""
+    """Plot the accuracy on every task, one bar per model."""
     section = Section("Zero-shot accuracy", ["No examples in the prompts. Error bars are 95% intervals."])
     for run in (run for run in runs if run.command == "evaluate"):
         rows = {name: row for name, row in run.models.items() if "tasks" in row}
@@ -149,7 +149,7 @@ def tasks(runs: Sequence[Run]) -> Section:
 
 
 def training(runs: Sequence[Run]) -> Section:
-    """What recovery training did to text that it did not see, step by step."""
+    """Plot the held-out perplexity during recovery training."""
     section, figure = Section("Recovery training"), go.Figure()
     looks = {run.name: run.facts["results"]["held_out_losses"] for run in runs if run.command == "recover"}
     table = [["run", "optimizer step", "held-out perplexity"]]
@@ -165,7 +165,7 @@ def training(runs: Sequence[Run]) -> Section:
 
 
 def criteria(runs: Sequence[Run]) -> Section:
-    """Quality against ratio, as `compare` found it."""
+    """Plot quality against ratio from `compare`."""
     section = Section("Criteria compared", ["Error bars are standard deviations over draws of the calibration text."])
     for run in (run for run in runs if run.command == "compare"):
         for text in range(len(run.facts["results"]["texts"])):
@@ -175,7 +175,7 @@ def criteria(runs: Sequence[Run]) -> Section:
 
 
 def _criteria(run: Run, text: int, metric: str) -> Plot:
-    """A line a criterion."""
+    """Plot one line per criterion."""
     results, label = run.facts["results"], METRICS[metric][0]
     rows = [row for row in results["summary"] if (row["text"], row["metric"]) == (text, metric)]
     figure, table = go.Figure(), [["criterion", "parameters removed", label, "over draws"]]
@@ -196,7 +196,7 @@ def _criteria(run: Run, text: int, metric: str) -> Plot:
 
 
 def layers(runs: Sequence[Run]) -> Section:
-    """Widths, and scores at some ranks, layer by layer."""
+    """Plot widths, and score quantiles, by layer."""
     section, widths, curves = Section("Layer by layer"), go.Figure(), go.Figure()
     for run in runs:
         if run.plan and run.scores:
@@ -234,12 +234,12 @@ def _uniform(name: str, plan: Plan) -> str:
 
 
 def _rank(scores: Tensor, share: float) -> float:
-    """The score that lies above a share of all."""
+    """Return a quantile of the scores."""
     return float(np.quantile(scores.double().numpy(), share))
 
 
 def overlap(runs: Sequence[Run]) -> Section:
-    """How much the kept sets share, of runs on dense models of one shape."""
+    """Plot the overlap of the kept sets, for runs on dense models of one shape."""
     section = Section("Neuron overlap")
     plans = {run.name: run.plan for run in runs if run.plan}
     first = next(iter(plans.values()), None)
@@ -263,7 +263,7 @@ def overlap(runs: Sequence[Run]) -> Section:
 
 
 def tokens(runs: Sequence[Run]) -> Section:
-    """Passages, coloured by how far the two models are apart."""
+    """Show passages, coloured by the divergence of the two models."""
     said = (
         "The redder a token, the more the two models differed in what they predicted at its position (KL divergence of "
         "their distributions). Point at a token, or reach it with the tab key, to see what each of them predicted."
@@ -299,7 +299,7 @@ def speed(runs: Sequence[Run]) -> Section:
 
 
 def cost(runs: Sequence[Run]) -> Section:
-    """Seconds of every stage of the runs that made checkpoints."""
+    """Plot the seconds of every stage of the runs that made checkpoints."""
     section, figure = Section("Cost"), go.Figure()
     made = [run for run in runs if run.made]
     if not made:
@@ -345,7 +345,7 @@ def _filled(figure: Any, grouped: bool) -> float:
 
 
 def _estimates(kind: Any, x: Sequence[Any], estimates: Sequence[dict[str, Any]], **how: Any) -> Any:
-    """A trace of estimates with their intervals."""
+    """Return a trace of estimates with their intervals."""
     values = [each["value"] for each in estimates]
     above = [(each["high"] if each["high"] is not None else each["value"]) - each["value"] for each in estimates]
     below = [each["value"] - (each["low"] if each["low"] is not None else each["value"]) for each in estimates]

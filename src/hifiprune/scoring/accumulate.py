@@ -1,4 +1,4 @@
-"""One run over the calibration windows that serves any number of criteria."""
+"""One pass over the calibration windows that accumulates the statistics of any number of criteria."""
 
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -29,7 +29,7 @@ from hifiprune.scoring.neuron_statistics import Statistic
 
 @dataclass(frozen=True)
 class Job:
-    """What one statistic needs of a pass."""
+    """One statistic to accumulate, and what it needs."""
 
     statistic: Statistic
     kernels: tuple[Kernel, ...]
@@ -40,24 +40,24 @@ class Job:
 
 
 def needs(jobs: Sequence[Job]) -> tuple[list[Kernel], list[int]]:
-    """The kernels that a sweep for these jobs differentiates, and the numbers of those for which maps are seen."""
+    """Return the kernels that a sweep for these jobs differentiates, and the indices of those that need the maps."""
     kernels = list(dict.fromkeys(kernel for job in jobs for kernel in job.kernels))
     return kernels, [n for n, kernel in enumerate(kernels) if any(job.maps and kernel in job.kernels for job in jobs)]
 
 
 def serves(job: Job, kernels: Sequence[Kernel], seen: Seen) -> bool:
-    """Whether a job takes from what is seen on the way forward, or back from one of these kernels."""
+    """Return whether a job uses these activations: of the forward pass, or of one of its kernels."""
     return not job.kernels if seen.kernel is None else kernels[seen.kernel] in job.kernels
 
 
 @dataclass(frozen=True)
 class PassConfig:
-    """How the windows go through the model.
+    """Settings of a pass.
 
     Attributes:
         batch_size: windows per step.
         recompute: see `BlockChain.sweep`.
-        group: batches that go through a block in turn, more than one where weights are read from the disk.
+        group: batches that take turns at each block; more than one if weights are streamed from disk.
     """
 
     batch_size: int = 1
@@ -67,18 +67,18 @@ class PassConfig:
 
 @dataclass
 class Pass:
-    """One run over all windows, for any number of jobs, shared out among the processes that there are.
+    """One pass over all windows, for any number of jobs, distributed over the processes.
 
     Attributes:
-        chain: the model.
+        chain: block chain of the model.
         windows: token ids.
-        config: how they go through it.
-        keeper: keeps the sums of the batches that are done, if an interrupted run is to go on from there.
-        totals: of each job and layer, `[statistics, neurons]` in float64.
-        sums: of each kernel over the windows.
-        hidden: final hidden state of each batch of this process, kept where asked for.
-        halves: share of the totals that comes from every other batch, kept where asked for.
-        done: batches that are done.
+        config: settings of the pass.
+        keeper: checkpoint of the sums, from which an interrupted pass resumes; None without.
+        totals: sums for each job and layer, `[statistics, neurons]` in float64.
+        sums: sum of each kernel over the windows.
+        hidden: final hidden state of each batch of this process, if requested.
+        halves: part of the totals from every other batch, if requested.
+        done: number of finished batches.
     """
 
     chain: BlockChain
@@ -93,7 +93,7 @@ class Pass:
 
     @property
     def objectives(self) -> dict[Kernel, float]:
-        """Mean of each kernel over the windows, in nats."""
+        """Return the mean of each kernel over the windows, in nats."""
         return {kernel: total / len(self.windows) for kernel, total in self.sums.items()}
 
     def run(
@@ -105,14 +105,14 @@ class Pass:
         looks: Sequence[int] = (),
         settled: Callable[["Pass"], bool] | None = None,
     ) -> "Pass":
-        """Sweep over the windows and collect what the jobs ask for.
+        """Sweep over the windows and accumulate the statistics of all jobs.
 
         Args:
-            jobs: what to collect.
+            jobs: statistics to accumulate.
             teacher: the teacher's final hidden state for each batch, for kernels that need one.
-            keep_hidden: keep those of this model.
-            looks: after how many batches it is asked whether that is enough.
-            settled: is asked then, and halves of the totals are kept for it.
+            keep_hidden: whether to keep the final hidden states of this model.
+            looks: numbers of batches after which to check whether they are enough.
+            settled: returns whether they are enough; halves of the totals are kept for it.
         """
         wanted = list(dict.fromkeys(jobs))
         kernels, maps = needs(wanted)
@@ -156,7 +156,7 @@ class Pass:
         return self
 
     def _groups(self, first: int, last: int, stops: Sequence[int] = ()) -> list[range]:
-        """Numbers of the batches that go through a block in turn; a group ends at a stop at the latest."""
+        """Yield the indices of the batches that take turns at each block; a group ends at a stop at the latest."""
         edges = [*range(first, last, self.config.group), *(stop for stop in stops if first < stop < last)]
         return [range(one, other) for one, other in pairwise(sorted({*edges, last}))]
 
@@ -164,12 +164,12 @@ class Pass:
         return batch.to(self.chain.model.device, torch.int64)
 
     def _keeper(self, jobs: Sequence[Job]) -> Keeper | None:
-        """For states of just this pass and this process's part of it."""
+        """Return the checkpoint for exactly this pass and this process's part of it."""
         part = rank(), processes(), self.config.batch_size, self.config.recompute, bool(self.halves)
         return self.keeper.of(hash_tokens(self.windows), [*map(str, jobs)], *part) if self.keeper else None
 
     def _state(self, done: int) -> dict[str, Tensor]:
-        """Sums over the first `done` batches."""
+        """Return the sums over the first `done` batches."""
         sums = {"done": torch.tensor(done), "sums": torch.tensor([*self.sums.values()], dtype=torch.float64)}
         totals = {
             f"{place}.{layer}": total.cpu()
@@ -179,7 +179,7 @@ class Pass:
         return sums | totals
 
     def _resume(self, state: dict[str, Tensor] | None) -> int:
-        """Take over a state; how many batches it covers."""
+        """Restore a state; return the number of batches that it covers."""
         if state is None:
             return 0
         done, sums = int(state.pop("done")), state.pop("sums").tolist()
@@ -191,7 +191,7 @@ class Pass:
         return done
 
     def _add_up(self) -> None:
-        """Sums over all processes; each of them has them after."""
+        """Sum over all processes; each of them then has the result."""
         if processes() == 1:
             return
         sums = torch.tensor([*self.sums.values()], dtype=torch.float64, device=self.chain.model.device)
@@ -201,7 +201,7 @@ class Pass:
         self.sums = dict(zip(self.sums, sums.tolist(), strict=True))
 
     def _add(self, job: Job, seen: Seen) -> None:
-        """Sum in float64 where the model is, so that nothing waits for a GPU."""
+        """Add to the sum in float64 on the model's device, so that no GPU is waited for."""
         found, tables = job.statistic(seen).double(), [self.totals[job]]
         if self.halves and seen.windows // self.config.batch_size % 2:
             tables.append(self.halves[job])
@@ -222,16 +222,16 @@ class Pass:
 
 
 def choose_recompute(model: PreTrainedModel, tokens: int) -> bool:
-    """Whether the graphs of all blocks would not fit into half of the memory that is free."""
+    """Return whether to recompute: the graphs of all blocks would not fit into half of the free memory."""
     return working_bytes(model, tokens, recompute=False) > free_bytes(model.device) // 2
 
 
 def working_bytes(
     model: PreTrainedModel, tokens: int, *, recompute: bool, objectives: int = 1, maps: bool = False
 ) -> int:
-    """Estimated memory above the weights for steps of `tokens` positions: graphs, gradients, slices of logits.
+    """Estimate the memory above the weights for steps of `tokens` positions: graphs, gradients, slices of logits.
 
-    With `maps` also the weight gradients of one MLP.
+    With `maps` it includes the weight gradients of one MLP.
     """
     config, state, graph = model.config.get_text_config(), state_bytes(model, tokens), graph_bytes(model, tokens)
     kept = 2 * graph + 2 * config.num_hidden_layers * state if recompute else config.num_hidden_layers * graph
@@ -240,23 +240,23 @@ def working_bytes(
 
 
 def state_bytes(model: PreTrainedModel, tokens: int) -> int:
-    """Bytes of the hidden states of so many tokens, as they are between two blocks."""
+    """Return the bytes of the hidden states of `tokens` positions between two blocks."""
     return int(tokens * model.config.get_text_config().hidden_size * model.dtype.itemsize)
 
 
 def graph_bytes(model: PreTrainedModel, tokens: int) -> int:
-    """Bytes that the graph of one block keeps for so many tokens."""
+    """Return the bytes that the graph of one block keeps for `tokens` positions."""
     config = model.config.get_text_config()
     return int(tokens * (4 * width_of(model.config) + 14 * config.hidden_size) * model.dtype.itemsize)
 
 
 def slice_bytes(model: PreTrainedModel) -> int:
-    """Bytes of logits and their gradients, of which one slice of positions is there at a time."""
+    """Return the bytes of one slice of logits and their gradients."""
     return int(4 * max(SLICE_BYTES, 4 * SLICE_ROWS * model.config.get_text_config().vocab_size))
 
 
 def group_of(model: PreTrainedModel, tokens: int, objectives: int = 0) -> int:
-    """How many batches of `tokens` positions go through a block in turn: one, where weights are in memory."""
+    """Return the number of batches of `tokens` positions that take turns at each block: 1 with weights in memory."""
     shelf = shelf_of(model)
     if shelf is None:
         return 1
@@ -266,10 +266,10 @@ def group_of(model: PreTrainedModel, tokens: int, objectives: int = 0) -> int:
 def choose_group(
     model: PreTrainedModel, tokens: int, objectives: int, device: torch.device, scratch: str | Path | None
 ) -> int:
-    """How many batches of `tokens` positions go through a streamed model's block in turn: what memory has room for.
+    """Return the number of batches of `tokens` positions that take turns at each block of a streamed model.
 
-    The inputs of all blocks are kept of each, while weights are read twice for the whole group; they take a quarter of
-    the memory that is free, or half of what is free on the disk where `scratch` is.
+    The inputs of all blocks are kept for each batch, while weights are read twice for the whole group; the inputs may
+    take a quarter of the free memory, or half of the free space on the disk of `scratch`.
     """
     state = state_bytes(model, tokens)
     inputs, moving = int(model.config.get_text_config().num_hidden_layers) * state, (2 + objectives) * state
@@ -280,12 +280,12 @@ def choose_group(
 
 
 def moment_bytes(model: PreTrainedModel) -> int:
-    """Memory of the second moments that `obs` sums up in float64."""
+    """Return the bytes of the second moments that `obs` accumulates in float64."""
     return sum(8 * mlp.neurons * (mlp.neurons + mlp.output.out_features) for mlp in find_mlps(model))
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a new allocation on `device` could still get."""
+    """Return the bytes that can still be allocated on `device`."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused

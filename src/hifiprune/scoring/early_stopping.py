@@ -1,4 +1,4 @@
-"""When to stop scoring: once more windows would hardly change which neurons are kept.
+"""Stop scoring early, once more windows would hardly change which neurons are kept.
 
 Scores from two disjoint halves of the windows so far are independent draws. If their noise falls with the square root
 of the windows, the kept sets of two halves of `n` windows disagree twice as much as one of all `n` and one of the
@@ -25,12 +25,12 @@ GROWTH = 1.25
 
 @dataclass
 class Stability:
-    """Stops scoring once the kept set is known well enough, and tells how it went.
+    """Stops scoring once the kept set is stable, and records how it converged.
 
     Attributes:
-        wanted: agreement of the kept set with that of all windows, as a share of the neurons kept.
-        select: returns the plan by which neurons would be kept with given scores.
-        curve: of every look the windows so far, the agreement of their halves, and what it is extrapolated to.
+        wanted: required overlap of the kept set with that of all windows, as a share of the neurons kept.
+        select: returns the plan for given scores.
+        curve: for every check the windows so far, the overlap of their halves, and its extrapolation.
 
     Raises:
         UserError: no set agrees so well, or so badly.
@@ -44,7 +44,7 @@ class Stability:
         check_numbers({"until_stable": self.wanted})
 
     def check(self, criteria: Sequence[str]) -> None:
-        """Refuse scoring that it cannot watch.
+        """Refuse criteria and runs that cannot stop early.
 
         Raises:
             UserError: there are several criteria or processes, or the criterion has two stages or reads no text.
@@ -54,7 +54,7 @@ class Stability:
             raise UserError("until-stable watches one criterion that reads a text once, in one process: leave it out")
 
     def settled(self, windows: int, of: int, halves: Callable[[], tuple[Scores, Scores]]) -> bool:
-        """Whether the scores of so many windows of a larger number are enough."""
+        """Return whether the scores of the first `windows` of a larger number are enough."""
         one, other = (self.select(scores) for scores in halves())
         agreement = overlap(one, other)
         extrapolated = 1 - (1 - agreement) / 2 * math.sqrt(1 - windows / of)
@@ -67,9 +67,9 @@ class Stability:
 
 
 def looks(windows: int, batch_size: int) -> list[int]:
-    """After how many batches to look, always an even number, before all windows are read.
+    """Return the numbers of batches, all even, after which to check for stability.
 
-    From `LEAST` windows on, a quarter more each time.
+    The first check is after `LEAST` windows, each further one after a quarter more.
     """
     found, batches = [], 2 * math.ceil(LEAST / (2 * batch_size))
     while batches * batch_size < windows:
@@ -79,7 +79,7 @@ def looks(windows: int, batch_size: int) -> list[int]:
 
 
 def overlap(one: Plan, other: Plan) -> float:
-    """Neurons that two plans keep, as a share of those that one of them keeps."""
+    """Compute the share of one plan's kept neurons that the other keeps too."""
     shared = sum(
         len(set(ours.tolist()) & set(theirs.tolist())) for ours, theirs in zip(one.kept, other.kept, strict=True)
     )

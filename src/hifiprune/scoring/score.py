@@ -1,4 +1,4 @@
-"""From calibration windows to `Scores`, by one criterion or by many that share their passes."""
+"""Compute `Scores` from calibration windows, by one criterion or by several that share their passes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -41,9 +41,9 @@ from hifiprune.scoring.neuron_statistics import WITHOUT_WEIGHTS, Sample, mean_ac
 from hifiprune.scoring.objectives import CrossEntropy
 
 Request = tuple[str, CriterionOptions]
-"""A criterion by name, and its options."""
+"""Name of a criterion, and its options."""
 LIGHT = Job(weight_absolute, (CrossEntropy(),), maps=True)
-"""What self-distillation makes its light cut by."""
+"""Job whose scores decide the light cut of self-distillation."""
 
 
 def score(
@@ -60,8 +60,8 @@ def score(
     Args:
         model: a causal language model of a supported family, on any device and in any floating dtype.
         windows: integer token ids; None for criteria that need no data.
-        criterion: see `hifiprune.scoring.criteria.CRITERIA`.
-        options: what the criterion leaves open.
+        criterion: name of the criterion, see `hifiprune.scoring.criteria.CRITERIA`.
+        options: options of the criterion.
         batch_size: windows per step; scores do not depend on it.
         recompute: run each block twice instead of keeping its graph; by default only where memory is short.
 
@@ -87,13 +87,12 @@ def score_all(
     keeper: Keeper | None = None,
     stability: Stability | None = None,
 ) -> list[Scores]:
-    """Score by several criteria at once: one forward pass, and one backward pass for each objective among them.
+    """Score by several criteria at once: one forward pass, and one backward pass for each of their objectives.
 
-    Of several processes that `torchrun` or `accelerate launch` started, each reads its share of the windows, and all
-    have the scores after.
+    Processes started by `torchrun` or `accelerate launch` each process a share of the windows; all return the scores.
 
-    Self-distillation adds a second pass, over the model after its light cut; the dense model's final hidden states are
-    kept from the first, so the teacher costs `windows * positions * hidden_size` numbers and no second model.
+    Self-distillation adds a second pass over the lightly cut model; the dense model's final hidden states are kept from
+    the first pass, so the teacher costs `windows * positions * hidden_size` numbers and no second model.
 
     Args:
         model: as in `score`.
@@ -102,10 +101,10 @@ def score_all(
         batch_size: windows per step; scores do not depend on it, since every window's mean is taken by itself.
         recompute: run each block twice instead of keeping its graph, for a fraction of the memory; by default only
             where the graphs would not fit into half of the free memory.
-        settings: more facts to keep in the scores.
-        model_hash: of the weights as stored, if known; else these are hashed.
-        keeper: keeps sums on disk as they grow, so that an interrupted call goes on from there, to the same scores.
-        stability: ends scoring by a single criterion of one stage before all windows are read; in one process.
+        settings: further facts to store with the scores.
+        model_hash: hash of the stored weights, if known; otherwise it is computed.
+        keeper: saves the sums on disk from time to time, so that an interrupted call resumes to the same scores.
+        stability: may stop before all windows are read; for a single criterion of one stage, in one process.
 
     Returns:
         scores in the order of the requests.
@@ -170,7 +169,7 @@ class Asked:
 
     @property
     def job(self) -> Job | None:
-        """What it needs of a pass; None if it looks at the weights alone."""
+        """Return the job for a pass; None if the criterion uses the weights alone."""
         if self.criterion.statistic is None:
             return None
         kernels = self.criterion.kernels(self.options) if self.criterion.kernels else ()
@@ -179,14 +178,14 @@ class Asked:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which jobs the pass over the dense model does, and which the pass over each lightly cut one, by its light cut."""
+    """The jobs of the pass over the dense model, and of the pass over each lightly cut model, by the fraction cut."""
 
     first: list[Job]
     later: dict[float, list[Asked]]
 
     @classmethod
     def of(cls, asked: Sequence[Asked]) -> "Schedule":
-        """Everything that is asked for, once."""
+        """Schedule every requested job once."""
         later: dict[float, list[Asked]] = {}
         for each in asked:
             if each.criterion.two_stages:
@@ -196,13 +195,13 @@ class Schedule:
 
 
 def count_passes(requests: Sequence[Request]) -> tuple[int, int]:
-    """How many forward and backward passes over the windows `score_all` will take."""
+    """Return the number of forward and backward passes over the windows that `score_all` will make."""
     passes = passes_of(requests)
     return len(passes), sum(len(needs(jobs)[0]) for jobs in passes)
 
 
 def passes_of(requests: Sequence[Request]) -> list[list[Job]]:
-    """The jobs of each pass over the windows that `score_all` will make."""
+    """Return the jobs of each pass over the windows that `score_all` will make."""
     schedule = Schedule.of([Asked(find_criterion(name), options) for name, options in requests])
     passes = [schedule.first, *([each.job for each in group if each.job] for group in schedule.later.values())]
     return [jobs for jobs in passes if jobs]
@@ -210,7 +209,7 @@ def passes_of(requests: Sequence[Request]) -> list[list[Job]]:
 
 @dataclass
 class Outcome:
-    """What scoring by a criterion gave: float32 scores and mean activations a layer, mean objective, windows read."""
+    """Result of one criterion: float32 scores and mean activations per layer, mean objective, windows read."""
 
     values: list[Float[Tensor, "_"]]
     means: list[Float[Tensor, "_"]] | None
@@ -226,7 +225,7 @@ def _run(
     keeper: Keeper | None,
     stability: Stability | None,
 ) -> list[Outcome]:
-    """The pass over the dense model, then one over each lightly cut model that is asked for."""
+    """Run the pass over the dense model, then one over each lightly cut model."""
     mlps = find_mlps(model)
     schedule = Schedule.of(asked)
     for fraction in schedule.later:
@@ -259,7 +258,7 @@ def _run(
 def _finish(
     each: Asked, run: Pass | None, model: PreTrainedModel, windows: Int[Tensor, "windows positions"] | None
 ) -> Outcome:
-    """Scores from what a pass collected, and from the weights."""
+    """Compute scores from the accumulated statistics and the weights."""
     job, mlps = each.job, find_mlps(model)
     sizes = (len(windows), windows.shape[1]) if windows is not None else (0, 0)
     layers = range(len(mlps))
@@ -276,7 +275,7 @@ def _finish(
 
 
 def _settled(each: Asked, model: PreTrainedModel, stability: Stability, of: int, run: Pass) -> bool:
-    """Whether the kept set would hardly change with more windows."""
+    """Return whether the kept set would hardly change with more windows."""
     size = run.config.batch_size
 
     def halves() -> tuple[Scores, Scores]:
@@ -292,7 +291,7 @@ def _settled(each: Asked, model: PreTrainedModel, stability: Stability, of: int,
 
 
 def _as_scores(outcome: Outcome, model: PreTrainedModel, each: Asked) -> Scores:
-    """The scores, before it is said of which weights and texts they are."""
+    """Return the scores, still without the hashes of weights and data."""
     mlps = find_mlps(model)
     return Scores(
         values=outcome.values,
@@ -316,7 +315,7 @@ def _light_plan(totals: dict[int, Tensor], mlps: list[Mlp], fraction: float) -> 
 
 
 def _spread(values: list[Tensor], light: Plan, before: dict[int, Tensor]) -> list[Float[Tensor, "_"]]:
-    """Scores of all neurons: the first stage's, below zero, for those that it cut; the second's for the others."""
+    """Merge the scores of two stages: the first one's, below zero, for neurons it cut; the second one's for others."""
     whole = []
     for layer, (late, kept) in enumerate(zip(values, light.kept, strict=True)):
         early = before[layer][0].cpu()
