@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 import hifiprune as hp
 from hifiprune.cli.console import speaking
 from hifiprune.commands.demo import fetch_smollm2
+from hifiprune.config.evaluate import Tasks
 from hifiprune.evaluation.bootstrap import Estimate
-from hifiprune.evaluation.zero_shot_tasks import Answers, Exam, Tasks, average, differences
+from hifiprune.evaluation.zero_shot_tasks import Answers, Exam, average, differences
 from hifiprune.io.atomic import replacing
 from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.progress import labelled
@@ -106,7 +107,7 @@ def ask(task: str, folder: Path) -> dict[str, Answers]:
 @cache
 def exam(task: str) -> Exam:
     """The items that every model is asked."""
-    return Exam(Tasks([task], PACK, ITEMS[task]))
+    return Exam(Tasks((task,), PACK, ITEMS[task]))
 
 
 @cache

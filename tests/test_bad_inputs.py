@@ -31,8 +31,7 @@ def made(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     hp.score_checkpoint(dense, folder / "scores", hp.ScoreConfig(text))
     hp.prune(dense, folder / "pruned", hp.PruneConfig(hp.Budget(width=24), text, repair="none"))
     hp.evaluate(
-        str(folder / "pruned"), str(world / "held.txt"), against=dense, seq_len=16, max_windows=1,
-        output=folder / "measured",
+        str(folder / "pruned"), hp.EvaluateConfig(hp.Text(str(world / "held.txt"), 16, 1), dense), folder / "measured"
     )  # fmt: skip
     return folder
 

@@ -86,7 +86,7 @@ def test_every_number_of_every_command_has_a_range() -> None:
         (lambda: hp.Calibration("x", num_samples=2**40), "num-samples 1099511627776 must be at most"),
         (lambda: hp.ComputeConfig(batch_size=0), "batch-size 0 must be at least 1"),
         (lambda: hp.Text("x", max_windows=0), "max-windows 0 must be at least 1"),
-        (lambda: hp.Tasks(["piqa"], limit=0), "limit 0 must be at least 1"),
+        (lambda: hp.Tasks(("piqa",), limit=0), "limit 0 must be at least 1"),
     ],
 )
 def test_the_api_has_the_same_ranges(make: Callable[[], object], message: str) -> None:

@@ -173,7 +173,7 @@ def test_every_cell_is_what_prune_and_evaluate_give(world: Path, finished: Finis
         assert saved.settings["options"] == used.settings["options"]
         for one, two in zip(saved.values, used.values, strict=True):
             torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-9)
-        alike: dict[str, Any] = {"seq_len": 24, "max_windows": 5, "compute": hp.ComputeConfig(batch_size=2)}
+        alike: dict[str, Any] = {"compute": hp.ComputeConfig(batch_size=2)}
         found = measured(str(folder), held, against=dense, **alike)
         assert set(found) == set(METRICS) == set(cell["windows"][0])
         assert set(cell["windows"][1]) == {"perplexity", "entropy"}
@@ -258,7 +258,7 @@ def test_the_paired_interval_knows_seeds_and_windows(by_seed: float, by_window: 
 
 def test_the_dense_model_is_measured_too(world: Path, finished: Finished) -> None:
     for number, name in enumerate(("held.txt", "other.txt")):
-        found = measured(str(world / "dense"), str(world / name), seq_len=24, max_windows=5)
+        found = measured(str(world / "dense"), str(world / name))
         for metric, estimate in found.items():
             assert finished.results["dense"][number][metric] == pytest.approx(estimate, rel=1e-5), metric
     assert finished.results["dense"][0]["kl"]["value"] == 0
@@ -379,9 +379,10 @@ MEASUREMENTS = 6  # the dense model, two draws of two criteria, and magnitude on
 Calls = list[tuple[Any, ...]]
 
 
-def measured(model: str, *what: Any, **how: Any) -> dict[str, dict[str, float]]:
-    """What `evaluate` finds for a model."""
-    metrics: dict[str, dict[str, float]] = hp.evaluate(model, *what, **how).results["models"][model]["metrics"]
+def measured(model: str, text: str, **how: Any) -> dict[str, dict[str, float]]:
+    """What `evaluate` finds for a model on 5 windows of a text."""
+    config = hp.EvaluateConfig(hp.Text(text, 24, 5), **how)
+    metrics: dict[str, dict[str, float]] = hp.evaluate(model, config).results["models"][model]["metrics"]
     return metrics
 
 
@@ -864,7 +865,7 @@ def test_tasks_are_run_on_the_cut_models(
 
     def values(model: PreTrainedModel) -> dict[str, float]:
         tokenizer = AutoTokenizer.from_pretrained(dense)
-        found = hp.zero_shot(model, tokenizer, hp.Tasks(names, tasks_folder, 4))
+        found = hp.zero_shot(model, tokenizer, hp.Tasks(tuple(names), tasks_folder, 4))
         return {name: estimate.value for name, estimate in found.items()}
 
     model = AutoModelForCausalLM.from_pretrained(dense)

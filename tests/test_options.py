@@ -13,6 +13,7 @@ import pytest
 
 from hifiprune.cli.flags import merged, shared_flags, upon_preset
 from hifiprune.config.bench import BenchConfig
+from hifiprune.config.evaluate import EvaluateConfig
 from hifiprune.config.files import from_dict, read_config, to_dict
 from hifiprune.config.groups import AllocationConfig, Budget, Calibration, ComputeConfig, CriterionOptions, Text
 from hifiprune.config.options import declared_options
@@ -22,7 +23,7 @@ from hifiprune.config.study import AblateConfig
 from hifiprune.errors import UserError
 from tests.commands import refused, run
 
-CONFIGS: list[type] = [PruneConfig, ScoreConfig, RecoverConfig, AblateConfig, BenchConfig]
+CONFIGS: list[type] = [PruneConfig, ScoreConfig, RecoverConfig, AblateConfig, BenchConfig, EvaluateConfig]
 UNUSUAL = PruneConfig(
     Budget(neuron_ratio=0.3),
     Calibration("a.txt", 7, 33, 5, "stream", "body", (("b.txt", 0.25),), bos=False),

@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hifiprune import Budget, Calibration, UserError, evaluate, inspect, prune
 from hifiprune.commands.demo import run, write_texts
+from hifiprune.config.evaluate import EvaluateConfig
+from hifiprune.config.groups import Text
 from hifiprune.config.prune import PruneConfig
 from hifiprune.io.hashing import hash_model
 
@@ -75,7 +77,7 @@ def test_the_demos_texts_share_no_paragraph(tmp_path: Path) -> None:
 def test_perplexity_equals_that_of_the_models_own_loss(smollm2_folder: Path, tmp_path: Path) -> None:
     text = "The quick brown fox jumps over the lazy dog while the sun sets slowly behind the old stone mill. " * 4
     (tmp_path / "text.txt").write_text(text)
-    record = evaluate(str(smollm2_folder), str(tmp_path / "text.txt"), seq_len=32)
+    record = evaluate(str(smollm2_folder), EvaluateConfig(Text(str(tmp_path / "text.txt"), 32)))
     model = AutoModelForCausalLM.from_pretrained(smollm2_folder)
     stream = torch.tensor(AutoTokenizer.from_pretrained(smollm2_folder)(text).input_ids)
     windows = stream[: len(stream) // 32 * 32].view(-1, 32)

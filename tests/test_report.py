@@ -48,7 +48,7 @@ def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
         ),
         run(
             *("recover", found["plain"], "--output", found["trained"], "--data", world / "calibration.txt"),
-            *("--seq-len", 24, "--max-steps", 2, "--gradient-accumulation", 1, "--evaluate-every", 1),
+            *("--seq-len", 24, "--max-steps", 2, "--gradient-accumulation-steps", 1, "--evaluate-every", 1),
         ),
         run(
             *("compare", dense, "--output", found["compared"], "--criteria", "hfprune,random", "--ratios", "0.1,0.2"),

@@ -22,9 +22,10 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hifiprune import RunError, UserError
+from hifiprune.config.evaluate import Tasks
 from hifiprune.evaluation import lm_eval_harness
 from hifiprune.evaluation.bootstrap import Estimate
-from hifiprune.evaluation.zero_shot_tasks import Answers, Exam, Tasks, average, differences, zero_shot
+from hifiprune.evaluation.zero_shot_tasks import Answers, Exam, average, check_tasks, differences, zero_shot
 from tests.commands import Interruption, refused, run
 from tests.processes import forked
 
@@ -123,7 +124,14 @@ def test_accuracies_equal_those_computed_choice_by_choice(family: str, folder: P
         "hp_piqa/acc_norm": expected(model, tokenizer, data / "piqa.jsonl", piqa, 4)["acc_norm"],
     }
     for batch_size in (1, 8):
-        tasks = Tasks(["hp_winogrande", "hp_piqa"], folder, limit=4)
+        tasks = Tasks(
+            (
+                "hp_winogrande",
+                "hp_piqa",
+            ),
+            folder,
+            limit=4,
+        )
         found = zero_shot(model, tokenizer, tasks, batch_size=batch_size)
         assert list(found) == list(wanted)
         assert all(same(found[name], wanted[name]) for name in wanted), (found, wanted)
@@ -143,7 +151,7 @@ def test_prompts_begin_as_the_tokenizer_begins_a_text(
         return [(0.0, False)] * len(requests)
 
     monkeypatch.setattr("hifiprune.evaluation.zero_shot_tasks.likelihoods", recorded)
-    Exam(Tasks(["hp_piqa"], folder, limit=4)).ask(model, tokenizer)
+    Exam(Tasks(("hp_piqa",), folder, limit=4)).ask(model, tokenizer)
     assert len(asked) == 8
     assert all(text[0] == tokenizer.eos_token_id != text[1] for text in asked)
 
@@ -151,7 +159,7 @@ def test_prompts_begin_as_the_tokenizer_begins_a_text(
 @pytest.mark.usefixtures("no_defaults")
 def test_a_group_has_a_value_of_its_own_beside_its_tasks(folder: Path, load: Callable[..., Any]) -> None:
     model, tokenizer = load("smollm3")
-    found = zero_shot(model, tokenizer, Tasks(["hp_pair"], folder, limit=4))
+    found = zero_shot(model, tokenizer, Tasks(("hp_pair",), folder, limit=4))
     assert set(found) == {"hp_winogrande/acc", "hp_piqa/acc_norm", "hp_pair/acc"}
     data = folder.parent / "data" / "piqa.jsonl"
     parts = [found["hp_winogrande/acc"], expected(model, tokenizer, data, piqa, 4)["acc"]]
@@ -177,7 +185,18 @@ def test_nothing_is_changed_and_nothing_said(
 
     before, tokenizer_before = state(), (tokenizer.pad_token, tokenizer.padding_side, len(tokenizer))
     capfd.readouterr()
-    zero_shot(model, tokenizer, Tasks(["hp_winogrande", "hp_piqa"], folder, limit=2))
+    zero_shot(
+        model,
+        tokenizer,
+        Tasks(
+            (
+                "hp_winogrande",
+                "hp_piqa",
+            ),
+            folder,
+            limit=2,
+        ),
+    )
     assert ("".join(capfd.readouterr()), caplog.records) == ("", [])
     assert state() == before
     assert (tokenizer.pad_token, tokenizer.padding_side, len(tokenizer)) == tokenizer_before
@@ -209,7 +228,7 @@ def test_a_head_of_its_own_is_not_tied_whatever_the_configuration_says(folder: P
     model.lm_head.weight = head
     data = folder.parent / "data" / "piqa.jsonl"
     wanted = expected(model, tokenizer, data, piqa, 4)["acc_norm"]
-    found = zero_shot(model, tokenizer, Tasks(["hp_piqa"], folder, limit=4))["hp_piqa/acc_norm"]
+    found = zero_shot(model, tokenizer, Tasks(("hp_piqa",), folder, limit=4))["hp_piqa/acc_norm"]
     assert model.lm_head.weight is head
     assert same(found, wanted)
     model.tie_weights()
@@ -219,7 +238,7 @@ def test_a_head_of_its_own_is_not_tied_whatever_the_configuration_says(folder: P
 @pytest.mark.usefixtures("no_defaults")
 def test_one_item_has_no_interval(folder: Path, load: Callable[..., Any]) -> None:
     model, tokenizer = load()
-    found = zero_shot(model, tokenizer, Tasks(["hp_winogrande"], folder, limit=1))["hp_winogrande/acc"]
+    found = zero_shot(model, tokenizer, Tasks(("hp_winogrande",), folder, limit=1))["hp_winogrande/acc"]
     assert found.value in {0.0, 1.0}
     assert (found.low, found.high) == (None, None)
 
@@ -235,46 +254,86 @@ def test_the_harness_own_tasks_are_read_only_for_names_not_in_the_folder(
         return {"far": index["hp_piqa"]}
 
     monkeypatch.setattr(lm_eval_harness, "_own_tasks", own)
-    Tasks(["hp_zero_shot"], folder).check()
+    check_tasks(Tasks(("hp_zero_shot",), folder))
     assert read == []
-    Tasks(["hp_piqa", "far"], folder).check()
+    check_tasks(
+        Tasks(
+            (
+                "hp_piqa",
+                "far",
+            ),
+            folder,
+        )
+    )
     assert read == ["all"]
     (folder / "hp_pair.yaml").write_text(PAIR.replace("hp_piqa", "far"))
-    Tasks(["hp_pair"], folder).check()
+    check_tasks(Tasks(("hp_pair",), folder))
     assert read == ["all", "all"]
 
 
 def test_an_unknown_task_suggests_the_nearest_also_of_the_harness_own(folder: Path) -> None:
     with pytest.raises(UserError, match=r"unknown task 'hp_piqua'; did you mean 'hp_piqa'\?") as caught:
-        Tasks(["hp_piqua", "hp_winogrande", "winogrand"], folder).check()
+        check_tasks(
+            Tasks(
+                (
+                    "hp_piqua",
+                    "hp_winogrande",
+                    "winogrand",
+                ),
+                folder,
+            )
+        )
     assert "unknown task 'winogrand'; did you mean 'winogrande'?" in str(caught.value)
     assert "'hp_winogrande'" not in str(caught.value)
-    Tasks(["piqa", "hp_piqa"], folder).check()
-    Tasks(["papers", "hellaswag"]).check()
+    check_tasks(
+        Tasks(
+            (
+                "piqa",
+                "hp_piqa",
+            ),
+            folder,
+        )
+    )
+    check_tasks(
+        Tasks(
+            (
+                "papers",
+                "hellaswag",
+            )
+        )
+    )
 
 
 @pytest.mark.usefixtures("no_defaults")
 def test_what_cannot_be_run_is_said(folder: Path, load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = load()
     with pytest.raises(UserError, match="limit 0 must be at least 1"):
-        zero_shot(model, tokenizer, Tasks(["hp_piqa"], folder, limit=0))
+        zero_shot(model, tokenizer, Tasks(("hp_piqa",), folder, limit=0))
     with pytest.raises(UserError, match="batch-size 0 must be at least 1"):
-        zero_shot(model, tokenizer, Tasks(["hp_piqa"], folder), batch_size=0)
+        zero_shot(model, tokenizer, Tasks(("hp_piqa",), folder), batch_size=0)
     with pytest.raises(UserError, match="no task is named"):
-        Tasks([], folder).check()
+        check_tasks(Tasks((), folder))
     with pytest.raises(UserError, match=r"elsewhere does not exist"):
-        Tasks(["hp_piqa"], folder / "elsewhere").check()
+        check_tasks(Tasks(("hp_piqa",), folder / "elsewhere"))
     with pytest.raises(UserError, match="hp_piqa would run twice"):
-        Tasks(["hp_pair", "hp_piqa"], folder).check()
+        check_tasks(
+            Tasks(
+                (
+                    "hp_pair",
+                    "hp_piqa",
+                ),
+                folder,
+            )
+        )
     (folder.parent / "data").unlink()
     with pytest.raises(RunError, match=r"the data of hp_piqa cannot be had: .*piqa.jsonl"):
-        zero_shot(model, tokenizer, Tasks(["hp_piqa"], folder, limit=1))
+        zero_shot(model, tokenizer, Tasks(("hp_piqa",), folder, limit=1))
     (folder / "hp_pair.yaml").write_text("task: hp_pair\noutput_type: guesswork\n")
     with pytest.raises(UserError, match=r"the harness cannot run hp_pair: .*'guesswork'"):
-        zero_shot(model, tokenizer, Tasks(["hp_pair"], folder))
+        zero_shot(model, tokenizer, Tasks(("hp_pair",), folder))
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"pip install 'hifiprune\[tasks\]'"):
-        Tasks(["hp_piqa"], folder).check()
+        check_tasks(Tasks(("hp_piqa",), folder))
 
 
 def test_accuracies_equal_those_of_the_harness_own_command(
@@ -282,7 +341,7 @@ def test_accuracies_equal_those_of_the_harness_own_command(
 ) -> None:
     path, names = make_checkpoint(max_position_embeddings=1024), sorted(file.stem for file in folder.glob("hp_*.yaml"))
     names = [name for name in names if name not in ("hp_pair", "hp_zero_shot")]
-    exam = Exam(Tasks(names, folder, limit=12, seed=1))
+    exam = Exam(Tasks(tuple(names), folder, limit=12, seed=1))
     found = exam.ask(AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path))
     drawn = {name: sorted(random.Random(1).sample(range(size), 12)) for name, (_, size) in exam.items.items()}
     words = [
@@ -357,7 +416,15 @@ def test_the_average_is_that_of_tasks_and_not_of_items() -> None:
 def test_an_exam_is_read_once_and_taken_by_one_model_after_another(
     folder: Path, load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tasks = Tasks(["hp_winogrande", "hp_piqa"], folder, limit=25, seed=3)
+    tasks = Tasks(
+        (
+            "hp_winogrande",
+            "hp_piqa",
+        ),
+        folder,
+        limit=25,
+        seed=3,
+    )
     exam = Exam(tasks)
     assert exam.items == {"hp_winogrande": (25, 1267), "hp_piqa": (25, 1838)}
     (model, tokenizer), (other, _) = load(), load("qwen3")
@@ -388,11 +455,11 @@ def test_an_exam_is_read_once_and_taken_by_one_model_after_another(
 def test_an_exam_is_known_by_its_name_its_prompts_and_the_right_answers(folder: Path) -> None:
     task = (folder / "hp_piqa.yaml").read_text()
     (folder / "twin.yaml").write_text(task.replace("task: hp_piqa", "task: twin"))
-    known = [Exam(Tasks([name], folder, limit=5)).identity for name in ("hp_piqa", "hp_piqa", "twin")]
+    known = [Exam(Tasks((name,), folder, limit=5)).identity for name in ("hp_piqa", "hp_piqa", "twin")]
     assert known[0] == known[1] != known[2]
     (folder / "hp_piqa.yaml").write_text(task.replace("doc_to_target: label", "doc_to_target: '{{1 - label}}'"))
-    other = Exam(Tasks(["hp_piqa"], folder, limit=5))
-    assert other.prompts == Exam(Tasks(["twin"], folder, limit=5)).prompts
+    other = Exam(Tasks(("hp_piqa",), folder, limit=5))
+    assert other.prompts == Exam(Tasks(("twin",), folder, limit=5)).prompts
     assert other.identity != known[0]
 
 
@@ -403,7 +470,7 @@ def test_mistakes_in_a_file_of_tasks_are_the_users(folder: Path) -> None:
         assert right in task
         (folder / "hp_piqa.yaml").write_text(task.replace(right, wrong))
         with pytest.raises(UserError, match="a file of hp_piqa asks for what is not there"):
-            Exam(Tasks(["hp_piqa"], folder, limit=5))
+            Exam(Tasks(("hp_piqa",), folder, limit=5))
 
 
 @pytest.mark.usefixtures("no_defaults")
@@ -444,7 +511,14 @@ def test_evaluate_measures_several_models_and_goes_on_after_an_interruption(
     wanted = zero_shot(
         AutoModelForCausalLM.from_pretrained(small),
         AutoTokenizer.from_pretrained(small),
-        Tasks(["hp_winogrande", "hp_piqa"], folder, limit=25),
+        Tasks(
+            (
+                "hp_winogrande",
+                "hp_piqa",
+            ),
+            folder,
+            limit=25,
+        ),
     )
     assert {name: found["value"] for name, found in row["tasks"].items()} == {
         name: estimate.value for name, estimate in wanted.items()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hifiprune.commands.report import report
     from hifiprune.commands.score import score_checkpoint
     from hifiprune.config.bench import BenchConfig
+    from hifiprune.config.evaluate import EvaluateConfig, Tasks
     from hifiprune.config.groups import AllocationConfig, Budget, Calibration, ComputeConfig, CriterionOptions, Text
     from hifiprune.config.prune import PruneConfig, ScoreConfig
     from hifiprune.config.recover import RecoverConfig, TrainingConfig
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from hifiprune.errors import HifipruneError, RunError, UserError
     from hifiprune.evaluation.bootstrap import Estimate
     from hifiprune.evaluation.fidelity import Reference, measure
-    from hifiprune.evaluation.zero_shot_tasks import Tasks, zero_shot
+    from hifiprune.evaluation.zero_shot_tasks import zero_shot
     from hifiprune.models.mlp import Mlp, find_mlps
     from hifiprune.plan import Plan
     from hifiprune.pruning.allocate import allocate
@@ -50,6 +51,7 @@ __all__ = [
     "Criterion",
     "CriterionOptions",
     "Estimate",
+    "EvaluateConfig",
     "HifipruneError",
     "Mlp",
     "Plan",
@@ -91,6 +93,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "EvaluateConfig": "config.evaluate",
     "BenchConfig": "config.bench",
     "AblateConfig": "config.study",
     "Budget": "config.groups",
@@ -111,7 +114,7 @@ _HOMES = {
     "RunRecord": "run_record",
     "Scores": "scores",
     "AllocationConfig": "config.groups",
-    "Tasks": "evaluation.zero_shot_tasks",
+    "Tasks": "config.evaluate",
     "Text": "config.groups",
     "TrainingConfig": "config.recover",
     "UserError": "errors",

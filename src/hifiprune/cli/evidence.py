@@ -10,70 +10,35 @@ from hifiprune.cli.console import show
 from hifiprune.cli.flags import with_config
 from hifiprune.cli.options import (
     AsJson,
-    Attention,
-    BatchSize,
     Debug,
-    Device,
-    Dtype,
-    Limit,
     Overwrite,
     Quiet,
-    SeqLen,
-    Stream,
-    TaskNames,
-    TaskPath,
-    TextColumn,
     Verbose,
-    asked_tasks,
+    check_tasks_named,
 )
 from hifiprune.config.bench import BenchConfig
+from hifiprune.config.evaluate import EvaluateConfig
 
 
+@with_config
 def evaluate(
     models: Annotated[list[str], Argument(metavar="MODEL...", help="Local folders, hub ids or .gguf files.")],
-    text: Annotated[
-        str | None, Option(help="Text to measure on: any source that --calibration takes but 'self'.")
-    ] = None,
-    against: Annotated[str | None, Option(metavar="DENSE", help="The dense model to compare with.")] = None,
-    seq_len: SeqLen = 1024,
-    max_windows: Annotated[int | None, Option(help="Use only the first windows.")] = None,
-    text_column: TextColumn = None,
-    tasks: TaskNames = None,
-    task_path: TaskPath = None,
-    limit: Limit = None,
     output: Annotated[
-        str | None, Option(metavar="PATH", help="Folder to keep the results in; with it, an interrupted run can go on.")
+        str | None,
+        Option(metavar="PATH", help="Folder to keep the results in; with it, an interrupted run can be continued."),
     ] = None,
-    card: Annotated[bool, Option("--card", help="Put what is found into the models' own cards.")] = False,
-    batch_size: BatchSize = 1,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    attention: Attention = None,
-    stream: Stream = None,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
+    *,
+    config: EvaluateConfig,
+    given: frozenset[str],
+    as_json: bool,
 ) -> None:
     """Measure perplexity, fidelity to the dense model, and zero-shot accuracy, of one model or several."""
     import hifiprune as hp
     from hifiprune.cli import tables
 
-    record = hp.evaluate(
-        models,
-        text,
-        against=against,
-        tasks=asked_tasks(tasks, task_path, limit),
-        seq_len=seq_len,
-        max_windows=max_windows,
-        text_column=text_column,
-        output=output,
-        overwrite=overwrite,
-        card=card,
-        compute=hp.ComputeConfig(device, dtype, batch_size, None, attention, stream),
-    )
-    show(record.to_dict(), as_json, lambda: tables.evaluated(record, output, card=card))
+    check_tasks_named(config.tasks, given)
+    record = hp.evaluate(models, config, output)
+    show(record.to_dict(), as_json, lambda: tables.evaluated(record, output, card=config.card))
 
 
 @with_config

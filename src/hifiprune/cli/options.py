@@ -10,8 +10,8 @@ from hifiprune.config.groups import mixture
 from hifiprune.errors import UserError
 
 if TYPE_CHECKING:
+    from hifiprune.config.evaluate import Tasks
     from hifiprune.config.groups import Calibration
-    from hifiprune.evaluation.zero_shot_tasks import Tasks
 
 Model = Annotated[str, Argument(metavar="MODEL", help="Local folder, hub id or .gguf file.")]
 Output = Annotated[str, Option(metavar="PATH", help="Where to write (a new file or folder, whole or not at all).")]
@@ -114,11 +114,17 @@ def drawn_from(words: list[str], *how: Any) -> "Calibration":
 
 def asked_tasks(names: str | None, path: Path | None, limit: int | None) -> "Tasks | None":
     """The `Tasks` that `--tasks` and its companions ask for."""
-    from hifiprune.evaluation.zero_shot_tasks import Tasks
+    from hifiprune.config.evaluate import Tasks
 
     if names is None and (path or limit is not None):
         raise UserError("--task-path and --limit need --tasks with the names of tasks")
-    return None if names is None else Tasks(listed(names), path, limit)
+    return None if names is None else Tasks(tuple(listed(names)), path, limit)
+
+
+def check_tasks_named(tasks: "Tasks | None", given: frozenset[str]) -> None:
+    """Refuse what is said of tasks where none is named."""
+    if tasks is None and given & {"task_path", "limit"}:
+        raise UserError("--task-path and --limit need --tasks with the names of tasks")
 
 
 def listed(names: str) -> list[str]:

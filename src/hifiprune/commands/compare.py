@@ -14,12 +14,13 @@ from hifiprune.calibration import load_windows
 from hifiprune.commands.compare_plans import Workbench
 from hifiprune.commands.inspect import shape_of
 from hifiprune.commands.prepare import check_tokens, load_hashed, plain_arguments, prepare
+from hifiprune.config.evaluate import Tasks
 from hifiprune.config.groups import Budget, Calibration, ComputeConfig, CriterionOptions, Text
 from hifiprune.engine.compute import limit_batch
 from hifiprune.errors import UserError
 from hifiprune.evaluation.criteria_comparison import Cell, contrast
 from hifiprune.evaluation.text import Held, held_windows
-from hifiprune.evaluation.zero_shot_tasks import Tasks
+from hifiprune.evaluation.zero_shot_tasks import check_tasks
 from hifiprune.io.atomic import local_path, replacing
 from hifiprune.io.hashing import hash_tokens
 from hifiprune.io.output_paths import exclusive
@@ -82,7 +83,7 @@ def compare(
     )  # fmt: skip
     _check(criteria, ratios, seeds, calibration, texts)
     if tasks:
-        tasks.check()
+        check_tasks(tasks)
     checkpoint, target, skeleton = prepare(
         model,
         output,

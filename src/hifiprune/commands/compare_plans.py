@@ -18,6 +18,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from hifiprune.calibration import sample_windows
 from hifiprune.commands.cost_model import Estimator
 from hifiprune.commands.messages import announce_scoring
+from hifiprune.config.evaluate import Tasks
 from hifiprune.config.groups import Calibration, ComputeConfig
 from hifiprune.engine.compute import estimate_seconds, resolved_device
 from hifiprune.engine.machine import condition
@@ -25,7 +26,7 @@ from hifiprune.engine.temporary_cut import cut
 from hifiprune.evaluation.criteria_comparison import Measured
 from hifiprune.evaluation.fidelity import Reference, measure_windows
 from hifiprune.evaluation.text import Held
-from hifiprune.evaluation.zero_shot_tasks import Exam, Tasks
+from hifiprune.evaluation.zero_shot_tasks import Exam
 from hifiprune.io.hashing import hash_tokens
 from hifiprune.io.pass_checkpoint import Keeper
 from hifiprune.io.resume import Unfinished

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from hifiprune.commands import evaluate, prune
-from hifiprune.config.groups import Budget, Calibration
+from hifiprune.config.evaluate import EvaluateConfig
+from hifiprune.config.groups import Budget, Calibration, Text
 from hifiprune.config.prune import PruneConfig
 from hifiprune.errors import RunError, UserError
 from hifiprune.io.atomic import local_path, replacing
@@ -139,14 +140,8 @@ def run(
     calibration = Calibration(str(calibration_text), num_samples, seq_len, sampler="stream")
     after = str(output / "pruned")
     pruning = prune.prune(dense, after, PruneConfig(Budget(ratio=0.2), calibration, overwrite=True))
-    evaluation = evaluate.evaluate(
-        after,
-        str(evaluation_text),
-        against=dense,
-        seq_len=seq_len,
-        max_windows=EVALUATION_WINDOWS,
-        card=True,
-    )
+    held_out = Text(str(evaluation_text), seq_len, EVALUATION_WINDOWS)
+    evaluation = evaluate.evaluate(after, EvaluateConfig(held_out, dense, card=True))
     with record.stage("continuing the prompts"):
         dense_texts, pruned_texts = continuations(dense), continuations(after)
     record.stages += pruning.stages + evaluation.stages

@@ -12,8 +12,10 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune.commands.prepare import check_model, check_tokens, load_hashed, plain_arguments
-from hifiprune.config.groups import ComputeConfig, Text
+from hifiprune.commands.prepare import check_model, check_tokens, load_hashed
+from hifiprune.config.evaluate import EvaluateConfig
+from hifiprune.config.files import to_dict
+from hifiprune.config.groups import ComputeConfig
 from hifiprune.engine.compute import compute_dtype, estimate_seconds, limit_batch, resolved_device
 from hifiprune.engine.context import check_names
 from hifiprune.engine.machine import condition
@@ -22,7 +24,7 @@ from hifiprune.evaluation.bootstrap import Estimate
 from hifiprune.evaluation.fidelity import measure
 from hifiprune.evaluation.text import held_windows
 from hifiprune.evaluation.token_comparison import read_passage
-from hifiprune.evaluation.zero_shot_tasks import Answers, Exam, Tasks, average, differences
+from hifiprune.evaluation.zero_shot_tasks import Answers, Exam, average, check_tasks, differences
 from hifiprune.io.atomic import replacing
 from hifiprune.io.hashing import hash_tokens
 from hifiprune.io.output_paths import check_target, exclusive
@@ -42,97 +44,48 @@ PROMPTS = 8
 
 
 @exclusive
-def evaluate(
-    models: str | Sequence[str],
-    text: str | None = None,
-    *,
-    against: str | None = None,
-    tasks: Tasks | None = None,
-    seq_len: int = 1024,
-    max_windows: int | None = None,
-    text_column: str | None = None,
-    output: str | Path | None = None,
-    overwrite: bool = False,
-    card: bool = False,
-    compute: ComputeConfig = ComputeConfig(),
-) -> RunRecord:
-    """Perplexity of checkpoints on a text, their fidelity to the dense one `against`, and their zero-shot accuracy.
+def evaluate(models: str | Sequence[str], config: EvaluateConfig, output: str | Path | None = None) -> RunRecord:
+    """Measure perplexity of checkpoints on a text, fidelity to the dense one, and zero-shot accuracy.
 
-    The text is one stream of tokens cut into windows of `seq_len` without overlap, each scored from its second token.
-    Models answer the same items of the tasks, so that their differences to the dense one, or else to the first, are
-    taken item by item.
+    The text is one stream of tokens cut into windows without overlap, each scored from its second token. Models answer
+    the same items of the tasks, so that their differences to the dense one, or else to the first, are taken item by
+    item.
 
     Args:
         models: local folders, hub ids or GGUF files.
-        text: what to measure perplexity and fidelity on.
-        against: the dense model.
-        tasks: zero-shot tasks.
-        seq_len: tokens a window.
-        max_windows: use only the first ones.
-        text_column: column of the text, guessed if not given.
-        output: folder to be made, with the results in `run.json`; with it an interrupted run goes on where it stopped.
-        overwrite: replace an existing output.
-        card: put what is found into the model cards of `models`, which must be checkpoints of ours on this disk.
-        compute: device and arithmetic.
+        config: options.
+        output: folder to be made, with the results in `run.json`; with it, an interrupted run continues where it
+            stopped.
 
     Raises:
         UserError: the text is too short or something else asked for cannot be done.
         RunError: numbers, memory or the data of a task failed.
     """
     names = [models] if isinstance(models, str) else list(models)
-    record = RunRecord(
-        "evaluate",
-        plain_arguments(
-            models=names, against=against, text=text, tasks=tasks, seq_len=seq_len, max_windows=max_windows,
-            compute=compute,
-        ),
-    )  # fmt: skip
+    record = RunRecord("evaluate", {"models": names, **to_dict(config)})
     check_names(names)
-    _check_asked(text, tasks, compute)
-    source = None if text is None else Text(text, seq_len, max_windows, text_column=text_column)
-    dense = find_checkpoint(against) if against else None
+    _check_asked(config)
+    dense = find_checkpoint(config.against) if config.against else None
     checkpoints = [find_checkpoint(name) for name in names]
     everyone = [dense, *checkpoints] if dense else checkpoints
-    for checkpoint in everyone:
-        check_model(checkpoint, compute, source)
-    sizes = {checkpoint.config().get_text_config().vocab_size for checkpoint in everyone}
-    if source and len(sizes) > 1:
-        found = " and ".join(map(str, sorted(sizes)))
-        raise UserError(
-            f"the vocabularies differ ({found} tokens): perplexities would not compare; measure one at a time"
-        )
-    if card:
+    check_models(everyone, config)
+    if config.card:
         check_cards(checkpoints)
-    unfinished = None
-    if output is not None:
-        read = [path for checkpoint in everyone for path in read_with(checkpoint)]
-        inputs = [*read, text, tasks.include_path if tasks else None]
-        target = check_target(output, folder=True, overwrite=overwrite, inputs=inputs)
-        unfinished = Unfinished.beside(target, "evaluate")
-    if tasks:
-        tasks.check()
-    windows = held_windows(source, everyone[0].tokenizer()) if source else None
-    if windows is not None:
-        check_tokens(everyone[0], windows)
-    exams = {name: Exam(replace(tasks, names=(name,))) for name in tasks.names} if tasks else {}
-    prompts = max((len(exam.prompts) for exam in exams.values()), default=0)
-    rows = max(len(windows) if windows is not None else 1, -(-prompts // PROMPTS))
-    compute = limit_batch(compute, rows, "windows, or groups of prompts" if prompts else "windows")
-    for checkpoint in everyone:
-        checkpoint.fetch()
-    bench = Bench(windows, exams, compute, record, unfinished)
+    target = None if output is None else _target(output, everyone, config)
+    unfinished = Unfinished.beside(target, "evaluate") if target else None
+    bench = load_data(everyone, config, record, unfinished)
     logger.info(bench.cost(everyone[0], len(everyone)))
     if dense:
         bench.take_dense(dense)
     for checkpoint in checkpoints:
         bench.take(checkpoint)
     record.results = bench.results()
-    if card:
+    if config.card:
         for checkpoint in checkpoints:
-            add_results(checkpoint.folder, checkpoint.name, record.results, text)
-    if output is not None and unfinished:
+            add_results(checkpoint.folder, checkpoint.name, record.results, config.text.source if config.text else None)
+    if target and unfinished:
         record.reused_parts = len(unfinished.reused)
-        with replacing(target, overwrite=overwrite) as new:
+        with replacing(target, overwrite=config.overwrite) as new:
             new.mkdir()
             record.save(new / "run.json")
             (new / PASSAGES).write_text(json.dumps(bench.passages), encoding="utf-8")
@@ -140,11 +93,50 @@ def evaluate(
     return record
 
 
-def _check_asked(text: str | None, tasks: Tasks | None, compute: ComputeConfig) -> None:
-    if text is None and tasks is None:
+def _check_asked(config: EvaluateConfig) -> None:
+    if config.text is None and config.tasks is None:
         raise UserError("there is nothing to measure: give --text, --tasks or both")
-    if tasks and compute.stream:
+    if config.tasks and config.compute.stream:
         raise UserError("zero-shot tasks are asked with weights in memory only: leave out --stream, or --tasks")
+
+
+def check_models(checkpoints: Sequence[Checkpoint], config: EvaluateConfig) -> None:
+    """Refuse models that cannot be measured, or cannot be compared on one text."""
+    for checkpoint in checkpoints:
+        check_model(checkpoint, config.compute, config.text)
+    sizes = {checkpoint.config().get_text_config().vocab_size for checkpoint in checkpoints}
+    if config.text and len(sizes) > 1:
+        found = " and ".join(map(str, sorted(sizes)))
+        raise UserError(
+            f"the vocabularies differ ({found} tokens): perplexities would not compare; measure one at a time"
+        )
+
+
+def _target(output: str | Path, checkpoints: Sequence[Checkpoint], config: EvaluateConfig) -> Path:
+    """Return the absolute path of the output, which must not be among what is read."""
+    read = [path for checkpoint in checkpoints for path in read_with(checkpoint)]
+    text = config.text.source if config.text else None
+    tasks = config.tasks.include_path if config.tasks else None
+    return check_target(output, folder=True, overwrite=config.overwrite, inputs=[*read, text, tasks])
+
+
+def load_data(
+    checkpoints: Sequence[Checkpoint], config: EvaluateConfig, record: RunRecord, unfinished: Unfinished | None
+) -> "Bench":
+    """Read the text and the tasks, and get the models' files."""
+    if config.tasks:
+        check_tasks(config.tasks)
+    windows = held_windows(config.text, checkpoints[0].tokenizer()) if config.text else None
+    if windows is not None:
+        check_tokens(checkpoints[0], windows)
+    tasks = config.tasks
+    exams = {name: Exam(replace(tasks, names=(name,))) for name in tasks.names} if tasks else {}
+    prompts = max((len(exam.prompts) for exam in exams.values()), default=0)
+    rows = max(len(windows) if windows is not None else 1, -(-prompts // PROMPTS))
+    compute = limit_batch(config.compute, rows, "windows, or groups of prompts" if prompts else "windows")
+    for checkpoint in checkpoints:
+        checkpoint.fetch()
+    return Bench(windows, exams, compute, record, unfinished)
 
 
 @dataclass

@@ -9,10 +9,11 @@ from hifiprune.bounds import Bounds, check_number
 from hifiprune.errors import unknown
 
 WIDTHS, CALIBRATION, SCORING = "Widths", "Calibration data", "Scoring and repair"
-TEXT, TRAINING_DATA, LOSS, OPTIMIZATION, ADAPTER = "Text to measure on", "Training data", "Loss", "Optimization", "LoRA"
+TEXT, TASKS = "Text to measure on", "Zero-shot tasks"
+TRAINING_DATA, LOSS, OPTIMIZATION, ADAPTER = "Training data", "Loss", "Optimization", "LoRA"
 COMPUTE, OUTPUT, EXPERIMENTAL = "Compute", "Output", "Experimental"
 PANELS = (
-    None, WIDTHS, CALIBRATION, SCORING, TEXT, TRAINING_DATA, LOSS, OPTIMIZATION, ADAPTER, COMPUTE, OUTPUT,
+    None, WIDTHS, CALIBRATION, SCORING, TEXT, TASKS, TRAINING_DATA, LOSS, OPTIMIZATION, ADAPTER, COMPUTE, OUTPUT,
     EXPERIMENTAL,
 )  # fmt: skip
 """Help panels in order; the first has the options that matter most."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hifiprune.bounds import COUNT, NOT_NEGATIVE_COUNT, PAIR, SEED
+from hifiprune.config.evaluate import TEXT_OPTIONS
 from hifiprune.config.groups import ComputeConfig, Text, overwrite_option
 from hifiprune.config.options import Checked, group, option
 
@@ -29,7 +30,7 @@ class AblateConfig(Checked):
     scores: tuple[Path, ...] = option(
         help="Scores written by 'hifiprune score'; repeat it for several criteria.", metavar="PATH"
     )
-    text: Text = group(Text("python-docs", 512, 4), only=("source", "seq_len", "max_windows", "text_column"))
+    text: Text = group(Text("python-docs", 512, 4), only=TEXT_OPTIONS)
     neurons: int = option(64, "Number of single neurons to remove, one at a time.", bounds=COUNT)
     groups: int = option(32, "Number of random groups of neurons to remove.", bounds=NOT_NEGATIVE_COUNT)
     group_size: int = option(32, "Neurons in a group, all of one layer.", bounds=PAIR)

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hifiprune.bounds import check_numbers
+from hifiprune.config.evaluate import Tasks
 from hifiprune.engine.context import check_vocabulary
 from hifiprune.evaluation.bootstrap import Estimate, bootstrap_average
 from hifiprune.evaluation.lm_eval_harness import (
@@ -28,47 +28,17 @@ from hifiprune.evaluation.loglikelihood import Request, likelihoods
 from hifiprune.io.hashing import hash_texts
 from hifiprune.progress import track
 
-PAPERS = (
-    "arc_easy", "arc_challenge", "boolq", "crows_pairs_english", "openbookqa", "piqa", "race", "social_iqa",
-    "truthfulqa_mc2", "winogrande",
-)  # fmt: skip
-"""The ten tasks of arXiv 2603.08083 and 2506.11120, by the harness's names; `papers` stands for them."""
 METRICS = ("acc_norm", "acc", "pct_stereotype", "")
 """A task's main metric is the first of these that it has, or else its first metric: as the papers report the ten."""
 
 
-@dataclass(frozen=True)
-class Tasks:
-    """The zero-shot tasks to run.
-
-    Attributes:
-        names: names of tasks, groups or tags; `papers` stands for those in `PAPERS`. A group reports its own value, if
-            it defines one, and that of every task.
-        include_path: folder of task files, which take precedence over the harness's own tasks.
-        limit: maximum number of items of each task, drawn at random.
-        seed: seed of that draw.
+def check_tasks(tasks: Tasks) -> None:
+    """Check the task names before a model is loaded; takes about 20 seconds if a name is not in `include_path`.
 
     Raises:
-        UserError: the limit is out of range.
+        UserError: the harness is not installed, the folder does not exist, or a task is unknown or named twice.
     """
-
-    names: Sequence[str]
-    include_path: str | Path | None = None
-    limit: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_numbers({"limit": self.limit, "seed": self.seed})
-        names = tuple(each for name in self.names for each in (PAPERS if name == "papers" else [name]))
-        object.__setattr__(self, "names", names)
-
-    def check(self) -> None:
-        """Check the task names before a model is loaded; takes about 20 seconds if a name is not in `include_path`.
-
-        Raises:
-            UserError: the harness is not installed, the folder does not exist, or a task is unknown or named twice.
-        """
-        find_tasks(self.names, self.include_path)
+    find_tasks(tasks.names, tasks.include_path)
 
 
 @dataclass(frozen=True)

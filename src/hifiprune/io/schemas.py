@@ -191,10 +191,16 @@ class EvaluateResults(TypedDict):
     items: NotRequired[dict[str, tuple[int, int]]]
 
 
-class EvaluateArguments(TypedDict):
-    """The text that was measured on."""
+class Source(TypedDict):
+    """A text."""
 
-    text: str | None
+    source: str
+
+
+class EvaluateArguments(TypedDict):
+    """The text that was measured on; by its name alone in records of version 0.1."""
+
+    text: str | Source | None
 
 
 class EvaluateRun(TypedDict):
@@ -256,12 +262,6 @@ class BenchRun(TypedDict):
 
     command: Literal["bench"]
     results: BenchResults
-
-
-class Source(TypedDict):
-    """A text."""
-
-    source: str
 
 
 class Summary(TypedDict):

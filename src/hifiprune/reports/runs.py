@@ -84,5 +84,6 @@ class Run:
     def measured_on(self) -> str:
         """Describe the text of an evaluation."""
         results = self.facts["results"]
-        source = Path(self.facts["arguments"]["text"]).name
+        text = self.facts["arguments"]["text"]
+        source = Path(text["source"] if isinstance(text, dict) else text).name  # plain in records of version 0.1
         return f"{results['windows']} windows of {results['positions']} tokens of {source}"

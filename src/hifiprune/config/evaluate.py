@@ -1,0 +1,91 @@
+"""The options of `evaluate`, and the zero-shot tasks that it and `compare` run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hifiprune.bounds import COUNT, SEED
+from hifiprune.config.groups import ComputeConfig, Text, overwrite_option
+from hifiprune.config.options import OUTPUT, TASKS, Checked, group, listed, option
+
+PAPERS = (
+    "arc_easy", "arc_challenge", "boolq", "crows_pairs_english", "openbookqa", "piqa", "race", "social_iqa",
+    "truthfulqa_mc2", "winogrande",
+)  # fmt: skip
+"""The ten tasks of arXiv 2603.08083 and 2506.11120, by the harness's names; `papers` stands for them."""
+
+
+def tasks_named(words: list[str]) -> dict[str, object]:
+    """Return the tasks that words of the command line name."""
+    return {"names": tuple(listed(words))}
+
+
+@dataclass(frozen=True)
+class Tasks(Checked):
+    """The zero-shot tasks to run.
+
+    Attributes:
+        names: names of tasks, groups or tags; `papers` stands for those in `PAPERS`. A group reports its own value, if
+            it defines one, and that of every task.
+        include_path: folder of task files, which take precedence over the harness's own tasks.
+        limit: maximum number of items of each task, drawn at random.
+        seed: seed of that draw.
+
+    Raises:
+        UserError: the limit is out of range.
+    """
+
+    names: tuple[str, ...] = option(
+        help="Zero-shot tasks of lm-evaluation-harness, separated by commas, or 'papers' for the ten of the papers; "
+        "needs the extra 'tasks'.",
+        flag="--tasks",
+        metavar="NAMES",
+        words=tasks_named,
+    )
+    include_path: Path | None = option(
+        None,
+        "Folder of more task files; Python that they name by !function is run.",
+        panel=TASKS,
+        flag="--task-path",
+        metavar="PATH",
+    )
+    limit: int | None = option(
+        None,
+        "Number of items of each task, drawn at random, always the same.",
+        panel=TASKS,
+        bounds=COUNT,
+        shown_default="all",
+    )
+    seed: int = option(0, "Seed of the draw of items.", bounds=SEED, in_files_only=True)
+
+    def __post_init__(self) -> None:
+        """Check the numbers, and put the papers' tasks in place of their name."""
+        super().__post_init__()
+        names = tuple(each for name in self.names for each in (PAPERS if name == "papers" else [name]))
+        object.__setattr__(self, "names", names)
+
+
+TEXT_OPTIONS = ("source", "seq_len", "max_windows", "text_column")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(Checked):
+    """Options of `evaluate`.
+
+    Attributes:
+        text: held-out text to measure perplexity and fidelity on.
+        against: the dense model.
+        tasks: zero-shot tasks.
+        card: put the results into the model cards of the models, which must be checkpoints of ours on this disk.
+        compute: device and arithmetic.
+        overwrite: replace an existing output.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    text: Text | None = group(None, only=TEXT_OPTIONS)
+    against: str | None = option(None, "The dense model to compare with.", metavar="DENSE")
+    tasks: Tasks | None = None
+    card: bool = option(False, "Put the results into the models' own cards.", panel=OUTPUT)
+    compute: ComputeConfig = group(ComputeConfig(), only=("device", "dtype", "batch_size", "attention", "stream"))
+    overwrite: bool = overwrite_option()
