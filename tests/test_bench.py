@@ -87,7 +87,7 @@ def test_bench_times_models_in_turn_in_fresh_processes(pair: tuple[Path, Path], 
     assert "widths such as 40 are no multiples of 64, which many kernels want; the nearest is 64" in result.out
     assert "prefill 1 x 8 tokens, decode 3" in result.out
     assert "decode, tokens a second" in result.out
-    assert result.out.count("not told apart from noise (") == 4, "one round tells nothing, of either part"
+    assert result.out.count("not significant (") == 4, "one round tells nothing, of either part"
     for word in ("read,", "written", "%", "to 1.", "to 0."):
         assert word not in result.out
 
@@ -276,7 +276,7 @@ def test_noise_is_not_called_a_speed_up(
     assert told in result.err
     assert told in result.out
     first, later = (line for line in result.out.splitlines() if "  speed-up" in line)
-    assert "not told apart from noise (1." in first
+    assert "not significant (1." in first
     assert re.search(r"0\.53, 0\.53 to 0\.53 \(1\.\d\d\)", later), "slower for certain, and no share of a saving"
     found = json.loads((tmp_path / "timed" / "run.json").read_text())["results"]["workloads"][0]["models"][str(pair[1])]
     assert found["first"]["speedup"] == {"median": 1.25, "low": 1 / 0.97, "high": 1 / 0.75}, "raw figures stay"
@@ -288,6 +288,6 @@ def test_a_share_of_next_to_nothing_is_not_told() -> None:
     row = {"speedup": speedup, "told_apart": True, "share": 9.1, "promised": 1.01}
     assert gain_told(row) == ("1.10, 1.09 to 1.11", "")
     assert gain_told(row | {"promised": 1.2, "share": 0.55}) == ("1.10, 1.09 to 1.11", "55%")
-    assert gain_told(row | {"told_apart": False}) == ("not told apart from noise", "")
+    assert gain_told(row | {"told_apart": False}) == ("not significant", "")
     old = {"speedup": {"median": 1.5, "low": 1.5, "high": 1.5}, "share": 0.9, "promised": 1.6}
-    assert gain_told(old) == ("not told apart from noise", ""), "records of one round, before that was written down"
+    assert gain_told(old) == ("not significant", ""), "records of one round, before that was written down"

@@ -54,10 +54,10 @@ def test_a_card_carries_the_licence_over_and_says_how_the_model_was_made(pruned:
     results = json.loads((pruned / "run.json").read_text())["results"]
     for part in (
         f"{results['parameters']['before']:,} parameters became {results['parameters']['after']:,}",
-        "MLPs of width 40 ones of 24",
+        "MLP width 40 became 24",
         "scored by `entropy-square`",
         "4 windows of 24 tokens",
-        "refitted in closed form",
+        "output projections refitted on",
         "guarantees nothing about the predictions themselves",
         UNMEASURED,
     ):
@@ -115,8 +115,8 @@ def test_a_card_tells_which_text_served_what(pruned: Path, world: Path, tmp_path
     assert run(*words, "--output", tmp_path / "mended", *text).code == 0
     scored = "scored by `entropy-square` on 4 windows of 24 tokens"
     for name, maps in (
-        ("cut", "output maps left as they were"),
-        ("mended", "in closed form on 3 windows of 20 tokens"),
+        ("cut", "no repair"),
+        ("mended", "output projections refitted on 3 windows of 20 tokens"),
     ):
         card = ModelCard.load(tmp_path / name / "README.md")
         assert scored in card.text
@@ -147,9 +147,9 @@ def test_a_trained_checkpoint_tells_of_both_runs(pruned: Path, tmp_path: Path) -
     assert result.code == 0, result.err
     card = ModelCard.load(tmp_path / "better" / "README.md")
     assert card.data.license == "apache-2.0"
-    assert "`dense` without 12.3% of its parameters" in card.text, "it is the dense model that lost them"
+    assert "`dense` with 12.3% of its parameters pruned" in card.text, "it is the dense model that lost them"
     assert "`small`" not in card.text
-    assert "MLPs of width 40 ones of 24" in card.text
+    assert "MLP width 40 became 24" in card.text
     trained = "- then trained: low-rank changes of rank 4 on the dense model's predictions, 2 steps, "
     assert trained + "the best state that of step 2; perplexity of held-out rows" in card.text
     words = (
@@ -168,7 +168,7 @@ def test_a_trained_checkpoint_tells_of_both_runs(pruned: Path, tmp_path: Path) -
     assert run("recover", tmp_path / "better", "--output", tmp_path / "best", *words, *labels).code == 0
     card = ModelCard.load(tmp_path / "best" / "README.md")
     assert trained in card.text, "the earlier training is told too"
-    assert "`dense` without 12.3% of its parameters" in card.text
+    assert "`dense` with 12.3% of its parameters pruned" in card.text
     looks = json.loads((tmp_path / "best" / "run.json").read_text())["results"]["held_out_losses"]
     best = "none of which was better than the start" if looks[1][1] >= looks[0][1] else "the best state that of step 1"
     assert f"- then trained: low-rank changes of rank 4 on labels, 1 steps, {best}" in card.text
@@ -276,13 +276,13 @@ def test_nothing_of_a_base_card_becomes_markup(world: Path, pruned: Path, tmp_pa
     assert content.count("<!-- measured by hifiprune -->") == 1
     words = ("--text", world / "held.txt", "--seq-len", 24, "--card", "--max-windows", 2)
     assert run("evaluate", tmp_path / "twice", *words).code == 0
-    assert "`small` without" in ModelCard.load(tmp_path / "twice" / "README.md").text
+    assert "`small` with" in ModelCard.load(tmp_path / "twice" / "README.md").text
 
 
 def test_nothing_of_a_base_record_becomes_markup_or_costs_a_run(pruned: Path, tmp_path: Path) -> None:
     record = json.loads((pruned / "run.json").read_text())
     for model, results, told in (
-        (HOSTILE, {"criterion": HOSTILE}, "without 12.3% of its parameters"),
+        (HOSTILE, {"criterion": HOSTILE}, "with 12.3% of its parameters pruned"),
         ("/x/dense", {"parameters": HOSTILE}, "`small`, trained by hifiprune"),
     ):
         changed = record | {"arguments": record["arguments"] | {"model": model}}

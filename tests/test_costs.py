@@ -165,7 +165,7 @@ def test_a_dry_run_says_what_it_would_cost_and_makes_nothing(world: Path, tmp_pa
     assert dry.json["stages"][0]["name"] == "reading the calibration data"
     steps = [cost["step"] for cost in dry.json["expected"]]
     told = run(*words, "--dry-run")
-    assert "Nothing was made" in told.out
+    assert "Dry run: nothing written" in told.out
     assert all(step in told.out for step in steps)
     real = run(*words, "--json")
     assert real.code == 0, real.err
@@ -191,14 +191,14 @@ def test_what_is_not_counted_is_told(world: Path, tmp_path: Path, smollm2_gguf: 
     text = ("--calibration", world / "calibration.txt", "--num-samples", 4, "--seq-len", 24)
     words = ("prune", world / "dense", "--output", tmp_path / "out", "--width", 24, "--dry-run")
     sampled = run(*words, "--calibration", "self", *text[2:])
-    assert "Not counted: sampling text from the model." in sampled.err
+    assert "Not included in the estimate: sampling text from the model." in sampled.err
     searched = run(*words, *text, "--allocation", "searched", "--repair", "none")
-    assert "Not counted: searching widths." in searched.err
-    assert "Not counted" not in run(*words, *text).err
+    assert "Not included in the estimate: searching widths." in searched.err
+    assert "Not included" not in run(*words, *text).err
     plain = ("--criterion", "magnitude", "--repair", "none", "--ratio", 0.2, "--dry-run", "--json")
     packed = run("prune", smollm2_gguf, "--output", tmp_path / "out", *plain)
     assert packed.code == 0, packed.err
-    assert "Not counted: reading the weights." in packed.err
+    assert "Not included in the estimate: reading the weights." in packed.err
     assert packed.json["expected"][-1]["disk"] == pytest.approx(432e6, rel=0.01), "float32, whatever the file holds"
 
 
@@ -213,7 +213,7 @@ def test_a_dry_run_downloads_no_weights(world: Path, tmp_path: Path, monkeypatch
     )
     found = run("score", "somebody/model", "--output", tmp_path / "out", *words, "--json")
     assert found.code == 0, found.err
-    assert "Not counted: downloading the weights." in found.err
+    assert "Not included in the estimate: downloading the weights." in found.err
     assert found.json["expected"][1]["seconds"] > found.json["expected"][0]["seconds"] == 0, "it is not here to be read"
 
 

@@ -361,12 +361,12 @@ def test_what_the_command_refuses(tmp_path: Path, checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("dense", "options", "remark"),
     [
-        (1024, ("--width", 700), "Width 700 does not divide by 256: k-quants of llama.cpp fall back to other types for "
-         "the down maps; --width 512 spares it."),
-        (1024, ("--neuron-ratio", 0.37), "Width 640 does not divide by 256: k-quants of llama.cpp fall back to other "
-         "types for the down maps; --round-to 256 spares it."),
-        (512, ("--width", 200), "Width 200 does not divide by 256: k-quants of llama.cpp fall back to other types for "
-         "the down maps."),
+        (1024, ("--width", 700), "Width 700 is not a multiple of 256: llama.cpp's k-quants use fallback types for "
+         "the down projections; --width 512 avoids that."),
+        (1024, ("--neuron-ratio", 0.37), "Width 640 is not a multiple of 256: llama.cpp's k-quants use fallback "
+         "types for the down projections; --round-to 256 avoids that."),
+        (512, ("--width", 200), "Width 200 is not a multiple of 256: llama.cpp's k-quants use fallback types for "
+         "the down projections."),
         (1024, ("--width", 768), ""),
         (1024, ("--neuron-ratio", 0.37, "--round-to", 256), ""),
         (1000, ("--width", 700), ""),

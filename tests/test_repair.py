@@ -364,7 +364,7 @@ def test_scores_made_before_are_repaired_with_a_calibration(world: Path, tmp_pat
 
 def test_repair_is_on_by_default_where_there_is_a_text(world: Path, tmp_path: Path) -> None:
     text = ("--calibration", world / "calibration.txt")
-    said = "Without --calibration there is no text to repair with: the cut stays a plain one."
+    said = "No --calibration: repair is skipped."
     data_free = prune(world / "dense", tmp_path / "one", "--criterion", "magnitude")
     assert data_free.code == 0, data_free.err
     assert said in data_free.err

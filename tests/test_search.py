@@ -206,13 +206,13 @@ def test_what_was_asked_for_is_what_scores_were_made_by(world: Path, tmp_path: P
 def test_settings_without_effect_are_told(world: Path, tmp_path: Path) -> None:
     text = ("--calibration", world / "calibration.txt", "--num-samples", 4)
     result = prune(world / "dense", tmp_path / "a", *text, "--alpha", 0.3, "--floor", 0.1, "--trials", 3)
-    assert "Without effect with criterion 'entropy-square' and uniform allocation: alpha, floor, trials." in result.err
+    assert "Unused with criterion 'entropy-square' and uniform allocation: alpha, floor, trials." in result.err
     used = ("--criterion", "fisher", "--label-samples", 2, "--allocation", "global", "--floor", 0.1)
     result = prune(world / "dense", tmp_path / "b", *text, *used)
     assert result.code == 0, result.err
-    assert "Without effect" not in result.err
+    assert "Unused with" not in result.err
     result = prune(world / "dense", tmp_path / "c", *text, "--criterion", "magnitude", "--repair", "none")
-    assert "the text is not read" in result.err
+    assert "--calibration is ignored" in result.err
     assert json.loads((tmp_path / "c" / "run.json").read_text())["arguments"]["calibration"] is None
     refused(prune(world / "dense", tmp_path / "d", *text, "--repair", "rigde"), "did you mean 'ridge'?")
 

@@ -119,7 +119,7 @@ def test_commands_stop_when_stable(world: Path, tmp_path: Path) -> None:
     words = ("score", world / "dense", *text, "--until-stable", 0.5)
     result = run(*words, "--ratio", 0.1, "--output", tmp_path / "scores", "--json")
     assert result.code == 0, result.err
-    assert "That at most: it ends once 50% of what is kept is settled." in " ".join(result.err.split())
+    assert "Upper bound: scoring stops once 50% of the selection is stable." in " ".join(result.err.split())
     assert "8 of 30 windows: two halves agree on" in result.err
     assert [look["windows"] for look in result.json["results"]["stability"]] == [8]
     assert Scores.load(tmp_path / "scores").settings["windows"] == 8

@@ -118,7 +118,7 @@ def test_the_command_takes_steps(world: Path, tmp_path: Path) -> None:
     text = ("--calibration", world / "calibration.txt")
     result = run(*start, *text, "--steps", 3, "--output", tmp_path / "out", "--json")
     assert result.code == 0, result.err
-    assert "That 3 times, on models that are smaller each time, and 2 repairs." in result.err
+    assert "Repeated for 3 rounds on shrinking models, with 2 repairs in between." in result.err
     assert result.json["results"]["scoring"]["steps"] == 3
     scores = hp.Scores.load(tmp_path / "out" / "hifiprune" / "scores.safetensors")
     assert sum(int((values < 0).sum()) for values in scores.values) == 3 * 14, "those who went on the way"

@@ -469,7 +469,7 @@ def test_mistakes_in_a_file_of_tasks_are_the_users(folder: Path) -> None:
     for right, wrong in (("{{goal}}", "{{gaol}}"), ("validation_split: ", "validation_split: not_")):
         assert right in task
         (folder / "hp_piqa.yaml").write_text(task.replace(right, wrong))
-        with pytest.raises(UserError, match="a file of hp_piqa asks for what is not there"):
+        with pytest.raises(UserError, match="a file of hp_piqa refers to an unknown field"):
             Exam(Tasks(("hp_piqa",), folder, limit=5))
 
 

@@ -47,7 +47,7 @@ def gain_told(found: dict[str, Any]) -> tuple[str, str]:
     speedup = found["speedup"]
     varied = speedup["low"] < speedup["high"] and not speedup["low"] <= 1 <= speedup["high"]
     if not found.get("told_apart", varied):
-        return "not told apart from noise", ""
+        return "not significant", ""
     share = found["share"] if speedup["median"] > 1 and found["promised"] > LEAST_PROMISE else None
     told = "" if share is None else f"{share:.0%}"
     return f"{speedup['median']:.2f}, {speedup['low']:.2f} to {speedup['high']:.2f}", told

@@ -47,7 +47,11 @@ def pruned(record: RunRecord, output: Path) -> None:
         table.add_row("maps repaired", "", f"{len(taken)} of {len(results['repair'])}")
         left, plain = (sum(refit[name] for refit in results["repair"]) for name in ("error", "plain_error"))
         if plain > 0:  # what was removed did something
-            table.add_row("squared error left", "", f"{left / plain:.1%} of that of the plain cut, on held-out windows")
+            table.add_row(
+                "residual error after repair",
+                "",
+                f"{left / plain:.1%} of the unrepaired cut's, on held-out windows (lower is better)",
+            )
     _show(table)
     _costs(record)
     next_is_measuring(output, record.arguments["model"], record.arguments["calibration"])
@@ -73,7 +77,7 @@ def foreseen(record: RunRecord) -> None:
         memory, disk = megabytes(cost["memory"]), megabytes(cost["disk"]) if cost["disk"] else ""
         table.add_row(cost["step"], f"{cost['seconds']:.1f} s", memory, disk)
     _show(table)
-    console().print("Nothing was made.")
+    console().print("Dry run: nothing written.")
     next_is_without_dry_run()
 
 
@@ -346,7 +350,7 @@ def _costs(record: RunRecord) -> None:
         table.add_row(stage["name"], seconds, expected.get(stage["name"], ""), memory)
     _show(table)
     if record.reused_parts:
-        console().print(f"Not counted: {record.reused_parts} parts that were there from an interrupted run.")
+        console().print(f"Not included: {record.reused_parts} parts reused from an interrupted run.")
 
 
 def _table(*columns: str, lines: bool = False, title: str | None = None) -> Table:

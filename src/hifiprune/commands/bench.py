@@ -243,7 +243,7 @@ def _remarks(results: dict[str, Any], rounds: int) -> list[str]:
     noise = max((each["noise"] for each in results["workloads"]), default=0.0)
     if noise > NOISY:
         remarks.append(
-            f"The timings of one model differ by up to {noise:.0%} between rounds: smaller gains cannot be told here."
+            f"The timings of one model differ by up to {noise:.0%} between rounds: smaller gains are not significant."
         )
     if rounds < ENOUGH:
         few = "1 round does" if rounds == 1 else f"{rounds} rounds do"
@@ -255,5 +255,7 @@ def _remarks(results: dict[str, Any], rounds: int) -> list[str]:
         for each in row.values()
         if each["speedup"]["low"] < 1 < each["speedup"]["high"]
     }
-    remarks += [f"{name} is faster in some rounds and slower in others: it cannot be told which." for name in gains]
+    remarks += [
+        f"{name} is faster in some rounds and slower in others: the difference is not significant." for name in gains
+    ]
     return remarks

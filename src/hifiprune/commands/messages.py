@@ -41,10 +41,10 @@ def remark_on_blocks(budget: Budget, shape: Shape, width: int, allocation: Alloc
     if allocation.method != "uniform" or shape.neurons % K_BLOCK or not width % K_BLOCK:
         return  # widths that differ are not for llama.cpp at all
     flag, best = ("--width", width // K_BLOCK * K_BLOCK) if budget.width else ("--round-to", K_BLOCK)
-    remedy = f"; {flag} {best} spares it" if width > K_BLOCK else ""
+    remedy = f"; {flag} {best} avoids that" if width > K_BLOCK else ""
     note(
-        f"Width {width} does not divide by {K_BLOCK}: k-quants of llama.cpp fall back to other types for the down maps"
-        f"{remedy}."
+        f"Width {width} is not a multiple of {K_BLOCK}: llama.cpp's k-quants use fallback types for the "
+        f"down projections{remedy}."
     )
 
 
@@ -74,8 +74,8 @@ def announce_costs(costs: Sequence[Cost], device: torch.device) -> str:
 
 def announce_steps(steps: int, *, repairs: bool) -> str:
     """Return a message on the cost of scoring in several rounds."""
-    also = f", and {steps - 1} repairs" if repairs else ""
-    return f"That {steps} times, on models that are smaller each time{also}."
+    also = f", with {steps - 1} repairs in between" if repairs else ""
+    return f"Repeated for {steps} rounds on shrinking models{also}."
 
 
 def announce_repair(windows: Int[Tensor, "windows positions"], width: int, estimator: Estimator) -> str:
@@ -132,8 +132,8 @@ def remark_on_unseen(scores: Scores) -> None:
     unseen = sum(bool((values == values[0]).all()) for values in experts)
     if unseen:
         logger.warning(
-            f"{unseen} of {len(experts)} experts saw no token of the text: which of their neurons stay is arbitrary. "
-            "Give more text, or text of more kinds."
+            f"{unseen} of {len(experts)} experts received no calibration tokens: which of their neurons stay is "
+            "arbitrary. Give more text, or text of more kinds."
         )
 
 
@@ -148,7 +148,7 @@ def remark_on_unused(options: CriterionOptions | None, criterion: str, allocatio
             unused.append(name)
     if unused:
         names = ", ".join(name.replace("_", "-") for name in unused)
-        note(f"Without effect with criterion '{criterion}' and {allocation.method} allocation: {names}.")
+        note(f"Unused with criterion '{criterion}' and {allocation.method} allocation: {names}.")
 
 
 def remark_on_ignored(config: PruneConfig) -> None:

@@ -113,7 +113,7 @@ def settle_system(config: PruneConfig, *, scored: bool) -> Preset:
     if repair is None and (config.calibration is None or config.bias_compensation):
         repair = "none"  # the default gives way
         if config.calibration is None and PRESETS[config.preset].repair != "none":
-            note("Without --calibration there is no text to repair with: the cut stays a plain one.")
+            note("No --calibration: repair is skipped.")
     system = settle(
         config.preset,
         criterion=config.criterion,
@@ -148,7 +148,7 @@ def text_for(system: Preset, config: PruneConfig, *, scored: bool) -> Calibratio
     scores_text = find_criterion(system.criterion).statistic is not None
     read = scored or scores_text or system.repair != "none" or config.allocation.method == "searched"
     if config.calibration and not read:
-        note(f"Criterion '{system.criterion}' needs no text and nothing is repaired: the text is not read.")
+        note(f"Criterion '{system.criterion}' needs no text and repair is off: --calibration is ignored.")
         return None
     return config.calibration and replace(config.calibration, bos=config.calibration.bos and system.bos)
 

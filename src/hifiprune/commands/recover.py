@@ -118,7 +118,7 @@ def load_teacher(job: RecoverJob, rows: Packed) -> Lesson:
     teacher = Teacher(loaded.requires_grad_(False))
     if kept is None:
         return Lesson(rows, teacher, model_hash)
-    with job.record.stage("asking the dense model"):
+    with job.record.stage("caching teacher logits"):
         remembered = remember(
             rows, teacher, model_hash, kept, training.temperature, job.config.compute, job.unfinished, job.limit
         )

@@ -68,7 +68,9 @@ def foresee(dense: DenseModel, job: Job) -> Estimator:
         "searching widths": isinstance(job, PruneJob) and job.searches,
     }
     if any(uncounted.values()):
-        logger.info(f"Not counted: {', '.join(name for name, left_out in uncounted.items() if left_out)}.")
+        logger.info(
+            f"Not included in the estimate: {', '.join(name for name, left_out in uncounted.items() if left_out)}."
+        )
     return estimator
 
 
@@ -101,7 +103,7 @@ def score_dense(dense: DenseModel, windows: Windows | None, job: Job, estimator:
     if windows is not None:
         logger.info(f"{announce_scoring(windows, [job.request], estimator)}.")
         if job.stability:
-            logger.info(f"That at most: it ends once {100 * job.stability.wanted:g}% of what is kept is settled.")
+            logger.info(f"Upper bound: scoring stops once {100 * job.stability.wanted:g}% of the selection is stable.")
         logger.info("Interrupted, the same command goes on where it stopped.")
     settings = {"calibration": asdict(job.calibration)} if job.calibration else None
     keeper = Keeper(job.unfinished.of(model, dense.hash))

@@ -154,4 +154,4 @@ def files_explained(tasks: Sequence[str]) -> Iterator[None]:
         yield
     except (KeyError, AttributeError, TypeError, IndexError, TemplateError) as error:
         what = f"{type(error).__name__}: {error}"
-        raise UserError(f"a file of {', '.join(tasks)} asks for what is not there: {what}") from error
+        raise UserError(f"a file of {', '.join(tasks)} refers to an unknown field: {what}") from error

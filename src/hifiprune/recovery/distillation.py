@@ -210,7 +210,7 @@ def remember(
         seconds /= processes()
         if seconds > CLEARLY * max(limit.left, 1.0):
             raise UserError(
-                f"asking the dense model about {len(rows)} rows takes {about(seconds)}, and "
+                f"caching the teacher for {len(rows)} rows takes {about(seconds)}, and "
                 f"max-minutes is {limit.minutes:g}: give more of them, or leave out --cache-teacher"
             )
         logger.info(
@@ -219,7 +219,7 @@ def remember(
         )
     meet(device, unfinished.make)  # all have seen the same files missing
     with memory_explained(model, rows.length):
-        for first in track(limit.within(missing[rank() :: processes()]), "asking the dense model"):
+        for first in track(limit.within(missing[rank() :: processes()]), "caching teacher logits"):
             unfinished.write(found.place(first), partial(found.write, first, teacher, temperature))
     meet(device)
     return found

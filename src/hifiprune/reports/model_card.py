@@ -199,14 +199,14 @@ def _pruned(record: dict[str, Any], name: str) -> Story:
     if "windows" in scoring:
         read = f"on {scoring['windows']:,} windows of {scoring['positions']:,} tokens"
     return Story(
-        f"`{name}` without {results['ratio']['reached']:.1%} of its parameters: MLP neurons, removed by hifiprune. "
-        f"{parameters['before']:,} parameters became {parameters['after']:,}, MLPs of width {widths['before']:,} "
-        f"ones of {width_range(widths['after'])}.",
+        f"`{name}` with {results['ratio']['reached']:.1%} of its parameters pruned (MLP neurons, by hifiprune). "
+        f"{parameters['before']:,} parameters became {parameters['after']:,}, MLP width {widths['before']:,} "
+        f"became {width_range(widths['after'])}.",
         (
             f"neurons scored by `{plain(results['criterion'])}` {read}, widths {plain(allocation)}",
-            f"output maps refitted in closed form on {text['num_samples']:,} windows of {text['seq_len']:,} tokens"
+            f"output projections refitted on {text['num_samples']:,} windows of {text['seq_len']:,} tokens"
             if arguments["repair"] == "ridge"
-            else "output maps left as they were",
+            else "no repair",
         ),
     )
 
