@@ -186,7 +186,7 @@ def compared(folder: Path, converter: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {"perplexity": perplexity(logits, windows), "types": {}}
     for kind in TYPES:
         path = folder / f"{kind}.gguf"
-        written = hp.export(str(folder / "pruned"), path, type=kind, converter=converter)
+        written = hp.export(str(folder / "pruned"), path, hp.ExportConfig(type=kind, converter=str(converter)))
         with Engine(path) as engine, Engine(path, "F16") as usual:
             if "tokenization" not in facts:
                 paragraphs = [*PROMPTS, *(part for text in texts for part in text.split("\n\n"))]

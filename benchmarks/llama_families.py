@@ -64,7 +64,7 @@ def tried(variant: str, folder: Path, converter: Path, tokenizer: Any) -> dict[s
     tokenizer.save_pretrained(folder / "dense")
     config = hp.PruneConfig(hp.Budget(width=WIDTH), round_to=1, criterion="magnitude", repair="none")
     hp.prune(str(folder / "dense"), folder / "cut", config)
-    hp.export(str(folder / "cut"), folder / "cut.gguf", type="f32", converter=converter)
+    hp.export(str(folder / "cut"), folder / "cut.gguf", hp.ExportConfig(type="f32", converter=str(converter)))
     cut: Any = AutoModelForCausalLM.from_pretrained(folder / "cut", dtype=torch.float32, trust_remote_code=False).eval()
     ids = torch.randint(1000, 40000, (1, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

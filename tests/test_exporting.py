@@ -165,7 +165,7 @@ def test_rows_that_a_type_cannot_hold_are_told_before_and_kept_larger(
 def test_a_width_that_the_converter_guesses_is_put_right(
     converter: Path, cut: Callable[..., Path], tmp_path: Path
 ) -> None:
-    facts = hp.export(str(cut("gpt2", n_ctx=64)), tmp_path / "small.gguf", converter=converter)
+    facts = hp.export(str(cut("gpt2", n_ctx=64)), tmp_path / "small.gguf", hp.ExportConfig(converter=str(converter)))
     assert GGUFReader(tmp_path / "small.gguf").fields["gpt2.feed_forward_length"].contents() == WIDTH
     assert "the width of the dense family, 128" in facts["remarks"][0]
 

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hifiprune import Budget, Calibration, UserError, evaluate, inspect, prune
 from hifiprune.commands.demo import run, write_texts
+from hifiprune.config.demo import DemoConfig
 from hifiprune.config.evaluate import EvaluateConfig
 from hifiprune.config.groups import Text
 from hifiprune.config.prune import PruneConfig
@@ -45,7 +46,7 @@ def test_a_gguf_file_is_pruned_to_an_ordinary_checkpoint(
 
 
 def test_the_demo_prunes_measures_and_records(smollm2_folder: Path, tmp_path: Path) -> None:
-    summary = run(tmp_path, str(smollm2_folder), 2, 128)
+    summary = run(tmp_path, DemoConfig(str(smollm2_folder), 2, 128))
     assert summary == json.loads((tmp_path / "demo.json").read_text())
     results = summary["results"]
     assert results["width"] == {"before": 1536, "after": 1024}
@@ -61,7 +62,7 @@ def test_the_demo_prunes_measures_and_records(smollm2_folder: Path, tmp_path: Pa
 def test_the_demo_never_writes_over_what_it_did_not_make(tmp_path: Path) -> None:
     (tmp_path / "evaluation.jsonl").write_text("mine")
     with pytest.raises(UserError, match="was not made by a demo"):
-        run(tmp_path, None, 2, 128)
+        run(tmp_path, DemoConfig(None, 2, 128))
     assert (tmp_path / "evaluation.jsonl").read_text() == "mine"
 
 

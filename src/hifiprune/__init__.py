@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hifiprune.commands.score import score_checkpoint
     from hifiprune.config.bench import BenchConfig
     from hifiprune.config.evaluate import EvaluateConfig, Tasks
+    from hifiprune.config.export import ExportConfig
     from hifiprune.config.groups import AllocationConfig, Budget, Calibration, ComputeConfig, CriterionOptions, Text
     from hifiprune.config.prune import PruneConfig, ScoreConfig
     from hifiprune.config.recover import RecoverConfig, TrainingConfig
@@ -52,6 +53,7 @@ __all__ = [
     "CriterionOptions",
     "Estimate",
     "EvaluateConfig",
+    "ExportConfig",
     "HifipruneError",
     "Mlp",
     "Plan",
@@ -102,6 +104,7 @@ _HOMES = {
     "ComputeConfig": "config.groups",
     "Criterion": "scoring.criteria",
     "Estimate": "evaluation.bootstrap",
+    "ExportConfig": "config.export",
     "HifipruneError": "errors",
     "Mlp": "models.mlp",
     "CriterionOptions": "config.groups",

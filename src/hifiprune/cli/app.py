@@ -3,7 +3,6 @@
 import errno
 import os
 import sys
-from functools import partial
 from io import TextIOWrapper
 from typing import Annotated
 
@@ -11,24 +10,15 @@ import typer
 from typer import Option
 from typer.exceptions import TyperException
 
-from hifiprune.cli.console import hush_torchao, show
+from hifiprune.cli.console import hush_torchao
 from hifiprune.cli.evidence import bench, evaluate, push, report
 from hifiprune.cli.export import export
-from hifiprune.cli.options import (
-    AsJson,
-    Debug,
-    Model,
-    NumSamples,
-    Overwrite,
-    Quiet,
-    SeqLen,
-    Verbose,
-)
+from hifiprune.cli.first import demo, inspect
 from hifiprune.cli.prune import prune, score
 from hifiprune.cli.recover import recover
 from hifiprune.cli.signals import Stopped, handle_signals
 from hifiprune.cli.study import ablate, compare, criteria
-from hifiprune.cli.usage import Command, explain
+from hifiprune.cli.usage import Command, Commands, explain
 from hifiprune.errors import HifipruneError
 from hifiprune.io.distributed import check_command, follow_first, leave
 from hifiprune.progress import console
@@ -36,48 +26,12 @@ from hifiprune.version import __version__
 
 app = typer.Typer(
     name="hifiprune",
+    cls=Commands,
     help="Make a large language model smaller by removing the MLP neurons that its predictions depend on least.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-
-
-@app.command(cls=Command)
-def inspect(
-    model: Model,
-    deploy: Annotated[bool, Option("--deploy", help="Tell which inference engines take it, and in which formats.")] = (
-        False
-    ),
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Show a model's MLPs and the widths that ratios would give, without loading weights."""
-    import hifiprune as hp
-    from hifiprune.cli import engine_table, tables
-
-    facts = hp.inspect(model, deploy=deploy)
-    show(facts, as_json, partial(engine_table.deployable if deploy else tables.inspected, facts))
-
-
-@app.command(cls=Command)
-def demo(
-    output: Annotated[str, Option(metavar="PATH", help="Folder for the models and the results.")] = "demo-out",
-    model: Annotated[str | None, Option(help="Another model than SmolLM2-135M-Instruct.")] = None,
-    num_samples: NumSamples = 24,
-    seq_len: SeqLen = 512,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
-) -> None:
-    """Prune a real small model by 20% on this machine and show how faithful it stays."""
-    from hifiprune.cli import tables
-    from hifiprune.commands import demo
-
-    summary = demo.run(output, model, num_samples, seq_len, overwrite=overwrite)
-    show(summary, as_json, lambda: tables.demonstrated(summary))
 
 
 @app.callback(invoke_without_command=True)
@@ -87,7 +41,7 @@ def _root(version: Annotated[bool, Option("--version", help="Show the version.")
         raise typer.Exit
 
 
-for command in (prune, score, evaluate, criteria, compare, ablate, recover, bench, report, export, push):
+for command in (demo, inspect, prune, score, evaluate, criteria, compare, ablate, recover, bench, report, export, push):
     app.command(cls=Command)(command)
 
 

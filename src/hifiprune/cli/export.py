@@ -2,49 +2,23 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
-from typer import Option
 
 from hifiprune.cli.console import show
-from hifiprune.cli.options import (
-    AsJson,
-    Debug,
-    Model,
-    Output,
-    Overwrite,
-    Quiet,
-    Verbose,
-)
+from hifiprune.cli.flags import with_config
+from hifiprune.cli.options import Model, Output
+from hifiprune.config.export import ExportConfig
 from hifiprune.io.atomic import local_path
 
 
-def export(
-    model: Model,
-    output: Output,
-    to: Annotated[str, Option(help="Format: gguf, one file for llama.cpp and what is built on it.")] = "gguf",
-    type_: Annotated[
-        str,
-        Option(
-            "--type",
-            help="Of the weights: f32, f16, bf16, q8_0, auto for 16 bits; q4_0, q4_k_m and others by llama-quantize.",
-        ),
-    ] = "auto",
-    converter: Annotated[
-        str | None,
-        Option(help="Folder of llama.cpp, or its converter; if not given, LLAMA_CPP or the PATH tells where it is."),
-    ] = None,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
-) -> None:
+@with_config
+def export(model: Model, output: Output, config: ExportConfig, *, as_json: bool) -> None:
     """Write a checkpoint as a GGUF file, by llama.cpp's own converter."""
     import hifiprune as hp
 
-    facts = hp.export(model, output, to=to, type=type_, converter=converter, overwrite=overwrite)
+    facts = hp.export(model, output, config)
     show(facts, as_json, lambda: _shown(facts, local_path(output)))
 
 

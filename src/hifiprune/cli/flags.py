@@ -28,16 +28,16 @@ ConfigFile = Annotated[
 ]
 Quiet = Annotated[
     bool,
-    Flag("--quiet", "-q", help="Show only warnings and errors, and no progress.", rich_help_panel=MESSAGES, metavar=""),
+    Flag("--quiet", "-q", help="Show only warnings and errors, and no progress.", rich_help_panel=MESSAGES),
 ]
 Verbose = Annotated[
     bool,
-    Flag("--verbose", "-v", help="Also show each stage and how long it took.", rich_help_panel=MESSAGES, metavar=""),
+    Flag("--verbose", "-v", help="Also show each stage and how long it took.", rich_help_panel=MESSAGES),
 ]
-AsJson = Annotated[
-    bool, Flag("--json", help="Print one JSON object on standard output.", rich_help_panel=MESSAGES, metavar="")
-]
-Debug = Annotated[bool, Flag("--debug", help="Show the traceback of an error.", rich_help_panel=MESSAGES, metavar="")]
+AsJson = Annotated[bool, Flag("--json", help="Print one JSON object on standard output.", rich_help_panel=MESSAGES)]
+Debug = Annotated[bool, Flag("--debug", help="Show the traceback of an error.", rich_help_panel=MESSAGES)]
+COMMON = {"quiet": Quiet, "verbose": Verbose, "as_json": AsJson, "debug": Debug}
+"""Flags of every command."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,10 @@ def with_config(command: Callable[..., None]) -> Callable[..., None]:
     """
     kinds = get_type_hints(command, include_extras=True)
     parameters = list(inspect.signature(command).parameters.values())
-    ((name, config),) = ((name, kind) for name, kind in kinds.items() if is_dataclass(kind) and isinstance(kind, type))
+    configs = ((name, kind) for name, kind in kinds.items() if is_dataclass(kind) and isinstance(kind, type))
+    name, config = next(configs, ("", None))
+    if config is None:
+        return _with_messages(command, parameters)
     flags = shared_flags(config)
     inputs = [parameter for parameter in parameters if parameter.name not in (name, "as_json", "given")]
     wants_given = "given" in kinds
@@ -103,16 +106,37 @@ def with_config(command: Callable[..., None]) -> Callable[..., None]:
         *inputs,
         *(_parameter(flag) for flag in flags),
         inspect.Parameter("config_file", inspect.Parameter.KEYWORD_ONLY, annotation=ConfigFile, default=None),
-        inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, annotation=Quiet, default=False),
-        inspect.Parameter("verbose", inspect.Parameter.KEYWORD_ONLY, annotation=Verbose, default=False),
-        inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, annotation=AsJson, default=False),
-        inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, annotation=Debug, default=False),
+        *_common_parameters(),
     ]
-    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in signature]
-    )
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in signature}
+    _declare(run, signature)
     return run
+
+
+def _with_messages(command: Callable[..., None], parameters: list[inspect.Parameter]) -> Callable[..., None]:
+    """Make a typer command of a function that has no config: with the flags that every command has."""
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        common = {name: values.pop(name) for name in COMMON}
+        with speaking(quiet=common["quiet"], verbose=common["verbose"]):
+            command(**values, as_json=common["as_json"])
+
+    signature = [*(parameter for parameter in parameters if parameter.name != "as_json"), *_common_parameters()]
+    _declare(run, signature)
+    return run
+
+
+def _common_parameters() -> list[inspect.Parameter]:
+    """Return the parameters that every command has."""
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return [inspect.Parameter(name, keyword, annotation=kind, default=False) for name, kind in COMMON.items()]
+
+
+def _declare(run: Any, parameters: list[inspect.Parameter]) -> None:
+    """Let typer see these parameters."""
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    run.__signature__ = inspect.Signature([parameter.replace(kind=keyword) for parameter in parameters])
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
 
 
 def upon_preset(presets: Mapping[str, Mapping[str, Any]], name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -221,7 +245,6 @@ def _parameter(flag: Shared) -> inspect.Parameter:
     spelling = option.flag or "--" + declared.name.replace("_", "-")
     default = None if declared.default is MISSING else declared.default
     if kind is bool:
-        facts["metavar"] = ""
         facts["show_default"] = option.shown_default or False
     elif option.words or get_origin(kind) is tuple:
         kind, default = list[str], None

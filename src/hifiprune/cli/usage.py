@@ -4,12 +4,28 @@ from functools import cached_property
 from typing import Any
 
 from typer import BadParameter
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from hifiprune.bounds import check_numbers, meant
 from hifiprune.cli.console import speaking
 
 NUMBERS = {"int": "whole number", "float": "number"}
+
+
+class Commands(TyperGroup):
+    """All commands."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the parameters; switches are shown without a type."""
+        return plain_switches(super().get_params(ctx))
+
+
+def plain_switches(parameters: list[Any]) -> list[Any]:
+    """Return parameters of which those that take no value have no placeholder of one."""
+    for parameter in parameters:
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = ""
+    return parameters
 
 
 class Command(TyperCommand):
@@ -27,12 +43,9 @@ class Command(TyperCommand):
             parameter.required = parameter.name in self.must_be_given and not from_file
         return super().parse_args(ctx, args)
 
-    def get_help_option(self, ctx: Any) -> Any:
-        """Return the option `--help`, a switch like the others."""
-        option = super().get_help_option(ctx)
-        if option:
-            option.metavar = ""
-        return option
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the parameters; switches are shown without a type."""
+        return plain_switches(super().get_params(ctx))
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""

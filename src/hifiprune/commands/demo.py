@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from hifiprune.commands import evaluate, prune
+from hifiprune.config.demo import DemoConfig
 from hifiprune.config.evaluate import EvaluateConfig
 from hifiprune.config.groups import Budget, Calibration, Text
 from hifiprune.config.prune import PruneConfig
@@ -104,9 +105,7 @@ def write_texts(folder: Path) -> tuple[Path, Path]:
 
 
 @exclusive
-def run(
-    output: str | Path, model: str | None, num_samples: int, seq_len: int, *, overwrite: bool = False
-) -> dict[str, Any]:
+def run(output: str | Path, config: DemoConfig = DemoConfig()) -> dict[str, Any]:
     """Get the model, prune it, measure it, and leave everything in `output`; returns the summary that is printed.
 
     Where a demo of the same settings is finished its summary is given again, unless it is to be made anew.
@@ -114,12 +113,13 @@ def run(
     Raises:
         UserError: what is in `output` was not made by a demo, or by one of other settings.
     """
+    model, num_samples, seq_len = config.model, config.num_samples, config.seq_len
     claim(output, [model])
     output = local_path(output)
     if output.exists() and not ((output / MARKER).is_file() or (output.is_dir() and not any(output.iterdir()))):
         raise UserError(f"{output} exists and was not made by a demo; choose another --output")
     asked = {"model": model or WHEEL, "num_samples": num_samples, "seq_len": seq_len}
-    if overwrite:
+    if config.overwrite:
         (output / RECORD).unlink(missing_ok=True)
     elif done := _finished(output, asked):
         logger.info(f"The demo in {output} is finished, and this is what it showed; --overwrite makes it anew.")

@@ -10,6 +10,7 @@ from typing import Any
 
 from gguf import GGUFReader
 
+from hifiprune.config.export import ExportConfig
 from hifiprune.deployment.engines import BLOCK, K_BLOCK
 from hifiprune.deployment.llama_cpp import find_converter, find_quantizer, run
 from hifiprune.errors import RunError, UserError, unknown
@@ -65,24 +66,13 @@ TYPES = {
 
 
 @exclusive
-def export(
-    model: str,
-    output: str | Path,
-    *,
-    to: str = "gguf",
-    type: str = "auto",  # what llama.cpp calls it
-    converter: str | Path | None = None,
-    overwrite: bool = False,
-) -> dict[str, Any]:
+def export(model: str, output: str | Path, config: ExportConfig = ExportConfig()) -> dict[str, Any]:
     """Write a checkpoint as one GGUF file, for llama.cpp and what is built on it.
 
     Args:
         model: local folder or hub id.
         output: the file to make.
-        to: gguf.
-        type: of the weights, such as f16, q8_0 or q4_k_m; auto: 16 bits, bfloat16 where the checkpoint has that.
-        converter: llama.cpp's folder, or its converter; if not given, the variable `LLAMA_CPP` or the PATH tells.
-        overwrite: replace an existing output.
+        config: options.
 
     Returns:
         the file, its size in bytes, its tensors by type, and remarks.
@@ -91,19 +81,19 @@ def export(
         UserError: the format or type is not known, the model cannot be held by GGUF, or there is no converter.
         RunError: the converter failed, what it wrote does not fit the model, or the disk is full.
     """
-    if to not in FORMATS:
-        raise unknown("format", to, FORMATS)
-    if to == "onnx":
+    if config.to not in FORMATS:
+        raise unknown("format", config.to, FORMATS)
+    if config.to == "onnx":
         raise UserError(ONNX)
-    wanted = type.lower()
+    wanted = config.type.lower()
     if wanted not in TYPES:
-        raise unknown("type", type, TYPES)
+        raise unknown("type", config.type, TYPES)
     checkpoint, kind = find_checkpoint(model), TYPES[wanted]
     refuse_own_tokenizer(model, checkpoint.folder)
-    read = [*read_with(checkpoint), converter]
-    target = check_target(output, folder=False, overwrite=overwrite, inputs=read)
+    read = [*read_with(checkpoint), config.converter]
+    target = check_target(output, folder=False, overwrite=config.overwrite, inputs=read)
     parameters, widths, hidden = _sizes(checkpoint)
-    command = find_converter(converter)
+    command = find_converter(config.converter)
     quantizer = find_quantizer(command, wanted) if kind.quantized else None
     check_space(target, int(parameters * (kind.bits + 16 * kind.quantized) / 8))
     remarks = _remarks(wanted, {"MLP width": widths[0], "hidden size": hidden})
@@ -112,7 +102,7 @@ def export(
     checkpoint.fetch()
     logger.info(f"Converting by {command[-1]}.")
     start = time.monotonic()
-    with replacing(target, overwrite=overwrite) as new:
+    with replacing(target, overwrite=config.overwrite) as new:
         made, stated = new.with_name("made.gguf"), "auto" if quantizer else wanted
         maker = new.with_name("metadata.json")
         maker.write_text(json.dumps({GGUF_FIELD: f"{GENERATOR} {__version__}"}), encoding="utf-8")
@@ -128,7 +118,7 @@ def export(
     return {
         "model": model,
         "output": str(target),
-        "format": to,
+        "format": config.to,
         "type": wanted,
         "bytes": target.stat().st_size,
         "tensors": dict(tensors.most_common()),

@@ -1,0 +1,26 @@
+"""The options of `demo`."""
+
+from dataclasses import dataclass
+
+from hifiprune.bounds import COUNT, PAIR
+from hifiprune.config.groups import overwrite_option
+from hifiprune.config.options import Checked, option
+
+
+@dataclass(frozen=True)
+class DemoConfig(Checked):
+    """Options of `demo`.
+
+    Attributes:
+        model: local folder, hub id or GGUF file; None is SmolLM2-135M-Instruct.
+        num_samples: number of calibration windows.
+        seq_len: tokens per window.
+        overwrite: make a finished demo anew.
+    """
+
+    model: str | None = option(
+        None, "Local folder, hub id or .gguf file.", metavar="MODEL", shown_default="SmolLM2-135M-Instruct"
+    )
+    num_samples: int = option(24, "Number of calibration windows.", bounds=COUNT)
+    seq_len: int = option(512, "Tokens per window.", bounds=PAIR)
+    overwrite: bool = overwrite_option()

@@ -1,0 +1,33 @@
+"""The options of `export`."""
+
+from dataclasses import dataclass
+
+from hifiprune.config.groups import overwrite_option
+from hifiprune.config.options import Checked, option
+
+
+@dataclass(frozen=True)
+class ExportConfig(Checked):
+    """Options of `export`.
+
+    Attributes:
+        to: format; `gguf`.
+        type: number type of the weights, such as f16, q8_0 or q4_k_m; `auto` is 16 bits, bfloat16 where the checkpoint
+            has that.
+        converter: llama.cpp's folder, or its converter; if not given, the variable `LLAMA_CPP` or the PATH tells.
+        overwrite: replace an existing output.
+    """
+
+    to: str = option("gguf", "Format: gguf, one file for llama.cpp and what is built on it.")
+    type: str = option(
+        "auto",
+        "Number type of the weights: f32, f16, bf16, q8_0, or auto for 16 bits; q4_0, q4_k_m and others by "
+        "llama-quantize.",
+    )
+    converter: str | None = option(
+        None,
+        "Folder of llama.cpp, or its converter.",
+        metavar="PATH",
+        shown_default="what LLAMA_CPP or the PATH names",
+    )
+    overwrite: bool = overwrite_option()
