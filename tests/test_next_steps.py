@@ -51,7 +51,7 @@ inspect small --deploy
 evaluate small --against 'my dense' --text held.txt --seq-len 24 --card --output 'what was measured'
 evaluate docs --text held.txt --seq-len 24 --card
 push small me/small
-recover small --output better --data "it's.jsonl" --max-steps 1 --seq-len 24 --gradient-accumulation 1 --lora-r 4
+recover small --output better --data "it's.jsonl" --max-steps 1 --seq-len 24 --gradient-accumulation-steps 1 --lora-r 4
 ablate 'my dense' --scores 'scores 1' --output removed --text held.txt --seq-len 24 --neurons 3 --groups 0
 compare 'my dense' --output compared --criteria magnitude,random --ratios 0.1 --seeds 1 --text held.txt
   --calibration "it's.jsonl" {SMALL}
