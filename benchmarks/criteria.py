@@ -15,7 +15,7 @@ from hifiprune.commands.ablate import ablate
 from hifiprune.commands.compare import compare
 from hifiprune.commands.demo import fetch_smollm2
 from hifiprune.config.groups import Calibration, Text
-from hifiprune.config.study import AblateConfig
+from hifiprune.config.study import AblateConfig, CompareConfig
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -35,16 +35,9 @@ def main() -> None:
     model = str(fetch_smollm2(ROOT / ".cache" / "smollm2"))
     compared, ablated = ROOT / ".cache" / "criteria", ROOT / ".cache" / "ablation"
     if not compared.exists():
-        compare(
-            model,
-            compared,
-            CRITERIA,
-            RATIOS,
-            Calibration(str(DATA / "c4" / "c4_documents.jsonl"), WINDOWS, 1024),
-            [Text(str(DATA / "wikitext-2" / "wiki.test.raw"), 1024, 24, fidelity=False), HELD_OUT],
-            seeds=SEEDS,
-            round_to=1,
-        )
+        calibration = Calibration(str(DATA / "c4" / "c4_documents.jsonl"), WINDOWS, 1024)
+        texts = (Text(str(DATA / "wikitext-2" / "wiki.test.raw"), 1024, 24, fidelity=False), HELD_OUT)
+        compare(model, compared, CompareConfig(calibration, texts, CRITERIA, RATIOS, seeds=SEEDS, round_to=1))
     names = [f"{name}-0.2" if name == "self-distillation" else name for name in CRITERIA]
     scores = [compared / "scores" / f"{name}-seed0.safetensors" for name in names]
     text = Text(HELD_OUT.source, HELD_OUT.seq_len, 2)

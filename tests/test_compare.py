@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -351,18 +351,17 @@ def test_what_is_far_above_the_best_is_only_named(
 
 def arguments(world: Path, output: Path, **changes: Any) -> dict[str, Any]:
     """A smaller comparison, for `hp.compare`."""
-    given = {
-        "model": str(world / "dense"),
-        "output": output,
-        "criteria": ["self-distillation", "fisher", "magnitude"],
-        "ratios": [0.26],
-        "calibration": hp.Calibration(str(world / "calibration.txt"), 2, 24),
-        "texts": [hp.Text(str(world / "held.txt"), 24, 4)],
-        "seeds": 2,
-        "round_to": 2,
-        "compute": hp.ComputeConfig(batch_size=4),
-    }
-    return given | changes
+    config = hp.CompareConfig(
+        hp.Calibration(str(world / "calibration.txt"), 2, 24),
+        (hp.Text(str(world / "held.txt"), 24, 4),),
+        ("self-distillation", "fisher", "magnitude"),
+        (0.26,),
+        seeds=2,
+        round_to=2,
+        compute=hp.ComputeConfig(batch_size=4),
+    )
+    model = changes.pop("model", str(world / "dense"))
+    return {"model": model, "output": output, "config": replace(config, **changes)}
 
 
 def words(world: Path, output: Path) -> list[str]:
@@ -552,16 +551,16 @@ CHANGES: dict[str, Change] = {
     "another model": lambda world, folder: {"model": small(folder, initializer_range=0.2)},
     "more windows": lambda world, _: {"calibration": hp.Calibration(str(world / "calibration.txt"), 3, 24)},
     "attention": lambda *_: {"compute": hp.ComputeConfig(attention="eager", batch_size=4)},
-    "another text": lambda world, _: {"texts": [hp.Text(str(world / "other.txt"), 24, 4)]},
-    "fewer windows of the text": lambda world, _: {"texts": [hp.Text(str(world / "held.txt"), 24, 3)]},
-    "perplexity only": lambda world, _: {"texts": [hp.Text(str(world / "held.txt"), 24, 4, fidelity=False)]},
+    "another text": lambda world, _: {"texts": (hp.Text(str(world / "other.txt"), 24, 4),)},
+    "fewer windows of the text": lambda world, _: {"texts": (hp.Text(str(world / "held.txt"), 24, 3),)},
+    "perplexity only": lambda world, _: {"texts": (hp.Text(str(world / "held.txt"), 24, 4, fidelity=False),)},
     "dtype": lambda *_: {"compute": hp.ComputeConfig(dtype="bfloat16", batch_size=4)},
     "label samples": lambda *_: {"options": hp.CriterionOptions(label_samples=2)},
     "alpha": lambda *_: {"options": hp.CriterionOptions(alpha=0.9)},
     "light cut": lambda *_: {"options": hp.CriterionOptions(light_cut=0.3)},
     "ratio": lambda *_: {"ratios": [0.2]},
     "rounding": lambda *_: {"round_to": 8},
-    "fewer criteria": lambda *_: {"criteria": ["fisher"]},
+    "fewer criteria": lambda *_: {"criteria": ("fisher",)},
 }
 
 
@@ -615,7 +614,7 @@ def test_what_an_ablation_left_beside_the_same_output_stays(world: Path, abandon
     shutil.copytree(abandoned, tmp_path / "out.ablate-unfinished")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "draw_comparison", lambda *_: None)
-        hp.compare(**arguments(world, tmp_path / "out", criteria=["magnitude"], seeds=1))
+        hp.compare(**arguments(world, tmp_path / "out", criteria=("magnitude",), seeds=1))
     assert {path.name for path in tmp_path.iterdir()} == {"out", "out.ablate-unfinished"}
 
 
@@ -623,7 +622,7 @@ def test_what_an_ablation_left_beside_the_same_output_stays(world: Path, abandon
 def test_text_from_the_model_itself_is_sampled_for_each_draw_once(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = {"criteria": ["hfprune"], "calibration": hp.Calibration("self", 2, 12)}
+    own = {"criteria": ("hfprune",), "calibration": hp.Calibration("self", 2, 12)}
     interrupted(world, tmp_path / "out", "measure_windows", 1, **own)
     sampled = counted(monkeypatch, "sample_windows")
     hp.compare(**arguments(world, tmp_path / "out", **own))
@@ -640,7 +639,7 @@ def test_text_from_the_model_itself_is_sampled_for_each_draw_once(
 def test_one_more_criterion_and_ratio_use_what_is_there(
     world: Path, abandoned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    more = {"criteria": ["hfprune", "self-distillation", "fisher"], "ratios": [0.26, 0.1], "seeds": 1}
+    more = {"criteria": ("hfprune", "self-distillation", "fisher"), "ratios": (0.26, 0.1), "seeds": 1}
     fresh = hp.compare(**arguments(world, tmp_path / "fresh", **more))
     shutil.copytree(abandoned, tmp_path / "out.compare-unfinished")
     measured, scored = counted(monkeypatch, "measure_windows"), counted(monkeypatch, "score_all")
@@ -656,9 +655,9 @@ def test_one_more_criterion_and_ratio_use_what_is_there(
 def test_every_text_is_measured_against_the_dense_model_on_itself(world: Path, tmp_path: Path) -> None:
     names = ("held", "other")
     texts = [hp.Text(str(world / f"{name}.txt"), 24, 4) for name in names]
-    both = hp.compare(**arguments(world, tmp_path / "both", criteria=["hfprune"], seeds=1, texts=texts)).results
+    both = hp.compare(**arguments(world, tmp_path / "both", criteria=("hfprune",), seeds=1, texts=tuple(texts))).results
     for number, (name, text) in enumerate(zip(names, texts, strict=True)):
-        alone = hp.compare(**arguments(world, tmp_path / name, criteria=["hfprune"], seeds=1, texts=[text])).results
+        alone = hp.compare(**arguments(world, tmp_path / name, criteria=("hfprune",), seeds=1, texts=(text,))).results
         assert both["cells"][0]["windows"][number] == alone["cells"][0]["windows"][0]
         assert both["dense"][number] == alone["dense"][0]
         assert both["texts"][number] == alone["texts"][0] == {"source": text.source, "windows": [4, 24]}
@@ -668,7 +667,7 @@ def test_every_text_is_measured_against_the_dense_model_on_itself(world: Path, t
 def test_equal_plans_are_measured_once(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = counted(monkeypatch, "measure_windows")
     names = ["hfprune", "entropy", "magnitude"]
-    record = hp.compare(**arguments(world, tmp_path / "out", criteria=names, seeds=3))
+    record = hp.compare(**arguments(world, tmp_path / "out", criteria=tuple(names), seeds=3))
     assert len(measured) == 1 + 3 + 1
     assert len(record.results["cells"]) == 9
     cells = {(cell["criterion"], cell["seed"]): cell["windows"] for cell in record.results["cells"]}
@@ -728,10 +727,11 @@ def test_every_option_arrives(world: Path, tmp_path: Path) -> None:
             {"source": str(world / "calibration.txt"), "fidelity": False, **text},
         ],
         "tasks": None,
-        "options": {"alpha": 0.3, "temperature": 0.7, "light_cut": 0.1, "label_samples": 2, "seed": 0},
+        "options": {"alpha": 0.3, "temperature": 0.7, "light_cut": 0.1, "label_samples": 2, "seed": 7},
         "round_to": 3,
         "compute": {"device": "cpu", "dtype": "float64", "batch_size": 2, "recompute": True,
             "attention": "eager", "stream": None, "scratch": None},
+        "overwrite": False,
     }  # fmt: skip
     results = result.json["results"]
     assert [(cell["ratio"], cell["seed"]) for cell in results["cells"]] == [

@@ -19,11 +19,19 @@ from hifiprune.config.groups import AllocationConfig, Budget, Calibration, Compu
 from hifiprune.config.options import declared_options
 from hifiprune.config.prune import PruneConfig, ScoreConfig
 from hifiprune.config.recover import TRAININGS, RecoverConfig, TrainingConfig
-from hifiprune.config.study import AblateConfig
+from hifiprune.config.study import AblateConfig, CompareConfig
 from hifiprune.errors import UserError
 from tests.commands import refused, run
 
-CONFIGS: list[type] = [PruneConfig, ScoreConfig, RecoverConfig, AblateConfig, BenchConfig, EvaluateConfig]
+CONFIGS: list[type] = [
+    PruneConfig,
+    ScoreConfig,
+    RecoverConfig,
+    AblateConfig,
+    BenchConfig,
+    EvaluateConfig,
+    CompareConfig,
+]
 UNUSUAL = PruneConfig(
     Budget(neuron_ratio=0.3),
     Calibration("a.txt", 7, 33, 5, "stream", "body", (("b.txt", 0.25),), bos=False),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hifiprune.config.groups import AllocationConfig, Budget, Calibration, ComputeConfig, CriterionOptions, Text
     from hifiprune.config.prune import PruneConfig, ScoreConfig
     from hifiprune.config.recover import RecoverConfig, TrainingConfig
-    from hifiprune.config.study import AblateConfig
+    from hifiprune.config.study import AblateConfig, CompareConfig
     from hifiprune.engine.temporary_cut import cut
     from hifiprune.errors import HifipruneError, RunError, UserError
     from hifiprune.evaluation.bootstrap import Estimate
@@ -48,6 +48,7 @@ __all__ = [
     "BenchConfig",
     "Budget",
     "Calibration",
+    "CompareConfig",
     "ComputeConfig",
     "Criterion",
     "CriterionOptions",
@@ -95,6 +96,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CompareConfig": "config.study",
     "EvaluateConfig": "config.evaluate",
     "BenchConfig": "config.bench",
     "AblateConfig": "config.study",

@@ -171,8 +171,7 @@ def merged(config: type, facts: Mapping[str, Any], given: Mapping[str, Any]) -> 
     for flag in flags:
         for option in flag.options:
             if len(option.path) == 1:
-                words = option.option.words
-                result |= words(given[flag.name]) if words else {option.name: given[flag.name]}
+                result |= _fields_of(option, given[flag.name])
     _share(config, result)
     return result
 
@@ -198,14 +197,21 @@ def without_group(config: type, facts: Mapping[str, Any], given: Mapping[str, An
     return "; ".join(f"{name}: {', '.join(flags)}" for name, flags in unused.items())
 
 
+def _fields_of(option: Declared, value: Any) -> dict[str, object]:
+    """Return the fields of a group, or of the config, that the value of a flag gives."""
+    words = option.option.words
+    if words is None:
+        return {option.name: value}
+    return words([value] if isinstance(value, str) else value)
+
+
 def _values_of(nested: str, flags: list[Shared], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a group that flags give."""
     values: dict[str, Any] = {}
     for flag in flags:
         for option in flag.options:
             if option.path[0] == nested and len(option.path) > 1:
-                words = option.option.words
-                values |= words(given[flag.name]) if words else {option.name: given[flag.name]}
+                values |= _fields_of(option, given[flag.name])
     return values
 
 
@@ -246,6 +252,8 @@ def _parameter(flag: Shared) -> inspect.Parameter:
     default = None if declared.default is MISSING else declared.default
     if kind is bool:
         facts["show_default"] = option.shown_default or False
+    elif option.words and get_origin(kind) is tuple:
+        kind, default = str, None  # parts of one word, separated by commas
     elif option.words or get_origin(kind) is tuple:
         kind, default = list[str], None
     if option.shown_default and default is None:

@@ -6,16 +6,16 @@ until all is done, so an interrupted run goes on where it stopped.
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
-from hifiprune.bounds import check_numbers
 from hifiprune.calibration import load_windows
 from hifiprune.commands.compare_plans import Workbench
 from hifiprune.commands.inspect import shape_of
-from hifiprune.commands.prepare import check_tokens, load_hashed, plain_arguments, prepare
-from hifiprune.config.evaluate import Tasks
-from hifiprune.config.groups import Budget, Calibration, ComputeConfig, CriterionOptions, Text
+from hifiprune.commands.prepare import check_tokens, load_hashed, prepare
+from hifiprune.config.files import to_dict
+from hifiprune.config.groups import Budget, CriterionOptions
+from hifiprune.config.study import CompareConfig
 from hifiprune.engine.compute import limit_batch
 from hifiprune.errors import UserError
 from hifiprune.evaluation.criteria_comparison import Cell, contrast
@@ -36,21 +36,7 @@ from hifiprune.scoring.score import Request
 
 
 @exclusive
-def compare(
-    model: str,
-    output: str | Path,
-    criteria: Sequence[str],
-    ratios: Sequence[float],
-    calibration: Calibration,
-    texts: Sequence[Text],
-    *,
-    seeds: int = 3,
-    options: CriterionOptions | None = None,
-    tasks: Tasks | None = None,
-    round_to: int = 128,
-    compute: ComputeConfig = ComputeConfig(),
-    overwrite: bool = False,
-) -> RunRecord:
+def compare(model: str, output: str | Path, config: CompareConfig) -> RunRecord:
     """Prune by every criterion, at every ratio, with several draws of the calibration windows, and measure.
 
     The folder `output` will hold `compare.json`, the plots, and the scores, ready for `prune`.
@@ -58,53 +44,38 @@ def compare(
     Args:
         model: local folder, hub id or GGUF file.
         output: folder to be made.
-        criteria: names; the first is what the others are compared with.
-        ratios: fractions of all parameters to remove.
-        calibration: what to score on; its seed is that of the first draw, the next draws count on from it.
-        texts: held-out texts to measure on.
-        seeds: how many draws.
-        options: of the criteria, seeds apart; by default alpha and temperature follow the ratio, as in the papers.
-        tasks: zero-shot tasks to run too.
-        round_to: widths become the nearest multiple of it.
-        compute: device and arithmetic.
-        overwrite: replace an existing output.
+        config: options.
 
     Raises:
         UserError: something asked for cannot be done, found before the weights are loaded where possible.
         RunError: numbers, memory or disk failed.
     """
-    record = RunRecord(
-        "compare",
-        plain_arguments(
-            model=model, output=output, criteria=list(criteria), ratios=list(ratios), calibration=calibration,
-            seeds=seeds, texts=[asdict(text) for text in texts], tasks=tasks, options=options, round_to=round_to,
-            compute=compute,
-        ),
-    )  # fmt: skip
-    _check(criteria, ratios, seeds, calibration, texts)
+    criteria, ratios, calibration, tasks = config.criteria, config.ratios, config.calibration, config.tasks
+    record = RunRecord("compare", {"model": model, "output": str(output), **to_dict(config)})
+    _check(config)
     if tasks:
         check_tasks(tasks)
     checkpoint, target, skeleton = prepare(
         model,
         output,
-        [calibration, *texts],
+        [calibration, *config.texts],
         [tasks.include_path] if tasks else [],
-        compute=compute,
+        compute=config.compute,
         folder=True,
-        overwrite=overwrite,
+        overwrite=config.overwrite,
     )
     shape = shape_of(skeleton)
     unfinished = Unfinished.beside(target, "compare")
-    widths = {ratio: shape.width_at(Budget(ratio=ratio), round_to) for ratio in ratios}
+    widths = {ratio: shape.width_at(Budget(ratio=ratio), config.round_to) for ratio in ratios}
     for width in widths.values():
         shape.check_experts("uniform", width)
-    draws = [replace(calibration, seed=calibration.seed + number) for number in range(seeds)]
+    draws = [replace(calibration, seed=calibration.seed + number) for number in range(config.seeds)]
     tokenizer = checkpoint.tokenizer()
     with record.stage("reading the texts"), labelled("reading the texts, pieces"):
-        held = [Held(text.source, text.fidelity, held_windows(text, tokenizer)) for text in texts]
+        held = [Held(text.source, text.fidelity, held_windows(text, tokenizer)) for text in config.texts]
         drawn = [] if calibration.source == SELF else [load_windows(draw, tokenizer) for draw in draws]
     most = max(calibration.num_samples, *(len(text.windows) for text in held))
-    compute = limit_batch(compute, most, "windows")
+    compute = limit_batch(config.compute, most, "windows")
     check_tokens(checkpoint, *drawn, *(text.windows for text in held))
     checkpoint.fetch()
     loaded, model_hash = load_hashed(checkpoint, compute, record)
@@ -114,11 +85,11 @@ def compare(
     with record.stage("scoring"):
         drawn = drawn or [bench.sample(draw) for draw in draws]
         for draw, windows in zip(draws, drawn, strict=True):
-            wanted = _requests(criteria, ratios, options, draw.seed)
+            wanted = _requests(criteria, ratios, config.options, draw.seed)
             found = dict(zip(wanted, bench.score(windows, list(wanted.values()), draw), strict=True))
             files |= {f"{label}-seed{draw.seed}.safetensors": path for label, (_, path) in found.items()}
             scores = {label: made for label, (made, _) in found.items()}
-            cells += _cells(scores, criteria, ratios, draw.seed, round_to)
+            cells += _cells(scores, criteria, ratios, draw.seed, config.round_to)
     with record.stage("measuring"):
         dense, *measured = bench.measure([None, *(cell.plan for cell in cells)], [*held, *([tasks] if tasks else [])])
     record.reused_parts = len(bench.unfinished.reused)
@@ -129,7 +100,7 @@ def compare(
         "widths": {f"{ratio:g}": [width, shape.ratio_at(width)] for ratio, width in widths.items()},
         **contrast(cells, dense, measured, len(held)),
     }
-    with replacing(target, overwrite=overwrite) as folder:
+    with replacing(target, overwrite=config.overwrite) as folder:
         from hifiprune.reports.plots import draw_comparison
 
         (folder / "scores").mkdir(parents=True)
@@ -167,10 +138,10 @@ def _requests(
     return {_label(name, ratio): (name, settled(ratio)) for ratio in ratios for name in criteria}
 
 
-def _check(
-    criteria: Sequence[str], ratios: Sequence[float], seeds: int, calibration: Calibration, texts: Sequence[Text]
-) -> None:
-    given = {"criteria": criteria, "ratios": [f"{r:g}" for r in ratios], "texts": [text.source for text in texts]}
+def _check(config: CompareConfig) -> None:
+    criteria, calibration, seeds, texts = config.criteria, config.calibration, config.seeds, config.texts
+    ratios = [f"{ratio:g}" for ratio in config.ratios]
+    given = {"criteria": criteria, "ratios": ratios, "texts": [text.source for text in texts]}
     for what, values in given.items():
         if not values:
             raise UserError(f"{what}: give at least one")
@@ -178,7 +149,6 @@ def _check(
             raise UserError(f"{what} {', '.join(values)}: each may be given once")
     for name in criteria:
         find_criterion(name)
-    check_numbers({"seeds": seeds})
     if seeds > 1 and any(is_pipe(part.source) for part in calibration.parts):
         raise UserError(f"a pipe is read only once, and {seeds} draws read it anew: write it to a file, or --seeds 1")
     for text in texts:

@@ -1,12 +1,78 @@
-"""The options of `ablate`."""
+"""The options of the commands that study criteria: `compare` and `ablate`."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from hifiprune.bounds import COUNT, NOT_NEGATIVE_COUNT, PAIR, SEED
-from hifiprune.config.evaluate import TEXT_OPTIONS
-from hifiprune.config.groups import ComputeConfig, Text, overwrite_option
-from hifiprune.config.options import Checked, group, option
+from hifiprune.bounds import COUNT, FEW, NOT_NEGATIVE_COUNT, PAIR, SEED, meant
+from hifiprune.config.evaluate import TEXT_OPTIONS, Tasks
+from hifiprune.config.groups import Calibration, ComputeConfig, CriterionOptions, Text, overwrite_option
+from hifiprune.config.options import WIDTHS, Checked, group, listed, option
+from hifiprune.defaults import DEFAULT_CRITERION
+from hifiprune.errors import UserError
+
+
+def criteria_named(words: list[str]) -> dict[str, object]:
+    """Return the criteria that words of the command line name."""
+    return {"criteria": tuple(listed(words))}
+
+
+def ratios_of(words: list[str]) -> dict[str, object]:
+    """Return the ratios in words of the command line.
+
+    Raises:
+        UserError: one is no number.
+    """
+    ratios = []
+    for text in listed(words):
+        try:
+            ratios.append(float(text))
+        except ValueError as error:
+            raise UserError(f"ratio '{text}' is no number{meant(text)}; give fractions such as 0.2,0.3") from error
+    return {"ratios": tuple(ratios)}
+
+
+@dataclass(frozen=True)
+class CompareConfig(Checked):
+    """Options of `compare`.
+
+    Attributes:
+        calibration: text to score on; its seed is that of the first draw, and the next draws count on from it.
+        texts: held-out texts to measure on.
+        criteria: names; the others are compared with the first.
+        ratios: fractions of all parameters to remove.
+        seeds: number of draws of the calibration windows.
+        tasks: zero-shot tasks to run too.
+        options: of the criteria, seeds apart; by default alpha and temperature follow the ratio, as in the papers.
+        round_to: widths become the nearest multiple of it.
+        compute: device and arithmetic.
+        overwrite: replace an existing output.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    calibration: Calibration = group()
+    texts: tuple[Text, ...] = option((), "Held-out texts to measure on.", in_files_only=True)
+    criteria: tuple[str, ...] = option(
+        ("hfprune", DEFAULT_CRITERION, "cross-entropy", "wanda-sp"),
+        "Criteria, separated by commas; the others are compared with the first.",
+        metavar="NAMES",
+        shown_default=f"hfprune,{DEFAULT_CRITERION},cross-entropy,wanda-sp",
+        words=criteria_named,
+    )
+    ratios: tuple[float, ...] = option(
+        (0.2, 0.3),
+        "Fractions of all parameters to remove, separated by commas.",
+        metavar="NUMBERS",
+        shown_default="0.2,0.3",
+        words=ratios_of,
+    )
+    seeds: int = option(3, "Number of draws of the calibration windows.", bounds=FEW)
+    tasks: Tasks | None = None
+    options: CriterionOptions | None = None
+    round_to: int = option(128, "Round widths to the nearest multiple; 1 for exact widths.", panel=WIDTHS, bounds=COUNT)
+    compute: ComputeConfig = group(ComputeConfig(), only=("device", "dtype", "batch_size", "recompute", "attention"))
+    overwrite: bool = overwrite_option()
 
 
 @dataclass(frozen=True)
