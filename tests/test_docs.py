@@ -140,6 +140,7 @@ def test_functions_named_in_the_method_exist() -> None:
 
 def test_the_public_names_resolve() -> None:
     assert set(hifiprune._HOMES) == set(hifiprune.__all__)
+    assert sorted([*hifiprune.__all__, "__version__"]) == dir(hifiprune)
     for name in hifiprune.__all__:
         assert getattr(hifiprune, name).__doc__ or name == "CRITERIA"
     with pytest.raises(AttributeError, match="no attribute 'prun'"):

@@ -1,4 +1,10 @@
-"""hifiprune: structured pruning of large language models that keeps their predictions."""
+"""hifiprune: structured pruning of large language models that keeps their predictions.
+
+Functions whose first argument is a loaded model or `Scores` work in memory: `score`, `allocate`, `cut_`,
+`cut_and_repair_`, `measure`; a trailing underscore marks those that change the model. Functions whose first argument is
+the name of a checkpoint (local folder, hub id or GGUF file) read and write files, and take one config each: `prune` and
+`PruneConfig`, `recover` and `RecoverConfig`, `evaluate` and `EvaluateConfig`. What is not listed here is in its module.
+"""
 
 from hifiprune.version import __version__ as __version__
 
@@ -157,3 +163,8 @@ def __getattr__(name: str) -> object:
 
         return getattr(import_module(f"hifiprune.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'hifiprune' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return [*__all__, "__version__"]
