@@ -751,3 +751,36 @@ def test_the_next_step_of_a_second_training_names_the_dense_model(pruned: Path, 
     assert second.code == 0, second.err
     for result in (first, second):
         assert f"--against {pruned / 'dense'} " in result.out
+
+
+def test_a_run_is_repeated_from_its_record(pruned: Path, tmp_path: Path) -> None:
+    words = (
+        *("--data", pruned / "data.jsonl", "--max-steps", 4, "--seq-len", 32, "--learning-rate", 1e-2, "--seed", 3),
+        *(
+            "--gradient-accumulation-steps",
+            2,
+            "--evaluate-every",
+            2,
+            "--held-out",
+            0.2,
+            "--lora-r",
+            4,
+            "--lora-alpha",
+            8,
+        ),
+    )
+    for name, given in (("one", (pruned / "pruned", *words)), ("two", ("--config", tmp_path / "one" / "run.json"))):
+        result = run_command("recover", *given, "--output", tmp_path / name, "--quiet")
+        assert result.code == 0, result.err
+        assert result.err == "", "nothing but warnings and errors"
+    one, two, start = (weights_of(folder) for folder in (tmp_path / "one", tmp_path / "two", pruned / "pruned"))
+    assert all(torch.equal(weight, two[name]) for name, weight in one.items())
+    assert any(not torch.equal(weight, start[name]) for name, weight in one.items()), "or the test could not fail"
+    arguments = [json.loads((tmp_path / name / "run.json").read_text())["arguments"] for name in ("one", "two")]
+    assert arguments[0] == arguments[1] | {"output": str(tmp_path / "one")}
+    assert arguments[0]["training"]["seed"] == 3
+    result = run_command(
+        "recover", "--config", tmp_path / "one" / "run.json", "--seed", 4, "--output", tmp_path / "other", "--verbose"
+    )
+    assert "training ...\n" in result.err
+    assert json.loads((tmp_path / "other" / "run.json").read_text())["arguments"]["training"]["seed"] == 4

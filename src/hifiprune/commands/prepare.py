@@ -1,9 +1,7 @@
 """Common preparation of all commands: check the request, and load the model."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -171,8 +169,3 @@ def _needed_and_free(checkpoint: Checkpoint, compute: ComputeConfig, dtype: torc
     """Return the bytes that the weights take in a dtype, and that are free on the device."""
     needed = count_parameters(checkpoint.skeleton()) * dtype.itemsize
     return needed, free_bytes(torch.device(resolved_device(compute)))
-
-
-def plain_arguments(**values: Any) -> dict[str, Any]:
-    """Return arguments as plain data."""
-    return {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in values.items()}
