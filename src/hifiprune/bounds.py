@@ -1,7 +1,6 @@
 """Ranges of numeric options."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf, isfinite
 from numbers import Integral, Real
@@ -53,36 +52,6 @@ POSITIVE, NOT_NEGATIVE = Bounds(0, inf, open=True), Bounds(0, inf)
 COUNT, PAIR = Bounds(1, LARGEST, whole=True), Bounds(2, LARGEST, whole=True)
 NOT_NEGATIVE_COUNT = Bounds(0, LARGEST, whole=True)
 FEW, SEED = Bounds(1, 1000, whole=True), Bounds(0, SEEDS - 1, whole=True)
-BOUNDS = {
-    **dict.fromkeys(("alpha", "floor", "distill_weight", "lora_dropout"), SHARE),
-    **dict.fromkeys(("ratio", "neuron_ratio", "light_cut", "held_out", "until_stable"), INNER_SHARE),
-    **dict.fromkeys(("temperature", "learning_rate", "epochs", "max_minutes"), POSITIVE),
-    **dict.fromkeys(("weight_decay", "match_hidden"), NOT_NEGATIVE),
-    **dict.fromkeys(("seeds", "label_samples", "rounds", "repeats"), FEW),
-    **dict.fromkeys(("seq_len", "new_tokens", "group_size"), PAIR),
-    **dict.fromkeys(
-        (
-            "num_samples", "batch_size", "length", "width", "round_to", "steps", "trials", "max_windows", "max_rows",
-            "limit", "neurons", "max_steps", "gradient_accumulation", "lora_r", "lora_alpha", "cache_teacher",
-            "evaluate_every",
-        ),
-        COUNT,
-    ),
-    "groups": NOT_NEGATIVE_COUNT,
-    "seed": SEED,
-}  # fmt: skip
-"""By the name of an option, with underscores."""
-
-
-def check_numbers(values: Mapping[str, Any]) -> None:
-    """Refuse numbers that are out of range, by the names of their options; None and other options are left alone.
-
-    Raises:
-        UserError: one is, or is no number.
-    """
-    for name, value in values.items():
-        if value is not None and name in BOUNDS:
-            check_number(name.replace("_", "-"), value, BOUNDS[name])
 
 
 def check_number(option: str, value: Any, bounds: Bounds) -> None:

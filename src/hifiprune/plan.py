@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hifiprune.bounds import check_numbers
+from hifiprune.bounds import COUNT, check_number
 from hifiprune.config.groups import Budget
 from hifiprune.errors import UserError
 from hifiprune.io.atomic import local_path, replacing
@@ -194,7 +194,7 @@ class Shape:
         Raises:
             UserError: the MLPs cannot give as much, or nothing would be removed.
         """
-        check_numbers({"round_to": round_to})
+        check_number("round-to", round_to, COUNT)
         if budget.width is not None:
             if budget.width >= self.neurons:
                 raise UserError(f"width {budget.width} must be below the model's own width {self.neurons}")

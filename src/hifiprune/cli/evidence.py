@@ -9,11 +9,7 @@ from typer import Argument, Option
 from hifiprune.cli.console import show
 from hifiprune.cli.flags import with_config
 from hifiprune.cli.options import (
-    AsJson,
-    Debug,
     Overwrite,
-    Quiet,
-    Verbose,
     check_tasks_named,
 )
 from hifiprune.config.bench import BenchConfig
@@ -58,6 +54,7 @@ def bench(
     show(record.to_dict(), as_json, lambda: tables.benched(record))
 
 
+@with_config
 def report(
     folders: Annotated[
         list[Path],
@@ -65,8 +62,8 @@ def report(
     ],
     output: Annotated[str, Option(metavar="PATH", help="The page to make.")] = "report.html",
     overwrite: Overwrite = False,
-    as_json: AsJson = False,
-    debug: Debug = False,
+    *,
+    as_json: bool,
 ) -> None:
     """Show what runs did, in one page that needs no network."""
     import hifiprune as hp
@@ -75,15 +72,14 @@ def report(
     show({"report": str(made)}, as_json, lambda: typer.echo(f"Open {made} in a browser."))
 
 
+@with_config
 def push(
     folder: Annotated[str, Argument(metavar="DIR", help="A checkpoint's folder.")],
     repository: Annotated[str, Argument(metavar="OWNER/NAME", help="Its name on the hub.")],
     private: Annotated[bool, Option("--private", help="Only its owner sees it, where it is new.")] = False,
     upload: Annotated[bool, Option("--upload", help="Do it; else only show what would be uploaded.")] = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
+    *,
+    as_json: bool,
 ) -> None:
     """Upload a checkpoint to the hub; without --upload, show what would be."""
     import hifiprune as hp

@@ -86,6 +86,9 @@ def with_config(command: Callable[..., None]) -> Callable[..., None]:
     def run(**values: Any) -> None:
         context = values.pop("context")
         given = {key: value for key, value in values.items() if _is_given(context, key)}
+        for flag in flags:
+            if flag.name in given and not flag.first.option.words:
+                flag.first.option.check(flag.first.name, given[flag.name])
         file = values["config_file"]
         facts = read_config(file, str(command.__name__)) if file else {}
         arguments = {

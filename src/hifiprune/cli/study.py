@@ -8,8 +8,6 @@ from typer import Option
 from hifiprune.cli.console import show
 from hifiprune.cli.flags import with_config
 from hifiprune.cli.options import (
-    AsJson,
-    Debug,
     Model,
     Output,
     check_tasks_named,
@@ -20,7 +18,8 @@ from hifiprune.errors import UserError
 from hifiprune.io.atomic import local_path
 
 
-def criteria(as_json: AsJson = False, debug: Debug = False) -> None:
+@with_config
+def criteria(*, as_json: bool) -> None:
     """List the criteria, a line each."""
     from hifiprune.cli import tables
     from hifiprune.scoring.criteria import describe_criteria

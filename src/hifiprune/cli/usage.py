@@ -1,4 +1,4 @@
-"""Check a command line: numbers first, and one message per mistake."""
+"""Explain what is wrong with a command line: one message per mistake."""
 
 from functools import cached_property
 from typing import Any
@@ -6,8 +6,7 @@ from typing import Any
 from typer import BadParameter
 from typer.core import TyperCommand, TyperGroup
 
-from hifiprune.bounds import check_numbers, meant
-from hifiprune.cli.console import speaking
+from hifiprune.bounds import meant
 
 NUMBERS = {"int": "whole number", "float": "number"}
 
@@ -29,7 +28,7 @@ def plain_switches(parameters: list[Any]) -> list[Any]:
 
 
 class Command(TyperCommand):
-    """A command whose numbers are checked before anything is imported for it; `--config` may give what it needs."""
+    """A command that the file of `--config` may give what it needs."""
 
     @cached_property
     def must_be_given(self) -> frozenset[str]:
@@ -46,14 +45,6 @@ class Command(TyperCommand):
     def get_params(self, ctx: Any) -> list[Any]:
         """Return the parameters; switches are shown without a type."""
         return plain_switches(super().get_params(ctx))
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command."""
-        check_numbers(ctx.params)
-        if "quiet" not in ctx.params or "config_file" in ctx.params:
-            return super().invoke(ctx)
-        with speaking(quiet=ctx.params["quiet"], verbose=ctx.params["verbose"]):
-            return super().invoke(ctx)
 
 
 def explain(error: Any) -> str:

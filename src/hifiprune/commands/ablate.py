@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune.bounds import check_numbers
+from hifiprune.bounds import COUNT, NOT_NEGATIVE_COUNT, PAIR, check_number
 from hifiprune.commands.prepare import check_tokens, load_hashed, prepare
 from hifiprune.config.files import to_dict
 from hifiprune.config.groups import ComputeConfig
@@ -117,8 +117,11 @@ def sample(scores: Scores, neurons: int, groups: int, group_size: int, seed: int
     Raises:
         UserError: there are not as many neurons.
     """
+    check_number("neurons", neurons, COUNT)
+    check_number("groups", groups, NOT_NEGATIVE_COUNT)
+    if groups:
+        check_number("group-size", group_size, PAIR)
     widths = [len(values) for values in scores.values]
-    check_numbers({"seed": seed, "neurons": neurons, "groups": groups, "group_size": group_size if groups else None})
     narrowest = min(widths)
     if neurons > len(widths) * narrowest:
         raise UserError(f"neurons {neurons} is more than the model's {len(widths)} layers of {narrowest}; try fewer")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hifiprune.bounds import check_numbers
+from hifiprune.bounds import COUNT, check_number
 from hifiprune.errors import RunError, UserError
 
 
@@ -28,7 +28,7 @@ def check_windows(model: PreTrainedModel, windows: Tensor, batch_size: int, leas
     low, high = int(windows.min()), int(windows.max())
     if not 0 <= low <= high < config.vocab_size:
         raise UserError(f"token ids must lie in 0 to {config.vocab_size - 1}; found {low} to {high}")
-    check_numbers({"batch_size": batch_size})
+    check_number("batch-size", batch_size, COUNT)
 
 
 def check_vocabulary(largest: int, vocabulary: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hifiprune.bounds import check_numbers
+from hifiprune.bounds import COUNT, check_number
 from hifiprune.config.evaluate import Tasks
 from hifiprune.engine.context import check_vocabulary
 from hifiprune.evaluation.bootstrap import Estimate, bootstrap_average
@@ -121,7 +121,7 @@ class Exam:
             UserError: the batch size or a task cannot be used.
             RunError: memory ran out.
         """
-        check_numbers({"batch_size": batch_size})
+        check_number("batch-size", batch_size, COUNT)
         from lm_eval.evaluator import evaluate
         from lm_eval.models.huggingface import HFLM
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hifiprune.bounds import check_numbers
+from hifiprune.bounds import INNER_SHARE, check_number
 from hifiprune.errors import UserError
 from hifiprune.io.distributed import processes
 from hifiprune.plan import Plan
@@ -41,7 +41,7 @@ class Stability:
     curve: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        check_numbers({"until_stable": self.wanted})
+        check_number("until-stable", self.wanted, INNER_SHARE)
 
     def check(self, criteria: Sequence[str]) -> None:
         """Refuse criteria and runs that cannot stop early.
