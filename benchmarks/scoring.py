@@ -23,7 +23,7 @@ from hifiprune.calibration import load_windows
 from hifiprune.commands.demo import fetch_smollm2
 from hifiprune.config.groups import Calibration
 from hifiprune.engine.context import frozen
-from hifiprune.engine.hooks import Seen
+from hifiprune.engine.hooks import Activations
 from hifiprune.engine.verify import verified_chain
 from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.run_record import describe_environment, peak_memory, reset_peak_memory
@@ -70,7 +70,7 @@ def our_way(model: PreTrainedModel, windows: Tensor, seconds: list[float], *, re
         chain = verified_chain(model)
         scores = [torch.zeros(mlp.neurons) for mlp in chain.mlps]
 
-        def add(seen: Seen) -> None:
+        def add(seen: Activations) -> None:
             if seen.kernel is not None:
                 scores[seen.layer] += absolute(seen)[0]
 

@@ -21,7 +21,7 @@ from hifiprune.cli.console import speaking
 from hifiprune.commands.demo import fetch_smollm2
 from hifiprune.config.evaluate import Tasks
 from hifiprune.evaluation.bootstrap import Estimate
-from hifiprune.evaluation.zero_shot_tasks import Answers, Exam, average, differences
+from hifiprune.evaluation.zero_shot_tasks import Answers, TaskRunner, average, differences
 from hifiprune.io.atomic import replacing
 from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.progress import labelled
@@ -105,9 +105,9 @@ def ask(task: str, folder: Path) -> dict[str, Answers]:
 
 
 @cache
-def exam(task: str) -> Exam:
+def exam(task: str) -> TaskRunner:
     """The items that every model is asked."""
-    return Exam(Tasks((task,), PACK, ITEMS[task]))
+    return TaskRunner(Tasks((task,), PACK, ITEMS[task]))
 
 
 @cache

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hifiprune import find_mlps
 from hifiprune.engine.sliced_objective import Kernel, Rows
-from hifiprune.models.mlp import LinearMap, Mlp
+from hifiprune.models.mlp import Mlp, Projection
 from hifiprune.plan import Plan
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -114,7 +114,7 @@ def activations_of(model: PreTrainedModel, tokens: Tensor) -> list[Tensor]:
 
 
 @contextmanager
-def replaced_activation(linear: LinearMap, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def replaced_activation(linear: Projection, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """The activation that enters `linear` is changed within."""
     hook = linear.module.register_forward_pre_hook(lambda _, arguments: (change(arguments[0]),))
     yield
@@ -155,7 +155,7 @@ def weight_products(model: PreTrainedModel, tokens: Tensor, losses: Sequence[Los
     return [torch.stack(layer) for layer in zip(*found, strict=True)]
 
 
-def weight_of(linear: LinearMap) -> Tensor:
+def weight_of(linear: Projection) -> Tensor:
     weight: Tensor = getattr(linear.module, linear.weight_name)
     return weight
 

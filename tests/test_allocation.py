@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hifiprune import Budget, Plan, Scores, UserError, allocate
-from hifiprune.plan import Shape
+from hifiprune.plan import ModelShape
 
-SMOLLM2 = Shape(neurons=1536, mlps=30, parameters_per_neuron=3 * 576, total_parameters=134_515_008)
-LLAMA2_7B = Shape(neurons=11008, mlps=32, parameters_per_neuron=3 * 4096, total_parameters=6_738_415_616)
+SMOLLM2 = ModelShape(neurons=1536, mlps=30, parameters_per_neuron=3 * 576, total_parameters=134_515_008)
+LLAMA2_7B = ModelShape(neurons=11008, mlps=32, parameters_per_neuron=3 * 4096, total_parameters=6_738_415_616)
 
 
 def make_scores(layers: int = 3, neurons: int = 64) -> Scores:

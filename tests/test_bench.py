@@ -19,7 +19,7 @@ import hifiprune as hp
 from hifiprune.commands.bench import told_apart
 from hifiprune.engine.machine import Machine
 from hifiprune.evaluation.speed import Workload, _timed_or_told, operations, write
-from hifiprune.formatting import gain_told
+from hifiprune.formatting import format_speedup
 from tests.commands import Interruption, refused, run
 from tests.families import FORMS, ROUTED, tiny_model, tiny_tokens
 
@@ -286,8 +286,8 @@ def test_noise_is_not_called_a_speed_up(
 def test_a_share_of_next_to_nothing_is_not_told() -> None:
     speedup = {"median": 1.1, "low": 1.09, "high": 1.11}
     row = {"speedup": speedup, "told_apart": True, "share": 9.1, "promised": 1.01}
-    assert gain_told(row) == ("1.10, 1.09 to 1.11", "")
-    assert gain_told(row | {"promised": 1.2, "share": 0.55}) == ("1.10, 1.09 to 1.11", "55%")
-    assert gain_told(row | {"told_apart": False}) == ("not significant", "")
+    assert format_speedup(row) == ("1.10, 1.09 to 1.11", "")
+    assert format_speedup(row | {"promised": 1.2, "share": 0.55}) == ("1.10, 1.09 to 1.11", "55%")
+    assert format_speedup(row | {"told_apart": False}) == ("not significant", "")
     old = {"speedup": {"median": 1.5, "low": 1.5, "high": 1.5}, "share": 0.9, "promised": 1.6}
-    assert gain_told(old) == ("not significant", ""), "records of one round, before that was written down"
+    assert format_speedup(old) == ("not significant", ""), "records of one round, before that was written down"

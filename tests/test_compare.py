@@ -30,7 +30,7 @@ from hifiprune.evaluation import fidelity, lm_eval_harness
 from hifiprune.evaluation.bootstrap import bootstrap_paired
 from hifiprune.evaluation.criteria_comparison import jaccard
 from hifiprune.evaluation.fidelity import METRICS
-from hifiprune.evaluation.zero_shot_tasks import Exam
+from hifiprune.evaluation.zero_shot_tasks import TaskRunner
 from hifiprune.io.hashing import hash_tokens
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.reports import plots
@@ -853,7 +853,7 @@ def test_tasks_are_run_on_the_cut_models(
     monkeypatch.setattr(lm_eval_harness, "_own_tasks", dict)
     folder, names = tmp_path / "out", ["hp_winogrande", "hp_piqa"]
     dense = save_checkpoint(tmp_path / "long", max_position_embeddings=1024)
-    ran = counted(monkeypatch, "ask", owner=Exam)
+    ran = counted(monkeypatch, "ask", owner=TaskRunner)
     result = run(
         *("compare", dense, "--output", folder, "--calibration", world / "calibration.txt", *SIZES),
         *("--text", world / "held.txt", "--criteria", "hfprune,magnitude", "--ratios", 0.26, "--seeds", 2),

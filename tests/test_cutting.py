@@ -18,7 +18,7 @@ from hifiprune.io.hashing import hash_model
 from hifiprune.io.safetensors_stream import Piece, Stored, stored_tensors, write_shard
 from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.models.weight_files import INDEX
-from hifiprune.plan import Plan, in_proportion
+from hifiprune.plan import Plan, proportional_width
 from hifiprune.pruning.cut_checkpoint import hash_stored, stored_plainly
 from tests.commands import Interruption, refused, run
 from tests.families import FORMS, MIXED, VARIANTS, load, tiny_tokens
@@ -35,7 +35,7 @@ def a_plan(model: Any, *, mixed: bool) -> Plan:
     chance = torch.Generator().manual_seed(0)
     mlps = hp.find_mlps(model)
     most = mode(mlp.neurons for mlp in mlps)
-    widths = [in_proportion(24, most, mlp.neurons) - 4 * mixed * layer for layer, mlp in enumerate(mlps)]
+    widths = [proportional_width(24, most, mlp.neurons) - 4 * mixed * layer for layer, mlp in enumerate(mlps)]
     kept = [
         torch.randperm(mlp.neurons, generator=chance)[:w].sort().values for mlp, w in zip(mlps, widths, strict=True)
     ]

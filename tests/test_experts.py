@@ -13,7 +13,7 @@ from torch import Tensor
 import hifiprune as hp
 from hifiprune.io.hashing import hash_model
 from hifiprune.models.checkpoint import find_checkpoint
-from hifiprune.plan import Shape, in_proportion
+from hifiprune.plan import ModelShape, proportional_width
 from hifiprune.pruning.cut_checkpoint import hash_stored, stored_plainly
 from hifiprune.pruning.repair import HELD_OUT, cut_and_repair_
 from tests.commands import refused, run
@@ -184,13 +184,15 @@ def test_layers_that_predict_further_tokens_are_not_stated(tmp_path: Path) -> No
 
 
 def test_other_mlps_follow_the_experts() -> None:
-    shape = Shape.from_sizes([(1408, 6144)] * 26 * 64 + [(2816, 6144)] * 26 + [(10944, 6144)], 10**10, experts=True)
+    shape = ModelShape.from_sizes(
+        [(1408, 6144)] * 26 * 64 + [(2816, 6144)] * 26 + [(10944, 6144)], 10**10, experts=True
+    )
     width = shape.width_at(hp.Budget(neuron_ratio=0.2), 128)
     assert width == 1152  # the nearest multiple of 128 to 1126.4
     assert shape.width_of(2816, width) == 2 * width, "two shared experts are twice as wide, as the configuration says"
     assert shape.width_of(10944, width) == 8960  # the nearest multiple of 128 to 8954.2
     gone = 26 * 64 * 256 + 26 * 512 + 1984
     assert shape.ratio_at(width) == pytest.approx(gone * 6144 / 10**10, rel=1e-12)
-    assert in_proportion(7, 40, 60) == 11  # 10.5, and half is rounded up
+    assert proportional_width(7, 40, 60) == 11  # 10.5, and half is rounded up
     with pytest.raises(hp.UserError, match="the MLPs differ in neurons, 40 to 60"):
-        Shape.from_sizes([(40, 3), (60, 3)], 1000)
+        ModelShape.from_sizes([(40, 3), (60, 3)], 1000)

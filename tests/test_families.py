@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from hifiprune import find_mlps, score
 from hifiprune.config.groups import CriterionOptions
 from hifiprune.engine.context import frozen
-from hifiprune.engine.hooks import Seen
+from hifiprune.engine.hooks import Activations
 from hifiprune.engine.verify import verified_chain
 from hifiprune.models.families import FAMILIES
-from hifiprune.plan import Plan, in_proportion
+from hifiprune.plan import Plan, proportional_width
 from hifiprune.pruning.cut import cut_
 from hifiprune.scoring.criteria import CRITERIA
 from hifiprune.scoring.objectives import Entropy
@@ -49,7 +49,7 @@ def plan_keeping(model: PreTrainedModel, kept: list[Tensor]) -> Plan:
 def random_plan(model: PreTrainedModel, width: int) -> Plan:
     chance = torch.Generator().manual_seed(5)
     sizes = [mlp.neurons for mlp in find_mlps(model)]
-    widths = [in_proportion(width, mode(sizes), neurons) for neurons in sizes]
+    widths = [proportional_width(width, mode(sizes), neurons) for neurons in sizes]
     orders = (torch.randperm(neurons, generator=chance) for neurons in sizes)
     return plan_keeping(model, [order[:own].sort().values for order, own in zip(orders, widths, strict=True)])
 
@@ -69,7 +69,7 @@ def naive_sweep(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Pairs]:
 def chain_sweep(model: PreTrainedModel, tokens: Tensor, *, recompute: bool) -> tuple[Tensor, Pairs]:
     pairs: Pairs = {}
 
-    def keep(seen: Seen) -> None:
+    def keep(seen: Activations) -> None:
         if seen.gradient is not None:
             pairs[seen.layer] = (seen.activation.clone(), seen.gradient.clone())
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from hifiprune import CriterionOptions, find_mlps, score, score_all
 from hifiprune.engine import lm_head as head_module
 from hifiprune.engine.context import frozen
-from hifiprune.engine.hooks import Seen
+from hifiprune.engine.hooks import Activations
 from hifiprune.engine.lm_head import Head
 from hifiprune.engine.sliced_objective import mean_over_positions
 from hifiprune.engine.verify import verified_chain
@@ -125,7 +125,7 @@ def squares_by_draw(model: PreTrainedModel, windows: Tensor, seed: int) -> list[
     """Sum over positions of `(h * dC/dh) ** 2` for each window by itself, `[windows, neurons]` of every MLP."""
     squares = [torch.empty(0)] * len(find_mlps(model))
 
-    def keep(seen: Seen) -> None:
+    def keep(seen: Activations) -> None:
         if seen.kernel is not None:
             squares[seen.layer] = seen.taylor.square().sum(1)
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from hifiprune.engine import lm_head as head_module
 from hifiprune.engine.context import frozen
-from hifiprune.engine.hooks import Seen
+from hifiprune.engine.hooks import Activations
 from hifiprune.engine.lm_head import Head
 from hifiprune.engine.sliced_objective import Kernel, Rows, mean_over_positions
 from hifiprune.engine.verify import verified_chain
@@ -267,7 +267,7 @@ def test_self_distillation_at_zero_pruning_has_exactly_zero_gradient_everywhere(
     model, tokens = tiny_model(variant, torch.float32), tiny_tokens()
     slopes: dict[tuple[int, int], Tensor] = {}
 
-    def keep(seen: Seen) -> None:
+    def keep(seen: Activations) -> None:
         if seen.kernel is not None and seen.gradient is not None:
             slopes[seen.layer, seen.kernel] = seen.gradient.clone()
 

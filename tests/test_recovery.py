@@ -26,7 +26,7 @@ from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.models.families import FAMILIES
 from hifiprune.progress import shown
 from hifiprune.recovery.callback import Watch
-from hifiprune.recovery.distillation import Remembered
+from hifiprune.recovery.distillation import CachedTeacher
 from hifiprune.recovery.lora import with_adapter
 from hifiprune.recovery.rows import split
 from hifiprune.recovery.time_limit import TimeLimit
@@ -236,23 +236,23 @@ def test_a_teacher_kept_on_disk_is_asked_once_and_teaches_alike(
     live = run(pruned, tmp_path / "live", training)
     monkeypatch.setattr("hifiprune.recovery.distillation.ROWS_A_FILE", 8)
     asked: list[int] = []
-    write = Remembered.write
+    write = CachedTeacher.write
 
-    def counted(self: Remembered, first: int, *more: Any) -> None:
+    def counted(self: CachedTeacher, first: int, *more: Any) -> None:
         asked.append(first)
         write(self, first, *more)
 
-    def interrupted(self: Remembered, first: int, *more: Any) -> None:
+    def interrupted(self: CachedTeacher, first: int, *more: Any) -> None:
         if len(asked) == 2:
             raise Interruption
         counted(self, first, *more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Remembered, "write", interrupted)
+        patch.setattr(CachedTeacher, "write", interrupted)
         with pytest.raises(Interruption):
             run(pruned, tmp_path / "kept", replace(training, cache_teacher=256))  # of 257
         assert asked == [0, 8]
-        patch.setattr(Remembered, "write", counted)
+        patch.setattr(CachedTeacher, "write", counted)
         record = run(pruned, tmp_path / "kept", replace(training, cache_teacher=256))
     assert asked == [*range(0, asked[-1] + 8, 8)], "nothing is asked twice"
     assert len(asked) > 2
@@ -540,13 +540,13 @@ def test_a_limit_that_passes_while_the_data_is_read_or_the_teacher_asked_is_kept
     record = run(pruned, tmp_path / "read", replace(TIMED, max_minutes=1e-9))
     assert record.results["held_out_perplexity"] == {"before": None, "after": None}
     assert torch.equal(*(weights_of(path)["lm_head.weight"] for path in (pruned / "pruned", tmp_path / "read")))
-    clock, write = Clock().install(monkeypatch), Remembered.write
+    clock, write = Clock().install(monkeypatch), CachedTeacher.write
 
     def slowly(*arguments: Any) -> None:
         clock.seconds += 400
         write(*arguments)
 
-    monkeypatch.setattr(Remembered, "write", slowly)
+    monkeypatch.setattr(CachedTeacher, "write", slowly)
     monkeypatch.setattr("hifiprune.recovery.distillation.ROWS_A_FILE", 2)
     record = run(pruned, tmp_path / "asked", replace(TIMED, cache_teacher=8))
     assert (clock.seconds, record.results["steps"]) == (800, 0)

@@ -23,8 +23,8 @@ from hifiprune.io import safetensors_stream
 from hifiprune.io.atomic import replacing
 from hifiprune.io.distributed import follow_first, leave, rank
 from hifiprune.io.output_paths import check_target
-from hifiprune.io.pass_checkpoint import Keeper
-from hifiprune.io.resume import Unfinished
+from hifiprune.io.pass_checkpoint import PassCheckpoint
+from hifiprune.io.resume import ResumeFolder
 from hifiprune.plan import Plan
 from hifiprune.scores import Scores
 from hifiprune.scoring.score import Request, score_all
@@ -61,10 +61,10 @@ def stopping_after(batches: int, counts: list[int] | None = None) -> Iterator[No
         yield
 
 
-def keeper_in(folder: Path, model: Any = None) -> Keeper:
+def keeper_in(folder: Path, model: Any = None) -> PassCheckpoint:
     """For states in a folder."""
-    unfinished = Unfinished(folder / "unfinished")
-    return Keeper(unfinished.of(model or tiny_model("llama"), "hash"))
+    unfinished = ResumeFolder(folder / "unfinished")
+    return PassCheckpoint(unfinished.of(model or tiny_model("llama"), "hash"))
 
 
 def equal(ours: Scores, theirs: Scores) -> bool:
@@ -104,7 +104,7 @@ def test_states_of_other_windows_models_and_batches_are_left_alone(tmp_path: Pat
         (windows, {"batch_size": 2}),
         (windows, {"recompute": True}),
         (windows, {"keeper": keeper_in(tmp_path).of("step", 2)}),
-        (windows, {"keeper": Keeper(Unfinished(tmp_path / "unfinished").of(model, "another hash"))}),
+        (windows, {"keeper": PassCheckpoint(ResumeFolder(tmp_path / "unfinished").of(model, "another hash"))}),
     ]
     for tokens, how in others:
         counts: list[int] = []
@@ -130,7 +130,7 @@ def test_scoring_goes_on_where_no_state_can_be_kept(
     def full(*_: Any) -> None:
         raise hp.RunError("the disk is full")
 
-    monkeypatch.setattr(Unfinished, "write", full)
+    monkeypatch.setattr(ResumeFolder, "write", full)
     model, windows, request = tiny_model("llama"), tiny_tokens(4, 9), [("hfprune", hp.CriterionOptions())]
     (kept,) = score_all(model, windows, request, keeper=keeper_in(tmp_path))
     assert equal(kept, score_all(model, windows, request)[0])

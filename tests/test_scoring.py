@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hifiprune import RunError, UserError, find_mlps, score
 from hifiprune.engine.context import check_windows
-from hifiprune.engine.hooks import Seen
+from hifiprune.engine.hooks import Activations
 from hifiprune.io.hashing import hash_model
 from hifiprune.scoring.neuron_statistics import absolute, moments, square
 from tests.families import tiny_model, tiny_tokens
@@ -125,9 +125,9 @@ def test_late_small_terms_are_not_lost_in_bfloat16() -> None:
     activation = torch.ones(1, 1001, 2, dtype=torch.bfloat16)
     gradient = -torch.ones(1, 1001, 2, dtype=torch.bfloat16)
     activation[0, 0] = 256
-    assert absolute(Seen(0, 0, activation, gradient.clone())).tolist() == [[1256.0, 1256.0]]
-    assert square(Seen(0, 0, activation, gradient.clone())).tolist() == [[66536.0, 66536.0]]
-    assert moments(Seen(0, None, activation)).tolist() == [[1256.0] * 2, [66536.0] * 2]
+    assert absolute(Activations(0, 0, activation, gradient.clone())).tolist() == [[1256.0, 1256.0]]
+    assert square(Activations(0, 0, activation, gradient.clone())).tolist() == [[66536.0, 66536.0]]
+    assert moments(Activations(0, None, activation)).tolist() == [[1256.0] * 2, [66536.0] * 2]
 
 
 def test_float16_gradients_do_not_vanish() -> None:

@@ -11,7 +11,7 @@ import torch
 
 import hifiprune as hp
 from hifiprune.engine.offload import stream
-from hifiprune.engine.spill import Scratch, set_aside
+from hifiprune.engine.spill import Scratch, spill
 from hifiprune.engine.verify import verified_chain
 from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.scoring.score import score_all
@@ -22,7 +22,7 @@ from tests.families import tiny_tokens
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_tensors_come_back_as_they_were(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = [torch.randn(3, 5, 7).to(dtype), torch.randn(7, 4).to(dtype).T, torch.zeros(0, 2, dtype=dtype)]
-    kept = [set_aside(Scratch(tmp_path), tensor) for tensor in tensors]
+    kept = [spill(Scratch(tmp_path), tensor) for tensor in tensors]
     for _ in range(2):
         for tensor, each in zip(tensors, kept, strict=True):
             assert each().dtype == dtype

@@ -14,7 +14,7 @@ import hifiprune as hp
 from hifiprune.defaults import DEFAULT_CRITERION
 from hifiprune.evaluation.fidelity import divergence_of
 from hifiprune.models.checkpoint import Checkpoint
-from hifiprune.pruning.allocate import plan_with, share_out
+from hifiprune.pruning.allocate import allocate_widths, plan_with
 from hifiprune.pruning.search_widths import exchange_size, search
 from tests.commands import Result, refused, run
 from tests.families import tiny_model, tiny_tokens
@@ -30,7 +30,7 @@ from tests.test_allocation import make_scores
 def test_shares_have_the_largest_sum_of_all(gains: list[list[float]], width: int, floor: float) -> None:
     total = width * len(gains)
     sums = [sorted(each, reverse=True) for each in gains]
-    widths = share_out([torch.tensor(each).double() for each in gains], width, round_to=1, floor=floor)
+    widths = allocate_widths([torch.tensor(each).double() for each in gains], width, round_to=1, floor=floor)
     least = max(1, int(floor * width))
     possible = [each for each in product(range(least, 5), repeat=len(gains)) if sum(each) == total]
     assert tuple(widths) in possible

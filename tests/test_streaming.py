@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import hifiprune as hp
-from hifiprune.engine.offload import Shelf, stream
+from hifiprune.engine.offload import WeightOffload, stream
 from hifiprune.engine.spill import Scratch
 from hifiprune.engine.verify import verified_chain
 from hifiprune.models.checkpoint import find_checkpoint
@@ -53,7 +53,7 @@ def test_streamed_scores_equal_resident_ones(
     theirs = score_all(resident, windows, asked, recompute=True)
     monkeypatch.setattr("hifiprune.scoring.score.group_of", lambda *_, **__: 2)  # of five
     if dtype == torch.bfloat16:
-        monkeypatch.setattr(Shelf, "head_room", 0)  # so that the head is read for every slice
+        monkeypatch.setattr(WeightOffload, "head_room", 0)  # so that the head is read for every slice
     ours = score_all(streamed, windows, asked, model_hash="known")
     for one, other in zip(ours, theirs, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one.values, other.values, strict=True)), one.criterion
@@ -161,13 +161,13 @@ def test_a_padding_token_far_down_the_vocabulary_is_no_trouble(variant: str, bot
 
 def test_two_blocks_at_most_are_in_memory(both: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch) -> None:
     _, streamed = both("llama", num_hidden_layers=5)
-    seen, read = [], Shelf._read
+    seen, read = [], WeightOffload._read
 
-    def counted(shelf: Shelf, block: Any, index: int) -> Any:
+    def counted(shelf: WeightOffload, block: Any, index: int) -> Any:
         seen.append(sum(any(p.device.type != "meta" for p in each.parameters()) for each in streamed.model.layers))
         return read(shelf, block, index)
 
-    monkeypatch.setattr(Shelf, "_read", counted)
+    monkeypatch.setattr(WeightOffload, "_read", counted)
     score_all(streamed, tiny_tokens(3, 9), [("fisher", hp.CriterionOptions())], model_hash="known")
     assert len(seen) >= 2 * 5
     assert max(seen) <= 1, "beside the one that is read"

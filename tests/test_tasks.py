@@ -25,7 +25,7 @@ from hifiprune import RunError, UserError
 from hifiprune.config.evaluate import Tasks
 from hifiprune.evaluation import lm_eval_harness
 from hifiprune.evaluation.bootstrap import Estimate
-from hifiprune.evaluation.zero_shot_tasks import Answers, Exam, average, check_tasks, differences, zero_shot
+from hifiprune.evaluation.zero_shot_tasks import Answers, TaskRunner, average, check_tasks, differences, zero_shot
 from tests.commands import Interruption, refused, run
 from tests.processes import forked
 
@@ -151,7 +151,7 @@ def test_prompts_begin_as_the_tokenizer_begins_a_text(
         return [(0.0, False)] * len(requests)
 
     monkeypatch.setattr("hifiprune.evaluation.zero_shot_tasks.likelihoods", recorded)
-    Exam(Tasks(("hp_piqa",), folder, limit=4)).ask(model, tokenizer)
+    TaskRunner(Tasks(("hp_piqa",), folder, limit=4)).ask(model, tokenizer)
     assert len(asked) == 8
     assert all(text[0] == tokenizer.eos_token_id != text[1] for text in asked)
 
@@ -341,7 +341,7 @@ def test_accuracies_equal_those_of_the_harness_own_command(
 ) -> None:
     path, names = make_checkpoint(max_position_embeddings=1024), sorted(file.stem for file in folder.glob("hp_*.yaml"))
     names = [name for name in names if name not in ("hp_pair", "hp_zero_shot")]
-    exam = Exam(Tasks(tuple(names), folder, limit=12, seed=1))
+    exam = TaskRunner(Tasks(tuple(names), folder, limit=12, seed=1))
     found = exam.ask(AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path))
     drawn = {name: sorted(random.Random(1).sample(range(size), 12)) for name, (_, size) in exam.items.items()}
     words = [
@@ -425,7 +425,7 @@ def test_an_exam_is_read_once_and_taken_by_one_model_after_another(
         limit=25,
         seed=3,
     )
-    exam = Exam(tasks)
+    exam = TaskRunner(tasks)
     assert exam.items == {"hp_winogrande": (25, 1267), "hp_piqa": (25, 1838)}
     (model, tokenizer), (other, _) = load(), load("qwen3")
     seen: list[int] = []
@@ -447,19 +447,19 @@ def test_an_exam_is_read_once_and_taken_by_one_model_after_another(
     monkeypatch.undo()
     assert again == first != second
     assert seen == list(range(len(exam.prompts))), "progress goes to the end"
-    assert first == Exam(tasks).ask(model, tokenizer)
-    assert Exam(replace(tasks, seed=4)).prompts != exam.prompts
+    assert first == TaskRunner(tasks).ask(model, tokenizer)
+    assert TaskRunner(replace(tasks, seed=4)).prompts != exam.prompts
 
 
 @pytest.mark.usefixtures("no_defaults")
 def test_an_exam_is_known_by_its_name_its_prompts_and_the_right_answers(folder: Path) -> None:
     task = (folder / "hp_piqa.yaml").read_text()
     (folder / "twin.yaml").write_text(task.replace("task: hp_piqa", "task: twin"))
-    known = [Exam(Tasks((name,), folder, limit=5)).identity for name in ("hp_piqa", "hp_piqa", "twin")]
+    known = [TaskRunner(Tasks((name,), folder, limit=5)).identity for name in ("hp_piqa", "hp_piqa", "twin")]
     assert known[0] == known[1] != known[2]
     (folder / "hp_piqa.yaml").write_text(task.replace("doc_to_target: label", "doc_to_target: '{{1 - label}}'"))
-    other = Exam(Tasks(("hp_piqa",), folder, limit=5))
-    assert other.prompts == Exam(Tasks(("twin",), folder, limit=5)).prompts
+    other = TaskRunner(Tasks(("hp_piqa",), folder, limit=5))
+    assert other.prompts == TaskRunner(Tasks(("twin",), folder, limit=5)).prompts
     assert other.identity != known[0]
 
 
@@ -470,7 +470,7 @@ def test_mistakes_in_a_file_of_tasks_are_the_users(folder: Path) -> None:
         assert right in task
         (folder / "hp_piqa.yaml").write_text(task.replace(right, wrong))
         with pytest.raises(UserError, match="a file of hp_piqa refers to an unknown field"):
-            Exam(Tasks(("hp_piqa",), folder, limit=5))
+            TaskRunner(Tasks(("hp_piqa",), folder, limit=5))
 
 
 @pytest.mark.usefixtures("no_defaults")
@@ -488,15 +488,15 @@ def test_evaluate_measures_several_models_and_goes_on_after_an_interruption(
         *("--tasks", "hp_winogrande,hp_piqa", "--task-path", folder, "--limit", 25),
     )
     asked: list[str] = []
-    ask = Exam.ask
+    ask = TaskRunner.ask
 
-    def stopped(exam: Exam, *rest: Any, **how: Any) -> Any:
+    def stopped(exam: TaskRunner, *rest: Any, **how: Any) -> Any:
         asked.append(exam.tasks.names[0])
         if len(asked) == 4:
             raise Interruption
         return ask(exam, *rest, **how)
 
-    monkeypatch.setattr(Exam, "ask", stopped)
+    monkeypatch.setattr(TaskRunner, "ask", stopped)
     with pytest.raises(Interruption):
         run(*arguments)
     assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from hifiprune.engine.sliced_objective import Rows
-from hifiprune.recovery.distillation import ROWS_A_FILE, LikeliestTarget, Remembered, Teacher
+from hifiprune.recovery.distillation import ROWS_A_FILE, CachedTeacher, LikeliestTarget, Teacher
 from hifiprune.recovery.loss import sliced_loss
 from hifiprune.recovery.packing import IGNORED, pack
 from hifiprune.recovery.training_data import Example
@@ -159,7 +159,7 @@ def test_what_was_kept_on_disk_teaches_as_the_teacher_does(tmp_path: Path, tempe
     rows = pack(examples, 12)
     assert len(rows) > ROWS_A_FILE, "more than one file"
     student, teacher = tiny_model("llama-tied", intermediate_size=24), Teacher(tiny_model("llama-tied", seed=4))
-    kept = Remembered(rows, 60, lambda first: tmp_path / f"{first}.safetensors")
+    kept = CachedTeacher(rows, 60, lambda first: tmp_path / f"{first}.safetensors")
     assert kept.missing() == [0, ROWS_A_FILE]
     for first in kept.missing():
         kept.write(first, teacher, temperature, kept.place(first))

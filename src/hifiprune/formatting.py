@@ -19,7 +19,7 @@ def accuracies(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found | ({"average": row["average"]} if "average" in row else {})
 
 
-def with_interval(estimate: dict[str, Any], form: str = ".3g") -> str:
+def format_interval(estimate: dict[str, Any], form: str = ".3g") -> str:
     """Format an estimate with its interval in brackets."""
     if estimate["value"] is None:
         return "none"
@@ -27,19 +27,19 @@ def with_interval(estimate: dict[str, Any], form: str = ".3g") -> str:
     return f"{estimate['value']:{form}}{bounds}"
 
 
-def with_error(estimate: dict[str, Any]) -> str:
+def format_accuracy(estimate: dict[str, Any]) -> str:
     """Format an accuracy with its standard error."""
     error = estimate["standard_error"]
     return f"{estimate['value']:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
-def asked_of(items: dict[str, list[int]], task: str) -> str:
+def format_items(items: dict[str, list[int]], task: str) -> str:
     """Format the number of items of a task that were used, and of how many; empty for a group."""
     asked, there = items.get(task, ("", ""))
     return f"{asked:,} of {there:,}" if asked != there else str(asked)
 
 
-def gain_told(found: dict[str, Any]) -> tuple[str, str]:
+def format_speedup(found: dict[str, Any]) -> tuple[str, str]:
     """Format a speed-up with its range over the rounds, and its share of the theoretical saving.
 
     Both are withheld if the rounds cannot distinguish the speed-up from noise, the share also if the saving is tiny.
@@ -53,7 +53,7 @@ def gain_told(found: dict[str, Any]) -> tuple[str, str]:
     return f"{speedup['median']:.2f}, {speedup['low']:.2f} to {speedup['high']:.2f}", told
 
 
-def short(names: Collection[str]) -> list[str]:
+def short_names(names: Collection[str]) -> list[str]:
     """Return the last part of each path if these are unique, else the whole paths."""
     ends = [Path(name).name for name in names]
     return ends if len(set(ends)) == len(ends) else list(names)

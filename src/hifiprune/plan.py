@@ -23,7 +23,7 @@ from hifiprune.scores import Scores
 FORMAT = "hifiprune-plan-1"
 
 
-def highest(scores: Float[Tensor, "neurons"], width: int) -> Int[Tensor, "width"]:
+def top_indices(scores: Float[Tensor, "neurons"], width: int) -> Int[Tensor, "width"]:
     """Return the indices of the `width` highest scores in ascending order; ties keep the lower index."""
     return torch.sort(scores, descending=True, stable=True).indices[:width].sort().values
 
@@ -101,7 +101,7 @@ EXPERT = re.compile(r"experts\.\d+$")
 """Matches the end of an expert's name."""
 
 
-def in_proportion(width: int, of: int, neurons: int) -> int:
+def proportional_width(width: int, of: int, neurons: int) -> int:
     """Return the width for an MLP of `neurons` when one of `of` neurons is reduced to `width`.
 
     If `neurons` is a multiple of `of`, so are the widths; otherwise it is the nearest multiple of the largest power of
@@ -114,7 +114,7 @@ def in_proportion(width: int, of: int, neurons: int) -> int:
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """The sizes of a model that turn a budget into a width.
 
     Attributes:
@@ -134,7 +134,7 @@ class Shape:
     experts: bool = False
 
     @classmethod
-    def of(cls, scores: Scores) -> "Shape":
+    def of(cls, scores: Scores) -> "ModelShape":
         """Return the sizes of the model that was scored.
 
         Raises:
@@ -145,7 +145,9 @@ class Shape:
         return cls.from_sizes(sizes, scores.total_parameters, experts=experts)
 
     @classmethod
-    def from_sizes(cls, sizes: Sequence[tuple[int, int]], total_parameters: int, *, experts: bool = False) -> "Shape":
+    def from_sizes(
+        cls, sizes: Sequence[tuple[int, int]], total_parameters: int, *, experts: bool = False
+    ) -> "ModelShape":
         """Return the sizes, given width and parameters per neuron of every MLP, which may differ only with experts."""
         (main, count), *rest = Counter(sizes).most_common()
         if rest and not experts:
@@ -159,7 +161,7 @@ class Shape:
 
     def width_of(self, neurons: int, width: int) -> int:
         """Return the width of an MLP of `neurons` when those of the main kind keep `width`."""
-        return in_proportion(width, self.neurons, neurons)
+        return proportional_width(width, self.neurons, neurons)
 
     def ratio_at(self, width: int) -> float:
         """Return the fraction of all parameters that is removed when MLPs of the main kind keep `width` neurons."""

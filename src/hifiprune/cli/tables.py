@@ -17,13 +17,13 @@ from hifiprune.commands.next_steps import (
 from hifiprune.evaluation.fidelity import METRICS
 from hifiprune.formatting import (
     accuracies,
-    asked_of,
-    gain_told,
+    format_accuracy,
+    format_interval,
+    format_items,
+    format_speedup,
     megabytes,
-    short,
+    short_names,
     width_range,
-    with_error,
-    with_interval,
 )
 from hifiprune.io.atomic import disk_size
 from hifiprune.models.lineage import dense_of, pruning_of
@@ -106,10 +106,10 @@ def evaluated(record: RunRecord, output: str | Path | None, *, card: bool) -> No
     results = record.results
     measured = {name: row["metrics"] for name, row in results["models"].items() if "metrics" in row}
     if measured:
-        table = _table("metric", *(short(measured) if len(measured) > 1 else ["value"]), "meaning")
+        table = _table("metric", *(short_names(measured) if len(measured) > 1 else ["value"]), "meaning")
         for metric in next(iter(measured.values())):
             label, meaning = METRICS[metric]
-            table.add_row(label, *(with_interval(metrics[metric], ".4g") for metrics in measured.values()), meaning)
+            table.add_row(label, *(format_interval(metrics[metric], ".4g") for metrics in measured.values()), meaning)
         _show(table)
         size = f"{results['windows']} windows of {results['positions']} tokens"
         console().print(f"{size}; in brackets 95% intervals by bootstrap over windows")
@@ -125,32 +125,32 @@ def evaluated(record: RunRecord, output: str | Path | None, *, card: bool) -> No
 def _answered(models: dict[str, dict[str, Any]], items: dict[str, list[int]]) -> None:
     """Print task results: a row per task, a column per model."""
     rows = {name: accuracies(row) for name, row in models.items()}
-    table = _table("task", "metric", "items", *short(rows))
+    table = _table("task", "metric", "items", *short_names(rows))
     for key in next(iter(rows.values())):
         task, _, metric = key.partition("/")
         gains = [models[name].get("differences", {}).get(key) for name in rows]
         cells = [_accuracy(row[key], gain) for row, gain in zip(rows.values(), gains, strict=True)]
-        table.add_row(task, metric, asked_of(items, task), *cells)
+        table.add_row(task, metric, format_items(items, task), *cells)
     _show(table)
     remarks = ["No examples in the prompts; accuracy with its standard error."]
     if any(asked != there for asked, there in items.values()):
         remarks.append("Of larger tasks a random choice of items was asked, the same of every model.")
     if len(rows) > 1:
-        reference, *_ = short(rows)
+        reference, *_ = short_names(rows)
         remarks.append(f"In brackets the difference to {reference} on the same items, with its 95% interval.")
     console().print(" ".join(remarks), markup=False)
 
 
 def _accuracy(estimate: dict[str, float | None], gain: dict[str, float] | None) -> str:
     interval = "" if gain is None or gain["low"] is None else f", {gain['low']:+.3f} to {gain['high']:+.3f}"
-    return with_error(estimate) + ("" if gain is None else f" ({gain['value']:+.3f}{interval})")
+    return format_accuracy(estimate) + ("" if gain is None else f" ({gain['value']:+.3f}{interval})")
 
 
 def benched(record: RunRecord) -> None:
     """Print the results of `bench`."""
     results = record.results
     names = list(results["models"])
-    table = _table("", *short(names))
+    table = _table("", *short_names(names))
     facts = list(results["models"].values())
     table.add_row("parameters", *(f"{each['parameters']:,}" for each in facts))
     table.add_row("weight files", *(megabytes(each["weight_bytes"]) for each in facts))
@@ -163,7 +163,7 @@ def benched(record: RunRecord) -> None:
         size, rows = work["batch_size"], found["models"]
         rates = {"first": size * work["length"], "later": size}
         title = f"prefill {size} x {work['length']} tokens, decode {work['new_tokens']}"
-        table = _table("", *short(names), title=title + (", compiled" if work["compiled"] else ""))
+        table = _table("", *short_names(names), title=title + (", compiled" if work["compiled"] else ""))
         for part, what in (("first", "prefill"), ("later", "decode")):
             rate = rates[part]
             needs = (rows[name][part]["operations"] / rate for name in names)
@@ -182,7 +182,7 @@ def benched(record: RunRecord) -> None:
 
 
 def _gain(found: dict[str, Any]) -> str:
-    speedup, share = gain_told(found)
+    speedup, share = format_speedup(found)
     return f"{speedup} ({found['promised']:.2f}{', ' * bool(share)}{share})"
 
 
@@ -272,7 +272,7 @@ def ablated(record: RunRecord, model: str, scores: list[Path]) -> None:
     table = _table("criterion", *headings)
     for name, found in correlations.items():
         parts = [found[kind][where] for kind in kinds for where in ("within_layers", "all_layers")]
-        table.add_row(name, *(with_interval(part) for part in parts))
+        table.add_row(name, *(format_interval(part) for part in parts))
     _show(table)
     console().print("Spearman's rank correlation of scores with the measured KL divergence, with 95% intervals")
     _costs(record)
@@ -319,7 +319,7 @@ def demo_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Return the rows of the demo's table: quantity, dense, pruned."""
     results = summary["results"]
     parameters, width, size = results["parameters"], results["width"], results["weight_bytes"]
-    metrics = {name: with_interval(estimate) for name, estimate in results["metrics"].items()}
+    metrics = {name: format_interval(estimate) for name, estimate in results["metrics"].items()}
     seconds = sum(stage["seconds"] for stage in summary["stages"])
     scoring, repair = (
         next(stage for stage in summary["stages"] if stage["name"] == name)

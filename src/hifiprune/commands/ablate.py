@@ -30,7 +30,7 @@ from hifiprune.evaluation.text import held_windows
 from hifiprune.io.atomic import replacing
 from hifiprune.io.hashing import hash_tokens
 from hifiprune.io.output_paths import exclusive
-from hifiprune.io.resume import Unfinished
+from hifiprune.io.resume import ResumeFolder
 from hifiprune.progress import about, logger, note, track
 from hifiprune.run_record import RunRecord
 from hifiprune.scores import Scores
@@ -65,7 +65,7 @@ def ablate(model: str, output: str | Path, config: AblateConfig) -> RunRecord:
     )
     for layer_scores in loaded_scores.values():
         check_layout(layer_scores, skeleton)
-    unfinished = Unfinished.beside(target, "ablate")
+    unfinished = ResumeFolder.beside(target, "ablate")
     first = next(iter(loaded_scores.values()))
     trials = sample(first, config.neurons, config.groups, config.group_size, config.seed)
     windows = held_windows(config.text, checkpoint.tokenizer())

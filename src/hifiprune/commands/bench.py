@@ -22,11 +22,11 @@ from hifiprune.engine.context import check_names
 from hifiprune.engine.machine import Machine
 from hifiprune.errors import RunError, UserError
 from hifiprune.evaluation.speed import Workload, operations, request
-from hifiprune.formatting import short
+from hifiprune.formatting import short_names
 from hifiprune.io.atomic import replacing
 from hifiprune.io.output_paths import check_target, exclusive
 from hifiprune.io.processes import run_program
-from hifiprune.io.resume import Unfinished, kept
+from hifiprune.io.resume import ResumeFolder, kept
 from hifiprune.models.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.models.lineage import read_with
 from hifiprune.models.mlp import count_parameters, find_mlps
@@ -87,7 +87,7 @@ def bench(
     for remark in crowd:
         logger.info(remark)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    unfinished = Unfinished.beside(target, "bench") if target else None
+    unfinished = ResumeFolder.beside(target, "bench") if target else None
     with record.stage("timing"):
         for number, checkpoint in track([*product(range(rounds), checkpoints)], "timing"):
             asked = request(checkpoint.name, compute, workloads, config.repeats)
@@ -233,7 +233,7 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 def _remarks(results: dict[str, Any], rounds: int) -> list[str]:
     """What a reader should know of these figures."""
-    known = dict(zip(results["models"], short(results["models"]), strict=True))
+    known = dict(zip(results["models"], short_names(results["models"]), strict=True))
     remarks = [
         f"{known[name]}: widths such as {facts['unaligned'][0]:,} are no multiples of {ALIGNED}, "
         f"which many kernels want; the nearest is {max(1, round(facts['unaligned'][0] / ALIGNED)) * ALIGNED:,}."

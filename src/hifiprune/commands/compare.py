@@ -24,7 +24,7 @@ from hifiprune.evaluation.zero_shot_tasks import check_tasks
 from hifiprune.io.atomic import local_path, replacing
 from hifiprune.io.hashing import hash_tokens
 from hifiprune.io.output_paths import exclusive
-from hifiprune.io.resume import Unfinished
+from hifiprune.io.resume import ResumeFolder
 from hifiprune.io.text_files import is_pipe
 from hifiprune.io.text_sources import SELF, text_files
 from hifiprune.progress import labelled
@@ -65,7 +65,7 @@ def compare(model: str, output: str | Path, config: CompareConfig) -> RunRecord:
         overwrite=config.overwrite,
     )
     shape = shape_of(skeleton)
-    unfinished = Unfinished.beside(target, "compare")
+    unfinished = ResumeFolder.beside(target, "compare")
     widths = {ratio: shape.width_at(Budget(ratio=ratio), config.round_to) for ratio in ratios}
     for width in widths.values():
         shape.check_experts("uniform", width)

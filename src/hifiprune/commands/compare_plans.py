@@ -26,10 +26,10 @@ from hifiprune.engine.temporary_cut import cut
 from hifiprune.evaluation.criteria_comparison import Measured
 from hifiprune.evaluation.fidelity import Reference, measure_windows
 from hifiprune.evaluation.text import Held
-from hifiprune.evaluation.zero_shot_tasks import Exam
+from hifiprune.evaluation.zero_shot_tasks import TaskRunner
 from hifiprune.io.hashing import hash_tokens
-from hifiprune.io.pass_checkpoint import Keeper
-from hifiprune.io.resume import Unfinished
+from hifiprune.io.pass_checkpoint import PassCheckpoint
+from hifiprune.io.resume import ResumeFolder
 from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.plan import Plan
 from hifiprune.progress import about, labelled, logger, track
@@ -56,7 +56,7 @@ class Workbench:
     name: str
     model_hash: str
     tokenizer: PreTrainedTokenizerBase
-    unfinished: Unfinished
+    unfinished: ResumeFolder
     compute: ComputeConfig
 
     def sample(self, calibration: Calibration) -> Int[Tensor, "windows positions"]:
@@ -89,7 +89,7 @@ class Workbench:
                     recompute=self.compute.recompute,
                     settings={"calibration": asdict(calibration)},
                     model_hash=self.model_hash,
-                    keeper=Keeper(self.unfinished),
+                    keeper=PassCheckpoint(self.unfinished),
                 )
             for path, scores in zip(missing, made, strict=True):
                 self.unfinished.write(path, scores.save)
@@ -137,7 +137,7 @@ class Workbench:
             if texts[source].fidelity
         }
         asked = [each for each in what if isinstance(each, Tasks) and any(wanted[path][1] is each for path in todo)]
-        exams = {each: Exam(each) for each in asked}
+        exams = {each: TaskRunner(each) for each in asked}
         steps = track(todo, "measuring")
         for _, paths in groupby(steps, key=lambda path: id(wanted[path][0])):  # a model is cut once for all texts
             first = next(paths)
@@ -155,7 +155,7 @@ class Workbench:
         )
         return {name: each.tolist() for name, each in values.items()}
 
-    def _take(self, exam: Exam) -> Measured:
+    def _take(self, exam: TaskRunner) -> Measured:
         answers = exam.ask(self.model, self.tokenizer, batch_size=self.compute.batch_size)
         return {name: [found.accuracy.value] for name, found in answers.items()}
 

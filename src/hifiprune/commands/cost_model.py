@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from hifiprune.config.groups import ComputeConfig
 from hifiprune.engine.compute import compute_dtype, product_speed, resolved_device
 from hifiprune.engine.context import frozen, memory_explained
-from hifiprune.engine.hooks import Seen
+from hifiprune.engine.hooks import Activations
 from hifiprune.engine.lm_head import rows_of_slice
 from hifiprune.engine.offload import LEAST_ROOM, place, return_what_is_freed
 from hifiprune.engine.verify import verified_chain
@@ -337,7 +337,7 @@ def _timed(model: PreTrainedModel, tokens: Tensor, jobs: Sequence[Job], *, recom
     """Time a sweep for the jobs, after a warm-up."""
     kernels, maps = needs(jobs)
 
-    def visit(seen: Seen) -> None:
+    def visit(seen: Activations) -> None:
         for job in jobs:
             if serves(job, kernels, seen):
                 job.statistic(seen).double()

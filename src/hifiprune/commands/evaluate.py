@@ -24,11 +24,11 @@ from hifiprune.evaluation.bootstrap import Estimate
 from hifiprune.evaluation.fidelity import measure
 from hifiprune.evaluation.text import held_windows
 from hifiprune.evaluation.token_comparison import read_passage
-from hifiprune.evaluation.zero_shot_tasks import Answers, Exam, average, check_tasks, differences
+from hifiprune.evaluation.zero_shot_tasks import Answers, TaskRunner, average, check_tasks, differences
 from hifiprune.io.atomic import replacing
 from hifiprune.io.hashing import hash_tokens
 from hifiprune.io.output_paths import check_target, exclusive
-from hifiprune.io.resume import Unfinished, kept
+from hifiprune.io.resume import ResumeFolder, kept
 from hifiprune.io.schemas import PASSAGES
 from hifiprune.models.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.models.lineage import read_with
@@ -72,7 +72,7 @@ def evaluate(models: str | Sequence[str], config: EvaluateConfig, output: str | 
     if config.card:
         check_cards(checkpoints)
     target = None if output is None else _target(output, everyone, config)
-    unfinished = Unfinished.beside(target, "evaluate") if target else None
+    unfinished = ResumeFolder.beside(target, "evaluate") if target else None
     bench = load_data(everyone, config, record, unfinished)
     logger.info(bench.cost(everyone[0], len(everyone)))
     if dense:
@@ -121,7 +121,7 @@ def _target(output: str | Path, checkpoints: Sequence[Checkpoint], config: Evalu
 
 
 def load_data(
-    checkpoints: Sequence[Checkpoint], config: EvaluateConfig, record: RunRecord, unfinished: Unfinished | None
+    checkpoints: Sequence[Checkpoint], config: EvaluateConfig, record: RunRecord, unfinished: ResumeFolder | None
 ) -> "Bench":
     """Read the text and the tasks, and get the models' files."""
     if config.tasks:
@@ -130,7 +130,7 @@ def load_data(
     if windows is not None:
         check_tokens(checkpoints[0], windows)
     tasks = config.tasks
-    exams = {name: Exam(replace(tasks, names=(name,))) for name in tasks.names} if tasks else {}
+    exams = {name: TaskRunner(replace(tasks, names=(name,))) for name in tasks.names} if tasks else {}
     prompts = max((len(exam.prompts) for exam in exams.values()), default=0)
     rows = max(len(windows) if windows is not None else 1, -(-prompts // PROMPTS))
     compute = limit_batch(config.compute, rows, "windows, or groups of prompts" if prompts else "windows")
@@ -159,10 +159,10 @@ class Bench:
     """
 
     windows: Int[Tensor, "windows positions"] | None
-    exams: dict[str, Exam]
+    exams: dict[str, TaskRunner]
     compute: ComputeConfig
     record: RunRecord
-    unfinished: Unfinished | None
+    unfinished: ResumeFolder | None
     dense: PreTrainedModel | None = None
     dense_name: str = ""
     dense_hash: str = ""
@@ -201,7 +201,7 @@ class Bench:
             found = measure(model, self.windows, self.dense, batch_size=self.compute.batch_size)
         return {name: asdict(estimate) for name, estimate in found.items()}
 
-    def _ask(self, checkpoint: Checkpoint, model: PreTrainedModel, parts: Unfinished | None) -> None:
+    def _ask(self, checkpoint: Checkpoint, model: PreTrainedModel, parts: ResumeFolder | None) -> None:
         """Have a model answer every task."""
         for name, exam in self.exams.items():
             facts = ["answers", exam.identity]
@@ -216,7 +216,7 @@ class Bench:
             found = self.exams[name].ask(model, checkpoint.tokenizer(), batch_size=size)
         return {task: asdict(answers) for task, answers in found.items()}
 
-    def _parts(self, model: PreTrainedModel, model_hash: str) -> Unfinished | None:
+    def _parts(self, model: PreTrainedModel, model_hash: str) -> ResumeFolder | None:
         return self.unfinished.of(model, model_hash) if self.unfinished else None
 
     def cost(self, first: Checkpoint, count: int) -> str:

@@ -10,7 +10,7 @@ from hifiprune.errors import UserError
 from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.models.lineage import dense_of, record_of
 from hifiprune.models.mlp import count_parameters, find_mlps
-from hifiprune.plan import Shape
+from hifiprune.plan import ModelShape
 
 
 def inspect(model: str, *, deploy: bool = False) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def inspect(model: str, *, deploy: bool = False) -> dict[str, Any]:
     }
 
 
-def shape_of(model: PreTrainedModel) -> Shape:
+def shape_of(model: PreTrainedModel) -> ModelShape:
     """The sizes that turn a budget into a width; `model` may be on the meta device.
 
     Raises:
@@ -64,10 +64,10 @@ def shape_of(model: PreTrainedModel) -> Shape:
     """
     mlps = find_mlps(model)
     sizes = [(mlp.neurons, mlp.parameters_per_neuron) for mlp in mlps]
-    return Shape.from_sizes(sizes, count_parameters(model), experts=any(mlp.is_expert for mlp in mlps))
+    return ModelShape.from_sizes(sizes, count_parameters(model), experts=any(mlp.is_expert for mlp in mlps))
 
 
-def _possible_widths(shape: Shape) -> dict[str, dict[str, Any]]:
+def _possible_widths(shape: ModelShape) -> dict[str, dict[str, Any]]:
     widths = {}
     for percent in (10, 20, 30, 40, 50):
         exact, rounded = (_possible_width(shape, Budget(ratio=percent / 100), step) for step in (1, 128))
@@ -76,7 +76,7 @@ def _possible_widths(shape: Shape) -> dict[str, dict[str, Any]]:
     return widths
 
 
-def _possible_width(shape: Shape, budget: Budget, round_to: int) -> int | None:
+def _possible_width(shape: ModelShape, budget: Budget, round_to: int) -> int | None:
     try:
         width = shape.width_at(budget, round_to)
         shape.check_experts("uniform", width)

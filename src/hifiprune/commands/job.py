@@ -13,10 +13,10 @@ from hifiprune.config.groups import AllocationConfig, Budget, Calibration, Compu
 from hifiprune.config.presets import Preset
 from hifiprune.config.prune import PruneConfig
 from hifiprune.engine.compute import compute_dtype
-from hifiprune.io.resume import Unfinished
+from hifiprune.io.resume import ResumeFolder
 from hifiprune.io.text_sources import SELF
 from hifiprune.models.checkpoint import Checkpoint
-from hifiprune.plan import Shape
+from hifiprune.plan import ModelShape
 from hifiprune.pruning.cut_checkpoint import hash_stored, stored_plainly
 from hifiprune.reports.model_card import Base
 from hifiprune.run_record import RunRecord
@@ -46,7 +46,7 @@ class Job:
     calibration: Calibration | None
     compute: ComputeConfig
     record: RunRecord
-    unfinished: Unfinished
+    unfinished: ResumeFolder
     resident: str
     request: Request | None
     stability: Stability | None
@@ -72,7 +72,7 @@ class PruneJob(Job):
 
     config: PruneConfig
     system: Preset
-    shape: Shape
+    shape: ModelShape
     width: int
     scores: Scores | None
     base: Base

@@ -18,14 +18,14 @@ from hifiprune.engine.machine import condition
 from hifiprune.io.atomic import disk_size
 from hifiprune.io.distributed import processes
 from hifiprune.io.tokenization import special_tokens
-from hifiprune.plan import EXPERT, Shape
+from hifiprune.plan import EXPERT, ModelShape
 from hifiprune.progress import about, logger, note
 from hifiprune.scores import Scores
 from hifiprune.scoring.criteria import CRITERIA, find_criterion
 from hifiprune.scoring.score import Request, count_passes
 
 
-def announce_plan(budget: Budget, shape: Shape, width: int, round_to: int, allocation: str) -> str:
+def announce_plan(budget: Budget, shape: ModelShape, width: int, round_to: int, allocation: str) -> str:
     """Return a message on the requested budget and the resulting widths."""
     reached = f"{shape.ratio_at(width):.2%} of all parameters, {1 - width / shape.neurons:.2%} of the neurons"
     if budget.width is not None and allocation == "uniform":
@@ -36,7 +36,7 @@ def announce_plan(budget: Budget, shape: Shape, width: int, round_to: int, alloc
     return f"Plan: asked {asked}; width {shape.neurons} -> {width}, a multiple of {round_to}, removes {reached}."
 
 
-def remark_on_blocks(budget: Budget, shape: Shape, width: int, allocation: AllocationConfig) -> None:
+def remark_on_blocks(budget: Budget, shape: ModelShape, width: int, allocation: AllocationConfig) -> None:
     """Remark if k-quants support the dense model's width but not the new one."""
     if allocation.method != "uniform" or shape.neurons % K_BLOCK or not width % K_BLOCK:
         return  # widths that differ are not for llama.cpp at all

@@ -23,12 +23,12 @@ from hifiprune.config.presets import PRESETS, Preset, settle
 from hifiprune.config.prune import PruneConfig
 from hifiprune.errors import UserError
 from hifiprune.io.atomic import check_shard_size, check_space
-from hifiprune.io.resume import Unfinished
+from hifiprune.io.resume import ResumeFolder
 from hifiprune.io.text_sources import SELF
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.detect import family_of
 from hifiprune.models.mlp import find_mlps
-from hifiprune.plan import Shape
+from hifiprune.plan import ModelShape
 from hifiprune.progress import note
 from hifiprune.pruning.allocate import allocate
 from hifiprune.pruning.cut import require_bias
@@ -94,7 +94,7 @@ def resolve(model: str, output: str | Path, config: PruneConfig, scores: Scores 
         calibration=calibration,
         compute=batches_of(config.compute, calibration),
         record=record,
-        unfinished=Unfinished.beside(target, "prune"),
+        unfinished=ResumeFolder.beside(target, "prune"),
         resident=resident,
         request=None if scores else (system.criterion, options.for_ratio(ratio)),
         stability=stability,
@@ -203,7 +203,7 @@ def resident_for(config: PruneConfig, calibration: Calibration | None) -> str:
 
 def width_for(
     skeleton: PreTrainedModel, config: PruneConfig, system: Preset, scores: Scores | None
-) -> tuple[Shape, int]:
+) -> tuple[ModelShape, int]:
     """Return the sizes of a model, and the width of its MLPs, or of most of them.
 
     Raises:

@@ -15,7 +15,7 @@ from hifiprune.commands.preflight import resolve
 from hifiprune.commands.score import describe_scores
 from hifiprune.commands.steps import Windows, foresee, read_windows, score_dense, written_windows
 from hifiprune.config.prune import PruneConfig
-from hifiprune.engine.spill import Kept
+from hifiprune.engine.spill import Spilled
 from hifiprune.evaluation.fidelity import divergence_of
 from hifiprune.io.atomic import replacing
 from hifiprune.io.distributed import rank
@@ -94,7 +94,7 @@ class Cut:
     """
 
     model: PreTrainedModel | None = None
-    changed: dict[str, Kept] | None = None
+    changed: dict[str, Spilled] | None = None
 
 
 def cut_and_repair(

@@ -31,7 +31,7 @@ from hifiprune.models.detect import family_of
 from hifiprune.models.lineage import check_origin, record_of
 from hifiprune.progress import about, how_many, logger
 from hifiprune.recovery.callback import Watch, describe, is_better
-from hifiprune.recovery.distillation import Remembered, Teacher, remember
+from hifiprune.recovery.distillation import CachedTeacher, Teacher, cache_teacher
 from hifiprune.recovery.lora import with_adapter
 from hifiprune.recovery.loss import sliced_loss
 from hifiprune.recovery.packing import Packed
@@ -102,7 +102,7 @@ class Lesson:
         teacher_hash: hash of the dense model's weights, if it has a part.
     """
 
-    rows: Packed | Remembered
+    rows: Packed | CachedTeacher
     teacher: Teacher | None = None
     teacher_hash: str | None = None
 
@@ -119,7 +119,7 @@ def load_teacher(job: RecoverJob, rows: Packed) -> Lesson:
     if kept is None:
         return Lesson(rows, teacher, model_hash)
     with job.record.stage("caching teacher logits"):
-        remembered = remember(
+        remembered = cache_teacher(
             rows, teacher, model_hash, kept, training.temperature, job.config.compute, job.unfinished, job.limit
         )
     return Lesson(remembered, None, model_hash)
@@ -144,7 +144,7 @@ def train(job: RecoverJob, lesson: Lesson, held: Packed) -> Outcome:
     job.limit.check()
     student, model_hash = load_hashed(job.started, compute, job.record, _training_dtype(job.started, training, compute))
     job.limit.writing = 2 * job.record.stages[-1]["seconds"]  # it may have to be loaded again for that
-    rows = lesson.rows.rows if isinstance(lesson.rows, Remembered) else lesson.rows
+    rows = lesson.rows.rows if isinstance(lesson.rows, CachedTeacher) else lesson.rows
     folder = state_folder(
         job, student, model_hash, [asdict(training), rows.digest(), held.digest(), lesson.teacher_hash, processes()]
     )

@@ -14,7 +14,7 @@ from hifiprune.config.recover import RecoverConfig, TrainingConfig
 from hifiprune.errors import UserError, unknown
 from hifiprune.io.atomic import check_shard_size, check_space
 from hifiprune.io.distributed import check_launcher
-from hifiprune.io.resume import Unfinished
+from hifiprune.io.resume import ResumeFolder
 from hifiprune.models.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.models.lineage import dense_of, record_of
 from hifiprune.models.mlp import count_parameters
@@ -53,7 +53,7 @@ class RecoverJob:
     target: Path
     base: Base
     record: RunRecord
-    unfinished: Unfinished
+    unfinished: ResumeFolder
     limit: TimeLimit
 
 
@@ -91,7 +91,7 @@ def resolve(model: str, output: str | Path, data: str, config: RecoverConfig) ->
         target=target,
         base=describe_base(started),
         record=record,
-        unfinished=Unfinished.beside(target, "recover"),
+        unfinished=ResumeFolder.beside(target, "recover"),
         limit=TimeLimit(training.max_minutes),
     )
 

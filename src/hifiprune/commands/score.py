@@ -15,7 +15,7 @@ from hifiprune.engine.compute import limit_batch
 from hifiprune.errors import UserError
 from hifiprune.io.distributed import rank
 from hifiprune.io.output_paths import exclusive
-from hifiprune.io.resume import Unfinished
+from hifiprune.io.resume import ResumeFolder
 from hifiprune.io.text_sources import SELF
 from hifiprune.pruning.allocate import allocate
 from hifiprune.run_record import RunRecord
@@ -76,7 +76,7 @@ def resolve(model: str, output: str | Path, config: ScoreConfig) -> Job:
     )
     if budget:
         shape_of(skeleton).width_at(budget, 1)
-    unfinished = Unfinished.beside(target, "score")
+    unfinished = ResumeFolder.beside(target, "score")
     resident = "text is sampled from the model" if config.calibration and config.calibration.source == SELF else ""
     check_resident(resident, config.compute)
     compute = batches_of(config.compute, config.calibration)

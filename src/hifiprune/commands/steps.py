@@ -17,7 +17,7 @@ from hifiprune.commands.messages import (
 )
 from hifiprune.commands.prepare import check_tokens, streams
 from hifiprune.engine.compute import compute_dtype
-from hifiprune.io.pass_checkpoint import Keeper
+from hifiprune.io.pass_checkpoint import PassCheckpoint
 from hifiprune.progress import labelled, logger
 from hifiprune.pruning.iterative import score_in_steps
 from hifiprune.scores import Scores
@@ -106,7 +106,7 @@ def score_dense(dense: DenseModel, windows: Windows | None, job: Job, estimator:
             logger.info(f"Upper bound: scoring stops once {100 * job.stability.wanted:g}% of the selection is stable.")
         logger.info("Interrupted, the same command goes on where it stopped.")
     settings = {"calibration": asdict(job.calibration)} if job.calibration else None
-    keeper = Keeper(job.unfinished.of(model, dense.hash))
+    keeper = PassCheckpoint(job.unfinished.of(model, dense.hash))
     with job.record.stage("scoring"):
         if rounds > 1 and isinstance(job, PruneJob) and windows is not None:
             logger.info(announce_steps(rounds, repairs=job.repairs))

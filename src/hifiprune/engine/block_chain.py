@@ -14,24 +14,24 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hifiprune.engine.hooks import (
+    ActivationHook,
+    Activations,
     BlockCall,
     KnownProduct,
-    MapPass,
     MlpPass,
-    Seen,
+    ProjectionPass,
     Trace,
-    Visit,
-    grown,
     overridden,
-    taps_on,
+    overrides_on,
+    requiring_grad,
 )
 from hifiprune.engine.lm_head import Head
-from hifiprune.engine.offload import few_rows, shelf_of, walk
+from hifiprune.engine.offload import embedding_rows_loaded, offload_of, walk
 from hifiprune.engine.sliced_objective import Kernel, mean_over_positions
-from hifiprune.engine.spill import Kept, set_aside
+from hifiprune.engine.spill import Spilled, spill
 from hifiprune.errors import RunError
 from hifiprune.models.families import Family
-from hifiprune.models.mlp import LinearMap, Mlp, by_block, find_blocks, find_mlps, find_norm
+from hifiprune.models.mlp import Mlp, Projection, by_block, find_blocks, find_mlps, find_norm
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Batch:
     teacher: Float[Tensor, "windows positions hidden"] | None = None
     hidden: Tensor = field(init=False)
     calls: list[BlockCall] = field(init=False)
-    stored: list[Trace | tuple[Kept, Tensor | None]] = field(default_factory=list)
+    stored: list[Trace | tuple[Spilled, Tensor | None]] = field(default_factory=list)
     values: list[Float[Tensor, "windows"]] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)
     final: Float[Tensor, "windows positions hidden"] = field(init=False)
@@ -70,7 +70,7 @@ class BlockChain:
     def __init__(self, model: PreTrainedModel, family: Family):
         self.family = family
         self.model = model
-        self.shelf = shelf_of(model)
+        self.shelf = offload_of(model)
         self.scratch = self.shelf.scratch if self.shelf else None
         self.mlps = find_mlps(model)
         self.of_block = by_block(self.mlps)
@@ -89,7 +89,7 @@ class BlockChain:
             return (hidden,) if self.family.tuples else hidden
 
         hooked = overridden([(block, record) for block in self.blocks])
-        with hooked, torch.no_grad(), few_rows(self.model, tokens) as numbers:
+        with hooked, torch.no_grad(), embedding_rows_loaded(self.model, tokens) as numbers:
             self.model.base_model(input_ids=numbers, use_cache=False)
         return inputs[0], calls
 
@@ -143,7 +143,7 @@ class BlockChain:
         for index in walk(self.model, range(first, len(self.blocks))):
             if inputs is not None:
                 inputs[index] = hidden
-            with overridden(taps_on(self._mlps(index), self.of_block[index].start, hidden, write)):
+            with overridden(overrides_on(self._mlps(index), self.of_block[index].start, hidden, write)):
                 hidden = self.run_block(index, hidden, calls[index])
             if check_each and not hidden.isfinite().all():
                 raise RunError(
@@ -159,7 +159,7 @@ class BlockChain:
         self,
         tokens: Int[Tensor, "windows positions"],
         kernels: Sequence[Kernel],
-        visit: Visit,
+        visit: ActivationHook,
         *,
         recompute: bool = False,
         maps: Sequence[int] = (),
@@ -194,7 +194,7 @@ class BlockChain:
         self,
         batches: Sequence[Batch],
         kernels: Sequence[Kernel],
-        visit: Visit,
+        visit: ActivationHook,
         *,
         recompute: bool = False,
         maps: Sequence[int] = (),
@@ -212,7 +212,7 @@ class BlockChain:
             for batch in batches:
                 state = batch.hidden
                 for each in self._forwards(index, batch, whole=whole, keep=bool(kernels), maps=bool(maps)):
-                    visit(Seen(each.number, None, each.activation(state), windows=batch.first_window))
+                    visit(Activations(each.number, None, each.activation(state), windows=batch.first_window))
         self._turn(batches, kernels)
         for index in walk(self.model, range(last, -1, -1) if kernels else ()):
             for batch in batches:
@@ -231,7 +231,7 @@ class BlockChain:
             products = [each.maps[-1].output for each in mlps]
             changed = any(each._version > 0 for each in products)  # Falcon adds to it in place, what attention gives
             known = None if self.shelf or changed or len(products) > 1 else products[0]
-            batch.stored.append((set_aside(self.scratch, batch.hidden), known))
+            batch.stored.append((spill(self.scratch, batch.hidden), known))
         batch.hidden = output
         return mlps
 
@@ -252,7 +252,7 @@ class BlockChain:
                 for _, slope in means
             ]
 
-    def _backwards(self, index: int, batch: Batch, visit: Visit, maps: Sequence[int]) -> None:
+    def _backwards(self, index: int, batch: Batch, visit: ActivationHook, maps: Sequence[int]) -> None:
         """Propagate the gradient of every objective through a block, and free the block's graph."""
         entry, count = batch.stored.pop(), len(batch.gradients)
         if not isinstance(entry, Trace):
@@ -262,11 +262,13 @@ class BlockChain:
             batch.gradients[number], mlps = self._back(entry, gradient, index > 0, maps=shown, more=more)
             for each, (slope, slopes) in zip(entry.mlps, mlps, strict=True):
                 own = [
-                    MapPass(one.linear, each.spread(one.input.detach(), entry.input), each.spread(at, entry.input))
+                    ProjectionPass(
+                        one.linear, each.spread(one.input.detach(), entry.input), each.spread(at, entry.input)
+                    )
                     for one, at in zip(each.maps, slopes, strict=False)
                 ]
                 activation, spread = each.activation(entry.input), each.spread(slope, entry.input)
-                visit(Seen(each.number, number, activation, spread, own, batch.first_window))
+                visit(Activations(each.number, number, activation, spread, own, batch.first_window))
 
     def _back(
         self, trace: Trace, gradient: Tensor, further: bool, *, maps: bool, more: bool
@@ -293,10 +295,10 @@ class BlockChain:
 
         def write(number: int, activation: Tensor, tokens: Tensor | None) -> Tensor:
             linear = self.mlps[number].output
-            passes.append(MlpPass(number, [MapPass(linear, activation, linear(activation))], tokens))
+            passes.append(MlpPass(number, [ProjectionPass(linear, activation, linear(activation))], tokens))
             return passes[-1].maps[-1].output
 
-        with overridden(taps_on(self._mlps(index), self.of_block[index].start, hidden, write)):
+        with overridden(overrides_on(self._mlps(index), self.of_block[index].start, hidden, write)):
             output = self.run_block(index, hidden, call)
         return output, sorted(passes, key=lambda each: each.number)
 
@@ -319,22 +321,22 @@ class BlockChain:
         passes = {number: MlpPass(number, []) for number in own}
         hidden = hidden.detach().requires_grad_(index > 0)
 
-        def read(number: int, linears: Sequence[LinearMap], values: Tensor) -> Tensor:
-            found = [MapPass(linear, values, grown(linear(values))) for linear in linears]
+        def read(number: int, linears: Sequence[Projection], values: Tensor) -> Tensor:
+            found = [ProjectionPass(linear, values, requiring_grad(linear(values))) for linear in linears]
             passes[number].maps += found
             return found[0].output if len(found) == 1 else torch.cat([each.output for each in found], -1)
 
         def write(number: int, activation: Tensor, tokens: Tensor | None) -> Tensor:
-            activation, linear = grown(activation), self.mlps[number].output
+            activation, linear = requiring_grad(activation), self.mlps[number].output
             if mlp_output is None:
                 output = linear(activation)
             else:
                 output = KnownProduct.apply(activation, linear.weight, mlp_output)  # type: ignore[no-untyped-call]
             passes[number].tokens = tokens
-            passes[number].maps.append(MapPass(linear, activation, output))
+            passes[number].maps.append(ProjectionPass(linear, activation, output))
             return output
 
-        taps = taps_on(self._mlps(index), own.start, hidden, write, read if maps else None)
+        taps = overrides_on(self._mlps(index), own.start, hidden, write, read if maps else None)
         with overridden(taps), torch.enable_grad():
             output = self.run_block(index, hidden, call)
         return Trace(hidden, [*passes.values()], output)

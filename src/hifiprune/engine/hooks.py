@@ -11,12 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hifiprune.engine.lm_head import precise
-from hifiprune.models.mlp import LinearMap, Mlp, siblings
+from hifiprune.engine.lm_head import at_least_float32
+from hifiprune.models.mlp import Mlp, Projection, group_by_parameters
 
 
 @dataclass
-class MapPass:
+class ProjectionPass:
     """Input and output of one linear map of an MLP in one forward pass.
 
     Attributes:
@@ -25,7 +25,7 @@ class MapPass:
         output: `[windows, positions, out_features]`, or the gradient there.
     """
 
-    linear: LinearMap
+    linear: Projection
     input: Tensor
     output: Tensor
 
@@ -41,7 +41,7 @@ class MlpPass:
     """
 
     number: int
-    maps: list[MapPass]
+    maps: list[ProjectionPass]
     tokens: Int[Tensor, "rows"] | None = None
 
     def spread(self, rows: Tensor, hidden: Float[Tensor, "windows positions hidden"]) -> Tensor:
@@ -57,7 +57,7 @@ class MlpPass:
 
 
 @dataclass
-class Seen:
+class Activations:
     """The activations of one MLP, and on the way back their gradients, as a sweep hands them to its visitor.
 
     Attributes:
@@ -73,17 +73,17 @@ class Seen:
     kernel: int | None
     activation: Tensor
     gradient: Tensor | None = None
-    maps: list[MapPass] = field(default_factory=list)
+    maps: list[ProjectionPass] = field(default_factory=list)
     windows: int = 0
 
     @cached_property
     def taylor(self) -> Tensor:
         """Compute `h * dC/dh` in float32 or better, once, in place of the gradient."""
         assert self.gradient is not None
-        return precise(self.gradient).mul_(self.activation)
+        return at_least_float32(self.gradient).mul_(self.activation)
 
 
-Visit = Callable[[Seen], None]
+ActivationHook = Callable[[Activations], None]
 
 
 @dataclass(frozen=True)
@@ -105,25 +105,27 @@ class Trace:
 
 Write = Callable[[int, Tensor, Tensor | None], Tensor]
 """Maps an MLP's index, its activation and its tokens to the output of its output map."""
-Read = Callable[[int, Sequence[LinearMap], Tensor], Tensor]
+Read = Callable[[int, Sequence[Projection], Tensor], Tensor]
 """Maps an MLP's index, input maps that share a parameter, and their input to their outputs, concatenated."""
-Tap = tuple[nn.Module, Callable[..., Any]]
+Override = tuple[nn.Module, Callable[..., Any]]
 """A module, and the function that replaces its forward."""
 
 
-def taps_on(mlps: Sequence[Mlp], first: int, hidden: Tensor, write: Write, read: Read | None = None) -> list[Tap]:
+def overrides_on(
+    mlps: Sequence[Mlp], first: int, hidden: Tensor, write: Write, read: Read | None = None
+) -> list[Override]:
     """Return the overrides that send a block's MLPs, the first with index `first`, through `write` and `read`."""
-    found: list[Tap] = []
-    for place, group in siblings(mlps):
+    found: list[Override] = []
+    for place, group in group_by_parameters(mlps):
         if group[0].is_expert:
             found.append((group[0].output.module, partial(_routed, group, first + place.start, write, read)))
         else:
-            found += _plain_taps(group[0], first + place.start, hidden, write, read)
+            found += _plain_overrides(group[0], first + place.start, hidden, write, read)
     return found
 
 
-def _plain_taps(mlp: Mlp, number: int, hidden: Tensor, write: Write, read: Read | None) -> Iterator[Tap]:
-    def reading(linears: Sequence[LinearMap], values: Tensor) -> Tensor:
+def _plain_overrides(mlp: Mlp, number: int, hidden: Tensor, write: Write, read: Read | None) -> Iterator[Override]:
+    def reading(linears: Sequence[Projection], values: Tensor) -> Tensor:
         assert read
         return as_rows(read(number, linears, in_windows(values, hidden)), values)
 
@@ -166,7 +168,7 @@ def as_rows(output: Tensor, given: Tensor) -> Tensor:
     return output if output.ndim == given.ndim else output.flatten(0, -2)
 
 
-def grown(tensor: Tensor) -> Tensor:
+def requiring_grad(tensor: Tensor) -> Tensor:
     """Make `tensor` require grad: in the first block nothing before the MLP does, so the graph starts here."""
     return tensor if tensor.requires_grad else tensor.detach().requires_grad_()
 

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hifiprune.engine.offload import shelf_of
+from hifiprune.engine.offload import offload_of
 from hifiprune.errors import UserError
 from hifiprune.io.safetensors_stream import Stored
 
@@ -47,7 +47,7 @@ class Head:
         scale = getattr(config, "logit_scale", None) or 1.0
         divisor = getattr(config, "logits_scaling", None) or 1.0
         cap = getattr(config, "final_logit_softcapping", None)
-        shelf = shelf_of(model)
+        shelf = offload_of(model)
         stored, room = (shelf.head, shelf.head_room) if shelf else (None, 0)
         return cls(linear, scale / divisor, cap, stored, room=room, device=model.device)
 
@@ -75,7 +75,7 @@ class Head:
 
     def logits(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocabulary"]:
         """Compute the logits of a few positions, in float32 or better."""
-        hidden = precise(hidden)
+        hidden = at_least_float32(hidden)
         logits = hidden.new_empty(len(hidden), self.vocabulary)
         for columns, weight in self._weight(hidden):
             torch.mm(hidden, weight.T, out=logits[:, columns])
@@ -111,6 +111,6 @@ def rows_of_slice(vocabulary: int) -> int:
     return max(SLICE_ROWS, SLICE_BYTES // (4 * vocabulary))
 
 
-def precise(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
     """Convert `tensor` to float32, or leave it if its own dtype is more precise."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,8 +1,8 @@
 """Offload weights to disk: a streamed model reads each block's weights when the block runs, and drops them after.
 
 A streamed model is an ordinary one on the meta device; only the few weights outside blocks, embedding and head are
-loaded. `BlockChain` gets the others from its `Shelf`. Files are read, not memory-mapped, so memory holds two blocks at
-most: the one that runs, and the next one in the dtype of the file, which is prefetched.
+loaded. `BlockChain` gets the others from its `WeightOffload`. Files are read, not memory-mapped, so memory holds two
+blocks at most: the one that runs, and the next one in the dtype of the file, which is prefetched.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hifiprune.engine.spill import Kept, Scratch, set_aside
+from hifiprune.engine.spill import Scratch, Spilled, spill
 from hifiprune.io.safetensors_stream import Stacked, Stored
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.detect import family_of
@@ -35,7 +35,7 @@ LEAST_ROOM = 2**28
 
 
 @dataclass(frozen=True)
-class Shelf:
+class WeightOffload:
     """The weights of a streamed model on disk.
 
     Attributes:
@@ -58,7 +58,7 @@ class Shelf:
     dtype: torch.dtype
     scratch: Scratch | None = None
     cuts: dict[str, Places] = field(default_factory=dict)
-    changed: dict[str, Kept] = field(default_factory=dict)
+    changed: dict[str, Spilled] = field(default_factory=dict)
 
     @property
     def head_room(self) -> int:
@@ -98,7 +98,7 @@ class Shelf:
         self.cuts.update({name: cuts[name] for name in ours & cuts.keys()})
         for name, values in mlp.output.state().items():
             own = values.to("cpu", self.stored[name].dtype, copy=True)
-            self.changed[name] = set_aside(self.scratch, own)
+            self.changed[name] = spill(self.scratch, own)
 
     @contextmanager
     def _placed(self, block: nn.Module, weights: Weights) -> Iterator[None]:
@@ -129,15 +129,15 @@ def return_what_is_freed() -> None:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
-def shelf_of(model: PreTrainedModel) -> Shelf | None:
+def offload_of(model: PreTrainedModel) -> WeightOffload | None:
     """Return the weight shelf of a streamed model; None if its weights are in memory."""
-    found: Shelf | None = model.__dict__.get("weight_shelf")
+    found: WeightOffload | None = model.__dict__.get("weight_shelf")
     return found
 
 
 def walk(model: PreTrainedModel, order: Sequence[int]) -> Iterator[int]:
     """Yield decoder block indices in the given order, each while its block's weights are in memory."""
-    shelf = shelf_of(model)
+    shelf = offload_of(model)
     return shelf.walk(list(find_blocks(model)), order) if shelf else iter(order)
 
 
@@ -168,7 +168,7 @@ def stream(
     checkpoint.untie_as_stored_(model)
     tables, blocks = [model.get_input_embeddings(), model.get_output_embeddings()], find_blocks(model)
     embedding, head = (stored[_name_of(model, table.weight, stored)].members[0] for table in tables)
-    shelf = Shelf(stored, embedding, head, family.blocks, torch.device(device), dtype, scratch)
+    shelf = WeightOffload(stored, embedding, head, family.blocks, torch.device(device), dtype, scratch)
     far = {id(parameter) for parameter in (*blocks.parameters(), *(table.weight for table in tables))}
     for name, parameter in list(model.named_parameters()):
         if id(parameter) not in far:
@@ -189,9 +189,9 @@ def stream(
 
 
 @contextmanager
-def few_rows(model: PreTrainedModel, tokens: Int[Tensor, "windows positions"]) -> Iterator[Tensor]:
+def embedding_rows_loaded(model: PreTrainedModel, tokens: Int[Tensor, "windows positions"]) -> Iterator[Tensor]:
     """Load only the embedding rows of these tokens within this context; yield the tokens as indices into them."""
-    shelf, table = shelf_of(model), cast(nn.Embedding, model.get_input_embeddings())
+    shelf, table = offload_of(model), cast(nn.Embedding, model.get_input_embeddings())
     if shelf is None:
         yield tokens
         return
@@ -207,9 +207,9 @@ def few_rows(model: PreTrainedModel, tokens: Int[Tensor, "windows positions"]) -
 
 
 @contextmanager
-def first_rows(model: PreTrainedModel, count: int = 64) -> Iterator[None]:
+def head_rows_loaded(model: PreTrainedModel, count: int = 64) -> Iterator[None]:
     """Load only the first rows of a streamed model's head within this context."""
-    shelf, table = shelf_of(model), model.get_output_embeddings()
+    shelf, table = offload_of(model), model.get_output_embeddings()
     if shelf is None:
         yield
         return

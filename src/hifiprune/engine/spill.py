@@ -13,7 +13,7 @@ from hifiprune.errors import RunError, UserError
 from hifiprune.io.atomic import local_path
 from hifiprune.io.safetensors_stream import bytes_of
 
-Kept = Callable[[], Tensor]
+Spilled = Callable[[], Tensor]
 """Returns a spilled tensor, as often as it is called."""
 
 
@@ -37,13 +37,13 @@ class Scratch:
         self._unused: list[tuple[int, int]] = []
         """Start and length of each gap, in order; adjacent gaps are merged."""
 
-    def keep(self, tensor: Tensor) -> Kept:
+    def keep(self, tensor: Tensor) -> Spilled:
         """Write a tensor to the file; return what reads it back with its dtype, to its device.
 
         Raises:
             RunError: the disk is full.
         """
-        return _Aside(self, tensor)
+        return _SpilledTensor(self, tensor)
 
     def write(self, tensor: Tensor) -> int:
         """Write the bytes of a tensor; return their offset."""
@@ -98,7 +98,7 @@ class Scratch:
             self._unused.insert(place, (start, size))
 
 
-class _Aside:
+class _SpilledTensor:
     """A tensor in the file, released when this object is."""
 
     def __init__(self, scratch: Scratch, tensor: Tensor):
@@ -116,6 +116,6 @@ class _Aside:
             self._scratch.forget(self._start, self._size)
 
 
-def set_aside(scratch: Scratch | None, tensor: Tensor) -> Kept:
+def spill(scratch: Scratch | None, tensor: Tensor) -> Spilled:
     """Spill a tensor to disk if there is a scratch file, else keep it in memory."""
     return scratch.keep(tensor) if scratch else lambda: tensor

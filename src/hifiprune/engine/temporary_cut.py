@@ -6,10 +6,10 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
-from hifiprune.engine.offload import shelf_of
+from hifiprune.engine.offload import offload_of
 from hifiprune.models.edit import _put_back_, cuts_of, keep_, matching_mlps, others, state_widths
-from hifiprune.models.mlp import find_mlps, siblings
-from hifiprune.models.neuron_slices import parts_of
+from hifiprune.models.mlp import find_mlps, group_by_parameters
+from hifiprune.models.neuron_slices import parameter_slices
 from hifiprune.plan import Plan
 
 
@@ -27,7 +27,7 @@ def cut(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
         with torch.no_grad():
             keep_(find_mlps(model), plan.kept)
         state_widths(model, plan.widths)
-        if shelf := shelf_of(model):
+        if shelf := offload_of(model):
             shelf.cuts.update(cuts_of(model, plan))
         yield
 
@@ -37,8 +37,8 @@ def put_back(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
     """Save the neurons that `plan` removes from `model`, and restore them when the context ends."""
     mlps = matching_mlps(model, plan)
     rests = [others(kept, mlp.neurons) for mlp, kept in zip(mlps, plan.kept, strict=True)]
-    groups = list(siblings(mlps))
-    removed = [[part.of(rests[own], group[0].neurons) for part in parts_of(group[0])] for own, group in groups]
+    groups = list(group_by_parameters(mlps))
+    removed = [[part.of(rests[own], group[0].neurons) for part in parameter_slices(group[0])] for own, group in groups]
     try:
         yield
     finally:
@@ -46,5 +46,5 @@ def put_back(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
             for (own, group), gone in zip(groups, removed, strict=True):
                 _put_back_(group[0], plan.kept[own], rests[own], gone)
         state_widths(model, plan.neurons)
-        if shelf := shelf_of(model):
+        if shelf := offload_of(model):
             shelf.cuts.clear()

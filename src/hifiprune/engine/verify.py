@@ -8,14 +8,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hifiprune.engine.block_chain import BlockChain
-from hifiprune.engine.hooks import BlockCall, eager_experts, overridden, taps_on
-from hifiprune.engine.offload import few_rows, first_rows
+from hifiprune.engine.hooks import BlockCall, eager_experts, overridden, overrides_on
+from hifiprune.engine.offload import embedding_rows_loaded, head_rows_loaded
 from hifiprune.errors import RunError, UserError
 from hifiprune.models.detect import family_of
 from hifiprune.models.edit import keep_, others, state_sizes
 from hifiprune.models.families import Family
 from hifiprune.models.mlp import Mlp, find_blocks
-from hifiprune.models.neuron_slices import parts_of
+from hifiprune.models.neuron_slices import parameter_slices
 
 TOKENS, TOLERANCE = 8, 0.02
 
@@ -27,22 +27,28 @@ def verified_chain(model: PreTrainedModel) -> BlockChain:
         UserError: the architecture is not supported, or its logits cannot be rebuilt from the final hidden state.
     """
     family = family_of(model.config)
-    chain = BlockChain(model, with_outputs(family, model) if family.found else family)
-    check_head(chain)
+    chain = BlockChain(model, with_block_outputs(family, model) if family.found else family)
+    verify_head(chain)
     if family.found:
-        prove(chain)
+        verify_layout(chain)
     return chain
 
 
-def check_head(chain: BlockChain) -> None:
+def verify_head(chain: BlockChain) -> None:
     """Prove on a few tokens that the logits follow from the final hidden state as `Head` says."""
     tokens = torch.arange(8, device=chain.model.device).unsqueeze(0) % chain.head.vocabulary
     whole = (lambda hidden: (hidden,)) if chain.family.tuples else (lambda hidden: hidden)
     skipped = [(block, lambda hidden, *args, **kwargs: whole(hidden)) for block in chain.blocks if chain.shelf]
     hidden = chain.norm(chain.embed(tokens)[0])[0] if chain.shelf else chain.final_hidden(tokens)[0]
     ours = chain.head.logits(hidden)
-    given = few_rows(chain.model, tokens)
-    with torch.no_grad(), overridden(skipped), eager_experts(chain.model), given as numbers, first_rows(chain.model):
+    given = embedding_rows_loaded(chain.model, tokens)
+    with (
+        torch.no_grad(),
+        overridden(skipped),
+        eager_experts(chain.model),
+        given as numbers,
+        head_rows_loaded(chain.model),
+    ):
         theirs = chain.model(input_ids=numbers, use_cache=False).logits[0].float()
     ours = ours[:, : theirs.shape[1]]
     if not theirs.isfinite().all():
@@ -57,7 +63,7 @@ def check_head(chain: BlockChain) -> None:
         )
 
 
-def with_outputs(family: Family, model: PreTrainedModel) -> Family:
+def with_block_outputs(family: Family, model: PreTrainedModel) -> Family:
     """The family, and whether its blocks give tuples, which is seen when the model runs."""
     seen: list[bool] = []
     hook = find_blocks(model)[0].register_forward_hook(lambda _, __, output: seen.append(isinstance(output, tuple)))
@@ -70,7 +76,7 @@ def with_outputs(family: Family, model: PreTrainedModel) -> Family:
 
 
 @torch.no_grad()
-def prove(chain: BlockChain) -> None:
+def verify_layout(chain: BlockChain) -> None:
     """Cut half of each block's neurons, and see that this does what setting their activations to zero does.
 
     Raises:
@@ -81,7 +87,7 @@ def prove(chain: BlockChain) -> None:
     for index, mlp in enumerate(chain.mlps):
         kept = torch.randperm(mlp.neurons, generator=chance)[: max(1, mlp.neurons // 2)].sort().values.to(hidden.device)
         write = partial(_without, mlp, others(kept, mlp.neurons))
-        with overridden(taps_on([mlp], index, hidden, write)):
+        with overridden(overrides_on([mlp], index, hidden, write)):
             masked = chain.run_block(index, hidden, calls[index])
         dense, cut = chain.run_block(index, hidden, calls[index]), _cut(chain, index, hidden, calls[index], kept)
         effect, error = (float((each - masked).abs().max()) for each in (dense, cut))
@@ -98,14 +104,14 @@ def _without(mlp: Mlp, removed: Tensor, number: int, activation: Tensor, tokens:
 def _cut(chain: BlockChain, index: int, hidden: Tensor, call: BlockCall, kept: Tensor) -> Tensor:
     """Output of a block whose MLP is cut for that long."""
     mlp = chain.mlps[index]
-    before = [part.parameter.data for part in parts_of(mlp)]
+    before = [part.parameter.data for part in parameter_slices(mlp)]
     try:
         keep_([mlp], [kept])
         output: Tensor = chain.run_block(index, hidden, call)
     except RuntimeError as error:
         raise _refused(chain.model, mlp, f"cut to {len(kept)} neurons it fails: {error}") from error
     finally:
-        for part, values in zip(parts_of(mlp), before, strict=True):
+        for part, values in zip(parameter_slices(mlp), before, strict=True):
             part.set_(values)
         state_sizes(mlp)
     return output

@@ -55,7 +55,7 @@ class Answers:
     items: tuple[float, ...] = ()
 
 
-class Exam:
+class TaskRunner:
     """Zero-shot tasks of lm-evaluation-harness, loaded once and run on one model after another.
 
     Prompts longer than the context length lose their beginning. Log-probabilities are float32 whatever the model's
@@ -166,8 +166,8 @@ class Exam:
 def zero_shot(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Tasks, *, batch_size: int = 8
 ) -> dict[str, Estimate]:
-    """Run zero-shot tasks on one model and return the main metric of each; see `Exam`."""
-    answers = Exam(tasks).ask(model, tokenizer, batch_size=batch_size)
+    """Run zero-shot tasks on one model and return the main metric of each; see `TaskRunner`."""
+    answers = TaskRunner(tasks).ask(model, tokenizer, batch_size=batch_size)
     return {name: each.accuracy for name, each in answers.items()}
 
 

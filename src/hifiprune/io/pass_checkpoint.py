@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hifiprune.errors import RunError
-from hifiprune.io.resume import Unfinished
+from hifiprune.io.resume import ResumeFolder
 from hifiprune.progress import logger
 
 SECONDS_BETWEEN = 20.0
@@ -20,7 +20,7 @@ COST = 0.05
 
 
 @dataclass
-class Keeper:
+class PassCheckpoint:
     """Saves the state of a pass, tensors by name, from time to time.
 
     Attributes:
@@ -30,12 +30,12 @@ class Keeper:
         took: seconds that the last write took.
     """
 
-    unfinished: Unfinished
+    unfinished: ResumeFolder
     facts: tuple[Any, ...] = ()
     last: float = field(default_factory=time.monotonic)
     took: float = 0.0
 
-    def of(self, *facts: Any) -> "Keeper":
+    def of(self, *facts: Any) -> "PassCheckpoint":
         """Return the checkpoint of a pass that depends on further facts, JSON-serializable, and starts now."""
         return replace(self, facts=(*self.facts, *facts), last=time.monotonic(), took=0.0)
 

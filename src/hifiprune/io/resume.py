@@ -22,7 +22,7 @@ MARK = "made-by-hifiprune"
 
 
 @dataclass(frozen=True)
-class Unfinished:
+class ResumeFolder:
     """A folder of finished parts of a run.
 
     Attributes:
@@ -36,7 +36,7 @@ class Unfinished:
     reused: set[Path] = field(default_factory=set)
 
     @classmethod
-    def beside(cls, target: Path, command: str) -> "Unfinished":
+    def beside(cls, target: Path, command: str) -> "ResumeFolder":
         """Return the parts of the command that makes `target`.
 
         Raises:
@@ -48,7 +48,7 @@ class Unfinished:
         note_unfinished(folder)
         return cls(folder)
 
-    def of(self, model: PreTrainedModel, model_hash: str) -> "Unfinished":
+    def of(self, model: PreTrainedModel, model_hash: str) -> "ResumeFolder":
         """Return the parts that depend on this model, in this dtype and device, and on this version."""
         made_of = [model_hash, str(model.dtype), model.config._attn_implementation, version("hifiprune")]
         return replace(self, made_of=made_of)
@@ -104,7 +104,7 @@ class Unfinished:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def kept(parts: Unfinished | None, facts: list[Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def kept(parts: ResumeFolder | None, facts: list[Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Return the part that depends on these facts, from an earlier run or made now; the first fact is its kind."""
     if parts is None:
         return make()

@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from hifiprune.errors import UserError
 from hifiprune.models.detect import family_of
-from hifiprune.models.mlp import Mlp, find_mlps, locate_mlps, siblings, stated_width
+from hifiprune.models.mlp import Mlp, find_mlps, group_by_parameters, locate_mlps, stated_width
 from hifiprune.models.modeling_pruned import pruned_class
-from hifiprune.models.neuron_slices import Places, parts_of
+from hifiprune.models.neuron_slices import Places, parameter_slices
 from hifiprune.models.unsupported import refuse_altered
 from hifiprune.plan import Plan
 
@@ -46,8 +46,8 @@ def cuts_of(model: PreTrainedModel, plan: Plan) -> dict[str, Places]:
     """Return the slice that is kept of every tensor that a cut changes, by the tensor's name."""
     return {
         f"{part.linear.name}.{part.name}": part.places(plan.kept[own], plan.neurons[own.start])
-        for own, group in siblings(find_mlps(model))
-        for part in parts_of(group[0])
+        for own, group in group_by_parameters(find_mlps(model))
+        for part in parameter_slices(group[0])
     }
 
 
@@ -57,7 +57,7 @@ def keep_(mlps: Sequence[Mlp], kept: Sequence[Int[Tensor, "_"]]) -> None:
     Raises:
         UserError: experts would differ in width.
     """
-    for own, (first, *_) in siblings(mlps):
+    for own, (first, *_) in group_by_parameters(mlps):
         widths = {len(each) for each in kept[own]}
         if len(widths) > 1:
             raise UserError(
@@ -65,15 +65,15 @@ def keep_(mlps: Sequence[Mlp], kept: Sequence[Int[Tensor, "_"]]) -> None:
                 "one configuration holds one width for all of them"
             )
         neurons = first.neurons
-        for part in parts_of(first):
+        for part in parameter_slices(first):
             part.set_(part.of(kept[own], neurons))
         state_sizes(first)
 
 
 def forget_gradients_(mlps: Sequence[Mlp]) -> None:
     """Drop gradients, which still have the shape before the cut."""
-    for _, (first, *_) in siblings(mlps):
-        for part in parts_of(first):
+    for _, (first, *_) in group_by_parameters(mlps):
+        for part in parameter_slices(first):
             part.parameter.grad = None
 
 
@@ -81,7 +81,7 @@ def _put_back_(
     mlp: Mlp, kept: Sequence[Int[Tensor, "kept"]], rest: Sequence[Int[Tensor, "rest"]], removed: list[Tensor]
 ) -> None:
     neurons = len(kept[0]) + len(rest[0])
-    for part, gone in zip(parts_of(mlp), removed, strict=True):
+    for part, gone in zip(parameter_slices(mlp), removed, strict=True):
         present = part.parameter
         places = [part.places(chosen, neurons) for chosen in (kept, rest)]
         size = places[0].shape(present.shape, neurons * part.linear.parts)

@@ -28,7 +28,7 @@ STACKED = ("gate_up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
-class LinearMap:
+class Projection:
     """A linear map (projection) of an MLP: a module of its own, or a slice of a parameter that holds several.
 
     Attributes:
@@ -107,13 +107,13 @@ class Mlp:
     """
 
     name: str
-    inputs: tuple[LinearMap, ...]
-    output: LinearMap
+    inputs: tuple[Projection, ...]
+    output: Projection
     block: int = 0
     stated: tuple[str, ...] = ()
 
     @property
-    def maps(self) -> tuple[LinearMap, ...]:
+    def maps(self) -> tuple[Projection, ...]:
         """Return all maps, the output map last."""
         return *self.inputs, self.output
 
@@ -160,7 +160,7 @@ def locate_mlps(model: PreTrainedModel) -> list[Mlp]:
     ]
 
 
-def siblings(mlps: Sequence[Mlp]) -> Iterator[tuple[slice, list[Mlp]]]:
+def group_by_parameters(mlps: Sequence[Mlp]) -> Iterator[tuple[slice, list[Mlp]]]:
     """Group MLPs that share their parameters: the experts of a block, or one MLP alone; yield indices and MLPs."""
     start = 0
     for _, group in groupby(mlps, key=lambda mlp: id(mlp.output.module)):
@@ -260,7 +260,7 @@ def _checked_mlp(module: nn.Module, name: str, family: Family) -> Mlp:
     return Mlp(name, tuple(maps), output)
 
 
-def _checked_map(mlp: nn.Module, name: str, attribute: str, inputs: Sequence[str]) -> LinearMap:
+def _checked_map(mlp: nn.Module, name: str, attribute: str, inputs: Sequence[str]) -> Projection:
     module = getattr(mlp, attribute, None)
     plain = type(module) in (nn.Linear, Conv1D, FalconLinear)
     if module is None or not plain or not torch.is_floating_point(module.weight):
@@ -269,7 +269,7 @@ def _checked_map(mlp: nn.Module, name: str, attribute: str, inputs: Sequence[str
             f"{name}.{attribute} is {kind}, not a plain floating-point Linear; "
             "prune the original checkpoint, before quantization and with adapters merged"
         )
-    return LinearMap(f"{name}.{attribute}", module, parts=max(1, inputs.count(attribute)))
+    return Projection(f"{name}.{attribute}", module, parts=max(1, inputs.count(attribute)))
 
 
 def _checked_experts(module: Any, name: str) -> list[Mlp]:
@@ -285,8 +285,8 @@ def _checked_experts(module: Any, name: str) -> list[Mlp]:
         raise UserError(f"{name} does not stack plain experts with a gate: a {type(module).__name__} with {shapes}")
     found = []
     for expert in range(both[0]):
-        first = LinearMap(name, module, 0, 2, STACKED[0], expert)
-        output = LinearMap(name, module, weight_name=STACKED[1], expert=expert)
+        first = Projection(name, module, 0, 2, STACKED[0], expert)
+        output = Projection(name, module, weight_name=STACKED[1], expert=expert)
         found.append(Mlp(f"{name}.{expert}", (first, replace(first, part=1)), output))
     return found
 

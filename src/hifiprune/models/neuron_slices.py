@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from hifiprune.models.mlp import LinearMap, Mlp
+from hifiprune.models.mlp import Mlp, Projection
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Part:
         dim: dimension of the neurons; that of each expert's matrix if experts are stacked.
     """
 
-    linear: LinearMap
+    linear: Projection
     name: str
     dim: int
 
@@ -75,7 +75,7 @@ class Part:
         self.parameter.data = values.detach()
 
 
-def parts_of(mlp: Mlp) -> Iterator[Part]:
+def parameter_slices(mlp: Mlp) -> Iterator[Part]:
     """Yield the parameters that hold an MLP's neurons, the output map's last; experts of a block share theirs."""
     for linear in {(each.module, each.weight_name): each for each in mlp.inputs}.values():
         yield Part(linear, linear.weight_name, int(linear.flipped))

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hifiprune.config.groups import AllocationConfig, Budget
-from hifiprune.plan import Plan, Shape, highest
+from hifiprune.plan import ModelShape, Plan, top_indices
 from hifiprune.scores import Scores
 
 
@@ -28,12 +28,12 @@ def allocate(
         UserError: the budget cannot be met, or scores are not finite.
     """
     scores.require_finite()
-    shape = Shape.of(scores)
+    shape = ModelShape.of(scores)
     width = shape.width_at(budget, round_to)
     widths = [shape.width_of(len(values), width) for values in scores.values]
     if allocation.method == "global":
         shape.check_experts("global", width)
-        widths = share_out(scores.values, width, round_to=round_to, floor=allocation.floor)
+        widths = allocate_widths(scores.values, width, round_to=round_to, floor=allocation.floor)
     return plan_with(scores, widths, budget)
 
 
@@ -43,7 +43,7 @@ def plan_with(scores: Scores, widths: Sequence[int], budget: Budget) -> Plan:
     gone = [count - width for count, width in zip(neurons, widths, strict=True)]
     removed = sum(count * each for count, each in zip(gone, scores.parameters_per_neuron, strict=True))
     return Plan(
-        kept=[highest(values, width) for values, width in zip(scores.values, widths, strict=True)],
+        kept=[top_indices(values, width) for values, width in zip(scores.values, widths, strict=True)],
         neurons=neurons,
         names=scores.names,
         ratio_asked=budget.ratio,
@@ -56,7 +56,9 @@ def plan_with(scores: Scores, widths: Sequence[int], budget: Budget) -> Plan:
     )
 
 
-def share_out(values: Sequence[Float[Tensor, "neurons"]], width: int, *, round_to: int, floor: float) -> list[int]:
+def allocate_widths(
+    values: Sequence[Float[Tensor, "neurons"]], width: int, *, round_to: int, floor: float
+) -> list[int]:
     """Return the widths, with mean `width`, that maximize the sum of the kept neurons' values.
 
     Args:
@@ -65,7 +67,7 @@ def share_out(values: Sequence[Float[Tensor, "neurons"]], width: int, *, round_t
         round_to: widths are multiples of it, or unchanged; any numbers if `width` is no multiple.
         floor: fraction of the mean width that every MLP keeps.
     """
-    step = step_of(width, round_to)
+    step = width_step(width, round_to)
     falling = (each.double().sort(descending=True).values for each in values)
     steps = [[gain.mean().item() for gain in each.split(step)] for each in falling]
     mean = width // step
@@ -76,6 +78,6 @@ def share_out(values: Sequence[Float[Tensor, "neurons"]], width: int, *, round_t
     return [min(len(own), (least + counts[layer]) * step) for layer, own in enumerate(values)]
 
 
-def step_of(width: int, round_to: int) -> int:
+def width_step(width: int, round_to: int) -> int:
     """Return the step between widths: `round_to`, or 1 if the requested mean width is no multiple of it."""
     return 1 if width % round_to else round_to

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune.engine.lm_head import precise
+from hifiprune.engine.lm_head import at_least_float32
 from hifiprune.errors import UserError
 from hifiprune.models.edit import forget_gradients_, keep_, matching_mlps, others, state_widths
 from hifiprune.models.mlp import Mlp
@@ -54,7 +54,7 @@ def require_bias(mlps: Sequence[Mlp]) -> None:
 
 
 def _compensate_(mlp: Mlp, removed: Int[Tensor, "removed"], means: Float[Tensor, "neurons"]) -> None:
-    weight, bias = precise(mlp.output.weight), mlp.output.bias
+    weight, bias = at_least_float32(mlp.output.weight), mlp.output.bias
     assert bias is not None
     removed = removed.to(weight.device)
-    bias.copy_(precise(bias) + weight[:, removed] @ means.to(weight)[removed])
+    bias.copy_(at_least_float32(bias) + weight[:, removed] @ means.to(weight)[removed])

@@ -11,8 +11,8 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune.engine.offload import shelf_of
-from hifiprune.engine.spill import Kept, set_aside
+from hifiprune.engine.offload import offload_of
+from hifiprune.engine.spill import Spilled, spill
 from hifiprune.errors import UserError
 from hifiprune.io.atomic import check_shard_size, check_space, replacing
 from hifiprune.io.hashing import hash_chunks
@@ -72,7 +72,7 @@ def stored_plainly(checkpoint: Checkpoint) -> bool:
 
 
 def write_cut(
-    checkpoint: Checkpoint, plan: Plan, folder: Path, shard_size: str = "5GB", changed: dict[str, Kept] | None = None
+    checkpoint: Checkpoint, plan: Plan, folder: Path, shard_size: str = "5GB", changed: dict[str, Spilled] | None = None
 ) -> None:
     """Write the part of a checkpoint that `plan` keeps into a folder.
 
@@ -104,7 +104,7 @@ def write_cut(
 
 
 def _pieces(
-    checkpoint: Checkpoint, skeleton: PreTrainedModel, plan: Plan, changed: dict[str, Kept]
+    checkpoint: Checkpoint, skeleton: PreTrainedModel, plan: Plan, changed: dict[str, Spilled]
 ) -> dict[str, Piece]:
     """Yield every tensor of the output, in the order of the dense model's bytes."""
     cuts, known = cuts_of(skeleton, plan), skeleton.state_dict().keys()
@@ -123,7 +123,7 @@ def _pieces(
     return pieces
 
 
-def _piece(stored: Stored, cut: Places | None, changed: Kept | None) -> Piece:
+def _piece(stored: Stored, cut: Places | None, changed: Spilled | None) -> Piece:
     """Return a tensor of the output."""
     shape, rows = stored.shape, stored.chunks
     if cut is not None:
@@ -147,12 +147,12 @@ def _shares(cut: Places | None, expert: int, parts: dict[str, Stored]) -> Iterat
         first = last
 
 
-def _matrix(values: Kept, expert: int) -> Tensor:
+def _matrix(values: Spilled, expert: int) -> Tensor:
     """Return one expert's matrix of a stack."""
     return values()[expert]
 
 
-def _changed(values: Kept, dtype: torch.dtype) -> Iterator[Tensor]:
+def _changed(values: Spilled, dtype: torch.dtype) -> Iterator[Tensor]:
     """Return a tensor that replaces a stored one."""
     yield values().to("cpu", dtype)
 
@@ -173,12 +173,12 @@ def _kept_rows(stored: Stored, cut: Places) -> Iterator[Tensor]:
             yield rows.index_select(1, kept)
 
 
-def output_maps(model: PreTrainedModel) -> dict[str, Kept]:
+def output_maps(model: PreTrainedModel) -> dict[str, Spilled]:
     """Return the output map's tensors of every MLP, by name; for a streamed model those that were changed."""
-    if shelf := shelf_of(model):
+    if shelf := offload_of(model):
         return shelf.changed
     maps = {mlp.output.module: mlp.output for mlp in find_mlps(model)}
-    return {name: set_aside(None, values) for each in maps.values() for name, values in each.state().items()}
+    return {name: spill(None, values) for each in maps.values() for name, values in each.state().items()}
 
 
 def hash_stored(checkpoint: Checkpoint) -> str:

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from hifiprune.config.groups import AllocationConfig, Budget
 from hifiprune.engine.temporary_cut import cut
-from hifiprune.io.pass_checkpoint import Keeper
+from hifiprune.io.pass_checkpoint import PassCheckpoint
 from hifiprune.models.edit import others
-from hifiprune.plan import Plan, Shape
+from hifiprune.plan import ModelShape, Plan
 from hifiprune.progress import labelled
 from hifiprune.pruning.allocate import allocate
 from hifiprune.pruning.repair import cut_and_repaired
@@ -36,7 +36,7 @@ def score_in_steps(
     recompute: bool | None = None,
     settings: Mapping[str, object] | None = None,
     model_hash: str | None = None,
-    keeper: Keeper | None = None,
+    keeper: PassCheckpoint | None = None,
 ) -> Scores:
     """Score, cut a part, repair, and score again; the model is restored afterwards.
 
@@ -64,7 +64,7 @@ def score_in_steps(
     """
     facts: dict[str, object] = {"steps": steps, "budget": str(budget), "allocation": asdict(allocation)}
 
-    def scored(keeper: Keeper | None) -> Scores:
+    def scored(keeper: PassCheckpoint | None) -> Scores:
         (scores,) = score_all(
             model,
             windows,
@@ -79,7 +79,7 @@ def score_in_steps(
 
     with labelled(f"scoring, step 1 of {steps}"):
         scores = scored(keeper)
-    shape = Shape.of(scores)
+    shape = ModelShape.of(scores)
     removed = shape.neurons - shape.width_at(budget, round_to)
     if allocation.method == "searched":
         allocation = replace(allocation, method="global")

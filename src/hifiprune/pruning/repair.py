@@ -24,12 +24,12 @@ from hifiprune.engine.block_chain import BlockChain
 from hifiprune.engine.context import check_windows, frozen, memory_explained
 from hifiprune.engine.hooks import BlockCall
 from hifiprune.engine.offload import walk
-from hifiprune.engine.spill import Kept, set_aside
+from hifiprune.engine.spill import Spilled, spill
 from hifiprune.engine.temporary_cut import put_back
 from hifiprune.engine.verify import verified_chain
 from hifiprune.errors import UserError
 from hifiprune.models.edit import cuts_of, forget_gradients_, keep_, matching_mlps, others, state_widths
-from hifiprune.models.mlp import LinearMap, find_mlps, siblings
+from hifiprune.models.mlp import Projection, find_mlps, group_by_parameters
 from hifiprune.plan import Plan
 from hifiprune.progress import track
 from hifiprune.pruning.ridge import HeldOut, Refit
@@ -85,7 +85,7 @@ def cut_and_repair_(
             with memory_explained(model, windows[:batch_size].numel()):
                 refits += form(chain, block, kept[own.start : own.stop], streams, weighted)
                 if chain.shelf:
-                    for _, group in siblings(mlps[own.start : own.stop]):
+                    for _, group in group_by_parameters(mlps[own.start : own.stop]):
                         chain.shelf.keep(group[0], cuts)
     forget_gradients_(mlps)
     state_widths(model, plan.widths)
@@ -105,7 +105,9 @@ def cut_and_repaired(
 
     The removed rows and columns, and a copy of each output map, are saved meanwhile.
     """
-    maps = [each for _, group in siblings(find_mlps(model)) for each in group[0].output.parameters().values()]
+    maps = [
+        each for _, group in group_by_parameters(find_mlps(model)) for each in group[0].output.parameters().values()
+    ]
     before = [parameter.detach().clone() for parameter in maps]
     try:
         with put_back(model, plan):
@@ -147,8 +149,8 @@ class Stream:
 
     calls: list[BlockCall]
     held: Bool[Tensor, "windows"]
-    dense: Kept
-    cut: Kept
+    dense: Spilled
+    cut: Spilled
     known: Float[Tensor, "blocks windows positions hidden"] | None
 
 
@@ -165,7 +167,7 @@ def _start(
         shape = shape or hidden.shape
         held = numbers % HELD_OUT == min(HELD_OUT, len(windows)) - 1
         known = dense[:, numbers] if dense is not None else None
-        start = set_aside(chain.scratch, hidden.cpu())
+        start = spill(chain.scratch, hidden.cpu())
         streams.append(Stream(calls, held, start, start, known))
     return streams
 
@@ -176,23 +178,23 @@ def _sequential_(
     """Fit the difference between the dense and the cut stream after this block, which has one MLP."""
     device, moments, activations = chain.model.device, HeldOut(weighted), []
     for stream in streams:
-        stream.dense = set_aside(chain.scratch, _dense_output(chain, block, stream))
+        stream.dense = spill(chain.scratch, _dense_output(chain, block, stream))
     mlp = chain.mlps[chain.of_block[block].start]
     keep_([mlp], kept)
     linear = mlp.output
     for stream in streams:
         output, (tap,) = chain.run(block, stream.cut().to(device), stream.calls[block])
-        stream.cut = set_aside(chain.scratch, output.cpu())
+        stream.cut = spill(chain.scratch, output.cpu())
         dense, activation = stream.dense().to(device), tap.maps[0].input
         moments.add(with_one(activation, linear), dense - output, dense, stream.held)
-        activations.append(set_aside(chain.scratch, activation.cpu()))
+        activations.append(spill(chain.scratch, activation.cpu()))
     change, refit = moments.refit(mlp.name)
     if change is not None:
         change = change.to(linear.weight)
         _add_(linear, change)
         for stream, read in zip(streams, activations, strict=True):
             found = functional.linear(with_one(read().to(device), linear), change).cpu()
-            stream.cut = set_aside(chain.scratch, stream.cut() + found)
+            stream.cut = spill(chain.scratch, stream.cut() + found)
     return [refit]
 
 
@@ -207,7 +209,7 @@ def _parallel_(
     removed = [mlp.output.weight[:, rest] for mlp, rest in zip(mlps, rests, strict=True)]
     for stream in streams:
         dense, taps = chain.run(block, stream.dense().to(chain.model.device), stream.calls[block])
-        stream.dense = set_aside(chain.scratch, dense.cpu())
+        stream.dense = spill(chain.scratch, dense.cpu())
         for place, tap in enumerate(taps):
             activation, linear = tap.maps[0].input, mlps[place].output
             residual = functional.linear(activation[..., rests[place]], removed[place])
@@ -227,12 +229,12 @@ def _parallel_(
     return refits
 
 
-def with_one(activation: Float[Tensor, "*batch kept"], linear: LinearMap) -> Float[Tensor, "*batch kept_and_one"]:
+def with_one(activation: Float[Tensor, "*batch kept"], linear: Projection) -> Float[Tensor, "*batch kept_and_one"]:
     """Append a 1 to the input of a map that has a bias."""
     return activation if linear.bias is None else functional.pad(activation, (0, 1), value=1.0)
 
 
-def _add_(linear: LinearMap, change: Float[Tensor, "hidden kept"]) -> None:
+def _add_(linear: Projection, change: Float[Tensor, "hidden kept"]) -> None:
     """Add a change to the weight, and its last column to the bias if there is one."""
     linear.weight.add_(change[:, : linear.in_features])
     if linear.bias is not None:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hifiprune.engine.lm_head import precise
+from hifiprune.engine.lm_head import at_least_float32
 from hifiprune.errors import RunError
 from hifiprune.scoring.obs import gram
 
@@ -94,9 +94,9 @@ class HeldOut:
         held: Bool[Tensor, "windows"],
     ) -> None:
         """Add a batch; each token is weighted by the inverse square of the dense stream's norm, or all equally."""
-        size = precise(dense).square().mean(-1, keepdim=True)
+        size = at_least_float32(dense).square().mean(-1, keepdim=True)
         scale = size.clamp(min=torch.finfo(size.dtype).tiny).rsqrt() if self.weighted else 1.0
-        rows = [precise(each) * scale for each in (activation, residual, dense)]
+        rows = [at_least_float32(each) * scale for each in (activation, residual, dense)]
         for moments, windows in ((self.fit, ~held), (self.held, held)):
             moments.add(*(each[windows.to(each.device)].flatten(0, 1) for each in rows))
 

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from hifiprune.config.groups import AllocationConfig, Budget
 from hifiprune.engine.temporary_cut import cut
-from hifiprune.plan import Plan, Shape
+from hifiprune.plan import ModelShape, Plan
 from hifiprune.progress import track
-from hifiprune.pruning.allocate import plan_with, share_out, step_of
+from hifiprune.pruning.allocate import allocate_widths, plan_with, width_step
 from hifiprune.scores import Scores
 
 WINDOWS, POSITIONS = 4, 512
@@ -51,11 +51,11 @@ def search(
         UserError: the budget cannot be met, or the windows do not fit the model.
     """
     scores.require_finite()
-    shape = Shape.of(scores)
+    shape = ModelShape.of(scores)
     width = shape.width_at(budget, round_to)
     floors = (1.0, (1 + allocation.floor) / 2, allocation.floor)
-    starts = [share_out(scores.values, width, round_to=round_to, floor=floor) for floor in floors]
-    unit = step_of(width, round_to)
+    starts = [allocate_widths(scores.values, width, round_to=round_to, floor=floor) for floor in floors]
+    unit = width_step(width, round_to)
     chance = torch.Generator().manual_seed(seed)
     best, least = starts[0], float("inf")
     tried: set[tuple[int, ...]] = set()

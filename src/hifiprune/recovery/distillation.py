@@ -28,7 +28,7 @@ from hifiprune.engine.machine import condition
 from hifiprune.errors import UserError
 from hifiprune.io.atomic import disk_size, nearest_folder
 from hifiprune.io.distributed import meet, processes, rank
-from hifiprune.io.resume import Unfinished
+from hifiprune.io.resume import ResumeFolder
 from hifiprune.progress import about, logger, track
 from hifiprune.recovery.packing import IGNORED, Packed
 from hifiprune.recovery.time_limit import TimeLimit
@@ -117,7 +117,7 @@ def hidden_states(
 
 
 @dataclass(frozen=True)
-class Remembered(Dataset[dict[str, Tensor]]):
+class CachedTeacher(Dataset[dict[str, Tensor]]):
     """Packed rows with the cached teacher distribution at every position whose next token is a label.
 
     Each row also has `guide_values`, float16 `[positions, kept + 1]`, and `guide_columns`, int32 `[positions, kept]`.
@@ -178,16 +178,16 @@ class Remembered(Dataset[dict[str, Tensor]]):
         save_file({"values": values, "columns": columns, "ends": torch.tensor(ends)}, path)
 
 
-def remember(
+def cache_teacher(
     rows: Packed,
     teacher: Teacher,
     model_hash: str,
     kept: int,
     temperature: float,
     compute: ComputeConfig,
-    unfinished: Unfinished,
+    unfinished: ResumeFolder,
     limit: TimeLimit,
-) -> Remembered:
+) -> CachedTeacher:
     """Cache a teacher's distributions for all rows, each process its share.
 
     Raises:
@@ -196,7 +196,7 @@ def remember(
     """
     model, device = teacher.model, torch.device(resolved_device(compute))
     facts = [model_hash, str(model.dtype), kept, temperature, rows.digest()]
-    found = Remembered(rows, kept, lambda first: unfinished.path("teacher", *facts, first, suffix=".safetensors"))
+    found = CachedTeacher(rows, kept, lambda first: unfinished.path("teacher", *facts, first, suffix=".safetensors"))
     missing, free = found.missing(), shutil.disk_usage(nearest_folder(unfinished.folder)).free
     needed = found.bytes(missing)
     if needed > free:

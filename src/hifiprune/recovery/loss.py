@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from hifiprune.engine.hooks import overridden
-from hifiprune.engine.lm_head import Head, precise
+from hifiprune.engine.lm_head import Head, at_least_float32
 from hifiprune.engine.sliced_objective import Rows, through_cap
 from hifiprune.recovery.distillation import LikeliestTarget, Target, Teacher, WholeTarget, guided, hidden_states
 from hifiprune.scoring.objectives import SoftLabels
@@ -35,7 +35,7 @@ def sliced_loss(
     Args:
         model: called with `input_ids`, `position_ids`, `labels`, when several batches make a step with
             `num_items_in_batch`, the number of labels that the sum over tokens is divided by, and with what
-            `hifiprune.recovery.distillation.Remembered` adds.
+            `hifiprune.recovery.distillation.CachedTeacher` adds.
         kernel: the loss of a token.
         teacher: for a kernel that needs one, where rows do not bring what it would say.
         match_hidden: weight of the squared difference between the model's hidden states and the teacher's, relative to
@@ -87,8 +87,8 @@ def relative_difference(
     states: Float[Tensor, "tokens hidden"], wanted: Float[Tensor, "tokens hidden"]
 ) -> Float[Tensor, ""]:
     """Sum over tokens the squared difference of their states relative to the squared target."""
-    wanted = precise(wanted).to(states.device)
-    return ((precise(states) - wanted).square().sum(-1) / wanted.square().sum(-1)).sum()
+    wanted = at_least_float32(wanted).to(states.device)
+    return ((at_least_float32(states) - wanted).square().sum(-1) / wanted.square().sum(-1)).sum()
 
 
 def _slices(

@@ -21,7 +21,7 @@ from hifiprune.config.recover import TrainingConfig
 from hifiprune.io.distributed import processes
 from hifiprune.progress import note
 from hifiprune.recovery.callback import CLOCK, Watch
-from hifiprune.recovery.distillation import Remembered
+from hifiprune.recovery.distillation import CachedTeacher
 from hifiprune.recovery.packing import Packed
 from hifiprune.recovery.time_limit import OutOfTimeError
 
@@ -59,7 +59,7 @@ class TimedTrainer(Trainer):
 def train(
     model: nn.Module,
     training: TrainingConfig,
-    rows: Packed | Remembered,
+    rows: Packed | CachedTeacher,
     held: Packed,
     folder: Path,
     watch: Watch,

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hifiprune.errors import UserError
 from hifiprune.evaluation.fidelity import METRICS
-from hifiprune.formatting import accuracies, asked_of, width_range, with_error, with_interval
+from hifiprune.formatting import accuracies, format_accuracy, format_interval, format_items, width_range
 from hifiprune.io.atomic import replacing, update_manifest
 from hifiprune.io.manifest import is_unchanged
 from hifiprune.models.checkpoint import Checkpoint
@@ -255,7 +255,7 @@ def _listed(row: dict[str, Any], results: dict[str, Any], source: str) -> Iterat
             )
     for key, estimate in row.get("tasks", {}).items():
         task, _, metric = key.partition("/")
-        size = asked_of(results["items"], task)
+        size = format_items(results["items"], task)
         yield EvalResult(
             task_type="text-generation",
             dataset_type=task,
@@ -272,14 +272,14 @@ def _tables(row: dict[str, Any], results: dict[str, Any], source: str) -> Iterat
         lines += ["| metric | value | |\n|---|---|---|"]
         for metric, estimate in row["metrics"].items():
             title, meaning = (text.replace("|", "\\|") for text in METRICS[metric][:2])  # a bar would end the cell
-            lines.append(f"| {title} | {with_interval(estimate, '.4g')} | {meaning} |")
+            lines.append(f"| {title} | {format_interval(estimate, '.4g')} | {meaning} |")
         yield "text", "\n".join([*lines, ""])
     if "tasks" in row:
         reference = plain(Path(results["reference"]).name)
         lines = [f"Zero-shot, no examples in the prompt; with standard errors, and the difference to `{reference}`:\n"]
         lines += ["| task | items | accuracy | difference |\n|---|---|---|---|"]
         for key, estimate in accuracies(row).items():
-            gain, size = row.get("differences", {}).get(key), asked_of(results["items"], key.partition("/")[0])
-            difference = with_interval(gain, "+.3f") if gain else ""
-            lines.append(f"| {key} | {size} | {with_error(estimate)} | {difference} |")
+            gain, size = row.get("differences", {}).get(key), format_items(results["items"], key.partition("/")[0])
+            difference = format_interval(gain, "+.3f") if gain else ""
+            lines.append(f"| {key} | {size} | {format_accuracy(estimate)} | {difference} |")
         yield "tasks", "\n".join([*lines, ""])

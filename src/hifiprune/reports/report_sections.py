@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hifiprune.deployment.compatibility import remark_on_mixed
 from hifiprune.evaluation.fidelity import METRICS
-from hifiprune.formatting import accuracies, asked_of, gain_told, megabytes, short, width_range
+from hifiprune.formatting import accuracies, format_items, format_speedup, megabytes, short_names, width_range
 from hifiprune.plan import Plan
 from hifiprune.recovery.callback import perplexity
 from hifiprune.reports.runs import Run
@@ -87,7 +87,7 @@ def quality(runs: Sequence[Run]) -> Section:
             texts.setdefault(run.measured_on, []).append(run)
     for measured_on, group in texts.items():
         rows = {name: row for run in group for name, row in _measured(run)}
-        labels = dict(zip(rows, short(rows), strict=True))
+        labels = dict(zip(rows, short_names(rows), strict=True))
         for metric in QUALITY:
             found = {
                 labels[name]: (row["parameters"] / 1e6, row["metrics"][metric])
@@ -137,7 +137,7 @@ def tasks(runs: Sequence[Run]) -> Section:
         figure = go.Figure(bars).update_yaxes(title="accuracy")
         table = [["task", "items", *found]]
         for task in names:
-            size = asked_of(items, task.partition("/")[0])
+            size = format_items(items, task.partition("/")[0])
             cells = [f"{each[task]['value']:.3f} ({_interval(each[task])})" for each in found.values()]
             table.append([task, size, *cells])
         alt = f"Accuracy of {', '.join(found)} on each task, as bars with 95% intervals."
@@ -271,7 +271,7 @@ def tokens(runs: Sequence[Run]) -> Section:
     passages = [
         {"id": f"{run.name}-{number}", "title": name, "texts": texts}
         for run in runs
-        for number, (name, texts) in enumerate(zip(short(run.passages), run.passages.values(), strict=True))
+        for number, (name, texts) in enumerate(zip(short_names(run.passages), run.passages.values(), strict=True))
     ]
     return Section("Token by token", [said], passages=passages)
 
@@ -289,7 +289,7 @@ def speed(runs: Sequence[Run]) -> Section:
                 gains = [each["speedup"] | {"value": each["speedup"]["median"]} for each in timed]
                 figure.add_trace(_estimates(go.Bar, names, gains, name=where))
                 for name, each in zip(names, timed, strict=True):
-                    speedup, share = gain_told(each)
+                    speedup, share = format_speedup(each)
                     table.append([where, name, speedup, f"{each['promised']:.2f}", share])
         figure.add_hline(y=1, line_dash="dot", line_color=GREY).update_yaxes(title="times as fast as dense")
         alt = "Prefill and decode of each checkpoint, times as fast as the dense model; error bars span the rounds."

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hifiprune.errors import UserError
-from hifiprune.formatting import short
+from hifiprune.formatting import short_names
 from hifiprune.io.json_files import checked, read_record, read_text
 from hifiprune.io.schemas import PASSAGES, Passages, ReportedRun
 from hifiprune.models.lineage import pruning_of
@@ -73,7 +73,7 @@ class Run:
     def models(self) -> dict[str, dict[str, Any]]:
         """Return the results of each model, by the last part of its name if that is unique."""
         found = self.facts["results"]["models"]
-        return dict(zip(short(found), found.values(), strict=True))
+        return dict(zip(short_names(found), found.values(), strict=True))
 
     @property
     def made(self) -> dict[str, Any] | None:

@@ -14,14 +14,14 @@ from transformers import PreTrainedModel
 
 from hifiprune.engine.block_chain import Batch, BlockChain
 from hifiprune.engine.context import memory_explained
-from hifiprune.engine.hooks import Seen
+from hifiprune.engine.hooks import Activations
 from hifiprune.engine.lm_head import SLICE_BYTES, SLICE_ROWS
-from hifiprune.engine.offload import shelf_of
+from hifiprune.engine.offload import offload_of
 from hifiprune.engine.sliced_objective import Kernel
 from hifiprune.errors import RunError
 from hifiprune.io.distributed import meet, neighbours, processes, rank
 from hifiprune.io.hashing import hash_tokens
-from hifiprune.io.pass_checkpoint import Keeper
+from hifiprune.io.pass_checkpoint import PassCheckpoint
 from hifiprune.models.mlp import find_mlps, width_of
 from hifiprune.progress import track
 from hifiprune.scoring.neuron_statistics import Statistic
@@ -45,7 +45,7 @@ def needs(jobs: Sequence[Job]) -> tuple[list[Kernel], list[int]]:
     return kernels, [n for n, kernel in enumerate(kernels) if any(job.maps and kernel in job.kernels for job in jobs)]
 
 
-def serves(job: Job, kernels: Sequence[Kernel], seen: Seen) -> bool:
+def serves(job: Job, kernels: Sequence[Kernel], seen: Activations) -> bool:
     """Return whether a job uses these activations: of the forward pass, or of one of its kernels."""
     return not job.kernels if seen.kernel is None else kernels[seen.kernel] in job.kernels
 
@@ -84,7 +84,7 @@ class Pass:
     chain: BlockChain
     windows: Int[Tensor, "windows positions"]
     config: PassConfig
-    keeper: Keeper | None = None
+    keeper: PassCheckpoint | None = None
     totals: dict[Job, dict[int, Tensor]] = field(default_factory=dict)
     sums: dict[Kernel, float] = field(default_factory=dict)
     hidden: list[Tensor] = field(default_factory=list)
@@ -119,7 +119,7 @@ class Pass:
         self.totals, self.sums = {job: {} for job in wanted}, dict.fromkeys(kernels, 0.0)
         self.halves = {job: {} for job in wanted} if settled else {}
 
-        def visit(seen: Seen) -> None:
+        def visit(seen: Activations) -> None:
             for job in wanted:
                 if serves(job, kernels, seen):
                     self._add(job, seen)
@@ -163,7 +163,7 @@ class Pass:
     def _placed(self, batch: Tensor) -> Int[Tensor, "windows positions"]:
         return batch.to(self.chain.model.device, torch.int64)
 
-    def _keeper(self, jobs: Sequence[Job]) -> Keeper | None:
+    def _keeper(self, jobs: Sequence[Job]) -> PassCheckpoint | None:
         """Return the checkpoint for exactly this pass and this process's part of it."""
         part = rank(), processes(), self.config.batch_size, self.config.recompute, bool(self.halves)
         return self.keeper.of(hash_tokens(self.windows), [*map(str, jobs)], *part) if self.keeper else None
@@ -200,7 +200,7 @@ class Pass:
             torch.distributed.all_reduce(tensor)
         self.sums = dict(zip(self.sums, sums.tolist(), strict=True))
 
-    def _add(self, job: Job, seen: Seen) -> None:
+    def _add(self, job: Job, seen: Activations) -> None:
         """Add to the sum in float64 on the model's device, so that no GPU is waited for."""
         found, tables = job.statistic(seen).double(), [self.totals[job]]
         if self.halves and seen.windows // self.config.batch_size % 2:
@@ -257,7 +257,7 @@ def slice_bytes(model: PreTrainedModel) -> int:
 
 def group_of(model: PreTrainedModel, tokens: int, objectives: int = 0) -> int:
     """Return the number of batches of `tokens` positions that take turns at each block: 1 with weights in memory."""
-    shelf = shelf_of(model)
+    shelf = offload_of(model)
     if shelf is None:
         return 1
     return choose_group(model, tokens, objectives, shelf.device, shelf.scratch.folder if shelf.scratch else None)

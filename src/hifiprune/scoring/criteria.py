@@ -165,7 +165,7 @@ CRITERIA: dict[str, Criterion] = {
             "arXiv 2203.07259 and 1503.05671, for neurons",
             _own_labels,
             st.curvatures,
-            st.surgeon,
+            st.obs_scores,
             maps=True,
             options=("label_samples", "seed"),
             experimental=True,

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hifiprune.engine.hooks import MapPass, Seen
-from hifiprune.engine.lm_head import precise
+from hifiprune.engine.hooks import Activations, ProjectionPass
+from hifiprune.engine.lm_head import at_least_float32
 from hifiprune.models.mlp import Mlp
 from hifiprune.scoring.obs import gram, removal_costs
 
@@ -36,22 +36,22 @@ class Sample:
     layer: int
 
 
-Statistic = Callable[[Seen], Float[Tensor, "statistics neurons"]]
+Statistic = Callable[[Activations], Float[Tensor, "statistics neurons"]]
 Finish = Callable[[Float[Tensor, "statistics neurons"], Mlp, Sample], Float[Tensor, "neurons"]]
 
 
-def absolute(seen: Seen) -> Float[Tensor, "1 neurons"]:
+def absolute(seen: Activations) -> Float[Tensor, "1 neurons"]:
     """Sum the first-order Taylor importance `(h * dC/dh).abs()` over positions: eq. 4, arXiv 2603.08083."""
     total: Tensor = torch.linalg.vector_norm(seen.taylor.flatten(0, 1), 1, dim=0, keepdim=True)
     return total
 
 
-def square(seen: Seen) -> Float[Tensor, "1 neurons"]:
+def square(seen: Activations) -> Float[Tensor, "1 neurons"]:
     """Sum `(h * dC/dh) ** 2` over positions: large changes count for more than many small ones."""
     return seen.taylor.flatten(0, 1).square().sum(0, keepdim=True)
 
 
-def weight_absolute(seen: Seen) -> Float[Tensor, "1 neurons"]:
+def weight_absolute(seen: Activations) -> Float[Tensor, "1 neurons"]:
     """Sum the weights' Taylor importance over windows: `|down + up + gate|` of `w * dC/dw`.
 
     Element `j` of neuron `i` is one weight of each map: `gate[i, j]`, `up[i, j]` and `down[j, i]`; their products are
@@ -60,12 +60,12 @@ def weight_absolute(seen: Seen) -> Float[Tensor, "1 neurons"]:
     return torch.stack([product.abs_().mean(1) for product in _weight_products(seen)]).sum(0, keepdim=True)
 
 
-def weight_square(seen: Seen) -> Float[Tensor, "1 neurons"]:
+def weight_square(seen: Activations) -> Float[Tensor, "1 neurons"]:
     """Same as `weight_absolute` with squares instead of absolute values."""
     return torch.stack([product.square_().mean(1) for product in _weight_products(seen)]).sum(0, keepdim=True)
 
 
-def _weight_products(seen: Seen) -> Iterator[Float[Tensor, "neurons hidden"]]:
+def _weight_products(seen: Activations) -> Iterator[Float[Tensor, "neurons hidden"]]:
     """Sum `w * dC/dw` over the maps, for each window, in float32 or better."""
     *inputs, output = seen.maps
     for window in range(len(seen.activation)):
@@ -75,27 +75,27 @@ def _weight_products(seen: Seen) -> Iterator[Float[Tensor, "neurons hidden"]]:
         yield total
 
 
-def _weight_product(each: MapPass, window: int) -> Float[Tensor, "outputs inputs"]:
+def _weight_product(each: ProjectionPass, window: int) -> Float[Tensor, "outputs inputs"]:
     slope = each.output[window].T @ each.input[window].to(each.output.dtype)  # dC/dw
-    return precise(slope).mul_(each.linear.weight.detach())
+    return at_least_float32(slope).mul_(each.linear.weight.detach())
 
 
-def moments(seen: Seen) -> Float[Tensor, "2 neurons"]:
+def moments(seen: Activations) -> Float[Tensor, "2 neurons"]:
     """Sum `h` and `h ** 2` over positions."""
-    h = precise(seen.activation.flatten(0, 1))
+    h = at_least_float32(seen.activation.flatten(0, 1))
     return torch.stack((h.sum(0), h.square().sum(0)))
 
 
-def curvatures(seen: Seen) -> Float[Tensor, "statistics neurons"]:
+def curvatures(seen: Activations) -> Float[Tensor, "statistics neurons"]:
     """Compute second moments of `h`, and below them those of `dC/dy` times `W`, where `y = W h` is the MLP's output."""
     output = seen.maps[-1]
-    h, slopes = (precise(each.flatten(0, 1)) for each in (seen.activation, output.output))
+    h, slopes = (at_least_float32(each.flatten(0, 1)) for each in (seen.activation, output.output))
     return torch.cat((gram(h), gram(slopes) @ output.linear.weight.to(slopes.dtype)))
 
 
-def squared_mean_magnitude(seen: Seen) -> Float[Tensor, "1 neurons"]:
+def squared_mean_magnitude(seen: Activations) -> Float[Tensor, "1 neurons"]:
     """Sum `h.abs().mean("positions") ** 2` over windows."""
-    h = precise(seen.activation)
+    h = at_least_float32(seen.activation)
     means: Tensor = torch.linalg.vector_norm(h, 1, dim=1) / h.shape[1]
     return means.square_().sum(0, keepdim=True)
 
@@ -113,7 +113,7 @@ def as_divergence(totals: Float[Tensor, "1 neurons"], mlp: Mlp, sample: Sample) 
     return totals[0] * sample.positions / (2 * sample.windows * sample.passes)
 
 
-def surgeon(totals: Float[Tensor, "statistics neurons"], mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:
+def obs_scores(totals: Float[Tensor, "statistics neurons"], mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:
     """Compute the costs of greedy removal with refit, in nats of KL divergence per position as in `as_divergence`.
 
     `h` and the gradients are taken as independent, so the mean of a product over tokens is the product of the means.
@@ -156,7 +156,9 @@ def magnitude(totals: Tensor, mlp: Mlp, sample: Sample) -> Float[Tensor, "neuron
 
 def peak_to_peak(totals: Tensor, mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:
     """Sum the largest minus the smallest input weight of a neuron over its input maps."""
-    return torch.stack([precise(linear.weight.amax(1) - linear.weight.amin(1)) for linear in mlp.inputs]).sum(0)
+    return torch.stack([at_least_float32(linear.weight.amax(1) - linear.weight.amin(1)) for linear in mlp.inputs]).sum(
+        0
+    )
 
 
 def random(totals: Tensor, mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:

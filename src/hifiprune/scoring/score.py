@@ -20,10 +20,10 @@ from hifiprune.engine.verify import verified_chain
 from hifiprune.errors import RunError, UserError
 from hifiprune.io.distributed import check_share
 from hifiprune.io.hashing import hash_model, hash_tokens
-from hifiprune.io.pass_checkpoint import Keeper
+from hifiprune.io.pass_checkpoint import PassCheckpoint
 from hifiprune.models.mlp import Mlp, by_block, count_parameters, find_mlps
 from hifiprune.models.unsupported import refuse_altered
-from hifiprune.plan import Plan, highest, in_proportion
+from hifiprune.plan import Plan, proportional_width, top_indices
 from hifiprune.scores import Scores
 from hifiprune.scoring.accumulate import (
     Job,
@@ -84,7 +84,7 @@ def score_all(
     recompute: bool | None = None,
     settings: Mapping[str, object] | None = None,
     model_hash: str | None = None,
-    keeper: Keeper | None = None,
+    keeper: PassCheckpoint | None = None,
     stability: Stability | None = None,
 ) -> list[Scores]:
     """Score by several criteria at once: one forward pass, and one backward pass for each of their objectives.
@@ -222,7 +222,7 @@ def _run(
     windows: Int[Tensor, "windows positions"] | None,
     asked: list[Asked],
     config: PassConfig,
-    keeper: Keeper | None,
+    keeper: PassCheckpoint | None,
     stability: Stability | None,
 ) -> list[Outcome]:
     """Run the pass over the dense model, then one over each lightly cut model."""
@@ -309,8 +309,8 @@ def _as_scores(outcome: Outcome, model: PreTrainedModel, each: Asked) -> Scores:
 def _light_plan(totals: dict[int, Tensor], mlps: list[Mlp], fraction: float) -> Plan:
     """Remove the `fraction` of the neurons with the lowest scores."""
     least = min(mlp.neurons for mlp in mlps)
-    widths = [in_proportion(int(least * (1 - fraction)), least, mlp.neurons) for mlp in mlps]
-    kept = [highest(totals[layer][0].cpu(), width) for layer, width in enumerate(widths)]
+    widths = [proportional_width(int(least * (1 - fraction)), least, mlp.neurons) for mlp in mlps]
+    kept = [top_indices(totals[layer][0].cpu(), width) for layer, width in enumerate(widths)]
     return Plan(kept, [mlp.neurons for mlp in mlps], [mlp.name for mlp in mlps], None, 0.0, 0, 0)
 
 
