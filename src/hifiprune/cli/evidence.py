@@ -46,7 +46,7 @@ def bench(
     config: BenchConfig,
     as_json: bool,
 ) -> None:
-    """Benchmark prefill and decode speed against the dense model, and against what operations promise."""
+    """Benchmark prefill and decode speed against the dense model and the theoretical speed-up."""
     import hifiprune as hp
     from hifiprune.cli import tables
 
@@ -65,7 +65,7 @@ def report(
     *,
     as_json: bool,
 ) -> None:
-    """Show what runs did, in one page that needs no network."""
+    """Create a self-contained HTML report of one or more runs."""
     import hifiprune as hp
 
     made = hp.report(folders, output, overwrite=overwrite)
@@ -77,11 +77,11 @@ def push(
     folder: Annotated[str, Argument(metavar="DIR", help="A checkpoint's folder.")],
     repository: Annotated[str, Argument(metavar="OWNER/NAME", help="Its name on the hub.")],
     private: Annotated[bool, Option("--private", help="Only its owner sees it, where it is new.")] = False,
-    upload: Annotated[bool, Option("--upload", help="Do it; else only show what would be uploaded.")] = False,
+    upload: Annotated[bool, Option("--upload", help="Upload; otherwise only show what would be uploaded.")] = False,
     *,
     as_json: bool,
 ) -> None:
-    """Upload a checkpoint to the hub; without --upload, show what would be."""
+    """Upload a checkpoint to the hub; a dry run without --upload."""
     import hifiprune as hp
     from hifiprune.cli import tables
 

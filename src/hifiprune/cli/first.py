@@ -15,12 +15,12 @@ from hifiprune.config.demo import DemoConfig
 def inspect(
     model: Model,
     deploy: Annotated[
-        bool, Option("--deploy", help="Tell which inference engines take it, and in which formats.")
+        bool, Option("--deploy", help="Check compatibility with inference engines and number formats.")
     ] = False,
     *,
     as_json: bool,
 ) -> None:
-    """Show a model's MLPs and the widths that ratios would give, without loading weights."""
+    """Show a model's MLPs and the width for each pruning ratio, without loading weights."""
     import hifiprune as hp
     from hifiprune.cli import engine_table, tables
 
@@ -35,7 +35,7 @@ def demo(
     *,
     as_json: bool,
 ) -> None:
-    """Prune a real small model by 20% on this machine and show how faithful it stays."""
+    """Prune a small model by 20% on this machine and measure its fidelity."""
     from hifiprune.cli import tables
     from hifiprune.commands import demo
 

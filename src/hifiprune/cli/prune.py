@@ -11,7 +11,7 @@ from hifiprune.io.atomic import local_path
 
 @with_config
 def prune(model: Model, output: Output, config: PruneConfig, *, as_json: bool) -> None:
-    """Remove the least important neurons; write a smaller, ordinary checkpoint."""
+    """Prune a checkpoint: remove the least important MLP neurons, and repair the rest."""
     import hifiprune as hp
     from hifiprune.cli import tables
 
@@ -22,7 +22,7 @@ def prune(model: Model, output: Output, config: PruneConfig, *, as_json: bool) -
 
 @with_config
 def score(model: Model, output: Output, config: ScoreConfig, *, as_json: bool) -> None:
-    """Score every neuron once, to prune at any ratio later."""
+    """Score every neuron once; then prune at any ratio in seconds."""
     import hifiprune as hp
     from hifiprune.cli import tables
 

@@ -20,7 +20,7 @@ from hifiprune.io.atomic import local_path
 
 @with_config
 def criteria(*, as_json: bool) -> None:
-    """List the criteria, a line each."""
+    """List the scoring criteria."""
     from hifiprune.cli import tables
     from hifiprune.scoring.criteria import describe_criteria
 
@@ -45,7 +45,7 @@ def compare(
     given: frozenset[str],
     as_json: bool,
 ) -> None:
-    """Prune by several criteria, measure each, and show which keeps this model best."""
+    """Prune by several criteria and compare the results."""
     import hifiprune as hp
     from hifiprune.cli import tables
 
@@ -61,7 +61,7 @@ def compare(
 
 @with_config
 def ablate(model: Model, output: Output = "ablation", *, config: AblateConfig, as_json: bool) -> None:
-    """Test criteria: really remove neurons and see how well each score tells the damage."""
+    """Ablate neurons and correlate the measured KL divergence with each criterion's scores."""
     import hifiprune as hp
     from hifiprune.cli import tables
 
