@@ -455,7 +455,7 @@ def test_a_tokenizer_that_needs_sentencepiece_says_so(
 ) -> None:
     shutil.copytree(world / "dense", tmp_path / "dense")
     (tmp_path / "dense" / "tokenizer.json").rename(tmp_path / "dense" / "tokenizer.model")
-    monkeypatch.setattr("hifiprune.models.checkpoint.find_spec", lambda _: None)
+    monkeypatch.setattr("hifiprune.models.tokenizer_files.find_spec", lambda _: None)
     with pytest.raises(UserError, match="alone, which needs sentencepiece: pip install sentencepiece"):
         find_checkpoint(str(tmp_path / "dense")).tokenizer()
     monkeypatch.undo()
