@@ -18,8 +18,8 @@ ENDED, LEFT = "hifiprune-ended", "hifiprune-left"
 """Keys of the store: rank 0's exit code, and the number of processes that have left."""
 POLLED = 0.1
 """Seconds between polls of the store."""
-PATIENCE = 10.0
-"""Seconds that rank 0 waits for the others to read its exit code."""
+PATIENCE, PATIENCE_AFTER_FAILURE = 10.0, 1.0
+"""Seconds that rank 0 waits for the others to read its exit code; after a failure they may be in the middle of work."""
 
 
 def rank() -> int:
@@ -103,8 +103,8 @@ def leave(code: int = 0) -> None:
         if rank() == 0:
             store.set(ENDED, str(code))
         store.add(LEFT, 1)
-        last = time.monotonic() + PATIENCE
-        while code == 0 and rank() == 0 and store.add(LEFT, 0) < processes() and time.monotonic() < last:
+        last = time.monotonic() + (PATIENCE_AFTER_FAILURE if code else PATIENCE)
+        while rank() == 0 and store.add(LEFT, 0) < processes() and time.monotonic() < last:
             time.sleep(POLLED)  # it may keep the store
     except RuntimeError:
         pass  # another process kept the store, and is gone
