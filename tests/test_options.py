@@ -325,7 +325,7 @@ def test_help_shows_what_matters_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(panels)[:3] == ["Arguments", "Options", "Widths"]
     assert "<bool>" not in long
     assert re.search(r"--num-samples.*\[default: 128\]", long)
-    assert "entropy-square, or the preset's" in long
+    assert "entropy-square; fisher where widths differ; or the preset's" in long
 
 
 def test_shells_complete_words() -> None:

@@ -352,7 +352,7 @@ def test_scores_made_before_are_repaired_with_a_calibration(world: Path, tmp_pat
     scored = run_command("score", dense, "--output", tmp_path / "scores", "--criterion", "random")
     assert scored.code == 0, scored.err
     both = ("--scores", tmp_path / "scores", "--calibration", text)
-    refused(prune(dense, tmp_path / "out", *both, "--repair", "none"), "give one of --calibration and --scores, not bo")
+    refused(prune(dense, tmp_path / "out", *both, "--repair", "none"), "--scores replaces scoring: drop --calibration")
     result = prune(dense, tmp_path / "out", *both)
     assert result.code == 0, result.err
     assert "Ignored" not in result.err

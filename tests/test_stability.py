@@ -129,6 +129,6 @@ def test_commands_stop_when_stable(world: Path, tmp_path: Path) -> None:
     refused(run(*words, "--output", tmp_path / "out"), "until-stable and ratio go together")
     refused(run(*cut, "--until-stable", 1, "--output", tmp_path / "out"), "until-stable 1 must lie in (0, 1)")
     steps = run(*cut, "--until-stable", 0.9, "--steps", 2, "--output", tmp_path / "out")
-    refused(steps, "until-stable is for one scoring of the model")
+    refused(steps, "until-stable cannot be combined with --scores or --steps")
     two = run(*cut, "--until-stable", 0.9, "--criterion", "self-distillation", "--output", tmp_path / "out")
     refused(two, "until-stable watches one criterion that reads a text once, in one process")

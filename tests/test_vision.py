@@ -58,7 +58,7 @@ def test_widths_that_differ_are_refused(world: Path, tmp_path: Path) -> None:
     dense = save_checkpoint(tmp_path / "dense", "qwen2_vl", max_position_embeddings=128)
     text = ("--calibration", world / "calibration.txt", "--num-samples", 6, "--seq-len", 24)
     words = ("prune", dense, "--output", tmp_path / "out", "--width", 24, "--allocation", "global", *text)
-    refused(run(*words), "vision-language models are saved with one width: --allocation uniform")
+    refused(run(*words), "vision-language models are saved with one width; use --allocation uniform")
 
 
 def test_a_pruned_model_that_sees_is_trained(world: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from hifiprune.config.evaluate import Tasks
 
 Model = Annotated[str, Argument(metavar="MODEL", help="Local folder, hub id or .gguf file.")]
-Output = Annotated[str, Option(metavar="PATH", help="Where to write (a new file or folder, whole or not at all).")]
+Output = Annotated[str, Option(metavar="PATH", help="File or folder to create; it appears only when it is complete.")]
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object on standard output.", metavar="")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing output.", metavar="")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="Show only warnings and errors, and no progress.", metavar="")]

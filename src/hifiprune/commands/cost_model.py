@@ -159,7 +159,7 @@ class Estimator:
         return Cost("scoring", times * seconds, self.base + more, disk)
 
     def repair(self, windows: int, positions: int, width: int) -> Cost:
-        """Return the cost of refitting output maps of about `width` neurons: two forward passes, moments, solving."""
+        """Return the cost of refitting output projections of about `width` neurons: two forwards, moments, solving."""
         size, hidden = self.compute.batch_size, self.config.hidden_size
         batches, kept = ceil(windows / size), min(width, SOLVED)
         pace = self._pace([], positions, recompute=False)

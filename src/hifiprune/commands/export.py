@@ -27,7 +27,7 @@ from hifiprune.version import __version__
 
 FORMATS = ("gguf", "onnx")
 DOWN, EXPERTS = re.compile(r"\.ffn_down(_exps|_shexp)?\.weight$"), re.compile(r"\.ffn_down_exps\.")
-"""What GGUF files call output maps."""
+"""What GGUF files call output projections."""
 ONNX = (
     "ONNX files are made by optimum-onnx, whose latest release (0.1.0) wants transformers below 4.58, and this "
     "checkpoint is of transformers 5; until a release takes that, export to GGUF with --to gguf"

@@ -35,7 +35,7 @@ class Job:
         calibration: text to read, if any is.
         compute: device and arithmetic.
         record: record of the run, as far as it is.
-        unfinished: what an interrupted run would have to do again.
+        unfinished: finished parts, from which the same command resumes.
         resident: what needs the weights in memory, if anything does.
         request: criterion and options to score by, if the scores are not there.
         stability: what ends scoring early, if that is asked for.

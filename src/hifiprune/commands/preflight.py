@@ -132,7 +132,9 @@ def check_texts(system: Preset, config: PruneConfig, *, scored: bool) -> None:
     if not scored:
         check_data(system.criterion, calibration)
     elif calibration and not fits:
-        raise UserError("give one of --calibration and --scores, not both; both only to repair or search")
+        raise UserError(
+            "--scores replaces scoring: drop --calibration, or use it with --repair ridge or --allocation searched"
+        )
     if repairs and calibration and calibration.num_samples < 2:
         raise UserError("repair needs at least 2 windows, of which it holds one out: --num-samples 2, or --repair none")
     if repairs and calibration is None:
@@ -180,7 +182,7 @@ def stability_of(config: PruneConfig, system: Preset, *, scored: bool) -> Stabil
     if config.until_stable is None:
         return None
     if scored or config.steps > 1:
-        raise UserError("until-stable is for one scoring of the model: leave it out, or --scores and --steps")
+        raise UserError("until-stable cannot be combined with --scores or --steps: drop one")
     allocation = config.allocation
     if allocation.method == "searched":
         allocation = replace(allocation, method="global")
@@ -220,7 +222,7 @@ def width_for(
         most = shape.neurons - width
         raise UserError(f"steps {config.steps} must be at most {most}: that many neurons of each MLP go, one a step")
     if config.allocation.method != "uniform" and (reason := family_of(skeleton.config).one_width):
-        raise UserError(f"{reason}: --allocation uniform")
+        raise UserError(f"{reason}; use --allocation uniform")
     return shape, width
 
 

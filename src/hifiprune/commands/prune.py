@@ -1,4 +1,4 @@
-"""The story of `prune`, told in order: what is checked, what is computed, what is written."""
+"""`prune`: check, score, decide widths, cut and repair, write."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from hifiprune.commands.job import DenseModel, PruneJob
 from hifiprune.commands.messages import announce_repair, announce_search, remark_on_scale
 from hifiprune.commands.preflight import resolve
 from hifiprune.commands.score import describe_scores
-from hifiprune.commands.steps import Windows, foresee, read_windows, score_dense, written_windows
+from hifiprune.commands.steps import Windows, estimate_costs, read_windows, sampled_windows, score_dense
 from hifiprune.config.prune import PruneConfig
 from hifiprune.engine.spill import Spilled
 from hifiprune.evaluation.fidelity import divergence_of
@@ -55,13 +55,13 @@ def prune(model: str, output: str | Path, config: PruneConfig, scores: Scores | 
     dense = DenseModel(job)  # resident or streamed, and loaded when it is first needed
     if job.scores and not config.dry_run and job.checkpoint.is_here and dense.stored_plainly:
         dense.check_scores(job.scores)  # before anything is said
-    estimator = foresee(dense, job)
+    estimator = estimate_costs(dense, job)
     if config.dry_run:
         return job.record
     if job.scores and job.samples:
-        dense.load_scored(job.scores)
+        dense.load_scored(job.scores)  # refuses scores of another model before text is sampled
     if job.samples:
-        windows = written_windows(dense, job)
+        windows = sampled_windows(dense, job)
     neuron_scores = job.scores or score_dense(dense, windows, job, estimator)
     if rank() > 0:
         return job.record  # the first process does the rest
@@ -86,11 +86,11 @@ def decide(dense: DenseModel, scores: Scores, windows: Windows | None, job: Prun
 
 @dataclass(frozen=True)
 class Cut:
-    """What is written: a model in memory, or what a plan leaves of the files of a checkpoint.
+    """What to write: a cut model in memory, or, without one, the checkpoint's files, cut on the way.
 
     Attributes:
         model: cut model in the checkpoint's own dtype, where the files cannot be cut.
-        changed: output projections that were changed, to be written in place of the files' own.
+        changed: repaired output projections, written instead of those in the files.
     """
 
     model: PreTrainedModel | None = None
@@ -114,13 +114,13 @@ def cut_and_repair(
     else:
         dense.check_scores(scores)
         return Cut()
-    return Cut(changed=output_maps(model)) if dense.stored_plainly else Cut(as_stored(dense, model, plan, job))
+    return Cut(changed=output_maps(model)) if dense.stored_plainly else Cut(in_stored_dtype(dense, model, plan, job))
 
 
-def as_stored(dense: DenseModel, repaired: PreTrainedModel, plan: Plan, job: PruneJob) -> PreTrainedModel:
+def in_stored_dtype(dense: DenseModel, repaired: PreTrainedModel, plan: Plan, job: PruneJob) -> PreTrainedModel:
     """Return the repaired model in the checkpoint's dtype; all but its output projections is exactly as stored."""
     dtype = job.checkpoint.dtype()
-    if torch.promote_types(repaired.dtype, dtype) == repaired.dtype:
+    if torch.promote_types(repaired.dtype, dtype) == repaired.dtype:  # no less precise: casting back is exact
         return repaired.type(dtype)
     projections = {name: values for mlp in find_mlps(repaired) for name, values in mlp.output.state().items()}
     model = dense.load(dtype)

@@ -7,7 +7,7 @@ from typing import Any
 from hifiprune.commands.inspect import shape_of
 from hifiprune.commands.job import DenseModel, Job
 from hifiprune.commands.prepare import prepare
-from hifiprune.commands.steps import foresee, read_windows, score_dense, written_windows
+from hifiprune.commands.steps import estimate_costs, read_windows, sampled_windows, score_dense
 from hifiprune.config.files import to_dict
 from hifiprune.config.groups import Budget, Calibration, ComputeConfig, CriterionOptions
 from hifiprune.config.prune import PruneConfig, ScoreConfig
@@ -40,11 +40,11 @@ def score_checkpoint(model: str, output: str | Path, config: ScoreConfig = Score
     job = resolve(model, output, config)  # every check, no weights
     windows = read_windows(job)
     dense = DenseModel(job)
-    estimator = foresee(dense, job)
+    estimator = estimate_costs(dense, job)
     if config.dry_run:
         return job.record
     if job.samples:
-        windows = written_windows(dense, job)
+        windows = sampled_windows(dense, job)
     scores = score_dense(dense, windows, job, estimator)
     if rank() > 0:
         return job.record  # the first process writes

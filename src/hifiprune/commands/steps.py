@@ -38,7 +38,7 @@ def read_windows(job: Job) -> Windows | None:
     return windows
 
 
-def written_windows(dense: DenseModel, job: Job) -> Windows:
+def sampled_windows(dense: DenseModel, job: Job) -> Windows:
     """Sample windows from the dense model itself."""
     assert job.calibration
     model = dense.load()
@@ -55,7 +55,7 @@ def estimator_of(dense: DenseModel, job: Job) -> Estimator:
     return Estimator(job.checkpoint, job.compute, streamed=streamed)
 
 
-def foresee(dense: DenseModel, job: Job) -> Estimator:
+def estimate_costs(dense: DenseModel, job: Job) -> Estimator:
     """Tell and record what the run will cost; return what tells it."""
     estimator = estimator_of(dense, job)
     costs = costs_of(dense, job, estimator)

@@ -253,7 +253,7 @@ class CriterionOptions(Checked):
     )
     label_samples: int = option(
         1,
-        "Fisher: labels drawn from the model at each position, one backward pass each.",
+        "Criteria fisher, fisher-abs and obs: labels drawn from the model at each position, one backward pass each.",
         panel=SCORING,
         bounds=FEW,
     )
@@ -347,6 +347,7 @@ class ComputeConfig(Checked):
         None,
         "Folder on a fast disk for the activations of a streamed model.",
         panel=COMPUTE,
+        metavar="DIR",
         shown_default="kept in memory",
     )
 

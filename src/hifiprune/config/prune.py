@@ -16,7 +16,7 @@ from hifiprune.config.groups import (
     until_stable_option,
 )
 from hifiprune.config.options import CALIBRATION, EXPERIMENTAL, OUTPUT, SCORING, WIDTHS, Checked, group, option
-from hifiprune.config.presets import PRESETS, REPAIRS
+from hifiprune.config.presets import ACROSS_LAYERS, PRESETS, REPAIRS
 from hifiprune.defaults import DEFAULT_CRITERION
 
 _DEFAULT = PRESETS["default"]
@@ -25,6 +25,9 @@ criterion_option = partial(
     help="How neurons are scored: see 'hifiprune criteria'; hfprune is the paper's definition.",
     flag="--criterion",
 )
+
+
+BY_DEFAULT = f"{_DEFAULT.criterion}; {ACROSS_LAYERS} where widths differ; or the preset's"
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,14 @@ class PruneConfig(Checked):
             them for criteria that look at weights alone.
         criterion: how to score, see `hifiprune.scoring.criteria`; None is the preset's.
         allocation: how widths are decided.
-        repair: `ridge` refits each MLP's output map to what the dense model computes, in closed form; `none` is the
-            default where there is no calibration, or biases are compensated.
+        repair: `ridge` refits each MLP's output projection to what the dense model computes, in closed form; `none` is
+            the default where there is no calibration, or biases are compensated.
         scores: file of scores of this very model, made before.
         preset: what stands for all that is None: `default`, or one of the papers' systems, `hfprune` or `sdmprune`.
         round_to: widths become the nearest multiple of it; None is the preset's.
         options: of the criterion; if None, by default with the seed of the calibration data.
-        bias_compensation: put the mean output of the removed neurons into the bias of each output map, as FLAP does;
-            only for architectures that have one, with criteria that collect mean activations.
+        bias_compensation: put the mean output of the removed neurons into the bias of each output projection, as FLAP
+            does; only for architectures that have one, with criteria that collect mean activations.
         until_stable: stop scoring once the kept set would agree so well with that of all windows; see
             `hifiprune.scoring.early_stopping`.
         steps: rounds of scoring, cutting and, where that is asked for, repair.
@@ -59,7 +62,7 @@ class PruneConfig(Checked):
 
     budget: Budget = group(one_of=True)
     calibration: Calibration | None = None
-    criterion: str | None = criterion_option(None, shown_default=f"{_DEFAULT.criterion}, or the preset's")
+    criterion: str | None = criterion_option(None, shown_default=BY_DEFAULT)
     allocation: AllocationConfig = AllocationConfig()
     repair: str | None = option(
         None,
@@ -76,7 +79,8 @@ class PruneConfig(Checked):
     )
     scores: Path | None = option(
         None,
-        "Scores written by 'hifiprune score', in place of scoring; --calibration is then to repair or search.",
+        "Scores written by 'hifiprune score', in place of scoring; --calibration is then used only for repair or "
+        "a width search.",
         panel=CALIBRATION,
         metavar="PATH",
     )

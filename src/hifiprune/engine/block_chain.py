@@ -290,7 +290,7 @@ class BlockChain:
 
     @torch.no_grad()
     def run(self, index: int, hidden: Tensor, call: BlockCall) -> tuple[Tensor, list[MlpPass]]:
-        """Run a block; return its output, and the inputs and outputs of its MLPs' output maps."""
+        """Run a block; return its output, and the inputs and outputs of its MLPs' output projections."""
         passes: list[MlpPass] = []
 
         def write(number: int, activation: Tensor, tokens: Tensor | None) -> Tensor:
@@ -316,7 +316,7 @@ class BlockChain:
     def _trace(
         self, index: int, hidden: Tensor, call: BlockCall, mlp_output: Tensor | None = None, *, maps: bool = False
     ) -> Trace:
-        """Run a block with its graph; where the output map's product is known, it is not computed again."""
+        """Run a block with its graph; where the output projection's product is known, it is not computed again."""
         own = self.of_block[index]
         passes = {number: MlpPass(number, []) for number in own}
         hidden = hidden.detach().requires_grad_(index > 0)

@@ -36,7 +36,7 @@ class MlpPass:
 
     Attributes:
         number: index of the MLP.
-        maps: its linear maps' inputs and outputs, the output map last.
+        maps: its linear maps' inputs and outputs, the output projection last.
         tokens: for an expert the indices of the batch's tokens that were routed to it, one row each; else None.
     """
 
@@ -52,7 +52,7 @@ class MlpPass:
         return whole.index_copy_(0, self.tokens, rows).view(*hidden.shape[:-1], -1)
 
     def activation(self, hidden: Float[Tensor, "windows positions hidden"]) -> Tensor:
-        """Return the input of the output map, as `[windows, positions, neurons]`."""
+        """Return the input of the output projection, as `[windows, positions, neurons]`."""
         return self.spread(self.maps[-1].input.detach(), hidden)
 
 
@@ -65,7 +65,7 @@ class Activations:
         kernel: index of the objective that was differentiated; None in the forward pass.
         activation: `h`, `[windows, positions, neurons]`, to be left as it is.
         gradient: `dC/dh` in the same shape, overwritten by `taylor`; None in the forward pass.
-        maps: input and output gradient of each linear map, if requested; the output map comes last.
+        maps: input and output gradient of each linear map, if requested; the output projection comes last.
         windows: index of the first window.
     """
 
@@ -104,7 +104,7 @@ class Trace:
 
 
 Write = Callable[[int, Tensor, Tensor | None], Tensor]
-"""Maps an MLP's index, its activation and its tokens to the output of its output map."""
+"""Maps an MLP's index, its activation and its tokens to the output of its output projection."""
 Read = Callable[[int, Sequence[Projection], Tensor], Tensor]
 """Maps an MLP's index, input maps that share a parameter, and their input to their outputs, concatenated."""
 Override = tuple[nn.Module, Callable[..., Any]]
@@ -144,7 +144,7 @@ def _routed(
     chosen: Int[Tensor, "tokens top"],
     weights: Float[Tensor, "tokens top"],
 ) -> Float[Tensor, "tokens hidden"]:
-    """Run the experts on the tokens routed to them, with routing weights applied before the output map, not after."""
+    """Run the experts on the tokens routed to them; routing weights are applied before the output projection."""
     module: Any = experts[0].output.module
     total = torch.zeros_like(hidden)
     for expert, mlp in enumerate(experts):

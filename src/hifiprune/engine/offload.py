@@ -93,7 +93,7 @@ class WeightOffload:
         return self.cuts[name].of(values) if name in self.cuts else values
 
     def keep(self, mlp: Mlp, cuts: dict[str, Places]) -> None:
-        """Record an MLP's cut and its present output map, which are applied whenever its block is read again."""
+        """Record an MLP's cut and its present output projection, which are applied whenever its block is read again."""
         ours = {name for each in mlp.inputs for name in each.state()}
         self.cuts.update({name: cuts[name] for name in ours & cuts.keys()})
         for name, values in mlp.output.state().items():

@@ -160,7 +160,7 @@ def stack_experts(
         tensors: stored tensors by name.
         path: path of the experts in a block, such as `mlp.experts`.
         inputs: names of an expert's input maps, which the model concatenates.
-        output: name of its output map.
+        output: name of its output projection.
     """
     kinds = dict.fromkeys(inputs, "gate_up_proj") | {output: "down_proj"}
     pattern = re.compile(rf"(.*\.{re.escape(path)})\.(\d+)\.({'|'.join(map(re.escape, kinds))})\.weight")

@@ -19,7 +19,7 @@ from hifiprune.errors import UserError
 from hifiprune.models.families import FAMILIES, Family, known_family
 
 Layout = tuple[str, tuple[str, ...], str]
-"""Path of an MLP in its block, and names of its input maps and its output map."""
+"""Path of an MLP in its block, and names of its input maps and its output projection."""
 SETTLED = "hifiprune_family"
 """Attribute of a configuration in memory that caches the detected layout."""
 LEAST_SHARE = 0.25
@@ -136,7 +136,7 @@ def _changes(config: PretrainedConfig, name: str, known: dict[str, nn.Parameter]
 
 
 def _layout(changes: dict[str, tuple[int, ...]], blocks: str, found: nn.ModuleList, hidden: int) -> Layout | None:
-    """Return path, input maps and output map of every block's MLP, if exactly these changed."""
+    """Return path, input maps and output projection of every block's MLP, if exactly these changed."""
     layouts = set()
     for index, block in enumerate(found):
         start, linears = f"{blocks}.{index}.", dict(_linears(block))

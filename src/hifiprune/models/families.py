@@ -15,7 +15,7 @@ class Family:
         norm: the last norm, after them.
         mlp: the MLP of a block; empty if its maps are direct children of the block.
         inputs: input maps (gate and up); a map that fuses both is named twice.
-        output: output map (down).
+        output: output projection (down).
         width: configuration key of the MLP width; may be missing or None, which means four times the hidden size.
         additive: whether the MLP's output is added to the residual stream without a norm or factor in between.
         tuples: whether blocks return a tuple whose first item is the hidden state.
@@ -25,7 +25,7 @@ class Family:
         shared_width: configuration keys whose product is its width.
         sees: whether the model also takes images; its vision tower is not changed.
         stored: name prefixes in the model, or parts after a dot, mapped to those in files.
-        stored_experts: names of an expert's input and output maps in files that store each expert by itself.
+        stored_experts: names of an expert's input and output projections in files that store each expert by itself.
         packs: whether blocks separate examples packed into one row by their position ids.
         models: well-known models of the architecture.
         found: whether the layout was detected, and so must be verified on the weights.
@@ -52,7 +52,7 @@ class Family:
 
     @property
     def maps(self) -> list[str]:
-        """Return the paths of the MLP's maps in the model, output map last, with a placeholder for the block index."""
+        """Return the paths of the MLP's projections, the output one last, with a placeholder for the block index."""
         names = [*dict.fromkeys(self.inputs), self.output]
         return [".".join(filter(None, (self.blocks, "{}", self.mlp, name))) for name in names]
 

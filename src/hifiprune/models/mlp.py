@@ -95,13 +95,13 @@ class Projection:
 
 @dataclass(frozen=True)
 class Mlp:
-    """An MLP of a decoder block: neuron `i` is row `i` of every input map and column `i` of the output map.
+    """An MLP of a decoder block: neuron `i` is row `i` of every input map and column `i` of the output projection.
 
     Attributes:
         name: path of the MLP in the model, such as `model.layers.0.mlp`.
         inputs: input maps (gate and up), weights `[neurons, hidden]`.
-        output: output map (down), weight `[hidden, neurons]`; its input is the activation `h`, for an expert multiplied
-            by its routing weight.
+        output: output projection (down), weight `[hidden, neurons]`; its input is the activation `h`,
+            for an expert multiplied by its routing weight.
         block: index of the decoder block.
         stated: configuration keys whose product is the width.
     """
@@ -114,7 +114,7 @@ class Mlp:
 
     @property
     def maps(self) -> tuple[Projection, ...]:
-        """Return all maps, the output map last."""
+        """Return all maps, the output projection last."""
         return *self.inputs, self.output
 
     @property

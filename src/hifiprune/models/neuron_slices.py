@@ -76,7 +76,7 @@ class Part:
 
 
 def parameter_slices(mlp: Mlp) -> Iterator[Part]:
-    """Yield the parameters that hold an MLP's neurons, the output map's last; experts of a block share theirs."""
+    """Yield the parameters that hold an MLP's neurons, the output one's last; experts of a block share theirs."""
     for linear in {(each.module, each.weight_name): each for each in mlp.inputs}.values():
         yield Part(linear, linear.weight_name, int(linear.flipped))
         if linear.bias is not None:

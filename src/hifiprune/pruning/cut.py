@@ -19,7 +19,7 @@ def cut_(model: PreTrainedModel, plan: Plan, means: Sequence[Float[Tensor, "_"]]
     """Remove from `model` every neuron that `plan` does not keep, in the weights' own dtype.
 
     The result computes what the dense model computes with the activations of the removed neurons set to zero, or to
-    their `means`, which then go into the bias of the output map (arXiv 2312.11983). The widths are
+    their `means`, which then go into the bias of the output projection (arXiv 2312.11983). The widths are
     updated wherever the configuration states them, so the saved model loads without this library.
 
     Args:
@@ -41,7 +41,7 @@ def cut_(model: PreTrainedModel, plan: Plan, means: Sequence[Float[Tensor, "_"]]
 
 
 def require_bias(mlps: Sequence[Mlp]) -> None:
-    """Refuse MLPs whose output map has no bias.
+    """Refuse MLPs whose output projection has no bias.
 
     Raises:
         UserError: one has none.
@@ -49,7 +49,7 @@ def require_bias(mlps: Sequence[Mlp]) -> None:
     for mlp in mlps:
         if mlp.output.bias is None:
             raise UserError(
-                f"the output map of {mlp.name} has no bias to compensate with; leave --bias-compensation out"
+                f"the output projection of {mlp.name} has no bias to compensate with; leave --bias-compensation out"
             )
 
 

@@ -174,7 +174,7 @@ def _kept_rows(stored: Stored, cut: Places) -> Iterator[Tensor]:
 
 
 def output_maps(model: PreTrainedModel) -> dict[str, Spilled]:
-    """Return the output map's tensors of every MLP, by name; for a streamed model those that were changed."""
+    """Return the output projection's tensors of every MLP, by name; for a streamed model those that were changed."""
     if shelf := offload_of(model):
         return shelf.changed
     maps = {mlp.output.module: mlp.output for mlp in find_mlps(model)}

@@ -1,7 +1,7 @@
-"""Repair a cut in closed form: refit each output map so that the kept neurons compensate for the removed ones.
+"""Repair a cut in closed form: refit each output projection so that the kept neurons compensate for the removed ones.
 
-Removing neurons `R` of an MLP with output map `W` leaves the plain cut `h_K W_K`. The residual `D` is regressed on the
-kept activations `h_K`, by ridge regression over all tokens:
+Removing neurons `R` of an MLP with output projection `W` leaves the plain cut `h_K W_K`. The residual `D` is
+regressed on the kept activations `h_K`, by ridge regression over all tokens:
 
     change = argmin  sum over tokens of  weight * |D - change h_K|^2  +  damping * |change|^2,    W' = W_K + change
 
@@ -49,7 +49,7 @@ def cut_and_repair_(
     dense: Float[Tensor, "blocks windows positions hidden"] | None = None,
     batch_size: int = 1,
 ) -> list[Refit]:
-    """Cut `model` by `plan`, and refit each output map to reproduce the dense model's hidden states.
+    """Cut `model` by `plan`, and refit each output projection to reproduce the dense model's hidden states.
 
     Args:
         model: the dense model.
@@ -103,7 +103,7 @@ def cut_and_repaired(
 ) -> Iterator[list[Refit]]:
     """Cut and repair `model` as `cut_and_repair_` does within this context; afterwards every weight is restored.
 
-    The removed rows and columns, and a copy of each output map, are saved meanwhile.
+    The removed rows and columns, and a copy of each output projection, are saved meanwhile.
     """
     maps = [
         each for _, group in group_by_parameters(find_mlps(model)) for each in group[0].output.parameters().values()

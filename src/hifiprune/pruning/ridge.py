@@ -17,7 +17,7 @@ DAMPINGS = (10.0, 3.0, 1.0, 0.3, 0.1, 1e-2, 1e-3, 1e-4, 1e-6)
 
 @dataclass(frozen=True)
 class Refit:
-    """Result of the refit of one output map.
+    """Result of the refit of one output projection.
 
     Attributes:
         name: name of the MLP.
@@ -56,14 +56,14 @@ class Moments:
         self.output += float(output.double().square().sum())
 
     def error(self, change: Float[Tensor, "hidden kept"] | None) -> float:
-        """Compute the squared residual after a change of the output map, relative to the squared output."""
+        """Compute the squared residual after a change of the output projection, relative to the squared output."""
         if change is None:
             return self.residual / self.output
         left = self.residual - 2 * (change * self.cross).sum() + ((change @ self.gram) * change).sum()
         return float(left) / self.output
 
     def solve(self, damping: float) -> Float[Tensor, "hidden kept"] | None:
-        """Solve for the change of the output map at a given damping; None if the system cannot be solved."""
+        """Solve for the change of the output projection at a given damping; None if the system cannot be solved."""
         damped = self.gram.clone()
         damped.diagonal().add_(damping * self.gram.diagonal().mean())
         factor, failed = torch.linalg.cholesky_ex(damped)

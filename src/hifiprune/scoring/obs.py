@@ -1,8 +1,8 @@
 """Second-order selection that accounts for repair: the loss when a neuron is removed and the others are refitted.
 
-With activations `h` and the output map `W`, removing neurons and refitting the others by least squares changes the
-MLP's output by `W h - W' h_K`. Its cost is measured in the metric of the KL divergence there, the covariance `F` of the
-gradient of the log-likelihood of the model's own labels, taken as independent of `h` (Kronecker-factored curvature,
+With activations `h` and the output projection `W`, removing neurons and refitting the others by least squares changes
+the MLP's output by `W h - W' h_K`. Its cost is measured in the metric of the KL divergence there, the covariance `F` of
+the gradient of the log-likelihood of the model's own labels, taken as independent of `h` (Kronecker-factored curvature,
 arXiv 1503.05671). For one neuron the least cost has a closed form, that of the optimal brain surgeon:
 `(w_i^T F w_i) / [G^-1]_ii` with `G = E[h h^T]`.
 """
@@ -34,7 +34,7 @@ def removal_costs(
 
     Args:
         moments: second moments of the activations, positive semidefinite.
-        weight: weight of the output map.
+        weight: weight of the output projection.
         pulled: curvature at its output, positive semidefinite, times `weight`.
         block: neurons removed at a time; 1 is exactly greedy.
         damping: relative to the mean of the diagonal of `moments`.
