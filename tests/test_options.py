@@ -126,6 +126,8 @@ def test_yaml_and_json_are_read_alike(tmp_path: Path) -> None:
         (None, "--config file cannot be read: No such file or directory"),
         (b"\xff\xfe", "--config file cannot be read: "),
         (b"a: [", "--config file is neither YAML nor JSON: "),
+        (b"a: &x [1, 1]\nb: [*x, *x]", "--config file has aliases"),
+        (b"a: " + b"1" * 10**6, "--config file has 1,000,003 bytes, and options at most 1,000,000"),
         (b"- a", "file holds no options"),
         (b"", "file holds no options"),
         (
@@ -216,6 +218,18 @@ def test_a_config_has_flags_for_those_options_of_a_group_that_it_uses() -> None:
     names = {flag.name for flag in shared_flags(RecoverConfig)}
     assert names >= {"device", "dtype", "attention", "per_device_batch_size"}
     assert not names & {"batch_size", "stream", "recompute", "scratch"}
+
+
+def test_an_output_is_never_its_own_config_nor_around_it(world: Path, tmp_path: Path) -> None:
+    words = ("prune", world / "dense", "--output", tmp_path / "small", "--width", 24, "--criterion", "magnitude")
+    assert run(*words).code == 0
+    record = tmp_path / "small" / "run.json"
+    again = ("prune", "--config", record, "--output", tmp_path / "small", "--overwrite")
+    refused(run(*again), f"contains the input {record}")
+    options = tmp_path / "options.yaml"
+    options.write_text("criterion: magnitude")
+    refused(run("score", world / "dense", "--config", options, "--output", options, "--overwrite"), "is the input")
+    assert options.read_text() == "criterion: magnitude"
 
 
 def test_configs_are_light_to_import() -> None:

@@ -98,7 +98,9 @@ def with_config(command: Callable[..., None]) -> Callable[..., None]:
             facts = upon_preset(presets, arguments["preset"], facts)
         settled = merged(config, facts, given)
         made = from_dict(config, settled, str(file or "config"))
-        with speaking(quiet=values["quiet"], verbose=values["verbose"]):
+        from hifiprune.io.output_paths import reading
+
+        with speaking(quiet=values["quiet"], verbose=values["verbose"]), reading(file):
             if unused := without_group(config, settled, given):
                 note(f"Ignored, since there is no {unused}.")
             more = {"given": frozenset(given)} if wants_given else {}

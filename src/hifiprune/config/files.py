@@ -10,10 +10,13 @@ from typing import Any, TypeVar, get_type_hints
 
 from hifiprune.config.options import declared_options, without_none
 from hifiprune.errors import UserError, nearest_name
+from hifiprune.io.atomic import local_path
 
 RUN_FORMAT = "hifiprune-run-1"
 OF_ONE_RUN = ("output", "overwrite", "dry_run", "resume")
 """Options that another run does not take over."""
+LARGEST = 10**6
+"""Bytes of a file of options."""
 C = TypeVar("C")
 
 
@@ -91,7 +94,7 @@ def read_config(path: Path, command: str) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read, holds no options, or is of a run of another command.
     """
-    facts = _parsed(path)
+    facts = _parsed(local_path(path))
     if not isinstance(facts, dict):
         raise UserError(f"{path} holds no options; write them as 'name: value', one a line")
     if facts.get("format") != RUN_FORMAT:
@@ -101,9 +104,7 @@ def read_config(path: Path, command: str) -> dict[str, Any]:
     arguments = facts.get("arguments")
     if not isinstance(arguments, dict):
         raise UserError(f"{path} was changed since hifiprune wrote it: it has no arguments")
-    return {
-        name: value for name, value in arguments.items() if name not in ("output", "overwrite", "dry_run", "resume")
-    }
+    return {name: value for name, value in arguments.items() if name not in OF_ONE_RUN}
 
 
 def _parsed(path: Path) -> Any:
@@ -115,12 +116,16 @@ def _parsed(path: Path) -> Any:
         "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
     )
     try:
+        if path.stat().st_size > LARGEST:
+            raise UserError(f"--config {path} has {path.stat().st_size:,} bytes, and options at most {LARGEST:,}")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     with suppress(ValueError):
         return json.loads(text)
     try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, loader)):
+            raise UserError(f"--config {path} has aliases (*name), which can stand for any amount: write values out")
         return yaml.load(text, loader)
     except yaml.YAMLError as error:
         raise UserError(f"--config {path} is neither YAML nor JSON: {' '.join(str(error).split())}") from error

@@ -38,6 +38,7 @@ class _Run:
 
 
 _running: ContextVar[_Run | None] = ContextVar("_running", default=None)
+_also_read: ContextVar[tuple[Path | None, ...]] = ContextVar("_also_read", default=())
 
 
 def exclusive(command: Callable[P, T]) -> Callable[P, T]:
@@ -62,6 +63,16 @@ def exclusive(command: Callable[P, T]) -> Callable[P, T]:
             _running.reset(token)
 
     return run
+
+
+@contextmanager
+def reading(*paths: Path | None) -> Iterator[None]:
+    """Treat files as inputs of the commands within, beside those that these name themselves."""
+    token = _also_read.set(paths)
+    try:
+        yield
+    finally:
+        _also_read.reset(token)
 
 
 def note_unfinished(folder: Path) -> None:
@@ -150,7 +161,7 @@ def _reserved(real: Path) -> str:
 
 
 def _check_inputs(real: Path, target: str | Path, inputs: Sequence[str | Path | None]) -> None:
-    for name in inputs:
+    for name in (*inputs, *_also_read.get()):
         for read in _files_of(local_path(name)) if name is not None else ():
             if relation := _relation(real, read):
                 raise UserError(
