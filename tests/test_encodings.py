@@ -59,7 +59,8 @@ def test_files_and_names_in_an_ascii_locale(world: Path, tmp_path: Path) -> None
     pytest.importorskip("plotly")
     done = hifiprune("report", tmp_path / "small", "--output", tmp_path / "r.html")
     assert done.returncode == 0, done.stderr
-    assert not (tmp_path / "r.html").read_text(encoding="utf-8").isascii()
+    assert (tmp_path / "r.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert "mod\u00e8le" in (tmp_path / "small" / "config.json").read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")

@@ -163,5 +163,5 @@ def test_the_code_of_the_page_runs(
         exec(code.replace("heldout.txt", "heldout.jsonl").replace("seq_len=512", "seq_len=32"), names)
     again = AutoModelForCausalLM.from_pretrained("small-int8")
     assert torch.equal(logits(again), logits(names["quantized"]))
-    assert names["found"]["kl"].value > 1e-3
+    assert names["metrics"]["kl"].value > 1e-3
     assert type(again.model.layers[0].mlp.down_proj.weight).__name__ == "Int8Tensor"
