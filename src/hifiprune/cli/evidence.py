@@ -76,7 +76,7 @@ def report(
 def push(
     folder: Annotated[str, Argument(metavar="DIR", help="A checkpoint's folder.")],
     repository: Annotated[str, Argument(metavar="OWNER/NAME", help="Its name on the hub.")],
-    private: Annotated[bool, Option("--private", help="Only its owner sees it, where it is new.")] = False,
+    private: Annotated[bool, Option("--private", help="Make the repository private if it is created now.")] = False,
     upload: Annotated[bool, Option("--upload", help="Upload; otherwise only show what would be uploaded.")] = False,
     *,
     as_json: bool,

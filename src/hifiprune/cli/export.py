@@ -2,19 +2,26 @@
 
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
+from typer import Argument
 
 from hifiprune.cli.console import show
 from hifiprune.cli.flags import with_config
-from hifiprune.cli.options import Model, Output
+from hifiprune.cli.options import Output
 from hifiprune.config.export import ExportConfig
 from hifiprune.io.atomic import local_path
 
 
 @with_config
-def export(model: Model, output: Output, config: ExportConfig, *, as_json: bool) -> None:
+def export(
+    model: Annotated[str, Argument(metavar="MODEL", help="Local folder or hub id.")],
+    output: Output,
+    config: ExportConfig,
+    *,
+    as_json: bool,
+) -> None:
     """Write a checkpoint as a GGUF file, by llama.cpp's own converter."""
     import hifiprune as hp
 

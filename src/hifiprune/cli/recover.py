@@ -25,7 +25,10 @@ def recover(
         ),
     ] = None,
     preset: Annotated[
-        str, Option(help=f"Settings for all that is not given: {', '.join(TRAININGS)}; all but the first are papers'.")
+        str,
+        Option(
+            help=f"Settings for all that is not given: {', '.join(TRAININGS)}; all but default are a paper's settings."
+        ),
     ] = "default",
     show_preset: Annotated[
         bool, Option("--show-preset", help="Show the preset's settings, then stop.", metavar="")
