@@ -1,4 +1,4 @@
-"""Command-line flags made from config classes: a command says which config it takes, and gets it made of flags."""
+"""Derive command-line flags from config classes: a command declares the config that it takes, and receives it."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -11,9 +11,9 @@ from typer import Context
 from typer import Option as Flag
 
 from hifiprune.cli.console import speaking
-from hifiprune.config.files import from_dict, read_config
+from hifiprune.config.files import from_dict, missing, read_config
 from hifiprune.config.options import PANELS, Declared, declared_options, group_of, without_none
-from hifiprune.errors import UserError, unknown
+from hifiprune.errors import unknown
 from hifiprune.progress import note
 
 MESSAGES = "Config and messages"
@@ -244,7 +244,7 @@ def _input(name: str, values: dict[str, Any], given: Mapping[str, Any], facts: d
         parameter = next(parameter for parameter in context.command.params if parameter.name == name)
         if name in context.command.must_be_given:
             word = parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.metavar or name.upper()
-            raise UserError(f"'{word}' is missing: give it on the command line, or in the file of --config")
+            raise missing(word)
     return value
 
 

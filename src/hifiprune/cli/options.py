@@ -11,11 +11,7 @@ if TYPE_CHECKING:
 
 Model = Annotated[str, Argument(metavar="MODEL", help="Local folder, hub id or .gguf file.")]
 Output = Annotated[str, Option(metavar="PATH", help="File or folder to create; it appears only when it is complete.")]
-AsJson = Annotated[bool, Option("--json", help="Print one JSON object on standard output.", metavar="")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing output.", metavar="")]
-Quiet = Annotated[bool, Option("--quiet", "-q", help="Show only warnings and errors, and no progress.", metavar="")]
-Verbose = Annotated[bool, Option("--verbose", "-v", help="Also show each stage and how long it took.", metavar="")]
-Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.", metavar="")]
 
 
 def check_tasks_named(tasks: "Tasks | None", given: frozenset[str]) -> None:

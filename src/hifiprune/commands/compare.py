@@ -26,7 +26,7 @@ from hifiprune.io.hashing import hash_tokens
 from hifiprune.io.output_paths import exclusive
 from hifiprune.io.resume import ResumeFolder
 from hifiprune.io.text_files import is_pipe
-from hifiprune.io.text_sources import SELF, text_files
+from hifiprune.io.text_sources import text_files
 from hifiprune.progress import labelled
 from hifiprune.pruning.allocate import allocate
 from hifiprune.run_record import RunRecord
@@ -73,7 +73,7 @@ def compare(model: str, output: str | Path, config: CompareConfig) -> RunRecord:
     tokenizer = checkpoint.tokenizer()
     with record.stage("reading the texts"), labelled("reading the texts, pieces"):
         held = [Held(text.source, text.fidelity, held_windows(text, tokenizer)) for text in config.texts]
-        drawn = [] if calibration.source == SELF else [load_windows(draw, tokenizer) for draw in draws]
+        drawn = [] if calibration.is_sampled else [load_windows(draw, tokenizer) for draw in draws]
     most = max(calibration.num_samples, *(len(text.windows) for text in held))
     compute = limit_batch(config.compute, most, "windows")
     check_tokens(checkpoint, *drawn, *(text.windows for text in held))

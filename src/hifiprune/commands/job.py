@@ -14,7 +14,6 @@ from hifiprune.config.presets import Preset
 from hifiprune.config.prune import PruneConfig
 from hifiprune.engine.compute import compute_dtype
 from hifiprune.io.resume import ResumeFolder
-from hifiprune.io.text_sources import SELF
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.plan import ModelShape
 from hifiprune.pruning.cut_checkpoint import hash_stored, stored_plainly
@@ -54,7 +53,7 @@ class Job:
     @property
     def samples(self) -> bool:
         """Return whether the calibration text is sampled from the model."""
-        return self.calibration is not None and self.calibration.source == SELF
+        return self.calibration is not None and self.calibration.is_sampled
 
 
 @dataclass(frozen=True)

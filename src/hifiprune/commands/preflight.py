@@ -1,4 +1,4 @@
-"""What is asked of `prune`: settled, and checked before the work begins."""
+"""Resolve a `prune` run: fill in defaults, and check everything before weights are loaded."""
 
 from dataclasses import replace
 from functools import partial
@@ -16,7 +16,7 @@ from hifiprune.commands.messages import (
     remark_on_unused,
 )
 from hifiprune.commands.prepare import prepare
-from hifiprune.commands.score import batches_of, check_data, check_resident, options_of
+from hifiprune.commands.score import SAMPLED, batches_of, check_data, check_resident, options_of
 from hifiprune.config.files import to_dict
 from hifiprune.config.groups import Calibration
 from hifiprune.config.presets import PRESETS, Preset, settle
@@ -24,7 +24,6 @@ from hifiprune.config.prune import PruneConfig
 from hifiprune.errors import UserError
 from hifiprune.io.atomic import check_shard_size, check_space
 from hifiprune.io.resume import ResumeFolder
-from hifiprune.io.text_sources import SELF
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.detect import family_of
 from hifiprune.models.mlp import find_mlps
@@ -194,8 +193,8 @@ def stability_of(config: PruneConfig, system: Preset, *, scored: bool) -> Stabil
 
 def resident_for(config: PruneConfig, calibration: Calibration | None) -> str:
     """Return what of this is done with weights in memory only, if anything is."""
-    if calibration and any(part.source == SELF for part in calibration.parts):
-        return "text is sampled from the model"
+    if calibration and calibration.is_sampled:
+        return SAMPLED
     if config.allocation.method == "searched":
         return "widths are searched"
     if config.steps > 1:

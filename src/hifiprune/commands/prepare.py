@@ -17,7 +17,6 @@ from hifiprune.engine.spill import Scratch
 from hifiprune.errors import UserError
 from hifiprune.io.hashing import hash_model
 from hifiprune.io.output_paths import check_target
-from hifiprune.io.text_sources import SELF
 from hifiprune.models.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.models.detect import family_of
 from hifiprune.models.lineage import read_with
@@ -76,7 +75,7 @@ def check_model(checkpoint: Checkpoint, compute: ComputeConfig, *sources: Calibr
     for source in sources:
         for each in _parts(source):
             check_source(each.source, each.seq_len, longest)
-            if each.source == SELF and isinstance(source, Calibration):
+            if isinstance(each, Calibration) and each.is_sampled:
                 start_token(checkpoint.config())
     return skeleton
 

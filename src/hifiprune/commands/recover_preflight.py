@@ -1,4 +1,4 @@
-"""What is asked of `recover`: settled, and checked before the work begins; and where its dense model is."""
+"""Resolve a `recover` run: find its dense model, and check everything before weights are loaded."""
 
 import os
 from dataclasses import dataclass, replace
@@ -39,7 +39,7 @@ class RecoverJob:
         target: absolute path of the output.
         base: what the card of the output says of the checkpoint that is trained.
         record: record of the run, as far as it is.
-        unfinished: what an interrupted run would have to do again.
+        unfinished: finished parts, from which the same command resumes.
         limit: wall-clock limit of the run.
     """
 

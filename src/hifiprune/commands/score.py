@@ -1,4 +1,4 @@
-"""The story of `score`: what is checked, what is computed, what is written."""
+"""`score`: check, read the text, score, write."""
 
 from functools import partial
 from pathlib import Path
@@ -16,12 +16,14 @@ from hifiprune.errors import UserError
 from hifiprune.io.distributed import rank
 from hifiprune.io.output_paths import exclusive
 from hifiprune.io.resume import ResumeFolder
-from hifiprune.io.text_sources import SELF
 from hifiprune.pruning.allocate import allocate
 from hifiprune.run_record import RunRecord
 from hifiprune.scores import Scores
 from hifiprune.scoring.criteria import find_criterion
 from hifiprune.scoring.early_stopping import Stability
+
+SAMPLED = "text is sampled from the model"
+"""Why weights must be in memory."""
 
 
 @exclusive
@@ -77,7 +79,7 @@ def resolve(model: str, output: str | Path, config: ScoreConfig) -> Job:
     if budget:
         shape_of(skeleton).width_at(budget, 1)
     unfinished = ResumeFolder.beside(target, "score")
-    resident = "text is sampled from the model" if config.calibration and config.calibration.source == SELF else ""
+    resident = SAMPLED if config.calibration and config.calibration.is_sampled else ""
     check_resident(resident, config.compute)
     compute = batches_of(config.compute, config.calibration)
     request = (config.criterion, options)

@@ -50,8 +50,13 @@ def from_dict(config: type[C], facts: Mapping[str, Any], where: str = "config") 
             raise cause from None
         place = ".".join(map(str, first["loc"]))
         if first["type"] == "missing" and (flag := _flag_of(config, first["loc"])):
-            raise UserError(f"'{flag}' is missing: give it on the command line, or in the file of --config") from None
+            raise missing(flag) from None
         raise UserError(f"{where}: {place}: {first['msg']}, not {first['input']!r}") from error
+
+
+def missing(word: str) -> UserError:
+    """Return the error for an option or argument that neither the command line nor a file gives."""
+    return UserError(f"'{word}' is missing: give it on the command line, or in the file of --config")
 
 
 def _groups_needed(config: Any) -> list[str]:

@@ -162,19 +162,24 @@ class Calibration(Checked):
             )
 
     @property
+    def is_sampled(self) -> bool:
+        """Return whether the text is sampled from the model itself."""
+        return self.source == SELF
+
+    @property
     def _sources(self) -> list[str]:
-        """All sources."""
+        """Return all sources."""
         return [self.source, *(source for source, _ in self.mixed)]
 
     @property
     def _counts(self) -> list[int]:
-        """Windows of each source."""
+        """Return the number of windows of each source."""
         further = [round(share * self.num_samples) for _, share in self.mixed]
         return [self.num_samples - sum(further), *further]
 
     @property
     def parts(self) -> list["Calibration"]:
-        """The same for each source by itself, with its number of windows."""
+        """Return the calibration of each source by itself, with its number of windows."""
         return [
             replace(self, source=source, num_samples=count, mixed=())
             for source, count in zip(self._sources, self._counts, strict=True)
