@@ -224,7 +224,7 @@ def test_what_is_compiled_is_timed() -> None:
 def test_what_cannot_be_timed_is_refused(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     refused(run("bench", *pair, "--lengths", 64), "64 tokens and 64 new ones exceed the 64 positions")
     refused(run("bench", pair[0], pair[0]), "would be measured twice")
-    refused(run("bench", *pair, "--lengths", "many"), "lengths 'many' must be whole numbers")
+    refused(run("bench", *pair, "--lengths", "many"), "lengths 'many' is no whole number")
     refused(
         run("bench", *pair, "--batch-sizes", 0, "--lengths", 8, "--new-tokens", 4), "batch-sizes 0 must be at least 1"
     )

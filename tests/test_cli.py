@@ -282,7 +282,7 @@ def test_a_hub_id_that_cannot_be_reached(cli: Cli, tmp_path: Path, monkeypatch: 
     def fail(*_: object, **__: object) -> None:
         raise LocalEntryNotFoundError("offline")
 
-    monkeypatch.setattr("hifiprune.models.checkpoint.snapshot_download", fail)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     refused(
         cli("inspect", "org/model"), "org/model, and the model hub could not be reached to look for org/model there"
     )
@@ -297,7 +297,7 @@ def test_a_hub_id_is_downloaded_as_far_as_it_is_needed(
         asked.extend(allow_patterns)
         return str(checkpoint)
 
-    monkeypatch.setattr("hifiprune.models.checkpoint.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert cli("inspect", "org/model", "--json").json["neurons_per_mlp"] == 40
     assert not any(pattern == "*" or "bin" in pattern or "safetensors" in pattern.split(".")[-1:] for pattern in asked)
     arguments = ("--output", tmp_path / "out", "--width", 8, "--calibration", "self", *CALIBRATION)

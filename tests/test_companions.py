@@ -70,14 +70,14 @@ def test_the_hub_is_asked_for_the_same_and_for_no_weights(
     (hub / "modeling_x.py").write_text("")
     fill(hub, TAKEN + LEFT)
 
-    def download(name: str, allow_patterns: list[str], ignore_patterns: list[str] | None) -> str:
+    def download(name: str, allow_patterns: list[str], ignore_patterns: list[str] | None, **_: object) -> str:
         names = [path.relative_to(hub).as_posix() for path in hub.rglob("*") if path.is_file()]
         for file in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
             (got / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(hub / file, got / file)
         return str(got)
 
-    monkeypatch.setattr("hifiprune.models.checkpoint.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     find_checkpoint("org/model")
     files = {path.relative_to(got).as_posix() for path in got.rglob("*") if path.is_file()}
     assert {*TAKEN, "config.json", "tokenizer.json", "modeling_x.py"} <= files

@@ -26,14 +26,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import hifiprune as hp
 from hifiprune.calibration import sample_windows
 from hifiprune.commands import compare_plans, prepare
+from hifiprune.config import CriterionOptions, Tasks
+from hifiprune.engine.temporary_cut import cut
 from hifiprune.evaluation import fidelity, lm_eval_harness
 from hifiprune.evaluation.bootstrap import bootstrap_paired
 from hifiprune.evaluation.criteria_comparison import jaccard
 from hifiprune.evaluation.fidelity import METRICS
-from hifiprune.evaluation.zero_shot_tasks import TaskRunner
+from hifiprune.evaluation.zero_shot_tasks import TaskRunner, zero_shot
 from hifiprune.io.hashing import hash_tokens
 from hifiprune.models.checkpoint import Checkpoint
+from hifiprune.models.mlp import find_mlps
 from hifiprune.reports import plots
+from hifiprune.scoring.criteria import CRITERIA as KNOWN_CRITERIA
 from tests.commands import Interruption, Result, leftovers, refused, run
 from tests.conftest import save_checkpoint
 
@@ -555,9 +559,9 @@ CHANGES: dict[str, Change] = {
     "fewer windows of the text": lambda world, _: {"texts": (hp.Text(str(world / "held.txt"), 24, 3),)},
     "perplexity only": lambda world, _: {"texts": (hp.Text(str(world / "held.txt"), 24, 4, fidelity=False),)},
     "dtype": lambda *_: {"compute": hp.ComputeConfig(dtype="bfloat16", batch_size=4)},
-    "label samples": lambda *_: {"options": hp.CriterionOptions(label_samples=2)},
-    "alpha": lambda *_: {"options": hp.CriterionOptions(alpha=0.9)},
-    "light cut": lambda *_: {"options": hp.CriterionOptions(light_cut=0.3)},
+    "label samples": lambda *_: {"options": CriterionOptions(label_samples=2)},
+    "alpha": lambda *_: {"options": CriterionOptions(alpha=0.9)},
+    "light cut": lambda *_: {"options": CriterionOptions(light_cut=0.3)},
     "ratio": lambda *_: {"ratios": [0.2]},
     "rounding": lambda *_: {"round_to": 8},
     "fewer criteria": lambda *_: {"criteria": ("fisher",)},
@@ -692,7 +696,7 @@ def test_the_model_is_whole_again(world: Path, tmp_path: Path, monkeypatch: pyte
     assert len(loaded) == 2
     for model in loaded:
         assert model.config.intermediate_size == 40
-        assert [mlp.neurons for mlp in hp.find_mlps(model)] == [40] * 3
+        assert [mlp.neurons for mlp in find_mlps(model)] == [40] * 3
         weights = model.state_dict()
         assert all(torch.equal(weights.pop(name), weight) for name, weight in plain.state_dict().items())
         assert not weights
@@ -752,7 +756,7 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--ratios", "0"), "ratio 0 must lie in (0, 1)"),
     (("--ratios", "0.2,-0.2"), "ratio -0.2 must lie in (0, 1)"),
     (("--ratios", "nan"), "ratio nan must lie in (0, 1)"),
-    (("--ratios", "0.1,abc"), "ratio 'abc' is no number; give fractions such as 0.2,0.3"),
+    (("--ratios", "0.1,abc"), "ratios 'abc' is no number; separate several by commas"),
     (("--ratios", "0.1,0.9"), "ratio 0.9 is more than the MLPs hold"),
     (("--ratios", "0.001"), "nothing would be removed"),
     (("--ratios", "0.1,0.10"), "ratios 0.1, 0.1: each may be given once"),
@@ -782,9 +786,9 @@ REFUSED: list[tuple[tuple[object, ...], str]] = [
     (("--perplexity-text", "WORLD/calibration.txt"), "calibration.txt is in both calibration and held-out text"),
     (("--task-path", "WORLD"), "--task-path and --limit need --tasks"),
     (("--limit", 3), "--task-path and --limit need --tasks"),
-    (("--tasks", ""), "no task is named"),
+    (("--tasks", ""), "tasks: give at least one"),
     (("--tasks", "piqa", "--task-path", "WORLD/missing"), "the folder of task files WORLD/missing does not exist"),
-    (("--tasks", ","), "no task is named"),
+    (("--tasks", ","), "tasks: give at least one"),
 ]
 
 
@@ -865,7 +869,7 @@ def test_tasks_are_run_on_the_cut_models(
 
     def values(model: PreTrainedModel) -> dict[str, float]:
         tokenizer = AutoTokenizer.from_pretrained(dense)
-        found = hp.zero_shot(model, tokenizer, hp.Tasks(tuple(names), tasks_folder, 4))
+        found = zero_shot(model, tokenizer, Tasks(tuple(names), tasks_folder, 4))
         return {name: estimate.value for name, estimate in found.items()}
 
     model = AutoModelForCausalLM.from_pretrained(dense)
@@ -874,7 +878,7 @@ def test_tasks_are_run_on_the_cut_models(
     found: dict[str, list[dict[str, float]]] = {}
     for cell in results["cells"]:
         scores = hp.Scores.load(folder / "scores" / f"{cell['criterion']}-seed{cell['seed']}.safetensors")
-        with hp.cut(model, hp.allocate(scores, hp.Budget(0.26), round_to=2)):
+        with cut(model, hp.allocate(scores, hp.Budget(0.26), round_to=2)):
             expected = values(model)
         assert {name: value for name, (value,) in cell["windows"][1].items()} == expected
         found.setdefault(cell["criterion"], []).append(expected)
@@ -892,8 +896,8 @@ def test_criteria_are_listed_a_line_each(monkeypatch: pytest.MonkeyPatch, column
     result = run("criteria")
     assert result.code == 0
     lines = result.out.splitlines()
-    assert [line.split()[0] for line in lines] == list(hp.CRITERIA)
-    for line, criterion in zip(lines, hp.CRITERIA.values(), strict=True):
+    assert [line.split()[0] for line in lines] == list(KNOWN_CRITERIA)
+    for line, criterion in zip(lines, KNOWN_CRITERIA.values(), strict=True):
         assert criterion.summary in line
         assert criterion.reference in line
         needs = "backward" if criterion.kernels else "forward" if criterion.statistic else "weights"
@@ -903,7 +907,7 @@ def test_criteria_are_listed_a_line_each(monkeypatch: pytest.MonkeyPatch, column
 def test_criteria_as_json() -> None:
     result = run("criteria", "--json")
     assert result.out.count("\n") == 1
-    assert [row["name"] for row in result.json] == list(hp.CRITERIA)
+    assert [row["name"] for row in result.json] == list(KNOWN_CRITERIA)
     assert all(set(row) == {"name", "needs", "summary", "reference"} for row in result.json)
     needs = {row["name"]: row["needs"] for row in result.json}
     assert needs["self-distillation"] == "2 x (forward, backward)"

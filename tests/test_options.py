@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hifiprune.cli.flags import merged, shared_flags, upon_preset
+from hifiprune.cli.flags import flags_of, merged, upon_preset
 from hifiprune.config.bench import BenchConfig
 from hifiprune.config.evaluate import EvaluateConfig
 from hifiprune.config.files import from_dict, read_config, to_dict
@@ -194,7 +194,7 @@ def test_flags_override_files(facts: dict[str, Any], given: dict[str, Any], expe
 @pytest.mark.parametrize("name", TRAININGS)
 def test_flags_override_files_and_files_presets(name: str) -> None:
     facts = upon_preset(RecoverConfig.presets, name, {"training": {"lora_r": 5, "seed": 6}, "control": True})
-    found = from_dict(RecoverConfig, merged(RecoverConfig, facts, {"seed": 7, "target_modules": ["a, b", "c"]}))
+    found = from_dict(RecoverConfig, merged(RecoverConfig, facts, {"seed": 7, "target_modules": "a, b,c"}))
     training = replace(TRAININGS[name], lora_r=5, seed=7, target_modules=("a", "b", "c"))
     assert found == RecoverConfig(training, control=True)
 
@@ -215,7 +215,7 @@ def test_what_must_be_given_is_named_as_a_flag() -> None:
 
 
 def test_a_config_has_flags_for_those_options_of_a_group_that_it_uses() -> None:
-    names = {flag.name for flag in shared_flags(RecoverConfig)}
+    names = flags_of(RecoverConfig).keys()
     assert names >= {"device", "dtype", "attention", "per_device_batch_size"}
     assert not names & {"batch_size", "stream", "recompute", "scratch"}
 
@@ -235,7 +235,7 @@ def test_an_output_is_never_its_own_config_nor_around_it(world: Path, tmp_path: 
 def test_configs_are_light_to_import() -> None:
     code = "import sys, hifiprune.config.prune, hifiprune.config.recover, hifiprune.config.files; "
     code += "import hifiprune.cli.flags as f; "
-    code += "f.shared_flags(hifiprune.config.prune.PruneConfig); "
+    code += "f.flags_of(hifiprune.config.prune.PruneConfig); "
     code += "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'datasets', 'pyarrow')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -186,7 +186,7 @@ def test_an_adapter_on_the_hub(adapter: Path, tmp_path: Path, monkeypatch: pytes
                 shutil.copyfile(file, tmp_path / "hub" / file.name)
         return str(tmp_path / "hub")
 
-    monkeypatch.setattr("hifiprune.models.checkpoint.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     refused(run("inspect", "org/adapter"), f"org/adapter is an adapter of {adapter.parent / 'dense'}, not a model")
     assert [file.name for file in (tmp_path / "hub").iterdir() if file.suffix == ".safetensors"] == []
 

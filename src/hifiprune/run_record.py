@@ -28,6 +28,7 @@ class RunRecord:
     Attributes:
         command: name of the command.
         arguments: as given, defaults filled in.
+        commits: commit of each model from the hub, by its name among the arguments.
         results: what came out: ratios, widths, hashes, metrics.
         stages: seconds and peak memory in bytes of each stage, in order.
         expected: what stages were expected to cost, before they began.
@@ -37,6 +38,7 @@ class RunRecord:
 
     command: str
     arguments: dict[str, Any]
+    commits: dict[str, str] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     stages: list[dict[str, Any]] = field(default_factory=list)
     expected: list[dict[str, Any]] = field(default_factory=list)

@@ -10,14 +10,9 @@ import typer
 from typer import Option
 from typer.exceptions import TyperException
 
+from hifiprune.cli import commands
 from hifiprune.cli.console import hush_torchao
-from hifiprune.cli.evidence import bench, evaluate, push, report
-from hifiprune.cli.export import export
-from hifiprune.cli.first import demo, inspect
-from hifiprune.cli.prune import prune, score
-from hifiprune.cli.recover import recover
 from hifiprune.cli.signals import Stopped, handle_signals
-from hifiprune.cli.study import ablate, compare, criteria
 from hifiprune.cli.usage import Command, Commands, explain
 from hifiprune.errors import HifipruneError
 from hifiprune.io.distributed import check_command, follow_first, leave
@@ -41,7 +36,11 @@ def _root(version: Annotated[bool, Option("--version", help="Show the version.")
         raise typer.Exit
 
 
-for command in (demo, inspect, prune, score, evaluate, criteria, compare, ablate, recover, bench, report, export, push):
+for command in (
+    commands.demo, commands.inspect, commands.prune, commands.score, commands.evaluate, commands.criteria,
+    commands.compare, commands.ablate, commands.recover, commands.bench, commands.report, commands.export,
+    commands.push,
+):  # fmt: skip
     app.command(cls=Command)(command)
 
 

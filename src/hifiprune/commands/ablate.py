@@ -31,6 +31,7 @@ from hifiprune.io.atomic import replacing
 from hifiprune.io.hashing import hash_tokens
 from hifiprune.io.output_paths import exclusive
 from hifiprune.io.resume import ResumeFolder
+from hifiprune.models.lineage import commits_of
 from hifiprune.progress import about, logger, note, track
 from hifiprune.run_record import RunRecord
 from hifiprune.scores import Scores
@@ -63,6 +64,7 @@ def ablate(model: str, output: str | Path, config: AblateConfig) -> RunRecord:
     checkpoint, target, skeleton = prepare(
         model, output, [config.text], config.scores, compute=compute, folder=True, overwrite=config.overwrite
     )
+    record.commits = commits_of(checkpoint)
     for layer_scores in loaded_scores.values():
         check_layout(layer_scores, skeleton)
     unfinished = ResumeFolder.beside(target, "ablate")

@@ -28,7 +28,7 @@ from hifiprune.io.output_paths import check_target, exclusive
 from hifiprune.io.processes import run_program
 from hifiprune.io.resume import ResumeFolder, kept
 from hifiprune.models.checkpoint import Checkpoint, find_checkpoint
-from hifiprune.models.lineage import read_with
+from hifiprune.models.lineage import commits_of, read_with
 from hifiprune.models.mlp import count_parameters, find_mlps
 from hifiprune.progress import how_many, logger, track
 from hifiprune.pruning.cut_checkpoint import hash_stored, stored_plainly
@@ -64,6 +64,7 @@ def bench(
     record = RunRecord("bench", {"dense": dense, "pruned": list(pruned), **to_dict(config)})
     check_names(names)
     checkpoints = [find_checkpoint(name) for name in names]
+    record.commits = commits_of(*checkpoints)
     skeletons = [check_model(checkpoint, compute) for checkpoint in checkpoints]
     check_positions(checkpoints, skeletons, config)
     inputs = [path for checkpoint in checkpoints for path in read_with(checkpoint)]
@@ -90,7 +91,7 @@ def bench(
     unfinished = ResumeFolder.beside(target, "bench") if target else None
     with record.stage("timing"):
         for number, checkpoint in track([*product(range(rounds), checkpoints)], "timing"):
-            asked = request(checkpoint.name, compute, workloads, config.repeats)
+            asked = request(checkpoint.exact_name, compute, workloads, config.repeats)
             facts = ["turns", number, asked, _stamps(checkpoint), version("hifiprune")]
             turn = kept(unfinished, facts, partial(_timed, checkpoint.name, asked))
             runs[checkpoint.name].append(turn)

@@ -27,6 +27,7 @@ from hifiprune.io.output_paths import exclusive
 from hifiprune.io.resume import ResumeFolder
 from hifiprune.io.text_files import is_pipe
 from hifiprune.io.text_sources import text_files
+from hifiprune.models.lineage import commits_of
 from hifiprune.progress import labelled
 from hifiprune.pruning.allocate import allocate
 from hifiprune.run_record import RunRecord
@@ -64,6 +65,7 @@ def compare(model: str, output: str | Path, config: CompareConfig) -> RunRecord:
         folder=True,
         overwrite=config.overwrite,
     )
+    record.commits = commits_of(checkpoint)
     shape = shape_of(skeleton)
     unfinished = ResumeFolder.beside(target, "compare")
     widths = {ratio: shape.width_at(Budget(ratio=ratio), config.round_to) for ratio in ratios}

@@ -139,9 +139,11 @@ def run(output: str | Path, config: DemoConfig = DemoConfig()) -> dict[str, Any]
     calibration_text, evaluation_text = write_texts(output)
     calibration = Calibration(str(calibration_text), num_samples, seq_len, sampler="stream")
     after = str(output / "pruned")
-    pruning = prune.prune(dense, after, PruneConfig(Budget(ratio=0.2), calibration, overwrite=True))
+    pruning = prune.prune(
+        dense, after, PruneConfig(Budget(ratio=0.2), calibration, compute=config.compute, overwrite=True)
+    )
     held_out = Text(str(evaluation_text), seq_len, EVALUATION_WINDOWS)
-    evaluation = evaluate.evaluate(after, EvaluateConfig(held_out, dense, card=True))
+    evaluation = evaluate.evaluate(after, EvaluateConfig(held_out, dense, card=True, compute=config.compute))
     with record.stage("continuing the prompts"):
         dense_texts, pruned_texts = continuations(dense), continuations(after)
     record.stages += pruning.stages + evaluation.stages

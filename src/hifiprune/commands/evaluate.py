@@ -31,7 +31,7 @@ from hifiprune.io.output_paths import check_target, exclusive
 from hifiprune.io.resume import ResumeFolder, kept
 from hifiprune.io.schemas import PASSAGES
 from hifiprune.models.checkpoint import Checkpoint, find_checkpoint
-from hifiprune.models.lineage import read_with
+from hifiprune.models.lineage import commits_of, read_with
 from hifiprune.models.mlp import count_parameters
 from hifiprune.progress import about, how_many, labelled, logger
 from hifiprune.reports.model_card import add_results, check_cards
@@ -68,6 +68,7 @@ def evaluate(models: str | Sequence[str], config: EvaluateConfig, output: str | 
     dense = find_checkpoint(config.against) if config.against else None
     checkpoints = [find_checkpoint(name) for name in names]
     everyone = [dense, *checkpoints] if dense else checkpoints
+    record.commits = commits_of(*everyone)
     check_models(everyone, config)
     if config.card:
         check_cards(checkpoints)

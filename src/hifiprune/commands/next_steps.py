@@ -13,6 +13,7 @@ from hifiprune.commands.inspect import shape_of
 from hifiprune.config.groups import Budget
 from hifiprune.errors import HifipruneError
 from hifiprune.io.atomic import local_path
+from hifiprune.io.hub import split_revision
 from hifiprune.io.text_sources import PYTHON_DOCS, SELF
 from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.progress import console
@@ -163,4 +164,4 @@ def cut_flags(model: str, ratio: float = 0.2, roundings: Sequence[int] = ROUNDIN
 def is_there(model: str) -> bool:
     """Return whether a name still leads to a model, as far as this disk can tell."""
     path = local_path(model)
-    return path.exists() or (not path.is_absolute() and model.count("/") <= 1)
+    return path.exists() or (not path.is_absolute() and split_revision(model)[0].count("/") <= 1)

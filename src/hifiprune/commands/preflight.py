@@ -26,6 +26,7 @@ from hifiprune.io.atomic import check_shard_size, check_space
 from hifiprune.io.resume import ResumeFolder
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.detect import family_of
+from hifiprune.models.lineage import commits_of
 from hifiprune.models.mlp import find_mlps
 from hifiprune.plan import ModelShape
 from hifiprune.progress import note
@@ -76,6 +77,7 @@ def resolve(model: str, output: str | Path, config: PruneConfig, scores: Scores 
     checkpoint, target, skeleton = prepare(
         model, output, [calibration], [config.scores], compute=config.compute, folder=True, overwrite=config.overwrite
     )
+    record.commits = commits_of(checkpoint)
     if config.bias_compensation:
         check_compensation(checkpoint, scores, system.criterion)
     base = describe_base(checkpoint)

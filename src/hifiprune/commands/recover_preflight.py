@@ -16,7 +16,7 @@ from hifiprune.io.atomic import check_shard_size, check_space
 from hifiprune.io.distributed import check_launcher
 from hifiprune.io.resume import ResumeFolder
 from hifiprune.models.checkpoint import Checkpoint, find_checkpoint
-from hifiprune.models.lineage import dense_of, record_of
+from hifiprune.models.lineage import commits_of, dense_of, record_of
 from hifiprune.models.mlp import count_parameters
 from hifiprune.recovery.lora import check_adapter, linears_of
 from hifiprune.recovery.time_limit import TimeLimit
@@ -76,6 +76,7 @@ def resolve(model: str, output: str | Path, data: str, config: RecoverConfig) ->
     checkpoint, target, skeleton = prepare(
         model, output, texts, read, compute=compute, folder=True, overwrite=config.overwrite
     )
+    record.commits = commits_of(checkpoint, dense)
     check_adapter(skeleton, training, kept=config.keep_adapter)
     check_tracker(config.report_to, target)
     started = dense if dense and config.control else checkpoint

@@ -16,6 +16,7 @@ from hifiprune.errors import UserError
 from hifiprune.io.distributed import rank
 from hifiprune.io.output_paths import exclusive
 from hifiprune.io.resume import ResumeFolder
+from hifiprune.models.lineage import commits_of
 from hifiprune.pruning.allocate import allocate
 from hifiprune.run_record import RunRecord
 from hifiprune.scores import Scores
@@ -76,6 +77,7 @@ def resolve(model: str, output: str | Path, config: ScoreConfig) -> Job:
     checkpoint, target, skeleton = prepare(
         model, output, [config.calibration], compute=config.compute, folder=False, overwrite=config.overwrite
     )
+    record.commits = commits_of(checkpoint)
     if budget:
         shape_of(skeleton).width_at(budget, 1)
     unfinished = ResumeFolder.beside(target, "score")

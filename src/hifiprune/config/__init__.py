@@ -1,1 +1,28 @@
 """The options of every command, each written down once: flags, files, run.json and Python calls derive from them."""
+
+from hifiprune.config.bench import BenchConfig
+from hifiprune.config.evaluate import EvaluateConfig, Tasks
+from hifiprune.config.export import ExportConfig
+from hifiprune.config.groups import AllocationConfig, Budget, Calibration, ComputeConfig, CriterionOptions, Text
+from hifiprune.config.prune import PruneConfig, ScoreConfig
+from hifiprune.config.recover import RecoverConfig, TrainingConfig
+from hifiprune.config.study import AblateConfig, CompareConfig
+
+__all__ = [
+    "AblateConfig",
+    "AllocationConfig",
+    "BenchConfig",
+    "Budget",
+    "Calibration",
+    "CompareConfig",
+    "ComputeConfig",
+    "CriterionOptions",
+    "EvaluateConfig",
+    "ExportConfig",
+    "PruneConfig",
+    "RecoverConfig",
+    "ScoreConfig",
+    "Tasks",
+    "Text",
+    "TrainingConfig",
+]

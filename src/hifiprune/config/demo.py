@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from hifiprune.bounds import COUNT, PAIR
-from hifiprune.config.groups import overwrite_option
-from hifiprune.config.options import Checked, option
+from hifiprune.config.groups import ComputeConfig, overwrite_option
+from hifiprune.config.options import Checked, group, option
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,7 @@ class DemoConfig(Checked):
         model: local folder, hub id or GGUF file; None is SmolLM2-135M-Instruct.
         num_samples: number of calibration windows.
         seq_len: tokens per window.
+        compute: device.
         overwrite: make a finished demo anew.
     """
 
@@ -23,4 +24,5 @@ class DemoConfig(Checked):
     )
     num_samples: int = option(24, "Number of calibration windows.", bounds=COUNT)
     seq_len: int = option(512, "Tokens per window.", bounds=PAIR)
+    compute: ComputeConfig = group(ComputeConfig(), only=("device",))
     overwrite: bool = overwrite_option()

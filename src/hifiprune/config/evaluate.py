@@ -5,18 +5,13 @@ from pathlib import Path
 
 from hifiprune.bounds import COUNT, SEED
 from hifiprune.config.groups import ComputeConfig, Text, overwrite_option
-from hifiprune.config.options import OUTPUT, TASKS, Checked, group, listed, option
+from hifiprune.config.options import OUTPUT, TASKS, Checked, group, option
 
 PAPERS = (
     "arc_easy", "arc_challenge", "boolq", "crows_pairs_english", "openbookqa", "piqa", "race", "social_iqa",
     "truthfulqa_mc2", "winogrande",
 )  # fmt: skip
 """The ten tasks of arXiv 2603.08083 and 2506.11120, by the harness's names; `papers` stands for them."""
-
-
-def tasks_named(words: list[str]) -> dict[str, object]:
-    """Return the tasks that words of the command line name."""
-    return {"names": tuple(listed(words))}
 
 
 @dataclass(frozen=True)
@@ -39,7 +34,6 @@ class Tasks(Checked):
         "needs the extra 'tasks'.",
         flag="--tasks",
         metavar="NAMES",
-        words=tasks_named,
     )
     include_path: Path | None = option(
         None,

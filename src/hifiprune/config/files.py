@@ -11,10 +11,13 @@ from typing import Any, TypeVar, get_type_hints
 from hifiprune.config.options import declared_options, without_none
 from hifiprune.errors import UserError, nearest_name
 from hifiprune.io.atomic import local_path
+from hifiprune.io.hub import at_commit
 
 RUN_FORMAT = "hifiprune-run-1"
 OF_ONE_RUN = ("output", "overwrite", "dry_run", "resume")
 """Options that another run does not take over."""
+MODELS = ("model", "models", "dense", "pruned", "teacher", "against")
+"""Arguments that name models: those from the hub are read again at the commit that they had."""
 LARGEST = 10**6
 """Bytes of a file of options."""
 C = TypeVar("C")
@@ -37,21 +40,30 @@ def from_dict(config: type[C], facts: Mapping[str, Any], where: str = "config") 
     Raises:
         UserError: a name is not known, a value is of another type, or a value is out of range.
     """
+    _check_names(config, facts, where)
+    needed: dict[str, Any] = {name: {} for name in _groups_needed(config)}  # what they need is said by themselves
+    return checked(config, needed | dict(facts), where)
+
+
+def checked(kind: type[C], value: Any, where: str) -> C:
+    """Make a value of some type of plain data.
+
+    Raises:
+        UserError: the data is of another type, lacks something, or is out of range.
+    """
     from pydantic import TypeAdapter, ValidationError
 
-    _check_names(config, facts, where)
-    facts = {name: {} for name in _groups_needed(config)} | dict(facts)  # what they need is said by themselves
     try:
-        return TypeAdapter(config).validate_json(json.dumps(facts, default=str), strict=True)
+        return TypeAdapter(kind).validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         cause = first.get("ctx", {}).get("error")
         if isinstance(cause, UserError):
             raise cause from None
-        place = ".".join(map(str, first["loc"]))
-        if first["type"] == "missing" and (flag := _flag_of(config, first["loc"])):
+        if first["type"] == "missing" and (flag := _flag_of(kind, first["loc"])):
             raise missing(flag) from None
-        raise UserError(f"{where}: {place}: {first['msg']}, not {first['input']!r}") from error
+        place = ": ".join(filter(None, (where, ".".join(map(str, first["loc"])))))
+        raise UserError(f"{place}: {first['msg']}, not {first['input']!r}") from error
 
 
 def missing(word: str) -> UserError:
@@ -69,7 +81,7 @@ def _flag_of(config: type, place: tuple[int | str, ...]) -> str:
     """Return the flag of what is missing: of an option, or of the first option of a group; nothing if it has none."""
     found = (option for option in declared_options(config) if option.path[: len(place)] == place)
     first = next(found, None)
-    return (first.option.flag.split("/")[0] or f"--{first.name.replace('_', '-')}") if first else ""
+    return f"--{first.word}" if first else ""
 
 
 def _check_names(config: Any, facts: Any, where: str, path: str = "") -> None:
@@ -106,10 +118,21 @@ def read_config(path: Path, command: str) -> dict[str, Any]:
         return facts
     if facts.get("command") != command:
         raise UserError(f"{path} is of a run of '{facts.get('command')}', and the command is '{command}'")
-    arguments = facts.get("arguments")
-    if not isinstance(arguments, dict):
-        raise UserError(f"{path} was changed since hifiprune wrote it: it has no arguments")
-    return {name: value for name, value in arguments.items() if name not in OF_ONE_RUN}
+    arguments, commits = facts.get("arguments"), facts.get("commits", {})
+    if not (isinstance(arguments, dict) and isinstance(commits, dict)):
+        raise UserError(f"{path} was changed since hifiprune wrote it: arguments or commits are missing")
+    return {
+        name: _at_commits(value, facts) if name in MODELS else value
+        for name, value in arguments.items()
+        if name not in OF_ONE_RUN
+    }
+
+
+def _at_commits(names: Any, facts: Mapping[str, Any]) -> Any:
+    """Return a model's name, or several, at the commits that a run read them at."""
+    if isinstance(names, list):
+        return [_at_commits(name, facts) for name in names]
+    return at_commit(names, facts) if isinstance(names, str) else names
 
 
 def _parsed(path: Path) -> Any:

@@ -47,6 +47,10 @@ class Option:
     words: Words | None = None
     in_files_only: bool = False
 
+    def word(self, name: str) -> str:
+        """Return what the option of a name is called on the command line and in messages."""
+        return self.flag.split("/")[0].lstrip("-") or name.replace("_", "-")
+
     def check(self, name: str, value: Any) -> None:
         """Refuse a value that is out of range or not among the choices.
 
@@ -55,7 +59,7 @@ class Option:
         """
         if value is None:
             return
-        word = self.flag.split("/")[0].lstrip("-") or name.replace("_", "-")
+        word = self.word(name)
         for single in value if isinstance(value, tuple) else (value,):
             if self.bounds:
                 check_number(word, single, self.bounds)
@@ -83,7 +87,7 @@ class Declared:
     Attributes:
         path: field names from the config to the option.
         kind: type of the value, without None.
-        default: value where none is given; `MISSING` if there must be one.
+        default: value where none is given, None in a group that need not be there; `MISSING` if there must be one.
         option: what else is known of it.
     """
 
@@ -96,6 +100,16 @@ class Declared:
     def name(self) -> str:
         """The field's name."""
         return self.path[-1]
+
+    @property
+    def word(self) -> str:
+        """What it is called on the command line."""
+        return self.option.word(self.name)
+
+    @property
+    def listed(self) -> bool:
+        """Whether its flag takes several values, separated by commas."""
+        return get_origin(self.kind) is tuple and get_args(self.kind)[0] in (int, float, str)
 
 
 def option(
@@ -150,19 +164,16 @@ def declared_options(config: type, path: tuple[str, ...] = ()) -> Iterator[Decla
             only = group_of(config, declared.name).only
             for nested in declared_options(kind, place):
                 if not only or nested.path[len(place)] in only:
-                    yield _with_default_of(nested, declared.default)
+                    yield replace(nested, default=_default_within(declared.default, nested))
         elif "option" in declared.metadata:
             yield Declared(place, kind, declared.default, declared.metadata["option"])
 
 
-def _with_default_of(option: Declared, nested: Any) -> Declared:
-    """Return an option of a group with the default that the config has for it, if it has one for the whole group."""
-    return replace(option, default=getattr(nested, option.name)) if is_dataclass(nested) else option
-
-
-def listed(words: list[str]) -> list[str]:
-    """Return what stands in words, of which each may hold several parts, separated by commas."""
-    return [part.strip() for word in words for part in word.split(",") if part.strip()]
+def _default_within(group: Any, option: Declared) -> Any:
+    """Return the default of an option of a group that has itself a default, None for no group, or must be there."""
+    if is_dataclass(group):
+        return getattr(group, option.name)
+    return None if group is None and option.default is MISSING else option.default
 
 
 def group_of(config: type, name: str) -> Group:

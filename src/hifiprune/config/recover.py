@@ -15,26 +15,12 @@ from hifiprune.config.options import (
     TRAINING_DATA,
     Checked,
     group,
-    listed,
     option,
 )
 from hifiprune.errors import UserError
 
 METHODS = ("lora", "full")
 OPTIMIZERS = ("adamw", "adamw-bf16", "8-bit")
-
-
-def modules_named(words: list[str]) -> dict[str, object]:
-    """Return the target modules that words of the command line name.
-
-    Raises:
-        UserError: they name none.
-    """
-    names = tuple(listed(words))
-    if not names:
-        shown = ",".join(words)
-        raise UserError(f"target-modules '{shown}' names no map; give names such as q_proj,v_proj, or leave it out")
-    return {"target_modules": names}
 
 
 @dataclass(frozen=True)
@@ -92,7 +78,6 @@ class TrainingConfig(Checked):
         panel=ADAPTER,
         metavar="NAMES",
         shown_default="all but the head",
-        words=modules_named,
     )
     optimizer: str = option(
         "adamw",

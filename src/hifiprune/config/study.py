@@ -3,32 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from hifiprune.bounds import COUNT, FEW, NOT_NEGATIVE_COUNT, PAIR, SEED, meant
+from hifiprune.bounds import COUNT, FEW, NOT_NEGATIVE_COUNT, PAIR, SEED
 from hifiprune.config.evaluate import TEXT_OPTIONS, Tasks
 from hifiprune.config.groups import Calibration, ComputeConfig, CriterionOptions, Text, overwrite_option
-from hifiprune.config.options import WIDTHS, Checked, group, listed, option
+from hifiprune.config.options import WIDTHS, Checked, group, option
 from hifiprune.defaults import DEFAULT_CRITERION
-from hifiprune.errors import UserError
-
-
-def criteria_named(words: list[str]) -> dict[str, object]:
-    """Return the criteria that words of the command line name."""
-    return {"criteria": tuple(listed(words))}
-
-
-def ratios_of(words: list[str]) -> dict[str, object]:
-    """Return the ratios in words of the command line.
-
-    Raises:
-        UserError: one is no number.
-    """
-    ratios = []
-    for text in listed(words):
-        try:
-            ratios.append(float(text))
-        except ValueError as error:
-            raise UserError(f"ratio '{text}' is no number{meant(text)}; give fractions such as 0.2,0.3") from error
-    return {"ratios": tuple(ratios)}
 
 
 @dataclass(frozen=True)
@@ -57,15 +36,11 @@ class CompareConfig(Checked):
         ("hfprune", DEFAULT_CRITERION, "cross-entropy", "wanda-sp"),
         "Criteria, separated by commas; the others are compared with the first.",
         metavar="NAMES",
-        shown_default=f"hfprune,{DEFAULT_CRITERION},cross-entropy,wanda-sp",
-        words=criteria_named,
     )
     ratios: tuple[float, ...] = option(
         (0.2, 0.3),
         "Fractions of all parameters to remove, separated by commas.",
         metavar="NUMBERS",
-        shown_default="0.2,0.3",
-        words=ratios_of,
     )
     seeds: int = option(3, "Number of draws of the calibration windows.", bounds=FEW)
     tasks: Tasks | None = None

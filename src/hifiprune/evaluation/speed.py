@@ -119,15 +119,16 @@ def _timed_or_told(model: PreTrainedModel, work: Workload, repeats: int) -> dict
 
 
 def request(name: str, compute: ComputeConfig, workloads: list[Workload], repeats: int) -> str:
-    """Return the JSON argument of the timing process."""
-    each = [asdict(work) for work in workloads]
-    return json.dumps({"name": name, "compute": asdict(compute), "workloads": each, "repeats": repeats})
+    """Return the JSON argument of the timing process, which runs on as many threads as this one."""
+    asked = {"name": name, "compute": asdict(compute), "repeats": repeats, "threads": torch.get_num_threads()}
+    return json.dumps(asked | {"workloads": [asdict(work) for work in workloads]})
 
 
 def main() -> None:
     """Time the checkpoint that the first argument describes."""
     asked = json.loads(sys.argv[1])
     workloads = [Workload(**each) for each in asked["workloads"]]
+    torch.set_num_threads(asked["threads"])
     try:
         found = time_checkpoint(asked["name"], ComputeConfig(**asked["compute"]), workloads, asked["repeats"])
     except HifipruneError as error:

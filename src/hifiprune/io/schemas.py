@@ -128,6 +128,7 @@ class PruneRun(TypedDict):
 
     command: Literal["prune"]
     arguments: PruneArguments
+    commits: NotRequired[dict[str, str]]
     results: PruneResults
     stages: Annotated[list[Stage], Field(min_length=1)]
 

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors import safe_open
 from transformers import (
     CONFIG_MAPPING,
@@ -27,6 +25,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hifiprune.errors import UserError
 from hifiprune.io.atomic import local_path
+from hifiprune.io.hub import at_revision, download, is_on_hub
 from hifiprune.io.json_files import check_objects
 from hifiprune.io.quiet_libraries import quiet
 from hifiprune.io.safetensors_stream import Stacked, Stored
@@ -65,7 +64,8 @@ class Checkpoint:
         name: name given by the user.
         folder: folder of its files.
         gguf: name of its GGUF file in the folder, if it is one.
-        on_hub: whether its weights are still to be downloaded from the hub, where it is called `name`.
+        on_hub: whether its weights are still to be downloaded from the hub, where it is called `name`, at a revision
+            if that names one.
     """
 
     name: str
@@ -77,6 +77,16 @@ class Checkpoint:
     def path(self) -> Path:
         """Return the file or folder that is read."""
         return self.folder / self.gguf if self.gguf else self.folder
+
+    @property
+    def commit(self) -> str | None:
+        """Return the commit of its files, if they are from the hub."""
+        return self.folder.name if self.on_hub and re.fullmatch("[0-9a-f]{40}", self.folder.name) else None
+
+    @property
+    def exact_name(self) -> str:
+        """Return the name with the commit, which leads to these very files although the hub may get others."""
+        return at_revision(self.name, self.commit)
 
     @property
     def weight_files(self) -> list[Path]:
@@ -162,7 +172,7 @@ class Checkpoint:
             UserError: a file cannot be had, is missing, truncated or damaged, or holds other tensors than the model's.
         """
         if self.on_hub:
-            _download(self.name, [file.name for file in self.weight_files])
+            download(self.exact_name, [file.name for file in self.weight_files])
         if self.gguf:
             self._check_files()
         else:
@@ -335,11 +345,14 @@ def _configured(facts: dict[str, Any]) -> PretrainedConfig:
 def find_checkpoint(name: str) -> Checkpoint:
     """Find a model by local folder, GGUF file or hub id; of a hub id all but the weights is downloaded.
 
+    Args:
+        name: local folder, GGUF file or hub id, the latter at a commit, branch or tag by `owner/name@revision`.
+
     Raises:
         UserError: there is no such model, or it is an adapter of one.
     """
     path = local_path(name)
-    on_hub = not path.exists() and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) is not None
+    on_hub = is_on_hub(name)
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(f"{name} is neither a model folder, a .gguf file nor a hub id")
@@ -348,7 +361,7 @@ def find_checkpoint(name: str) -> Checkpoint:
     if not path.exists() and not on_hub:
         raise UserError(f"there is no model folder or .gguf file {name}")
     asked = ["config.json", INDEX, "README.md", ADAPTER, *METHOD_FILES, *COMPANIONS, "*.py"]
-    folder = _download(name, asked, WEIGHTS) if on_hub else path
+    folder = download(name, asked, WEIGHTS) if on_hub else path
     refuse_pointers(name, [folder / "config.json"])
     refuse_adapter(name, folder)
     refuse_links(name, folder)
@@ -356,16 +369,3 @@ def find_checkpoint(name: str) -> Checkpoint:
         found = sorted(file.name for file in folder.iterdir())[:5]
         raise UserError(f"{name} holds no config.json (found: {', '.join(found) or 'nothing'}); is it a model folder?")
     return Checkpoint(name, folder, on_hub=on_hub)
-
-
-def _download(name: str, patterns: list[str], never: list[str] | None = None) -> Path:
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=never))
-    except HfHubHTTPError as error:
-        answer = error.server_message or error
-        raise UserError(f"there is no folder {Path(name).absolute()}, and the hub answered: {answer}") from error
-    except Exception as error:
-        raise UserError(
-            f"there is no folder {Path(name).absolute()}, and the model hub could not be reached to look for {name} "
-            "there; check the spelling, or download the model first and give its folder"
-        ) from error

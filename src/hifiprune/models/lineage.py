@@ -5,6 +5,7 @@ from typing import Any
 
 from hifiprune.errors import UserError
 from hifiprune.io.atomic import local_path
+from hifiprune.io.hub import at_commit
 from hifiprune.io.json_files import checked, read_text
 from hifiprune.io.schemas import Lineage
 from hifiprune.models.checkpoint import Checkpoint, find_checkpoint
@@ -33,9 +34,14 @@ def pruning_of(facts: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def dense_of(facts: dict[str, Any] | None) -> str | None:
-    """Return the dense model that a checkpoint was pruned from, by the record of its run."""
+    """Return the dense model that a checkpoint was pruned from, by the record of its run, at the commit it had."""
     pruning = pruning_of(facts)
-    return pruning["arguments"]["model"] if pruning else None
+    return at_commit(pruning["arguments"]["model"], pruning) if pruning else None
+
+
+def commits_of(*checkpoints: Checkpoint | None) -> dict[str, str]:
+    """Return the commit of each checkpoint that is from the hub, by its name."""
+    return {found.name: found.commit for found in checkpoints if found and found.commit}
 
 
 def read_with(checkpoint: Checkpoint) -> list[Path]:

@@ -14,6 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from hifiprune.errors import UserError
 from hifiprune.io.atomic import local_path
+from hifiprune.io.hub import split_revision
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.progress import note
 
@@ -53,8 +54,9 @@ def called(name: str) -> str:
     cached = CACHED.search(name)
     if cached:
         return plain("/".join(cached.groups()))
-    on_hub = is_hub_id(name) and not local_path(name).exists()
-    return plain(name if on_hub else Path(name).name) or "a model"
+    hub_id = split_revision(name)[0]
+    on_hub = is_hub_id(hub_id) and not local_path(name).exists()
+    return plain(hub_id if on_hub else Path(name).name) or "a model"
 
 
 def is_hub_id(value: Any) -> bool:
@@ -92,7 +94,8 @@ def _origin(checkpoint: Checkpoint, stated: Any) -> dict[str, Any]:
     """Return the hub id of the base model, or of the model that it was made from."""
     cached = CACHED.search(str(checkpoint.folder))
     if checkpoint.on_hub or cached:
-        return {"base_model": "/".join(cached.groups()) if cached and not checkpoint.on_hub else checkpoint.name}
+        hub_id = split_revision(checkpoint.name)[0]
+        return {"base_model": "/".join(cached.groups()) if cached and not checkpoint.on_hub else hub_id}
     found = stated or _name_or_path(checkpoint)
     return {"base_model": found} if found else {}
 

@@ -1,0 +1,274 @@
+"""All commands: each takes its config from flags and files, calls the function of its name, and prints the result."""
+
+import shlex
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer import Argument, Option
+
+from hifiprune.cli.common import Model, Output, Overwrite, check_tasks_named
+from hifiprune.cli.console import show
+from hifiprune.cli.flags import with_config
+from hifiprune.config.bench import BenchConfig
+from hifiprune.config.demo import DemoConfig
+from hifiprune.config.evaluate import EvaluateConfig
+from hifiprune.config.export import ExportConfig
+from hifiprune.config.groups import Text
+from hifiprune.config.prune import PruneConfig, ScoreConfig
+from hifiprune.config.recover import TRAININGS, RecoverConfig
+from hifiprune.config.study import AblateConfig, CompareConfig
+from hifiprune.errors import UserError
+from hifiprune.io.atomic import local_path
+
+
+@with_config
+def demo(
+    output: Annotated[str, Option(metavar="PATH", help="Folder for the models and the results.")] = "demo-out",
+    config: DemoConfig = DemoConfig(),
+    *,
+    as_json: bool,
+) -> None:
+    """Prune a small model by 20% on this machine and measure its fidelity."""
+    from hifiprune.cli import tables
+    from hifiprune.commands import demo
+
+    summary = demo.run(output, config)
+    show(summary, as_json, lambda: tables.demonstrated(summary))
+
+
+@with_config
+def inspect(
+    model: Model,
+    deploy: Annotated[
+        bool, Option("--deploy", help="Check compatibility with inference engines and number formats.")
+    ] = False,
+    *,
+    as_json: bool,
+) -> None:
+    """Show a model's MLPs and the width for each pruning ratio, without loading weights."""
+    import hifiprune as hp
+    from hifiprune.cli import engine_table, tables
+
+    facts = hp.inspect(model, deploy=deploy)
+    show(facts, as_json, partial(engine_table.deployable if deploy else tables.inspected, facts))
+
+
+@with_config
+def prune(model: Model, output: Output, config: PruneConfig, *, as_json: bool) -> None:
+    """Prune a checkpoint: remove the least important MLP neurons, and repair the rest."""
+    import hifiprune as hp
+    from hifiprune.cli import tables
+
+    record = hp.prune(model, output, config)
+    told = partial(tables.foreseen, record) if config.dry_run else partial(tables.pruned, record, local_path(output))
+    show(record.to_dict(), as_json, told)
+
+
+@with_config
+def score(model: Model, output: Output, config: ScoreConfig, *, as_json: bool) -> None:
+    """Score every neuron once; then prune at any ratio in seconds."""
+    import hifiprune as hp
+    from hifiprune.cli import tables
+
+    record = hp.score_checkpoint(model, output, config)
+    told = partial(tables.foreseen, record)
+    if not config.dry_run:
+        told = partial(tables.scored, record, model, local_path(output))
+    show(record.to_dict(), as_json, told)
+
+
+@with_config
+def evaluate(
+    models: Annotated[
+        list[str],
+        Argument(
+            metavar="MODEL...", help="Local folders, hub ids (OWNER/NAME, or OWNER/NAME@REVISION) or .gguf files."
+        ),
+    ],
+    output: Annotated[
+        str | None,
+        Option(metavar="PATH", help="Folder to keep the results in; with it, an interrupted run can be continued."),
+    ] = None,
+    *,
+    config: EvaluateConfig,
+    given: frozenset[str],
+    as_json: bool,
+) -> None:
+    """Measure perplexity, fidelity to the dense model, and zero-shot accuracy, of one model or several."""
+    import hifiprune as hp
+    from hifiprune.cli import tables
+
+    check_tasks_named(config.tasks, given)
+    record = hp.evaluate(models, config, output)
+    show(record.to_dict(), as_json, lambda: tables.evaluated(record, output, card=config.card))
+
+
+@with_config
+def criteria(*, as_json: bool) -> None:
+    """List the scoring criteria."""
+    from hifiprune.cli import tables
+    from hifiprune.scoring.criteria import describe_criteria
+
+    facts = describe_criteria()
+    show(facts, as_json, lambda: tables.criteria_listed(facts))
+
+
+@with_config
+def compare(
+    model: Model,
+    output: Output,
+    text: Annotated[
+        list[str] | None, Option(metavar="SOURCE", help="Held-out text to measure every metric on; can be repeated.")
+    ] = None,
+    perplexity_text: Annotated[
+        list[str] | None,
+        Option(metavar="SOURCE", help="Held-out text to measure perplexity and entropy alone on, in less time."),
+    ] = None,
+    max_windows: Annotated[int | None, Option(help="Measure on the first windows of each text only.")] = None,
+    *,
+    config: CompareConfig,
+    given: frozenset[str],
+    as_json: bool,
+) -> None:
+    """Prune by several criteria and compare the results."""
+    import hifiprune as hp
+    from hifiprune.cli import tables
+
+    check_tasks_named(config.tasks, given)
+    length, column = config.calibration.seq_len, config.calibration.text_column
+    texts = tuple(Text(source, length, max_windows, True, column) for source in text or ())
+    texts += tuple(Text(source, length, max_windows, False, column) for source in perplexity_text or ())
+    if not texts and not config.texts:
+        raise UserError("'--text' is missing: give it on the command line, or 'texts' in the file of --config")
+    record = hp.compare(model, output, replace(config, texts=texts or config.texts))
+    show(record.to_dict(), as_json, lambda: tables.compared(record, model, local_path(output)))
+
+
+@with_config
+def ablate(model: Model, output: Output = "ablation", *, config: AblateConfig, as_json: bool) -> None:
+    """Ablate neurons and correlate the measured KL divergence with each criterion's scores."""
+    import hifiprune as hp
+    from hifiprune.cli import tables
+
+    record = hp.ablate(model, output, config)
+    show(record.to_dict(), as_json, lambda: tables.ablated(record, model, list(config.scores)))
+
+
+@with_config
+def recover(
+    model: Annotated[str | None, Argument(metavar="MODEL", help="Local folder, hub id or .gguf file.")] = None,
+    output: Output = "recovered",
+    data: Annotated[
+        str | None,
+        Option(
+            help="Rows to learn from, with the columns text, instruction and output, prompt and response, or messages: "
+            "a .txt, .jsonl, .csv or .parquet file, a folder of these, or a hub data set id[:config][:split]."
+        ),
+    ] = None,
+    preset: Annotated[
+        str,
+        Option(
+            help=f"Settings for all that is not given: {', '.join(TRAININGS)}; all but default are a paper's settings."
+        ),
+    ] = "default",
+    show_preset: Annotated[
+        bool, Option("--show-preset", help="Show the preset's settings, then stop.", metavar="")
+    ] = False,
+    *,
+    config: RecoverConfig,
+    given: frozenset[str],
+    as_json: bool,
+) -> None:
+    """Fine-tune a pruned model, by distillation or on labels, to recover quality."""
+    import hifiprune as hp
+    from hifiprune.cli import tables
+
+    config.training.refuse_unused(given)
+    if show_preset:
+        settings = asdict(config.training)
+        show(settings, as_json, lambda: tables.settings(settings))
+        return
+    if model is None:
+        raise UserError("recover needs a checkpoint to train: name a folder, hub id or .gguf file")
+    if data is None:
+        raise UserError("recover needs rows to learn from: give --data")
+    record = hp.recover(model, output, data, config)
+    show(record.to_dict(), as_json, lambda: tables.recovered(record, local_path(output)))
+
+
+@with_config
+def bench(
+    dense: Annotated[str, Argument(metavar="DENSE", help="The dense model: local folder, hub id or .gguf file.")],
+    pruned: Annotated[list[str], Argument(metavar="PRUNED...", help="The models to compare with it.")],
+    output: Annotated[str | None, Option(metavar="PATH", help="Folder to keep the results in.")] = None,
+    *,
+    config: BenchConfig,
+    as_json: bool,
+) -> None:
+    """Benchmark prefill and decode speed against the dense model and the theoretical speed-up."""
+    import hifiprune as hp
+    from hifiprune.cli import tables
+
+    record = hp.bench(dense, pruned, config, output)
+    show(record.to_dict(), as_json, lambda: tables.benched(record))
+
+
+@with_config
+def report(
+    folders: Annotated[
+        list[Path],
+        Argument(metavar="DIR...", help="Outputs of prune, recover, compare, evaluate --output and bench --output."),
+    ],
+    output: Annotated[str, Option(metavar="PATH", help="The page to make.")] = "report.html",
+    overwrite: Overwrite = False,
+    *,
+    as_json: bool,
+) -> None:
+    """Create a self-contained HTML report of one or more runs."""
+    import hifiprune as hp
+
+    made = hp.report(folders, output, overwrite=overwrite)
+    show({"report": str(made)}, as_json, lambda: typer.echo(f"Open {made} in a browser."))
+
+
+@with_config
+def export(
+    model: Annotated[str, Argument(metavar="MODEL", help="Local folder or hub id.")],
+    output: Output,
+    config: ExportConfig,
+    *,
+    as_json: bool,
+) -> None:
+    """Write a checkpoint as a GGUF file, by llama.cpp's own converter."""
+    import hifiprune as hp
+
+    facts = hp.export(model, output, config)
+    show(facts, as_json, lambda: _shown(facts, local_path(output)))
+
+
+def _shown(facts: dict[str, Any], output: Path) -> None:
+    kinds = ", ".join(f"{count} {name}" for name, count in facts["tensors"].items())
+    typer.echo(f"Wrote {output}: {facts['bytes'] / 1e6:,.1f} MB, tensors: {kinds}.")
+    for remark in facts["remarks"]:
+        typer.echo(f"Note: {remark}")
+    typer.echo(f"Next: llama-cli -m {shlex.quote(str(output))} -p 'The capital of France is' -n 32")
+
+
+@with_config
+def push(
+    folder: Annotated[str, Argument(metavar="DIR", help="A checkpoint's folder.")],
+    repository: Annotated[str, Argument(metavar="OWNER/NAME", help="Its name on the hub.")],
+    private: Annotated[bool, Option("--private", help="Make the repository private if it is created now.")] = False,
+    upload: Annotated[bool, Option("--upload", help="Upload; otherwise only show what would be uploaded.")] = False,
+    *,
+    as_json: bool,
+) -> None:
+    """Upload a checkpoint to the hub; a dry run without --upload."""
+    import hifiprune as hp
+    from hifiprune.cli import tables
+
+    facts = hp.push(folder, repository, private=private, upload=upload)
+    show(facts, as_json, lambda: tables.pushed(facts, folder))
