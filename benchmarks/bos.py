@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import hifiprune as hp
 from benchmarks.gemma import PARTS, fetch_gemma
 from hifiprune.config.presets import PRESETS
-from hifiprune.engine.temporary_cut import cut
 from hifiprune.evaluation.fidelity import measure
 from hifiprune.evaluation.text import held_windows
 from hifiprune.models.checkpoint import find_checkpoint
-from hifiprune.pruning.repair import cut_and_repaired
+from hifiprune.pruning.repair import cut_and_repair_
 from hifiprune.run_record import describe_environment
 
 ROOT = Path(__file__).parent.parent
@@ -53,24 +53,27 @@ def main() -> None:
     }
     known = json.loads(asked.output.read_text()) if asked.output.is_file() else {}
     perplexities = known.get("perplexity", {}) if facts.items() <= known.items() else {}
-    model = checkpoint.load(torch.float32)
 
     def pruned(preset: str, bos: bool) -> Any:
+        model = checkpoint.load(torch.float32)
         text = str(DATA / "wiki.train.head.txt")
         calibration = hp.Calibration(text, asked.calibration, POSITIONS, sampler="stream", bos=bos)
         windows, system = hp.load_windows(calibration, tokenizer), PRESETS[preset]
         scores = hp.score(model, windows, system.criterion, hp.CriterionOptions().for_ratio(RATIO))
         plan = hp.allocate(scores, hp.Budget(neuron_ratio=RATIO), round_to=1)
-        changed = cut(model, plan) if system.repair == "none" else cut_and_repaired(model, plan, windows)
-        with changed:
-            return perplexity(held)
+        if system.repair == "none":
+            hp.cut_(model, plan)
+        else:
+            cut_and_repair_(model, plan, windows)
+        return perplexity(model, held)
 
-    def perplexity(windows: Tensor) -> Any:
+    def perplexity(model: PreTrainedModel, windows: Tensor) -> Any:
         return asdict(measure(model, windows)["perplexity"])
 
+    dense = checkpoint.load(torch.float32)
     measured: dict[str, Callable[[], Any]] = {
-        "dense, measured with BOS": partial(perplexity, held),
-        "dense, measured without": partial(perplexity, held[:, 1:]),
+        "dense, measured with BOS": partial(perplexity, dense, held),
+        "dense, measured without": partial(perplexity, dense, held[:, 1:]),
         **{f"cut, calibrated {name}": partial(pruned, *how) for name, how in CUTS.items()},
     }
     for name, what in measured.items():

@@ -24,13 +24,11 @@ from transformers import PreTrainedModel
 
 import hifiprune as hp
 from hifiprune.commands.demo import fetch_smollm2
-from hifiprune.evaluation.fidelity import divergence_of, measure_windows
+from hifiprune.evaluation.fidelity import measure_windows
 from hifiprune.evaluation.text import held_windows
 from hifiprune.io.atomic import replacing
 from hifiprune.models.checkpoint import find_checkpoint
-from hifiprune.pruning.iterative import score_in_steps
 from hifiprune.pruning.repair import cut_and_repair_, residual_stream
-from hifiprune.pruning.search_widths import search, search_windows
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -43,7 +41,6 @@ class Variant:
     """A criterion, how widths are decided, and how the cut is repaired, if at all.
 
     Attributes:
-        steps: how often the model is scored, cut and repaired.
         texts: how many times as many windows are repaired on as are scored on.
         alone: one idea by itself, looked at in one draw and at the lowest ratio only.
     """
@@ -51,7 +48,6 @@ class Variant:
     criterion: str
     allocation: str = "uniform"
     repair: dict[str, Any] | None = None
-    steps: int = 1
     texts: int = 1
     alone: bool = False
 
@@ -64,17 +60,13 @@ VARIANTS = {
     "entropy-square": Variant("entropy-square", alone=True),
     "hfprune, repaired": Variant("hfprune", repair=SEQUENTIAL, alone=True),
     "fisher, repaired": Variant("fisher", repair=SEQUENTIAL, alone=True),
-    "obs, repaired": Variant("obs", repair=SEQUENTIAL, alone=True),
     "entropy-square, repaired in parallel": Variant("entropy-square", repair={"sequential": False}, alone=True),
     "entropy-square, repaired, tokens alike": Variant("entropy-square", repair={"weighted": False}, alone=True),
     "fisher, global": Variant("fisher", "global", alone=True),
-    "entropy-square, repaired, 2 steps": Variant("entropy-square", repair=SEQUENTIAL, steps=2, alone=True),
-    "fisher, global, repaired, 2 steps": Variant("fisher", "global", SEQUENTIAL, steps=2, alone=True),
     "entropy-square, repaired, 3 x text": Variant("entropy-square", repair=SEQUENTIAL, texts=3, alone=True),
     "fisher, global, repaired, 3 x text": Variant("fisher", "global", SEQUENTIAL, texts=3, alone=True),
-    "fisher, searched, repaired": Variant("fisher", "searched", SEQUENTIAL, alone=True),
 }
-"""By name; those called global or searched have widths that differ from layer to layer."""
+"""By name; those called global have widths that differ from layer to layer."""
 
 
 @dataclass(frozen=True)
@@ -136,37 +128,12 @@ class Draw:
                 scores.save(self.path(f"scores-{name}.safetensors"))
         return hp.Scores.load(path), float(path.with_suffix(".seconds").read_text())
 
-    def scores_of(self, variant: Variant, ratio: float) -> tuple[hp.Scores, float]:
-        """Scores of a variant, and the seconds they took."""
-        if variant.steps == 1:
-            return self.scores(variant.criterion)
-        start = time.perf_counter()
-        scores = score_in_steps(
-            self.bench.dense(),
-            self.windows,
-            (variant.criterion, hp.CriterionOptions(seed=self.seed)),
-            hp.Budget(ratio=ratio),
-            steps=variant.steps,
-            round_to=1,
-            allocation=hp.AllocationConfig(variant.allocation),
-        )
-        return scores, time.perf_counter() - start
-
-    def plan(self, variant: Variant, scores: hp.Scores, ratio: float) -> tuple[hp.Plan, float]:
-        """What a variant keeps, and the seconds that a search took."""
-        start, budget = time.perf_counter(), hp.Budget(ratio=ratio)
-        if variant.allocation == "searched":
-            divergence = divergence_of(self.bench.dense(), search_windows(self.windows))
-            plan = search(self.bench.dense(), scores, budget, divergence, round_to=1)
-        else:
-            plan = hp.allocate(scores, budget, round_to=1, allocation=hp.AllocationConfig(variant.allocation))
-        return plan, time.perf_counter() - start
-
     def build(self, name: str, ratio: float) -> tuple[PreTrainedModel, dict[str, float]]:
-        """The model that a variant makes, and seconds of scoring, search and repair."""
+        """The model that a variant makes, and seconds of scoring and repair."""
         variant, model = VARIANTS[name], self.bench.dense()
-        scores, scoring = self.scores_of(variant, ratio)
-        plan, searching = self.plan(variant, scores, ratio)
+        scores, scoring = self.scores(variant.criterion)
+        allocation = hp.AllocationConfig(variant.allocation)
+        plan = hp.allocate(scores, hp.Budget(ratio=ratio), round_to=1, allocation=allocation)
         windows, dense, before = self.windows, None, 0.0
         if variant.texts > 1:
             windows = self.bench.calibration(self.seed, variant.texts * len(windows), "stream")
@@ -178,7 +145,7 @@ class Draw:
         else:
             cut_and_repair_(model, plan, windows, dense=dense, **variant.repair)
         repairing = before + time.perf_counter() - start
-        return model, {"scoring_seconds": scoring, "search_seconds": searching, "repair_seconds": repairing}
+        return model, {"scoring_seconds": scoring, "repair_seconds": repairing}
 
     def cell(self, name: str, ratio: float) -> dict[str, float]:
         """Log perplexity on WikiText-2, KL divergence on C4, and the seconds of each part."""
@@ -258,7 +225,8 @@ def summary(name: str, ratio: float, cells: list[dict[str, float]]) -> dict[str,
 
 def table(facts: dict[str, Any], *, alone: bool) -> str:
     """Results as Markdown, of ideas alone or of the others: perplexity and KL at each ratio, and both to HFPrune's."""
-    rows = [row for row in facts["results"] if VARIANTS[row["variant"]].alone == alone]
+    together = [name for name, variant in VARIANTS.items() if not variant.alone]
+    rows = [row for row in facts["results"] if (row["variant"] not in together) == alone]
     ratios = sorted({row["ratio"] for row in rows})
     lines = ["| | " + " | ".join(f"perplexity at {ratio:.0%} | KL at {ratio:.0%}" for ratio in ratios) + " |"]
     lines.append("|" + "---|" * (1 + 2 * len(ratios)))

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import hifiprune as hp
 from hifiprune.commands.demo import fetch_smollm2
 from hifiprune.models.checkpoint import find_checkpoint
-from hifiprune.pruning.repair import cut_and_repaired
+from hifiprune.pruning.repair import cut_and_repair_
 from hifiprune.run_record import describe_environment
 
 ROOT = Path(__file__).parent.parent
@@ -30,33 +31,27 @@ def main() -> None:
     checkpoint = find_checkpoint(str(fetch_smollm2(ROOT / ".cache" / "smollm2")))
     calibration = hp.Calibration("python-docs", MORE, POSITIONS, sampler="stream")
     windows = hp.load_windows(calibration, checkpoint.tokenizer())
-    model = checkpoint.load(torch.float32)
-    plan = hp.allocate(hp.score(model, windows[:FEW]), hp.Budget(ratio=RATIO), round_to=1)
+    scores = hp.score(checkpoint.load(torch.float32), windows[:FEW])
+    plan = hp.allocate(scores, hp.Budget(ratio=RATIO), round_to=1)
 
-    def forward(tokens: Tensor) -> None:
+    def forward(model: PreTrainedModel, tokens: Tensor) -> None:
         with torch.no_grad():
             for window in tokens.split(1):
                 model(input_ids=window, use_cache=False)
 
-    def repair(sequential: bool) -> Callable[[Tensor], None]:
-        def run(tokens: Tensor) -> None:
-            with cut_and_repaired(model, plan, tokens, sequential=sequential):
-                pass
-
-        return run
-
-    parts: dict[str, Callable[[Tensor], Any]] = {
+    parts: dict[str, Callable[[PreTrainedModel, Tensor], Any]] = {
         "forward": forward,
-        "scoring": lambda tokens: hp.score(model, tokens, recompute=False),
-        "sequential repair": repair(True),
-        "parallel repair": repair(False),
+        "scoring": lambda model, tokens: hp.score(model, tokens, recompute=False),
+        "sequential repair": lambda model, tokens: cut_and_repair_(model, plan, tokens),
+        "parallel repair": lambda model, tokens: cut_and_repair_(model, plan, tokens, sequential=False),
     }
     seconds: dict[str, dict[int, list[float]]] = {name: {FEW: [], MORE: []} for name in parts}
     for number in range(ROUNDS):
         for name, part in parts.items():
             for count in (FEW, MORE):
+                fresh = checkpoint.load(torch.float32)
                 start = time.perf_counter()
-                part(windows[:count])
+                part(fresh, windows[:count])
                 seconds[name][count].append(time.perf_counter() - start)
             print(f"round {number + 1}, {name}: {seconds[name][MORE][-1]:.1f} s for {MORE} windows")
     results = {}

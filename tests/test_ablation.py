@@ -66,7 +66,7 @@ def true_divergence(model: PreTrainedModel, tokens: Tensor, layer: int, neurons:
 
 @pytest.fixture(scope="module")
 def scored(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with scores of the tiny model; `kl`, called obs, are the true divergences of every neuron."""
+    """A folder with scores of the tiny model; `kl`, called minitron, are the true divergences of every neuron."""
     folder, dense = tmp_path_factory.mktemp("scored"), str(world / "dense")
     calibration = hp.Calibration(str(world / "calibration.txt"), 3, 24)
     for criterion in ("fisher", "flap", "random"):
@@ -80,7 +80,7 @@ def scored(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.tensor([true_divergence(model, tokens, layer, [neuron]) for neuron in range(40)]).float()
         for layer in range(3)
     ]
-    replace(scores, criterion="obs", values=values).save(folder / "kl")
+    replace(scores, criterion="minitron", values=values).save(folder / "kl")
     replace(scores, values=[layer * float("nan") for layer in values]).save(folder / "broken")
     return folder
 
@@ -415,11 +415,11 @@ def test_the_true_divergence_ranks_perfectly_and_noise_does_not(world: Path, sco
     results = read(tmp_path / "out")
     assert len({(trial["layer"], *trial["neurons"]) for trial in results["trials"][:120]}) == 120
     found = results["correlations"]
-    assert list(found) == ["obs", "random", "fisher"]
+    assert list(found) == ["minitron", "random", "fisher"]
     for where in ("all_layers", "within_layers"):
-        assert found["obs"]["single"][where]["value"] > 0.9999
-        assert found["obs"]["single"][where]["low"] > 0.999
-        assert found["obs"]["groups"][where]["value"] > 0.5
+        assert found["minitron"]["single"][where]["value"] > 0.9999
+        assert found["minitron"]["single"][where]["low"] > 0.999
+        assert found["minitron"]["groups"][where]["value"] > 0.5
         noise = found["random"]["single"][where]
         assert noise["low"] < 0 < noise["high"]
         assert abs(noise["value"]) < 0.2

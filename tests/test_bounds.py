@@ -62,7 +62,7 @@ INF, NAN = float("inf"), float("nan")
         ("num_samples", True, "num-samples True must be a whole number"),
         ("batch_size", 0, "batch-size 0 must be at least 1"),
         ("seq_len", 1, "seq-len 1 must be at least 2"),
-        ("trials", 0, "trials 0 must be at least 1"),
+        ("rounds", 0, "rounds 0 must be at least 1"),
         ("groups", -1, "groups -1 must be at least 0"),
     ],
 )
@@ -131,7 +131,7 @@ def test_numbers_as_people_write_them(text: str, hint: str) -> None:
             "--ratio '0,2' is no number; write 0.2 (see 'hifi",
         ),
         (("prune", "x", "--output", "y", "--ratio", "20%"), "--ratio '20%' is no number; write 0.2"),
-        (("prune", "x", "--output", "y", "--trials", "1.5"), "--trials '1.5' is no whole number (see"),
+        (("prune", "x", "--output", "y", "--width", "1.5"), "--width '1.5' is no whole number (see"),
         (("prune", "x", "--output", "y", "--num-samples", "1,024"), "'1,024' is no whole number; write 1024"),
         (("prune", "x", "--output", "y", "--ratoi", "1"), "there is no option --ratoi; did you mean --ratio"),
         (("prune", "x", "--output", "y", "--floor", "nan"), "floor nan must lie in [0, 1]"),
@@ -147,9 +147,3 @@ def test_numbers_as_people_write_them(text: str, hint: str) -> None:
 def test_command_lines_that_cannot_be_read(words: tuple[str, ...], message: str) -> None:
     refused(run(*words), message)
     assert run(*words).err.count("\n") == 1
-
-
-def test_more_steps_than_neurons_that_go(world: Any, tmp_path: Any) -> None:
-    words = ("prune", world / "dense", "--output", tmp_path / "out", "--width", 24, "--steps", 17, "--num-samples", 2)
-    text = ("--calibration", world / "calibration.txt", "--seq-len", 8)
-    refused(run(*words, *text), "steps 17 must be at most 16: that many neurons of each MLP go, one a step")

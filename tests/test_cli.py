@@ -320,7 +320,7 @@ def test_other_values_out_of_range(cli: Cli, checkpoint: Path, text: Path, tmp_p
     refused(cli(*start, "--attention", "flash_attention_9", *CALIBRATION), "attention")
     refused(
         cli(*start, "--scores", text, "--repair", "none"),
-        "--scores replaces scoring: drop --calibration, or use it with --repair ridge or --allocation",
+        "--scores replaces scoring: drop --calibration, or use it with --repair ridge",
     )
     refused(cli(*start[:-2]), "criterion 'entropy-square' needs data: give --calibration, or --scores made before")
     if not torch.cuda.is_available():

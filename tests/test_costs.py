@@ -115,8 +115,8 @@ def test_seconds_follow_from_the_trial(
     path = make_checkpoint(num_hidden_layers=layers)
     for size in (1, 2):
         estimator = Estimator(find_checkpoint(str(path)), hp.ComputeConfig(device="cpu", batch_size=size))
-        found = estimator.scoring(REQUEST, 8, 16, times=2).seconds
-        assert found == pytest.approx(2 * 8 * 16 * (7 + 20 * layers + 3 * 257))
+        found = estimator.scoring(REQUEST, 8, 16).seconds
+        assert found == pytest.approx(8 * 16 * (7 + 20 * layers + 3 * 257))
 
 
 def test_long_windows_are_tried_by_their_first_positions(
@@ -155,7 +155,7 @@ def test_streamed_weights_take_two_blocks_and_what_a_group_keeps(
     assert memory["streamed"].memory - memory["scratch"].memory == memory["scratch"].disk == 5 * 6 * 20 * 24 * 4
 
 
-@pytest.mark.parametrize("more", [[], ["--repair", "none"], ["--steps", "2"], ["--criterion", "magnitude"]])
+@pytest.mark.parametrize("more", [[], ["--repair", "none"], ["--criterion", "magnitude"]])
 def test_a_dry_run_says_what_it_would_cost_and_makes_nothing(world: Path, tmp_path: Path, more: list[str]) -> None:
     text = ("--calibration", world / "calibration.txt", "--num-samples", 4, "--seq-len", 24)
     words = ("prune", world / "dense", "--output", tmp_path / "out", "--width", 24, *text, *more)
@@ -192,8 +192,6 @@ def test_what_is_not_counted_is_told(world: Path, tmp_path: Path, smollm2_gguf: 
     words = ("prune", world / "dense", "--output", tmp_path / "out", "--width", 24, "--dry-run")
     sampled = run(*words, "--calibration", "self", *text[2:])
     assert "Not included in the estimate: sampling text from the model." in sampled.err
-    searched = run(*words, *text, "--allocation", "searched", "--repair", "none")
-    assert "Not included in the estimate: searching widths." in searched.err
     assert "Not included" not in run(*words, *text).err
     plain = ("--criterion", "magnitude", "--repair", "none", "--ratio", 0.2, "--dry-run", "--json")
     packed = run("prune", smollm2_gguf, "--output", tmp_path / "out", *plain)
@@ -217,14 +215,14 @@ def test_a_dry_run_downloads_no_weights(world: Path, tmp_path: Path, monkeypatch
     assert found.json["expected"][1]["seconds"] > found.json["expected"][0]["seconds"] == 0, "it is not here to be read"
 
 
-def test_repairs_between_steps_belong_to_scoring(world: Path, tmp_path: Path) -> None:
+def test_scoring_and_repair_follow_from_the_pace_of_a_block(world: Path, tmp_path: Path) -> None:
     text = ("--calibration", world / "calibration.txt", "--num-samples", 4, "--seq-len", 24)
     words = ("prune", world / "dense", "--output", tmp_path / "out", "--width", 24, *text, "--dry-run", "--json")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Estimator, "_tried", lambda *_: Pace(1.0, 0.0))
         patch.setattr(Estimator, "_moments", lambda *_: 0.0)
         patch.setattr(Estimator, "_solution", lambda *_: 0.0)
-        found = run(*words, "--steps", 3).json["expected"]
+        found = run(*words).json["expected"]
     seconds = {cost["step"]: cost["seconds"] for cost in found}
     assert seconds["cutting and repairing"] == pytest.approx(3 * 4 * 2.3)
-    assert seconds["scoring"] == pytest.approx(3 * (3 * 4) + 2 * (3 * 4 * 2.3))
+    assert seconds["scoring"] == pytest.approx(3 * 4)

@@ -57,10 +57,6 @@ def weight_absolute(products: Tensor) -> Tensor:
     return products.abs().mean(2).sum(0)
 
 
-def weight_square(products: Tensor) -> Tensor:
-    return products.square().mean(2).sum(0)
-
-
 @pytest.mark.parametrize("variant", FORMS + ROUTED)
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_cross_entropy_weight_equals_weight_gradients_of_the_whole_model(
@@ -68,10 +64,8 @@ def test_cross_entropy_weight_equals_weight_gradients_of_the_whole_model(
 ) -> None:
     model, tokens = tiny_model(variant), tiny_tokens()
     products = weight_products(model, tokens, [next_token_loss] * len(tokens))
-    names = ("cross-entropy-weight", "cross-entropy-weight-square")
-    found, square = score_all(model, tokens, [(name, CriterionOptions()) for name in names], **settings)
+    found = score(model, tokens, "cross-entropy-weight", **settings)
     assert_scores(found.values, [weight_absolute(layer) for layer in products])
-    assert_scores(square.values, [weight_square(layer) for layer in products])
 
 
 @pytest.mark.parametrize("variant", ["llama", "gemma2", "smollm3"])
@@ -144,18 +138,16 @@ def test_self_distillation_equals_two_stages_with_a_copy_as_the_teacher(
     second = weight_products(student, tokens, losses)
 
     options = CriterionOptions(alpha=alpha, temperature=temperature, light_cut=fraction)
-    names = {"self-distillation": weight_absolute, "self-distillation-square": weight_square}
-    found = score_all(teacher, tokens, [(name, options) for name in names], **settings)
+    scores = score(teacher, tokens, "self-distillation", options, **settings)
     with torch.no_grad():
         values = [loss(logits_of(student, w[None])[0], w) for loss, w in zip(losses, tokens, strict=True)]
-    for scores, statistic in zip(found, names.values(), strict=True):
-        chosen = [values[indices] for values, indices in zip(scores.values, kept, strict=True)]
-        assert_scores(chosen, [statistic(layer) for layer in second])
-        for late, early, indices in zip(scores.values, first, kept, strict=True):
-            removed = torch.ones(40, dtype=torch.bool).index_fill(0, indices, False)
-            assert late[removed].max() < 0 <= late[indices].min()
-            assert torch.equal(late[removed].argsort(), early[removed].argsort())
-        assert scores.objective == pytest.approx(torch.stack(values).mean().item(), rel=1e-5)
+    chosen = [values[indices] for values, indices in zip(scores.values, kept, strict=True)]
+    assert_scores(chosen, [weight_absolute(layer) for layer in second])
+    for late, early, indices in zip(scores.values, first, kept, strict=True):
+        removed = torch.ones(40, dtype=torch.bool).index_fill(0, indices, False)
+        assert late[removed].max() < 0 <= late[indices].min()
+        assert torch.equal(late[removed].argsort(), early[removed].argsort())
+    assert scores.objective == pytest.approx(torch.stack(values).mean().item(), rel=1e-5)
 
 
 def wanda_sp(h: Tensor, weight: Tensor) -> Tensor:

@@ -137,11 +137,10 @@ def test_experts_that_saw_nothing_are_counted(world: Path, tmp_path: Path) -> No
     assert "received no calibration tokens" not in many.err
 
 
-@pytest.mark.parametrize("allocation", ["global", "searched"])
-def test_experts_that_would_differ_in_width_are_refused(allocation: str, world: Path, tmp_path: Path) -> None:
+def test_experts_that_would_differ_in_width_are_refused(world: Path, tmp_path: Path) -> None:
     dense = save_checkpoint(tmp_path / "dense", "mixtral", max_position_embeddings=128)
     text = ("--calibration", world / "calibration.txt", "--num-samples", 8, "--seq-len", 24)
-    words = ("prune", dense, "--output", tmp_path / "out", "--allocation", allocation, *text)
+    words = ("prune", dense, "--output", tmp_path / "out", "--allocation", "global", *text)
     refused(
         run(*words, "--width", 24),
         "experts have one width, which the configuration states for all",

@@ -36,7 +36,7 @@ UNUSUAL = PruneConfig(
     Budget(neuron_ratio=0.3),
     Calibration("a.txt", 7, 33, 5, "stream", "body", (("b.txt", 0.25),), bos=False),
     "fisher",
-    AllocationConfig("global", 0.5, 9),
+    AllocationConfig("global", 0.5),
     "none",
     16,
     Path("scores.safetensors"),
@@ -44,7 +44,6 @@ UNUSUAL = PruneConfig(
     CriterionOptions(0.1, 2.0, 0.05, 3, 4),
     0.99,
     bias_compensation=True,
-    steps=2,
     compute=ComputeConfig("cpu", "float64", 3, True, "eager", False, "/scratch"),
     shard_size="1GB",
     overwrite=True,
@@ -97,7 +96,10 @@ def test_every_number_has_bounds_and_every_option_says_what_it_is(config: type) 
         ({"num_samples": 3}, "did you mean 'calibration.num_samples'?"),
         ({"calibration": {"num_samples": 3}}, "'--calibration' is missing"),
         ({"calibration": "x.txt"}, "calibration must be a mapping of names to values"),
-        ({"steps": 2.5}, "steps: Input should be a valid integer, not 2.5"),
+        ({"round_to": 2.5}, "round_to: Input should be a valid integer, not 2.5"),
+        ({"steps": 2}, "'steps' is not an option; known are budget, calibration, "),
+        ({"allocation": {"method": "searched"}}, "'searched' is not known; known are uniform, global"),
+        ({"allocation": {"trials": 64}}, "'allocation.trials' is not an option; known are method, floor"),
         ({"allocation": {"method": "golbal"}}, "allocation 'golbal' is not known"),
         ({"allocation": {"method": "golbal"}}, "did you mean 'global'?"),
         ({"repair": "rigde"}, "did you mean 'ridge'?"),
@@ -335,7 +337,6 @@ def test_help_shows_what_matters_first(monkeypatch: pytest.MonkeyPatch) -> None:
         "--repair",
         "--help",
     ]
-    assert flags["Experimental"] == ["--trials", "--steps"]
     assert list(panels)[:3] == ["Arguments", "Options", "Widths"]
     assert "<bool>" not in long
     assert re.search(r"--num-samples.*\[default: 128\]", long)

@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from torch import distributed
 
 import hifiprune as hp
-from hifiprune.engine.block_chain import BlockChain
 from hifiprune.io import safetensors_stream
 from hifiprune.io.atomic import replacing
 from hifiprune.io.distributed import follow_first, leave, rank
@@ -76,7 +75,7 @@ def equal(ours: Scores, theirs: Scores) -> bool:
 @pytest.mark.parametrize(
     ("names", "stop", "rest"),
     [
-        (["hfprune", "fisher", "flap", "obs", "minitron"], 3, [3]),
+        (["hfprune", "fisher", "flap", "minitron"], 3, [3]),
         (["self-distillation"], 2, [4, 6]),  # in its first pass
         (["self-distillation", "cross-entropy"], 10, [0, 2]),  # in its second
     ],
@@ -246,41 +245,6 @@ def test_what_another_process_is_writing_is_left_alone(tmp_path: Path) -> None:
             second.write_text("second")
         assert first.read_text() == "first"
     assert (tmp_path / "out").read_text() == "first"
-
-
-def test_pruning_in_steps_goes_on_in_the_step_that_was_interrupted(
-    world: Path, tmp_path: Path, every_batch: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def words(name: str) -> list[object]:
-        text = ("--calibration", world / "calibration.txt", *TEXT)
-        return ["prune", world / "dense", "--output", tmp_path / name, "--width", 24, "--steps", 3, *text]
-
-    assert run(*words("quiet")).code == 0
-    swept, sweep = [0], BlockChain.sweep_all
-
-    def stop(*arguments: Any, **named: Any) -> Any:
-        swept[0] += 1
-        if swept[0] == 12:  # in the second step
-            raise Interruption
-        return sweep(*arguments, **named)
-
-    monkeypatch.setattr("hifiprune.engine.block_chain.BlockChain.sweep_all", stop)
-    with pytest.raises(Interruption):
-        run(*words("stopped"))
-    swept[0] = 100
-    assert run(*words("stopped")).code == 0
-    assert swept[0] - 100 == 3 * 8 - 11
-    for more in (["--repair", "none"], ["--round-to", 4]):  # other steps on the same way
-        swept[0] = 0
-        with pytest.raises(Interruption):
-            run(*words("other"))
-        swept[0] = 100
-        assert run(*words("other"), *more, "--overwrite").code == 0
-        assert swept[0] - 100 > 3 * 8 - 11
-        shutil.rmtree(tmp_path / "other")
-    plans = [(tmp_path / name / "hifiprune" / "plan.json").read_bytes() for name in ("quiet", "stopped")]
-    assert plans[0] == plans[1]
-    assert {path.name for path in tmp_path.iterdir()} == {"quiet", "stopped"}
 
 
 def same_plan(ours: Path, theirs: Path) -> None:

@@ -29,7 +29,6 @@ REQUESTS: dict[str, tuple[list[Request], tuple[int, int]]] = {
     "one of two labels": ([("fisher", OPTIONS), ("fisher", CriterionOptions(seed=3))], (1, 3)),
     "two seeds": ([("fisher", CriterionOptions(seed=1)), ("fisher", CriterionOptions(seed=2))], (1, 2)),
     "two stages": ([(DISTILLED, OPTIONS)], (2, 2)),
-    "two stages twice": ([(DISTILLED, OPTIONS), ("self-distillation-square", OPTIONS)], (2, 2)),
     "first stage too": ([("cross-entropy-weight", OPTIONS), (DISTILLED, OPTIONS), ("cross-entropy", OPTIONS)], (2, 2)),
     "two alphas": ([(DISTILLED, CriterionOptions(alpha=0.1)), (DISTILLED, CriterionOptions(alpha=0.2))], (2, 3)),
     "papers' alpha": (

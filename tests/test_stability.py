@@ -128,7 +128,7 @@ def test_commands_stop_when_stable(world: Path, tmp_path: Path) -> None:
     assert Scores.load(tmp_path / "cut" / "hifiprune" / "scores.safetensors").settings["windows"] == 8
     refused(run(*words, "--output", tmp_path / "out"), "until-stable and ratio go together")
     refused(run(*cut, "--until-stable", 1, "--output", tmp_path / "out"), "until-stable 1 must lie in (0, 1)")
-    steps = run(*cut, "--until-stable", 0.9, "--steps", 2, "--output", tmp_path / "out")
-    refused(steps, "until-stable cannot be combined with --scores or --steps")
+    scored = run(*cut, "--until-stable", 0.9, "--scores", tmp_path / "scores", "--output", tmp_path / "out")
+    refused(scored, "until-stable cannot be combined with --scores: drop one")
     two = run(*cut, "--until-stable", 0.9, "--criterion", "self-distillation", "--output", tmp_path / "out")
     refused(two, "until-stable watches one criterion that reads a text once, in one process")

@@ -34,7 +34,6 @@ from hifiprune.scoring.accumulate import (
     choose_group,
     free_bytes,
     graph_bytes,
-    moment_bytes,
     needs,
     serves,
     slice_bytes,
@@ -125,13 +124,13 @@ class Estimator:
         size = int(self._stored * share)
         return Cost("writing", size * self._rates[0], self.base - self.weights, size)
 
-    def scoring(self, requests: Sequence[Request], windows: int, positions: int, times: int = 1) -> Cost:
-        """Return the cost of scoring, `times` times, on this process's share of the windows."""
+    def scoring(self, requests: Sequence[Request], windows: int, positions: int) -> Cost:
+        """Return the cost of scoring on this process's share of the windows."""
         size, tokens = self.compute.batch_size, self.compute.batch_size * positions
         batches = ceil(ceil(windows / size) / processes())
         passes = passes_of(requests)
         if not passes:  # the weights alone are looked at
-            return Cost("scoring", times * self._streamed(0.0, 1), self.base + self._two_blocks * self.streamed)
+            return Cost("scoring", self._streamed(0.0, 1), self.base + self._two_blocks * self.streamed)
         objectives = max([1, *(len(needs(jobs)[0]) for jobs in passes)])
         group = min(batches, self._group(tokens, objectives))
         recompute = self.recomputes(positions)
@@ -145,8 +144,6 @@ class Estimator:
         more = 0
         if any(find_criterion(name).two_stages for name, _ in requests):
             more += batches * state_bytes(self.skeleton, tokens) * self.on_cpu
-        if any(find_criterion(name).collects_moments for name, _ in requests):
-            more += moment_bytes(self.skeleton)
         if self.streamed:
             states = group * (2 + objectives + (0 if self.compute.scratch else self.layers))
             more += states * state_bytes(self.skeleton, tokens)
@@ -156,7 +153,7 @@ class Estimator:
             maps = any(job.maps for jobs in passes for job in jobs)
             more += working_bytes(self.skeleton, tokens, recompute=recompute, objectives=objectives, maps=maps)
         disk = group * self.layers * state_bytes(self.skeleton, tokens) if self.streamed and self.compute.scratch else 0
-        return Cost("scoring", times * seconds, self.base + more, disk)
+        return Cost("scoring", seconds, self.base + more, disk)
 
     def repair(self, windows: int, positions: int, width: int) -> Cost:
         """Return the cost of refitting output projections of about `width` neurons: two forwards, moments, solving."""

@@ -91,11 +91,6 @@ class PruneJob(Job):
         """Return whether the cut is repaired."""
         return self.system.repair != "none"
 
-    @property
-    def searches(self) -> bool:
-        """Return whether widths are searched."""
-        return self.allocation.method == "searched"
-
 
 @dataclass
 class DenseModel:

@@ -6,14 +6,12 @@ from dataclasses import asdict
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hifiprune.commands.cost_model import Cost, Estimator, total_disk
 from hifiprune.config.groups import AllocationConfig, Budget, Calibration, ComputeConfig, CriterionOptions
 from hifiprune.config.prune import PruneConfig
 from hifiprune.deployment.engines import K_BLOCK
-from hifiprune.engine.compute import estimate_seconds, resolved_device
 from hifiprune.engine.machine import condition
 from hifiprune.io.atomic import disk_size
 from hifiprune.io.distributed import processes
@@ -72,30 +70,12 @@ def announce_costs(costs: Sequence[Cost], device: torch.device) -> str:
     return f"In all {about(seconds)}, {memory / 1e9:.1f} GB of memory{each}{written}{condition(device)}."
 
 
-def announce_steps(steps: int, *, repairs: bool) -> str:
-    """Return a message on the cost of scoring in several rounds."""
-    also = f", with {steps - 1} repairs in between" if repairs else ""
-    return f"Repeated for {steps} rounds on shrinking models{also}."
-
-
 def announce_repair(windows: Int[Tensor, "windows positions"], width: int, estimator: Estimator) -> str:
     """Return a message on the expected cost of repair."""
     cost = estimator.repair(len(windows), windows.shape[1], width)
     return (
         f"Repairing on {len(windows)} windows of {windows.shape[1]} tokens, {estimator.dtype} on {estimator.device}: "
         f"{about(cost.seconds)} and {cost.memory / 1e9:.1f} GB of memory."
-    )
-
-
-def announce_search(
-    model: PreTrainedModel, windows: Int[Tensor, "windows positions"], trials: int, compute: ComputeConfig
-) -> str:
-    """Return a message on the cost of a search for widths: per trial a forward pass and half of one for metrics."""
-    device = resolved_device(compute)
-    one = estimate_seconds(model.config, windows.numel(), windows.shape[1], device, model.dtype, backwards=0)
-    return (
-        f"Searching for widths by {trials} trials on {len(windows)} windows of {windows.shape[1]} tokens: "
-        f"{about(1.5 * one * trials)}{condition(device)}."
     )
 
 
@@ -143,9 +123,8 @@ def remark_on_unused(options: CriterionOptions | None, criterion: str, allocatio
     if options:
         others = [name for name in asdict(options) if name not in (*find_criterion(criterion).options, "seed")]
         unused += [name for name in others if getattr(options, name) != getattr(CriterionOptions(), name)]
-    for name, where in (("floor", ("global", "searched")), ("trials", ("searched",))):
-        if allocation.method not in where and getattr(allocation, name) != getattr(AllocationConfig(), name):
-            unused.append(name)
+    if allocation.method == "uniform" and allocation.floor != AllocationConfig().floor:
+        unused.append("floor")
     if unused:
         names = ", ".join(name.replace("_", "-") for name in unused)
         note(f"Unused with criterion '{criterion}' and {allocation.method} allocation: {names}.")

@@ -58,7 +58,6 @@ def resolve(model: str, output: str | Path, config: PruneConfig, scores: Scores 
     if scores is None and config.scores:
         scores = load_scores(config.scores)
     system = scored_by(scores, asked_system, config) if scores else asked_system
-    check_steps(config.steps, scores, calibration)
     stability = stability_of(config, system, scored=scored)
     options = options_of(replace(config, calibration=calibration))
     settled = replace(
@@ -129,19 +128,14 @@ def settle_system(config: PruneConfig, *, scored: bool) -> Preset:
 def check_texts(system: Preset, config: PruneConfig, *, scored: bool) -> None:
     """Check that there is a text for each step that reads one, and a use for the one that is given."""
     calibration, repairs = config.calibration, system.repair != "none"
-    fits = repairs or config.allocation.method == "searched"
     if not scored:
         check_data(system.criterion, calibration)
-    elif calibration and not fits:
-        raise UserError(
-            "--scores replaces scoring: drop --calibration, or use it with --repair ridge or --allocation searched"
-        )
+    elif calibration and not repairs:
+        raise UserError("--scores replaces scoring: drop --calibration, or use it with --repair ridge")
     if repairs and calibration and calibration.num_samples < 2:
         raise UserError("repair needs at least 2 windows, of which it holds one out: --num-samples 2, or --repair none")
     if repairs and calibration is None:
         raise UserError("repair needs text to fit to: give --calibration, or --repair none")
-    if fits and calibration is None:
-        raise UserError("a search for widths needs text to measure on: give --calibration, or another --allocation")
     if repairs and config.bias_compensation:
         raise UserError("repair refits biases itself: give one of --repair and --bias-compensation, not both")
 
@@ -149,7 +143,7 @@ def check_texts(system: Preset, config: PruneConfig, *, scored: bool) -> None:
 def text_for(system: Preset, config: PruneConfig, *, scored: bool) -> Calibration | None:
     """Return the text with windows begun as the system's are, if anything reads it; tell where nothing does."""
     scores_text = find_criterion(system.criterion).statistic is not None
-    read = scored or scores_text or system.repair != "none" or config.allocation.method == "searched"
+    read = scored or scores_text or system.repair != "none"
     if config.calibration and not read:
         note(f"Criterion '{system.criterion}' needs no text and repair is off: --calibration is ignored.")
         return None
@@ -170,24 +164,13 @@ def scored_by(scores: Scores, system: Preset, config: PruneConfig) -> Preset:
     return replace(system, criterion=scores.criterion)
 
 
-def check_steps(steps: int, scores: Scores | None, calibration: Calibration | None) -> None:
-    """Refuse steps that have nothing to score on."""
-    if steps > 1 and scores:
-        raise UserError(f"{steps} steps score the model anew: leave out --scores")
-    if steps > 1 and calibration is None:
-        raise UserError(f"{steps} steps need text to score on anew: give --calibration")
-
-
 def stability_of(config: PruneConfig, system: Preset, *, scored: bool) -> Stability | None:
-    """Return what ends scoring early, where that is asked for; widths to be searched are judged by one threshold."""
+    """Return what ends scoring early, where that is asked for."""
     if config.until_stable is None:
         return None
-    if scored or config.steps > 1:
-        raise UserError("until-stable cannot be combined with --scores or --steps: drop one")
-    allocation = config.allocation
-    if allocation.method == "searched":
-        allocation = replace(allocation, method="global")
-    select = partial(allocate, budget=config.budget, round_to=system.round_to, allocation=allocation)
+    if scored:
+        raise UserError("until-stable cannot be combined with --scores: drop one")
+    select = partial(allocate, budget=config.budget, round_to=system.round_to, allocation=config.allocation)
     stability = Stability(config.until_stable, select)
     stability.check([system.criterion])
     return stability
@@ -197,10 +180,6 @@ def resident_for(config: PruneConfig, calibration: Calibration | None) -> str:
     """Return what of this is done with weights in memory only, if anything is."""
     if calibration and calibration.is_sampled:
         return SAMPLED
-    if config.allocation.method == "searched":
-        return "widths are searched"
-    if config.steps > 1:
-        return "models are scored in steps"
     return "biases are compensated" if config.bias_compensation else ""
 
 
@@ -210,8 +189,7 @@ def width_for(
     """Return the sizes of a model, and the width of its MLPs, or of most of them.
 
     Raises:
-        UserError: the budget cannot be met, the widths could not be saved, steps would remove nothing, or scores made
-            before do not fit the model.
+        UserError: the budget cannot be met, the widths could not be saved, or scores made before do not fit the model.
     """
     if scores:
         scores.require_finite()
@@ -219,9 +197,6 @@ def width_for(
     shape = shape_of(skeleton)
     width = shape.width_at(config.budget, system.round_to)
     shape.check_experts(config.allocation.method, width)
-    if config.steps > shape.neurons - width:
-        most = shape.neurons - width
-        raise UserError(f"steps {config.steps} must be at most {most}: that many neurons of each MLP go, one a step")
     if config.allocation.method != "uniform" and (reason := family_of(skeleton.config).one_width):
         raise UserError(f"{reason}; use --allocation uniform")
     return shape, width

@@ -10,13 +10,12 @@ from transformers import PreTrainedModel
 
 from hifiprune.commands.cost_model import Estimator
 from hifiprune.commands.job import DenseModel, PruneJob
-from hifiprune.commands.messages import announce_repair, announce_search, remark_on_scale
+from hifiprune.commands.messages import announce_repair, remark_on_scale
 from hifiprune.commands.preflight import resolve
 from hifiprune.commands.score import describe_scores
 from hifiprune.commands.steps import Windows, estimate_costs, read_windows, sampled_windows, score_dense
 from hifiprune.config.prune import PruneConfig
 from hifiprune.engine.spill import Spilled
-from hifiprune.evaluation.fidelity import divergence_of
 from hifiprune.io.atomic import replacing
 from hifiprune.io.distributed import rank
 from hifiprune.io.output_paths import exclusive
@@ -28,7 +27,6 @@ from hifiprune.pruning.allocate import allocate
 from hifiprune.pruning.cut import cut_
 from hifiprune.pruning.cut_checkpoint import output_maps, write_cut
 from hifiprune.pruning.repair import cut_and_repair_
-from hifiprune.pruning.search_widths import search, search_windows
 from hifiprune.reports.model_card import write_card
 from hifiprune.run_record import RunRecord
 from hifiprune.scores import Scores
@@ -65,23 +63,10 @@ def prune(model: str, output: str | Path, config: PruneConfig, scores: Scores | 
     neuron_scores = job.scores or score_dense(dense, windows, job, estimator)
     if rank() > 0:
         return job.record  # the first process does the rest
-    plan = decide(dense, neuron_scores, windows, job)
+    remark_on_scale(neuron_scores, job.allocation)
+    plan = allocate(neuron_scores, job.budget, round_to=job.system.round_to, allocation=job.allocation)
     cut = cut_and_repair(dense, neuron_scores, plan, windows, job, estimator)
     return write(cut, plan, neuron_scores, job)
-
-
-def decide(dense: DenseModel, scores: Scores, windows: Windows | None, job: PruneJob) -> Plan:
-    """Decide which neurons of each MLP stay, by the scores, or by trial where that is asked for."""
-    budget, round_to = job.budget, job.system.round_to
-    if not job.searches:
-        remark_on_scale(scores, job.allocation)
-        return allocate(scores, budget, round_to=round_to, allocation=job.allocation)
-    assert windows is not None
-    model, few = dense.load_scored(scores), search_windows(windows)
-    logger.info(announce_search(model, few, job.allocation.trials, job.compute))
-    with job.record.stage("searching widths"):
-        divergence = divergence_of(model, few, job.compute.batch_size)
-        return search(model, scores, budget, divergence, round_to=round_to, allocation=job.allocation)
 
 
 @dataclass(frozen=True)

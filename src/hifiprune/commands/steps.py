@@ -1,6 +1,6 @@
 """Steps that `prune` and `score` share: each is announced, timed, and resumable."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 from jaxtyping import Int
 from torch import Tensor
@@ -8,18 +8,11 @@ from torch import Tensor
 from hifiprune.calibration import load_windows, sample_windows
 from hifiprune.commands.cost_model import Cost, Estimator
 from hifiprune.commands.job import DenseModel, Job, PruneJob
-from hifiprune.commands.messages import (
-    announce_costs,
-    announce_scoring,
-    announce_steps,
-    remark_on_start,
-    remark_on_unseen,
-)
+from hifiprune.commands.messages import announce_costs, announce_scoring, remark_on_start, remark_on_unseen
 from hifiprune.commands.prepare import check_tokens, streams
 from hifiprune.engine.compute import compute_dtype
 from hifiprune.io.pass_checkpoint import PassCheckpoint
 from hifiprune.progress import labelled, logger
-from hifiprune.pruning.iterative import score_in_steps
 from hifiprune.scores import Scores
 from hifiprune.scoring.score import score_all
 
@@ -65,7 +58,6 @@ def estimate_costs(dense: DenseModel, job: Job) -> Estimator:
         "downloading the weights": not job.checkpoint.is_here,
         "reading the weights": job.checkpoint.is_here and not dense.stored_plainly,
         "sampling text from the model": job.samples,
-        "searching widths": isinstance(job, PruneJob) and job.searches,
     }
     if any(uncounted.values()):
         logger.info(
@@ -78,16 +70,11 @@ def costs_of(dense: DenseModel, job: Job, estimator: Estimator) -> list[Cost]:
     """Return the cost of each step of a run that can be foreseen."""
     sizes = (job.calibration.num_samples, job.calibration.seq_len) if job.calibration else (0, 0)
     prunes = job if isinstance(job, PruneJob) else None
-    steps = prunes.config.steps if prunes else 1
-    in_memory = prunes and (prunes.repairs or prunes.searches or prunes.config.bias_compensation)
+    in_memory = prunes and (prunes.repairs or prunes.config.bias_compensation)
     loads = job.request or in_memory or (job.checkpoint.is_here and not dense.stored_plainly)
     costs = [estimator.loading() if loads else estimator.checking()]
     if job.request:
-        scoring = estimator.scoring([job.request], *sizes, times=steps)
-        if prunes and prunes.repairs and steps > 1:
-            between = estimator.repair(*sizes, (prunes.width + max(estimator.widths)) // 2)
-            scoring = replace(scoring, seconds=scoring.seconds + (steps - 1) * between.seconds)
-        costs.append(scoring)
+        costs.append(estimator.scoring([job.request], *sizes))
     if prunes and prunes.repairs:
         costs.append(estimator.repair(*sizes, prunes.width))
     if prunes:
@@ -96,10 +83,10 @@ def costs_of(dense: DenseModel, job: Job, estimator: Estimator) -> list[Cost]:
 
 
 def score_dense(dense: DenseModel, windows: Windows | None, job: Job, estimator: Estimator) -> Scores:
-    """Score every neuron of the dense model: in several rounds where they are asked for, until it is stable."""
+    """Score every neuron of the dense model, until the selection is stable where that is asked for."""
     assert job.request
     job.checkpoint.fetch()
-    model, rounds = dense.load(), job.config.steps if isinstance(job, PruneJob) else 1
+    model = dense.load()
     if windows is not None:
         logger.info(f"{announce_scoring(windows, [job.request], estimator)}.")
         if job.stability:
@@ -108,35 +95,17 @@ def score_dense(dense: DenseModel, windows: Windows | None, job: Job, estimator:
     settings = {"calibration": asdict(job.calibration)} if job.calibration else None
     keeper = PassCheckpoint(job.unfinished.of(model, dense.hash))
     with job.record.stage("scoring"):
-        if rounds > 1 and isinstance(job, PruneJob) and windows is not None:
-            logger.info(announce_steps(rounds, repairs=job.repairs))
-            scores = score_in_steps(
-                model,
-                windows,
-                job.request,
-                job.budget,
-                steps=rounds,
-                round_to=job.system.round_to,
-                allocation=job.allocation,
-                repair=job.repairs,
-                batch_size=job.compute.batch_size,
-                recompute=job.compute.recompute,
-                settings=settings,
-                model_hash=dense.hash,
-                keeper=keeper,
-            )
-        else:
-            (scores,) = score_all(
-                model,
-                windows,
-                [job.request],
-                batch_size=job.compute.batch_size,
-                recompute=job.compute.recompute,
-                settings=settings,
-                model_hash=dense.hash,
-                keeper=keeper,
-                stability=job.stability,
-            )
+        (scores,) = score_all(
+            model,
+            windows,
+            [job.request],
+            batch_size=job.compute.batch_size,
+            recompute=job.compute.recompute,
+            settings=settings,
+            model_hash=dense.hash,
+            keeper=keeper,
+            stability=job.stability,
+        )
     if job.stability:
         job.record.results["stability"] = job.stability.curve
     job.record.reused_parts = len(job.unfinished.reused)

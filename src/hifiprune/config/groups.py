@@ -8,7 +8,6 @@ from hifiprune.bounds import COUNT, FEW, INNER_SHARE, PAIR, POSITIVE, SEED, SHAR
 from hifiprune.config.options import (
     CALIBRATION,
     COMPUTE,
-    EXPERIMENTAL,
     OUTPUT,
     SCORING,
     TEXT,
@@ -21,7 +20,7 @@ from hifiprune.io.text_sources import SELF, check_named
 
 SAMPLERS = ("auto", "documents", "stream")
 DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")
-ALLOCATIONS = ("uniform", "global", "searched")
+ALLOCATIONS = ("uniform", "global")
 MOST_TOKENS = 2**32
 """Largest number of tokens of all windows; papers use some hundred thousand."""
 SDMPRUNE_SETTINGS = {0.2: (0.4, 0.2), 0.3: (0.42, 0.5), 0.4: (0.1, 0.2)}
@@ -258,7 +257,7 @@ class CriterionOptions(Checked):
     )
     label_samples: int = option(
         1,
-        "Criteria fisher, fisher-abs and obs: labels drawn from the model at each position, one backward pass each.",
+        "Criteria fisher and fisher-abs: labels drawn from the model at each position, one backward pass each.",
         panel=SCORING,
         bounds=FEW,
     )
@@ -279,10 +278,9 @@ class AllocationConfig(Checked):
     """How MLPs share the neurons that a budget leaves.
 
     Attributes:
-        method: `uniform`, the same number in every MLP, which a stock configuration can state; `global`, one
-            threshold over all MLPs, for scores that are on one scale; or `searched`, see `pruning.search_widths`.
+        method: `uniform`, the same number in every MLP, which a stock configuration can state; or `global`, one
+            threshold over all MLPs, for scores that are on one scale.
         floor: fraction of the uniform width that every MLP keeps where widths differ, in [0, 1].
-        trials: plans that a search tries.
 
     Raises:
         UserError: the allocation is not known, or a value is out of range.
@@ -291,8 +289,7 @@ class AllocationConfig(Checked):
     method: str = option(
         "uniform",
         "uniform: one width for all layers; global: one threshold on the scores of all layers (by 'fisher' unless "
-        "--criterion is given); searched (experimental): widths by trial on the calibration text. With the last two "
-        "the checkpoint loads with trust_remote_code=True.",
+        "--criterion is given), so that the checkpoint loads with trust_remote_code=True.",
         flag="--allocation",
         choices=ALLOCATIONS,
     )
@@ -302,7 +299,6 @@ class AllocationConfig(Checked):
         panel=WIDTHS,
         bounds=SHARE,
     )
-    trials: int = option(64, "Plans that --allocation searched tries.", panel=EXPERIMENTAL, bounds=COUNT)
 
 
 @dataclass(frozen=True)

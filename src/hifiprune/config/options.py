@@ -11,10 +11,9 @@ from hifiprune.errors import unknown
 WIDTHS, CALIBRATION, SCORING = "Widths", "Calibration data", "Scoring and repair"
 TEXT, TASKS = "Text to measure on", "Zero-shot tasks"
 TRAINING_DATA, LOSS, OPTIMIZATION, ADAPTER = "Training data", "Loss", "Optimization", "LoRA"
-COMPUTE, OUTPUT, EXPERIMENTAL = "Compute", "Output", "Experimental"
+COMPUTE, OUTPUT = "Compute", "Output"
 PANELS = (
     None, WIDTHS, CALIBRATION, SCORING, TEXT, TASKS, TRAINING_DATA, LOSS, OPTIMIZATION, ADAPTER, COMPUTE, OUTPUT,
-    EXPERIMENTAL,
 )  # fmt: skip
 """Help panels in order; the first has the options that matter most."""
 Words = Callable[[list[str]], dict[str, object]]

@@ -15,7 +15,7 @@ from hifiprune.config.groups import (
     overwrite_option,
     until_stable_option,
 )
-from hifiprune.config.options import CALIBRATION, EXPERIMENTAL, OUTPUT, SCORING, WIDTHS, Checked, group, option
+from hifiprune.config.options import CALIBRATION, OUTPUT, SCORING, WIDTHS, Checked, group, option
 from hifiprune.config.presets import ACROSS_LAYERS, PRESETS, REPAIRS
 from hifiprune.defaults import DEFAULT_CRITERION
 
@@ -36,8 +36,8 @@ class PruneConfig(Checked):
 
     Attributes:
         budget: how much to remove.
-        calibration: text to score, search and repair on; with `scores` for the latter two, and not needed without
-            them for criteria that look at weights alone.
+        calibration: text to score and repair on; with `scores` for repair alone, and not needed for a plain cut by
+            criteria that look at weights alone.
         criterion: how to score, see `hifiprune.scoring.criteria`; None is the preset's.
         allocation: how widths are decided.
         repair: `ridge` refits each MLP's output projection to what the dense model computes, in closed form; `none` is
@@ -50,7 +50,6 @@ class PruneConfig(Checked):
             does; only for architectures that have one, with criteria that collect mean activations.
         until_stable: stop scoring once the kept set would agree so well with that of all windows; see
             `hifiprune.scoring.early_stopping`.
-        steps: rounds of scoring, cutting and, where that is asked for, repair.
         compute: device and arithmetic.
         shard_size: largest weight file, such as `5GB`.
         overwrite: replace an existing output.
@@ -79,8 +78,7 @@ class PruneConfig(Checked):
     )
     scores: Path | None = option(
         None,
-        "Scores written by 'hifiprune score', in place of scoring; --calibration is then used only for repair or "
-        "a width search.",
+        "Scores written by 'hifiprune score', in place of scoring; --calibration is then used only for repair.",
         panel=CALIBRATION,
         metavar="PATH",
     )
@@ -96,9 +94,6 @@ class PruneConfig(Checked):
         False,
         "As FLAP, with its scores: put the mean outputs of removed neurons into biases.",
         panel=SCORING,
-    )
-    steps: int = option(
-        1, "Number of rounds of scoring, pruning and repair (iterative pruning).", panel=EXPERIMENTAL, bounds=COUNT
     )
     compute: ComputeConfig = ComputeConfig()
     shard_size: str = option("5GB", "Largest weight file.", panel=OUTPUT)

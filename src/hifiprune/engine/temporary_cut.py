@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from hifiprune.engine.offload import offload_of
 from hifiprune.models.edit import _put_back_, cuts_of, keep_, matching_mlps, others, state_widths
-from hifiprune.models.mlp import find_mlps, group_by_parameters
+from hifiprune.models.mlp import group_by_parameters
 from hifiprune.models.neuron_slices import parameter_slices
 from hifiprune.plan import Plan
 
@@ -23,23 +23,16 @@ def cut(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
     Raises:
         UserError: the plan was made for a model of another shape.
     """
-    with put_back(model, plan):
-        with torch.no_grad():
-            keep_(find_mlps(model), plan.kept)
-        state_widths(model, plan.widths)
-        if shelf := offload_of(model):
-            shelf.cuts.update(cuts_of(model, plan))
-        yield
-
-
-@contextmanager
-def put_back(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
-    """Save the neurons that `plan` removes from `model`, and restore them when the context ends."""
     mlps = matching_mlps(model, plan)
     rests = [others(kept, mlp.neurons) for mlp, kept in zip(mlps, plan.kept, strict=True)]
     groups = list(group_by_parameters(mlps))
     removed = [[part.of(rests[own], group[0].neurons) for part in parameter_slices(group[0])] for own, group in groups]
     try:
+        with torch.no_grad():
+            keep_(mlps, plan.kept)
+        state_widths(model, plan.widths)
+        if shelf := offload_of(model):
+            shelf.cuts.update(cuts_of(model, plan))
         yield
     finally:
         with torch.no_grad():

@@ -5,7 +5,6 @@ never exist. Distributions are float32, sums over positions float64.
 """
 
 import math
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -107,14 +106,6 @@ def estimate(values: dict[str, Float[Tensor, "windows"]], seed: int = 0) -> dict
     """Average over windows, with bootstrap intervals; a perplexity is `exp` of the mean of its logarithm."""
     estimates = {name: bootstrap_mean(values[name], seed) for name in METRICS if name in values}
     return {name: each.exp() if name.endswith("perplexity") else each for name, each in estimates.items()}
-
-
-def divergence_of(
-    model: PreTrainedModel, windows: Int[Tensor, "windows positions"], batch_size: int = 1
-) -> Callable[[], float]:
-    """Return a function that measures the mean KL divergence, in nats, between `model` now and when it is called."""
-    reference = Reference.of(model, windows, batch_size)
-    return lambda: float(measure_windows(model, windows, reference, batch_size=batch_size)["kl"].mean())
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ def allocate(
         scores: scores of every neuron.
         budget: how much to remove.
         round_to: widths become multiples of it.
-        allocation: how widths are decided; `searched` is not done here.
+        allocation: how widths are decided.
 
     Raises:
         UserError: the budget cannot be met, or scores are not finite.
@@ -34,11 +34,6 @@ def allocate(
     if allocation.method == "global":
         shape.check_experts("global", width)
         widths = allocate_widths(scores.values, width, round_to=round_to, floor=allocation.floor)
-    return plan_with(scores, widths, budget)
-
-
-def plan_with(scores: Scores, widths: Sequence[int], budget: Budget) -> Plan:
-    """Return the plan that keeps the neurons with the highest scores, `widths` of them in each MLP."""
     neurons = [len(values) for values in scores.values]
     gone = [count - width for count, width in zip(neurons, widths, strict=True)]
     removed = sum(count * each for count, each in zip(gone, scores.parameters_per_neuron, strict=True))
@@ -67,7 +62,7 @@ def allocate_widths(
         round_to: widths are multiples of it, or unchanged; any numbers if `width` is no multiple.
         floor: fraction of the mean width that every MLP keeps.
     """
-    step = width_step(width, round_to)
+    step = 1 if width % round_to else round_to
     falling = (each.double().sort(descending=True).values for each in values)
     steps = [[gain.mean().item() for gain in each.split(step)] for each in falling]
     mean = width // step
@@ -76,8 +71,3 @@ def allocate_widths(
     chosen = sorted(free, key=lambda each: -each[0])[: (mean - least) * len(steps)]
     counts = Counter(layer for _, layer in chosen)
     return [min(len(own), (least + counts[layer]) * step) for layer, own in enumerate(values)]
-
-
-def width_step(width: int, round_to: int) -> int:
-    """Return the step between widths: `round_to`, or 1 if the requested mean width is no multiple of it."""
-    return 1 if width % round_to else round_to

@@ -10,8 +10,6 @@ the whole difference to the dense model's residual stream, including errors of e
 damping, and whether the change is used at all, is decided for each map on held-out windows.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -25,11 +23,10 @@ from hifiprune.engine.context import check_windows, frozen, memory_explained
 from hifiprune.engine.hooks import BlockCall
 from hifiprune.engine.offload import walk
 from hifiprune.engine.spill import Spilled, spill
-from hifiprune.engine.temporary_cut import put_back
 from hifiprune.engine.verify import verified_chain
 from hifiprune.errors import UserError
 from hifiprune.models.edit import cuts_of, forget_gradients_, keep_, matching_mlps, others, state_widths
-from hifiprune.models.mlp import Projection, find_mlps, group_by_parameters
+from hifiprune.models.mlp import Projection, group_by_parameters
 from hifiprune.plan import Plan
 from hifiprune.progress import track
 from hifiprune.pruning.ridge import HeldOut, Refit
@@ -90,31 +87,6 @@ def cut_and_repair_(
     forget_gradients_(mlps)
     state_widths(model, plan.widths)
     return refits
-
-
-@contextmanager
-def cut_and_repaired(
-    model: PreTrainedModel,
-    plan: Plan,
-    windows: Int[Tensor, "windows positions"],
-    *,
-    sequential: bool = True,
-    batch_size: int = 1,
-) -> Iterator[list[Refit]]:
-    """Cut and repair `model` as `cut_and_repair_` does within this context; afterwards every weight is restored.
-
-    The removed rows and columns, and a copy of each output projection, are saved meanwhile.
-    """
-    maps = [
-        each for _, group in group_by_parameters(find_mlps(model)) for each in group[0].output.parameters().values()
-    ]
-    before = [parameter.detach().clone() for parameter in maps]
-    try:
-        with put_back(model, plan):
-            yield cut_and_repair_(model, plan, windows, sequential=sequential, batch_size=batch_size)
-    finally:
-        for parameter, values in zip(maps, before, strict=True):
-            parameter.data.copy_(values)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from hifiprune.errors import RunError
 from hifiprune.io.distributed import meet, neighbours, processes, rank
 from hifiprune.io.hashing import hash_tokens
 from hifiprune.io.pass_checkpoint import PassCheckpoint
-from hifiprune.models.mlp import find_mlps, width_of
+from hifiprune.models.mlp import width_of
 from hifiprune.progress import track
 from hifiprune.scoring.neuron_statistics import Statistic
 
@@ -277,11 +277,6 @@ def choose_group(
     if scratch is None:
         return max(1, memory // (inputs + moving))
     return max(1, min(memory // moving, shutil.disk_usage(scratch).free // 2 // neighbours() // inputs))
-
-
-def moment_bytes(model: PreTrainedModel) -> int:
-    """Return the bytes of the second moments that `obs` accumulates in float64."""
-    return sum(8 * mlp.neurons * (mlp.neurons + mlp.output.out_features) for mlp in find_mlps(model))
 
 
 def free_bytes(device: torch.device) -> int:

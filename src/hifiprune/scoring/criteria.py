@@ -56,7 +56,6 @@ class Criterion:
         two_stages: whether a light cut by cross-entropy comes first.
         options: names of the options that matter to it.
         across_layers: whether scores of different layers are on one scale.
-        experimental: whether measurements have not shown that it is worth its cost.
     """
 
     name: str
@@ -69,17 +68,11 @@ class Criterion:
     two_stages: bool = False
     options: tuple[str, ...] = ()
     across_layers: bool = True
-    experimental: bool = False
 
     @property
     def collects_means(self) -> bool:
         """Whether mean activations come with the scores."""
         return self.statistic is st.moments
-
-    @property
-    def collects_moments(self) -> bool:
-        """Whether second moments of all neurons are collected, which are large."""
-        return self.statistic is st.curvatures
 
     def used(self, options: CriterionOptions) -> dict[str, Any]:
         """The options that matter to it."""
@@ -121,15 +114,6 @@ CRITERIA: dict[str, Criterion] = {
             maps=True,
         ),
         Criterion(
-            "cross-entropy-weight-square",
-            "the same with squares in place of absolute values",
-            SDMPRUNE,
-            _cross_entropy,
-            st.weight_square,
-            maps=True,
-            experimental=True,
-        ),
-        Criterion(
             "self-distillation",
             "SDMPrune: light cut by cross-entropy, then divergence from the dense model, in weight form",
             SDMPRUNE,
@@ -140,17 +124,6 @@ CRITERIA: dict[str, Criterion] = {
             options=("alpha", "temperature", "light_cut"),
         ),
         Criterion(
-            "self-distillation-square",
-            "the same with squares in place of absolute values",
-            SDMPRUNE,
-            _self_distillation,
-            st.weight_square,
-            maps=True,
-            two_stages=True,
-            options=("alpha", "temperature", "light_cut"),
-            experimental=True,
-        ),
-        Criterion(
             "fisher",
             "labels drawn from the model itself, sum of (h dC/dh)^2: KL divergence to second order, diagonal, in nats",
             "arXiv 1801.05787, with labels from the model",
@@ -158,17 +131,6 @@ CRITERIA: dict[str, Criterion] = {
             st.square,
             st.as_divergence,
             options=("label_samples", "seed"),
-        ),
-        Criterion(
-            "obs",
-            "the same labels, Kronecker-factored: KL divergence of greedy removal where the others are refitted",
-            "arXiv 2203.07259 and 1503.05671, for neurons",
-            _own_labels,
-            st.curvatures,
-            st.obs_scores,
-            maps=True,
-            options=("label_samples", "seed"),
-            experimental=True,
         ),
         Criterion(
             "fisher-abs",
@@ -223,9 +185,7 @@ def describe_criteria() -> list[dict[str, str]]:
         {
             "name": criterion.name,
             "needs": _needs(criterion),
-            "summary": criterion.summary
-            + " (default)" * (criterion.name == DEFAULT_CRITERION)
-            + " (experimental)" * criterion.experimental,
+            "summary": criterion.summary + " (default)" * (criterion.name == DEFAULT_CRITERION),
             "reference": criterion.reference,
         }
         for criterion in CRITERIA.values()

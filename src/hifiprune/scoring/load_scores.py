@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from hifiprune.errors import UserError, nearest_name
+from hifiprune.errors import UserError, unknown
 from hifiprune.models.mlp import count_parameters, find_mlps
 from hifiprune.scores import Scores
 from hifiprune.scoring.criteria import CRITERIA, load_plugins
@@ -20,10 +20,7 @@ def load_scores(path: str | Path) -> Scores:
     if scores.criterion not in CRITERIA:
         load_plugins()
     if scores.criterion not in CRITERIA:
-        raise UserError(
-            f"{path} was changed since hifiprune wrote it (criterion '{scores.criterion}' is not "
-            f"known{nearest_name(scores.criterion, CRITERIA)}); make it with 'hifiprune score'"
-        )
+        raise unknown(f"the scores in {path} cannot be used: criterion", scores.criterion, CRITERIA)
     return scores
 
 

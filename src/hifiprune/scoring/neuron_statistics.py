@@ -4,7 +4,7 @@ A statistic reduces the activations of one layer and batch to `[statistics, neur
 finish turns the sum, and the weights, into one score per neuron.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor
 from hifiprune.engine.hooks import Activations, ProjectionPass
 from hifiprune.engine.lm_head import at_least_float32
 from hifiprune.models.mlp import Mlp
-from hifiprune.scoring.obs import gram, removal_costs
 
 
 @dataclass(frozen=True)
@@ -57,22 +56,14 @@ def weight_absolute(seen: Activations) -> Float[Tensor, "1 neurons"]:
     Element `j` of neuron `i` is one weight of each map: `gate[i, j]`, `up[i, j]` and `down[j, i]`; their products are
     added before the absolute value, which is taken per window, and averaged over `j`. Source: arXiv 2506.11120.
     """
-    return torch.stack([product.abs_().mean(1) for product in _weight_products(seen)]).sum(0, keepdim=True)
-
-
-def weight_square(seen: Activations) -> Float[Tensor, "1 neurons"]:
-    """Same as `weight_absolute` with squares instead of absolute values."""
-    return torch.stack([product.square_().mean(1) for product in _weight_products(seen)]).sum(0, keepdim=True)
-
-
-def _weight_products(seen: Activations) -> Iterator[Float[Tensor, "neurons hidden"]]:
-    """Sum `w * dC/dw` over the maps, for each window, in float32 or better."""
     *inputs, output = seen.maps
+    scores = []
     for window in range(len(seen.activation)):
-        total = _weight_product(output, window).T
+        product = _weight_product(output, window).T
         for each in inputs:
-            total += _weight_product(each, window)
-        yield total
+            product += _weight_product(each, window)
+        scores.append(product.abs_().mean(1))
+    return torch.stack(scores).sum(0, keepdim=True)
 
 
 def _weight_product(each: ProjectionPass, window: int) -> Float[Tensor, "outputs inputs"]:
@@ -84,13 +75,6 @@ def moments(seen: Activations) -> Float[Tensor, "2 neurons"]:
     """Sum `h` and `h ** 2` over positions."""
     h = at_least_float32(seen.activation.flatten(0, 1))
     return torch.stack((h.sum(0), h.square().sum(0)))
-
-
-def curvatures(seen: Activations) -> Float[Tensor, "statistics neurons"]:
-    """Compute second moments of `h`, and below them those of `dC/dy` times `W`, where `y = W h` is the MLP's output."""
-    output = seen.maps[-1]
-    h, slopes = (at_least_float32(each.flatten(0, 1)) for each in (seen.activation, output.output))
-    return torch.cat((gram(h), gram(slopes) @ output.linear.weight.to(slopes.dtype)))
 
 
 def squared_mean_magnitude(seen: Activations) -> Float[Tensor, "1 neurons"]:
@@ -111,17 +95,6 @@ def as_divergence(totals: Float[Tensor, "1 neurons"], mlp: Mlp, sample: Sample) 
     `KL / positions = 1/2 sum_t (h g_t) ** 2 / positions` with `g` the gradient of the sum over positions.
     """
     return totals[0] * sample.positions / (2 * sample.windows * sample.passes)
-
-
-def obs_scores(totals: Float[Tensor, "statistics neurons"], mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:
-    """Compute the costs of greedy removal with refit, in nats of KL divergence per position as in `as_divergence`.
-
-    `h` and the gradients are taken as independent, so the mean of a product over tokens is the product of the means.
-    Both are summed over the passes.
-    """
-    moments, pulled = totals.split((mlp.neurons, mlp.output.out_features))
-    scale = 2 * (sample.windows * sample.passes) ** 2
-    return removal_costs(moments / scale, mlp.output.weight, pulled)
 
 
 def wanda(totals: Float[Tensor, "2 neurons"], mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:

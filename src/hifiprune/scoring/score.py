@@ -17,7 +17,7 @@ from hifiprune.engine.context import check_windows, frozen
 from hifiprune.engine.offload import walk
 from hifiprune.engine.temporary_cut import cut
 from hifiprune.engine.verify import verified_chain
-from hifiprune.errors import RunError, UserError
+from hifiprune.errors import UserError
 from hifiprune.io.distributed import check_share
 from hifiprune.io.hashing import hash_model, hash_tokens
 from hifiprune.io.pass_checkpoint import PassCheckpoint
@@ -25,16 +25,7 @@ from hifiprune.models.mlp import Mlp, by_block, count_parameters, find_mlps
 from hifiprune.models.unsupported import refuse_altered
 from hifiprune.plan import Plan, proportional_width, top_indices
 from hifiprune.scores import Scores
-from hifiprune.scoring.accumulate import (
-    Job,
-    Pass,
-    PassConfig,
-    choose_recompute,
-    free_bytes,
-    group_of,
-    moment_bytes,
-    needs,
-)
+from hifiprune.scoring.accumulate import Job, Pass, PassConfig, choose_recompute, group_of, needs
 from hifiprune.scoring.criteria import Criterion, find_criterion
 from hifiprune.scoring.early_stopping import Stability, looks
 from hifiprune.scoring.neuron_statistics import WITHOUT_WEIGHTS, Sample, mean_activation, weight_absolute
@@ -127,8 +118,6 @@ def score_all(
         check_share(-(-len(windows) // batch_size))
         if recompute is None:
             recompute = choose_recompute(model, batch_size * windows.shape[1])
-        if any(each.criterion.collects_moments for each in asked):
-            _require_room_for_moments(model)
         facts |= {"windows": len(windows), "positions": windows.shape[1]}
         facts |= {"batch_size": batch_size, "recompute": recompute}
     with frozen(model):
@@ -149,15 +138,6 @@ def score_all(
         )
         for each, outcome in zip(asked, outcomes, strict=True)
     ]
-
-
-def _require_room_for_moments(model: PreTrainedModel) -> None:
-    needed, free = moment_bytes(model), free_bytes(model.device)
-    if needed > free:
-        raise RunError(
-            f"'obs' keeps {needed / 1e9:.3g} GB of second moments on {model.device}, where {free / 1e9:.3g} GB are "
-            "free; use another criterion, such as fisher"
-        )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Widths that differ: one threshold over all layers, and search by measured divergence."""
+"""Widths that differ, by one threshold over all layers; presets, and settings without effect."""
 
 import json
 from itertools import product
@@ -12,13 +12,11 @@ from transformers import AutoModelForCausalLM
 
 import hifiprune as hp
 from hifiprune.defaults import DEFAULT_CRITERION
-from hifiprune.evaluation.fidelity import divergence_of
 from hifiprune.models.checkpoint import Checkpoint
-from hifiprune.pruning.allocate import allocate_widths, plan_with
-from hifiprune.pruning.search_widths import exchange_size, search
+from hifiprune.pruning.allocate import allocate_widths
 from tests.commands import Result, refused, run
-from tests.families import tiny_model, tiny_tokens
-from tests.naive import divergence, logits_of, masked_logits
+from tests.families import tiny_tokens
+from tests.naive import logits_of
 from tests.test_allocation import make_scores
 
 
@@ -78,63 +76,13 @@ def test_rounded_widths_are_multiples_and_keep_the_budget() -> None:
     assert plan.widths[1] == max(plan.widths) > 32
 
 
-def test_search_never_ends_worse_than_uniform_widths_and_leaves_the_model_whole() -> None:
-    model, tokens = tiny_model("llama"), tiny_tokens(4)
-    scores, budget, sharing = (
-        hp.score(model, tokens, "fisher"),
-        hp.Budget(width=17),
-        hp.AllocationConfig("searched", 0.5, 40),
-    )
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    plan = search(model, scores, budget, divergence_of(model, tokens), round_to=1, allocation=sharing)
-    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
-    assert sum(plan.widths) == 3 * 17
-    assert min(plan.widths) >= 8
-    with torch.no_grad():
-        dense = logits_of(model, tokens)[:, :-1]
-        found = {
-            tuple(each.widths): float(divergence(dense, masked_logits(model, each, tokens)[:, :-1]).mean())
-            for each in (
-                plan,
-                hp.allocate(scores, budget, round_to=1),
-                hp.allocate(scores, budget, round_to=1, allocation=hp.AllocationConfig("global")),
-                *(plan_with(scores, each, budget) for each in ([20, 14, 17], [14, 20, 17], [17, 14, 20])),
-            )
-        }
-    assert min(found, key=lambda each: found[each]) == tuple(plan.widths)
-    assert len(found) > 1
-    again = search(model, scores, budget, divergence_of(model, tokens), round_to=1, allocation=sharing)
-    assert again.to_json() == plan.to_json()
-
-
-@pytest.mark.parametrize(
-    ("neurons", "unit", "sizes"),
-    [(14_336, 1, [1792, 896, 448, 224]), (14_336, 128, [1792, 896, 384, 128]), (40, 16, [16, 16, 16, 16])],
-)
-def test_exchanges_are_halved_at_every_quarter(neurons: int, unit: int, sizes: list[int]) -> None:
-    assert [exchange_size(neurons, unit, trial / 8) for trial in range(8)] == [size for size in sizes for _ in range(2)]
-
-
-def test_searched_widths_are_multiples() -> None:
-    model, tokens = tiny_model("llama"), tiny_tokens(4)
-    scores, sharing = hp.score(model, tokens, "fisher"), hp.AllocationConfig("searched", 0.5, 24)
-    plan = search(
-        model, scores, hp.Budget(neuron_ratio=0.4), divergence_of(model, tokens), round_to=4, allocation=sharing
-    )
-    assert sum(plan.widths) == 3 * 24
-    assert not any(width % 4 for width in plan.widths)
-
-
 def prune(dense: Path, output: Path, *more: object) -> Result:
     return run("prune", dense, "--neuron-ratio", 0.4, "--round-to", 1, "--seq-len", 16, "--output", output, *more)
 
 
-@pytest.mark.parametrize("allocation", ["global", "searched"])
-def test_the_command_writes_mixed_widths_that_load_with_and_without_us(
-    world: Path, tmp_path: Path, allocation: str
-) -> None:
+def test_the_command_writes_mixed_widths_that_load_with_and_without_us(world: Path, tmp_path: Path) -> None:
     dense, text, output = world / "dense", world / "calibration.txt", tmp_path / "out"
-    more = ("--calibration", text, "--num-samples", 8, "--allocation", allocation, "--trials", 8)
+    more = ("--calibration", text, "--num-samples", 8, "--allocation", "global")
     result = prune(dense, output, *more, "--repair", "ridge", "--json")
     assert result.code == 0, result.err
     widths = json.loads((output / "config.json").read_text())["mlp_widths"]
@@ -156,17 +104,6 @@ def test_the_command_writes_mixed_widths_that_load_with_and_without_us(
     assert "24" in second.err
     plans = [(folder / "hifiprune" / "plan.json").read_bytes() for folder in (output, tmp_path / "two")]
     assert plans[0] == plans[1]
-
-
-def test_scores_made_before_can_be_searched_with(world: Path, tmp_path: Path) -> None:
-    dense, text = world / "dense", world / "calibration.txt"
-    assert prune(dense, tmp_path / "one", "--criterion", "random").code == 0
-    scores = tmp_path / "one" / "hifiprune" / "scores.safetensors"
-    more = ("--scores", scores, "--calibration", text, "--num-samples", 4, "--allocation", "searched", "--trials", 12)
-    result = prune(dense, tmp_path / "two", *more, "--json")
-    assert result.code == 0, result.err
-    assert result.json["results"]["criterion"] == "random"
-    assert [stage["name"] for stage in result.json["stages"]].count("searching widths") == 1
 
 
 @pytest.mark.parametrize(
@@ -199,14 +136,13 @@ def test_what_was_asked_for_is_what_scores_were_made_by(world: Path, tmp_path: P
     scores = ("--scores", tmp_path / "one" / "hifiprune" / "scores.safetensors")
     for flags, name in ((("--preset", "hfprune"), "hfprune"), (("--criterion", "magnitude"), "magnitude")):
         refused(prune(dense, tmp_path / "two", *scores, *flags), f"made by 'random', and '{name}' is asked for")
-    refused(prune(dense, tmp_path / "two", *scores, "--steps", 2), "2 steps score the model anew: leave out --scores")
     assert prune(dense, tmp_path / "two", *scores, "--criterion", "random").code == 0
 
 
 def test_settings_without_effect_are_told(world: Path, tmp_path: Path) -> None:
     text = ("--calibration", world / "calibration.txt", "--num-samples", 4)
-    result = prune(world / "dense", tmp_path / "a", *text, "--alpha", 0.3, "--floor", 0.1, "--trials", 3)
-    assert "Unused with criterion 'entropy-square' and uniform allocation: alpha, floor, trials." in result.err
+    result = prune(world / "dense", tmp_path / "a", *text, "--alpha", 0.3, "--floor", 0.1)
+    assert "Unused with criterion 'entropy-square' and uniform allocation: alpha, floor." in result.err
     used = ("--criterion", "fisher", "--label-samples", 2, "--allocation", "global", "--floor", 0.1)
     result = prune(world / "dense", tmp_path / "b", *text, *used)
     assert result.code == 0, result.err
@@ -220,9 +156,12 @@ def test_settings_without_effect_are_told(world: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--allocation", "golbal"), "allocation 'golbal' is not known; known are uniform, global, searched"),
+        (("--allocation", "golbal"), "allocation 'golbal' is not known; known are uniform, global; did you mean"),
+        (("--allocation", "searched"), "allocation 'searched' is not known; known are uniform, global"),
+        (("--steps", 2), "there is no option --steps"),
+        (("--criterion", "obs"), "criterion 'obs' is not known; known are hfprune,"),
+        (("--criterion", "self-distillation-square"), "is not known; known are hfprune,"),
         (("--allocation", "global", "--floor", 1.5), "floor 1.5 must lie in [0, 1]"),
-        (("--allocation", "searched", "--trials", 0), "trials 0 must be at least 1"),
         (("--preset", "hfprun"), "preset 'hfprun' is not known; known are default, hfprune, sdmprune; did you mean"),
     ],
 )
@@ -231,11 +170,6 @@ def test_impossible_allocations_are_refused_before_anything_is_loaded(
 ) -> None:
     refused(prune(world / "dense", tmp_path / "out", "--calibration", world / "calibration.txt", *flags), message)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_search_without_text_is_refused(world: Path, tmp_path: Path) -> None:
-    flags = ("--criterion", "magnitude", "--allocation", "searched")
-    refused(prune(world / "dense", tmp_path / "out", *flags), "a search for widths needs text to measure on")
 
 
 @pytest.mark.parametrize(("criterion", "said"), [("random", True), ("magnitude", False)])
