@@ -56,7 +56,6 @@ def test_files_and_names_in_an_ascii_locale(world: Path, tmp_path: Path) -> None
     done = hifiprune(*cut, tmp_path / "mod\u00e8le")
     assert done.returncode == 2
     assert b"no UTF-8: rename it, or set LC_ALL=C.UTF-8 if it is" in done.stderr
-    pytest.importorskip("plotly")
     done = hifiprune("report", tmp_path / "small", "--output", tmp_path / "r.html")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "r.html").read_text(encoding="utf-8").startswith("<!doctype html>")

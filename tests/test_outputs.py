@@ -289,7 +289,6 @@ def test_weights_are_not_replaced_by_scores(dense: Path, world: Path, tmp_path: 
     refused(score(dense, tmp_path / "mine.safetensors", "--overwrite"), "was not written by hifiprune")
     assert score(dense, tmp_path / "scores").code == 0
     assert score(dense, tmp_path / "scores", "--overwrite").code == 0
-    pytest.importorskip("plotly")
     assert prune(dense, tmp_path / "small").code == 0
     for more in ((), ("--overwrite",)):
         assert run("report", tmp_path / "small", "--output", tmp_path / "r.html", *more).code == 0

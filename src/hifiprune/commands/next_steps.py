@@ -3,7 +3,6 @@
 import shlex
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from itertools import count, product
 from pathlib import Path
 from shutil import which
@@ -108,7 +107,7 @@ def next_is_measuring(model: Path, dense: str | None, calibration: dict[str, Any
 
 def next_is_showing(models: list[str], output: str | Path | None, *, card: bool) -> None:
     """Tell what to do with what was measured: a page of it, or to the hub with the card that holds it."""
-    if output and find_spec("plotly"):
+    if output:
         made = [name for name in models if (local_path(name) / "run.json").is_file()]
         next_step("report", *made, output, "--output", free_name("report", ".html"))
     elif card:

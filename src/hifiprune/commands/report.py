@@ -1,19 +1,15 @@
 """The story of `report`: one page that shows what runs did, with all that it needs inside."""
 
-import base64
-import gzip
-import json
 from collections.abc import Sequence
 from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 
 from jinja2 import Environment
 
-from hifiprune.errors import UserError
 from hifiprune.io.atomic import local_path, replacing
 from hifiprune.io.output_paths import check_target, exclusive
 from hifiprune.models.lineage import pruning_of
+from hifiprune.reports.report_sections import sections_of
 from hifiprune.reports.runs import Run, read_runs
 from hifiprune.version import __version__
 
@@ -31,20 +27,12 @@ def report(folders: Sequence[str | Path], output: str | Path, *, overwrite: bool
         where it is.
 
     Raises:
-        UserError: a folder is not one of a run, or plotly is not installed.
+        UserError: a folder is not one of a run.
     """
-    if find_spec("plotly") is None:
-        raise UserError("a report needs plotly: pip install 'hifiprune[report]'")
-    from plotly.offline import get_plotlyjs
-
-    from hifiprune.reports.report_sections import sections_of
-
     runs = read_runs([local_path(folder) for folder in folders])
     target = check_target(output, folder=False, overwrite=overwrite, inputs=[*folders])
     sections = sections_of(runs)
-    plots = {plot.id: json.loads(plot.figure.to_json()) for section in sections for plot in section.plots}
-    passages = {passage["id"]: passage["texts"] for section in sections for passage in section.passages}
-    data = json.dumps({"plots": plots, "passages": passages}).replace("<", "\\u003c")
+    tokens = [token for section in sections for _, texts in section.passages for text in texts for token in text]
     template = Environment(autoescape=True).from_string(
         (files("hifiprune.reports") / "report.html.jinja").read_text(encoding="utf-8")
     )
@@ -53,17 +41,11 @@ def report(folders: Sequence[str | Path], output: str | Path, *, overwrite: bool
         subtitle=f"{len(runs)} runs of hifiprune {__version__}: {', '.join(run.name for run in runs)}",
         version=__version__,
         sections=sections,
-        data=data,
-        plotly=_packed(get_plotlyjs()),
+        tokens=[token for token in tokens if "dense" in token],
     )
     with replacing(target, overwrite=overwrite) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return target
-
-
-def _packed(text: str) -> str:
-    """Return text compressed by gzip, in base64; the same text gives the same letters."""
-    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
 def _title(runs: list[Run]) -> str:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from hifiprune.evaluation.fidelity import METRICS
+from hifiprune.reports.figures import draw_heat, write_shares
 
 QUALITY = ("perplexity", "kl")
 MARKERS = "osD^vP*X<>hp8d"
@@ -44,31 +45,42 @@ def _by_text(summary: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str
 
 
 def _quality(rows: list[dict[str, Any]], results: dict[str, Any]) -> Figure:
-    """Draw one line per criterion, with the standard deviation over draws; those far above the best are only named."""
     figure, axes = _figure(7.5, 5.0)
+    draw_criteria(axes, rows, results)
+    axes.set_yscale("log")
+    axes.set_xlabel("parameters removed")
+    axes.set_ylabel(f"{METRICS[rows[0]['metric']][0]} on {Path(results['texts'][rows[0]['text']]['source']).name}")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def draw_criteria(axes: Axes, rows: list[dict[str, Any]], results: dict[str, Any]) -> None:
+    """Draw one line per criterion, with the standard deviation over draws; those far above the best are only named.
+
+    Args:
+        axes: to draw on.
+        rows: of one metric on one text, from the results of `compare`.
+        results: of `compare`.
+    """
     metric, text = rows[0]["metric"], rows[0]["text"]
     ratios = sorted({row["ratio"] for row in rows})
     ceiling = {ratio: FAR * min(row["mean"] for row in rows if row["ratio"] == ratio) for ratio in ratios}
     for number, name in enumerate(dict.fromkeys(row["criterion"] for row in rows)):
-        own = sorted((row["ratio"], row["mean"], row["spread"] or 0.0) for row in rows if row["criterion"] == name)
-        shown = [point for point in own if point[1] <= ceiling[point[0]]]
-        label = name if len(shown) == len(own) else f"{name} (far above)"
+        points = sorted((row["ratio"], row["mean"], row["spread"] or 0.0) for row in rows if row["criterion"] == name)
+        shown = [point for point in points if point[1] <= ceiling[point[0]]]
+        label = name if len(shown) == len(points) else f"{name} (far above)"
         x, y, spread = zip(*shown, strict=True) if shown else ((), (), ())
         color, marker = mpl.colormaps["tab20"](number % 20), MARKERS[number % len(MARKERS)]
         axes.errorbar(x, y, spread, label=label, capsize=3, color=color, marker=marker)
     if metric == "perplexity":
         axes.axhline(results["dense"][text][metric]["value"], color="black", linestyle=":", label="dense")
-    axes.set_yscale("log")
     axes.set_xticks(ratios, [f"{ratio:.0%}" for ratio in ratios])
-    axes.set_xlabel("parameters removed")
-    axes.set_ylabel(f"{METRICS[metric][0]} on {Path(results['texts'][text]['source']).name}")
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
 
 
 def _mass(mass: dict[str, list[float]]) -> Figure:
     figure, axes = _figure(8.0, 1.5 + 0.3 * len(mass))
-    _heat(axes, list(mass.values()), list(mass), "share of the score in each layer")
+    draw_heat(axes, list(mass.values()), list(mass))
+    axes.set_title("share of the score in each layer", fontsize=9)
     axes.set_xlabel("layer")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
@@ -84,12 +96,9 @@ def _overlap(overlap: dict[str, dict[str, Any]]) -> Figure:
         table = [list(row.values()) for row in found["criteria"].values()]
         for place, between_seeds in enumerate(found["seeds"].values()):
             table[place][place] = math.nan if between_seeds is None else between_seeds
-        _heat(axes, table, criteria, f"ratio {ratio}", (0.0, 1.0))
-        axes.set_xticks(range(len(criteria)), criteria, rotation=90, fontsize=8)
-        for row, values in enumerate(table):
-            for column, value in enumerate(values):
-                label = "" if math.isnan(value) else f"{value:.2f}"
-                axes.text(column, row, label, ha="center", va="center", fontsize=6, color="wk"[value > 0.5])
+        draw_heat(axes, table, criteria, (0.0, 1.0))
+        axes.set_title(f"ratio {ratio}", fontsize=9)
+        write_shares(axes, table, criteria, 6)
     figure.suptitle("Jaccard similarity of kept neurons; on the diagonal between draws", fontsize=9)
     return figure
 
@@ -111,18 +120,6 @@ def _damage(trials: list[dict[str, Any]], correlations: dict[str, Any], kind: st
     figure.supylabel("KL divergence once removed, nats", fontsize=9)
     figure.colorbar(shown, ax=figure.axes, label="layer")
     return figure
-
-
-def _heat(
-    axes: Axes, table: list[list[float]], rows: list[str], title: str, limits: tuple[float, float] | None = None
-) -> None:
-    low, high = limits or (None, None)
-    shown = axes.imshow(table, aspect="auto", cmap="viridis", vmin=low, vmax=high)
-    axes.set_yticks(range(len(rows)), rows, fontsize=8)
-    axes.set_title(title, fontsize=9)
-    figure = axes.figure
-    assert isinstance(figure, Figure)
-    figure.colorbar(shown, ax=axes)
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:

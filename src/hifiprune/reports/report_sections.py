@@ -1,15 +1,16 @@
 """Sections of a report: tables and plots; each plot comes with alternative text and a table."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from json import dumps
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
 import torch
-from plotly.colors import qualitative
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from hifiprune.deployment.compatibility import remark_on_mixed
@@ -17,21 +18,47 @@ from hifiprune.evaluation.fidelity import METRICS
 from hifiprune.formatting import accuracies, format_items, format_speedup, megabytes, short_names, width_range
 from hifiprune.plan import Plan
 from hifiprune.recovery.callback import perplexity
+from hifiprune.reports.figures import (
+    BLACK,
+    add_legend,
+    draw_bars,
+    draw_heat,
+    draw_stacks,
+    error_bars,
+    figure_of,
+    inline_svg,
+    label,
+    log_scale,
+    new_axes,
+    write_shares,
+)
+from hifiprune.reports.plots import draw_criteria
 from hifiprune.reports.runs import Run
 
 Rows = list[list[str]]
 QUALITY = ("perplexity", "kl")
-GREY, COLORS = "#888888", qualitative.D3
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot with its description and its values."""
+    """A plot with its description and its values.
+
+    Attributes:
+        id: unique name.
+        alt: description in words.
+        axes: of its figure.
+        table: values, the names of the columns first.
+    """
 
     id: str
     alt: str
-    figure: Any
+    axes: Axes
     table: Rows
+
+    @property
+    def svg(self) -> str:
+        """Return the figure as part of a page."""
+        return inline_svg(figure_of(self.axes), self.id)
 
 
 @dataclass
@@ -42,7 +69,7 @@ class Section:
     texts: list[str] = field(default_factory=list)
     table: Rows | None = None
     plots: list[Plot] = field(default_factory=list)
-    passages: list[dict[str, Any]] = field(default_factory=list)
+    passages: list[tuple[str, list[list[dict[str, Any]]]]] = field(default_factory=list)
     records: list[tuple[str, str]] = field(default_factory=list)
 
     @property
@@ -113,15 +140,15 @@ def _measured(run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _against_size(metric: str, points: dict[str, tuple[float, dict[str, Any]]], measured_on: str, id_: str) -> Plot:
     """Plot one marker per model."""
-    figure, label = go.Figure(), METRICS[metric][0]
-    for name, (size, each) in points.items():
-        figure.add_trace(_estimates(go.Scatter, [size], [each], name=name, mode="markers", marker_size=11))
-    figure.update_xaxes(title="million parameters").update_yaxes(title=label)
-    table = [["checkpoint", "million parameters", label, "95% interval"]]
-    for name, (size, each) in points.items():
-        table.append([name, f"{size:,.1f}", f"{each['value']:.4g}", _interval(each)])
-    alt = f"{label}: each checkpoint against its parameters, with 95% intervals, on {measured_on}."
-    return _plot(id_, alt, figure, table, showlegend=True)
+    title = METRICS[metric][0]
+    axes = new_axes("million parameters", title)
+    table = [["checkpoint", "million parameters", title, "95% interval"]]
+    for name, (size, estimate) in points.items():
+        axes.errorbar([size], [estimate["value"]], error_bars([estimate]), fmt="o", capsize=3, label=label(name))
+        table.append([name, f"{size:,.1f}", f"{estimate['value']:.4g}", _interval(estimate)])
+    add_legend(axes)
+    alt = f"{title}: each checkpoint against its parameters, with 95% intervals, on {measured_on}."
+    return _plot(id_, alt, axes, table)
 
 
 def tasks(runs: Sequence[Run]) -> Section:
@@ -133,8 +160,8 @@ def tasks(runs: Sequence[Run]) -> Section:
         if not found:
             continue
         names, items = [*next(iter(found.values()))], run.facts["results"].get("items", {})
-        bars = [_estimates(go.Bar, names, [*each.values()], name=name) for name, each in found.items()]
-        figure = go.Figure(bars).update_yaxes(title="accuracy")
+        axes = new_axes("accuracy", "")
+        draw_bars(axes, names, {name: [*estimates.values()] for name, estimates in found.items()})
         table = [["task", "items", *found]]
         for task in names:
             size = format_items(items, task.partition("/")[0])
@@ -144,23 +171,24 @@ def tasks(runs: Sequence[Run]) -> Section:
         if any(asked != there for asked, there in items.values()):
             most = max(asked for asked, _ in items.values())
             alt += f" Of each task at most {most:,} items were asked, a random choice, the same of every model."
-        section.plots.append(_plot(f"tasks-{run.name}", alt, figure, table, barmode="group"))
+        section.plots.append(_plot(f"tasks-{run.name}", alt, axes, table))
     return section
 
 
 def training(runs: Sequence[Run]) -> Section:
     """Plot the held-out perplexity during recovery training."""
-    section, figure = Section("Recovery training"), go.Figure()
+    section, axes = Section("Recovery training"), new_axes("optimizer step", "held-out perplexity")
     looks = {run.name: run.facts["results"]["held_out_losses"] for run in runs if run.command == "recover"}
     table = [["run", "optimizer step", "held-out perplexity"]]
-    for name, found in looks.items():
-        steps, values = [step for step, _ in found], [perplexity(loss) for _, loss in found]
-        figure.add_trace(go.Scatter(x=steps, y=values, name=name, mode="lines+markers"))
+    for name, losses in looks.items():
+        steps, values = [step for step, _ in losses], [perplexity(loss) for _, loss in losses]
+        axes.plot(steps, values, "o-", label=label(name))
         table += [[name, str(step), f"{value:.4g}"] for step, value in zip(steps, values, strict=True)]
     if looks:
-        figure.update_xaxes(title="optimizer step").update_yaxes(title="held-out perplexity")
+        add_legend(axes)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         alt = "Perplexity of the rows that were held out of the training data, as training went on; lower is better."
-        section.plots.append(_plot("training", alt, figure, table, showlegend=True))
+        section.plots.append(_plot("training", alt, axes, table))
     return section
 
 
@@ -176,56 +204,57 @@ def criteria(runs: Sequence[Run]) -> Section:
 
 def _criteria(run: Run, text: int, metric: str) -> Plot:
     """Plot one line per criterion."""
-    results, label = run.facts["results"], METRICS[metric][0]
+    results, title = run.facts["results"], METRICS[metric][0]
     rows = [row for row in results["summary"] if (row["text"], row["metric"]) == (text, metric)]
-    figure, table = go.Figure(), [["criterion", "parameters removed", label, "over draws"]]
+    axes, table = new_axes("parameters removed", title), [["criterion", "parameters removed", title, "over draws"]]
+    draw_criteria(axes, rows, results)
+    log_scale(axes)
+    add_legend(axes)
     for name in dict.fromkeys(row["criterion"] for row in rows):
-        own = [row for row in rows if row["criterion"] == name]
-        ratios, means, spreads = ([row[key] for row in own] for key in ("ratio", "mean", "spread"))
-        error = {"array": [spread or 0.0 for spread in spreads], "thickness": 1}
-        figure.add_trace(go.Scatter(x=ratios, y=means, name=name, error_y=error))
-        for ratio, mean, spread in zip(ratios, means, spreads, strict=True):
-            table.append([name, f"{ratio:.0%}", f"{mean:.4g}", "" if spread is None else f"± {spread:.2g}"])
-    alt = f"{label}: on {Path(results['texts'][text]['source']).name}, a line a criterion; lower is better."
+        for row in (row for row in rows if row["criterion"] == name):
+            spread = "" if row["spread"] is None else f"± {row['spread']:.2g}"
+            table.append([name, f"{row['ratio']:.0%}", f"{row['mean']:.4g}", spread])
+    alt = f"{title}: on {Path(results['texts'][text]['source']).name}, a line a criterion; lower is better."
     if metric == "perplexity":
-        figure.add_hline(y=results["dense"][text][metric]["value"], line_dash="dot", line_color=GREY)
         alt += " The dotted line is the dense model."
-    figure.update_xaxes(title="parameters removed", tickformat=".0%", tickvals=sorted({row["ratio"] for row in rows}))
-    figure.update_yaxes(title=label, type="log")
-    return _plot(f"{metric}-{run.name}-{text}", alt, figure, table, showlegend=True)
+    return _plot(f"{metric}-{run.name}-{text}", alt, axes, table)
 
 
 def layers(runs: Sequence[Run]) -> Section:
     """Plot widths, and score quantiles, by layer."""
-    section, widths, curves = Section("Layer by layer"), go.Figure(), go.Figure()
-    for run in runs:
-        if run.plan and run.scores:
-            numbers, color = [*range(len(run.plan.widths))], COLORS[len(widths.data) % len(COLORS)]
-            widths.add_trace(go.Bar(x=numbers, y=run.plan.widths, name=run.name, marker_color=color))
-            unit = _rank(torch.cat([*run.scores.values]), 0.5) or 1.0
-            for share, width in ((0.5, 2.5), (0.1, 1), (0.9, 1)):
-                middle, values = share == 0.5, [_rank(scores, share) / unit for scores in run.scores.values]
-                how = {"name": run.name if middle else f"{run.name}, {share:.0%}", "showlegend": middle}
-                line = {"color": color, "width": width, "dash": "solid" if middle else "dot"}
-                curves.add_trace(go.Scatter(x=numbers, y=values, line=line, legendgroup=run.name, **how))
-    if not widths.data:
-        return section
-    mixed = any(run.plan and len({*run.plan.widths}) > 1 for run in runs)
-    if mixed:
+    section = Section("Layer by layer")
+    plans = {run.name: run.plan for run in runs if run.plan}
+    if any(len({*plan.widths}) > 1 for plan in plans.values()):
         section.texts.append(remark_on_mixed())
-    else:  # bars of one height would show nothing
-        section.texts += [_uniform(run.name, run.plan) for run in runs if run.plan and run.scores]
-    widths.update_yaxes(title="neurons kept").update_xaxes(title="layer")
-    curves.update_yaxes(title="score, to the median", type="log", dtick=1).update_xaxes(title="layer")
-    kept = "Neurons that each layer keeps."
-    ranks = "Scores in units of the run's median: the median of each layer, dotted what lies above 10 and 90%."
-    for id_, alt, figure in [("widths", kept, widths)] * mixed + [("scores", ranks, curves)]:
-        table = [["layer", *(trace.name for trace in figure.data)]]
-        for number in range(max(len(trace.y) for trace in figure.data)):
-            cells = [f"{trace.y[number]:.5g}" if number < len(trace.y) else "" for trace in figure.data]
-            table.append([str(number), *cells])
-        section.plots.append(_plot(id_, alt, figure, table, barmode="group"))
+        axes = new_axes("layer", "neurons kept")
+        for name, plan in plans.items():
+            axes.plot(plan.widths, marker=".", drawstyle="steps-mid", label=label(name))
+        axes.set_ylim(bottom=0)
+        alt = "Neurons that each layer keeps."
+        section.plots.append(_by_layer("widths", alt, axes, {name: plan.widths for name, plan in plans.items()}))
+    else:  # a line at one height would show nothing
+        section.texts += [_uniform(name, plan) for name, plan in plans.items()]
+    axes, columns = new_axes("layer", "score, to the median"), {}
+    log_scale(axes)
+    for number, run in enumerate(run for run in runs if run.scores):
+        assert run.scores
+        unit = _rank(torch.cat([*run.scores.values]), 0.5) or 1.0
+        for share, style in ((0.5, ".-"), (0.1, ":"), (0.9, ":")):
+            name = run.name if share == 0.5 else f"{run.name}, {share:.0%}"
+            columns[name] = [_rank(scores, share) / unit for scores in run.scores.values]
+            axes.plot(columns[name], style, color=f"C{number}", label=label(name) if share == 0.5 else None)
+    if columns:
+        alt = "Scores in units of the run's median: the median of each layer, dotted what lies above 10 and 90%."
+        section.plots.append(_by_layer("scores", alt, axes, columns))
     return section
+
+
+def _by_layer(id_: str, alt: str, axes: Axes, columns: Mapping[str, Sequence[float]]) -> Plot:
+    """Return a plot of values by layer, with a column for each name in its table."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    add_legend(axes)
+    cells = zip_longest(*([f"{value:.5g}" for value in values] for values in columns.values()), fillvalue="")
+    return _plot(id_, alt, axes, [["layer", *columns], *([str(layer), *row] for layer, row in enumerate(cells))])
 
 
 def _uniform(name: str, plan: Plan) -> str:
@@ -253,12 +282,13 @@ def overlap(runs: Sequence[Run]) -> Section:
     names = [*kept]
     shares = [[len(one & other) / len(one | other) for other in kept.values()] for one in kept.values()]
     written = [[f"{share:.2f}" for share in row] for row in shares]
-    colours = {"zmin": 0, "zmax": 1, "colorscale": "Teal"}
-    figure = go.Figure(go.Heatmap(z=shares, x=names, y=names, text=written, texttemplate="%{text}", **colours))
-    figure.update_yaxes(automargin=True)
+    axes = new_axes("", "", 1.5 + 0.6 * len(names))
+    axes.grid(visible=False)
+    draw_heat(axes, shares, [label(name, 20) for name in names], (0.0, 1.0))
+    write_shares(axes, shares, [label(name, 20) for name in names], 9)
     table = [["", *names], *([name, *row] for name, row in zip(names, written, strict=True))]
     alt = "Neurons that two runs both keep, as a share of those that either keeps."
-    section.plots.append(_plot("overlap", alt, figure, table))
+    section.plots.append(_plot("overlap", alt, axes, table))
     return section
 
 
@@ -268,11 +298,7 @@ def tokens(runs: Sequence[Run]) -> Section:
         "The redder a token, the more the two models differed in what they predicted at its position (KL divergence of "
         "their distributions). Point at a token, or reach it with the tab key, to see what each of them predicted."
     )
-    passages = [
-        {"id": f"{run.name}-{number}", "title": name, "texts": texts}
-        for run in runs
-        for number, (name, texts) in enumerate(zip(short_names(run.passages), run.passages.values(), strict=True))
-    ]
+    passages = [named for run in runs for named in zip(short_names(run.passages), run.passages.values(), strict=True)]
     return Section("Token by token", [said], passages=passages)
 
 
@@ -280,27 +306,29 @@ def speed(runs: Sequence[Run]) -> Section:
     """Show speed-ups of prefill and decode beside the theoretical ones."""
     section = Section("Speed")
     for run in (run for run in runs if run.command == "bench"):
-        figure, table = go.Figure(), [["workload", "checkpoint", "speed-up, lowest to highest", "theoretical", "share"]]
+        table = [["workload", "checkpoint", "speed-up, lowest to highest", "theoretical", "share"]]
+        names, bars = [*run.models][1:], {}
         for part, what in (("first", "prefill"), ("later", "decode")):
-            for found in run.facts["results"]["workloads"]:
-                work, (_, *rows) = found["workload"], found["models"].items()
+            for measured in run.facts["results"]["workloads"]:
+                work, (_, *rows) = measured["workload"], measured["models"].values()
                 where = f"{what}, {work['batch_size']} x {work['length']}" + ", compiled" * work["compiled"]
-                names, timed = [*run.models][1:], [row[part] for _, row in rows]
-                gains = [each["speedup"] | {"value": each["speedup"]["median"]} for each in timed]
-                figure.add_trace(_estimates(go.Bar, names, gains, name=where))
-                for name, each in zip(names, timed, strict=True):
-                    speedup, share = format_speedup(each)
-                    table.append([where, name, speedup, f"{each['promised']:.2f}", share])
-        figure.add_hline(y=1, line_dash="dot", line_color=GREY).update_yaxes(title="times as fast as dense")
+                timed = [row[part] for row in rows]
+                bars[where] = [gain["speedup"] | {"value": gain["speedup"]["median"]} for gain in timed]
+                for name, gain in zip(names, timed, strict=True):
+                    speedup, share = format_speedup(gain)
+                    table.append([where, name, speedup, f"{gain['promised']:.2f}", share])
+        axes = new_axes("times as fast as dense", "")
+        draw_bars(axes, names, bars)
+        axes.axvline(1, color=BLACK, linestyle=":")
         alt = "Prefill and decode of each checkpoint, times as fast as the dense model; error bars span the rounds."
         section.texts += run.facts["results"]["remarks"]
-        section.plots.append(_plot(f"speed-{run.name}", alt, figure, table, barmode="group"))
+        section.plots.append(_plot(f"speed-{run.name}", alt, axes, table))
     return section
 
 
 def cost(runs: Sequence[Run]) -> Section:
     """Plot the seconds of every stage of the runs that made checkpoints."""
-    section, figure = Section("Cost"), go.Figure()
+    section = Section("Cost")
     made = [run for run in runs if run.made]
     if not made:
         return section
@@ -312,11 +340,9 @@ def cost(runs: Sequence[Run]) -> Section:
             total[stage["name"]] += stage["seconds"]
         peak = max(stage.get("peak_gpu_memory_bytes", stage["peak_memory_bytes"]) for stage in run.facts["stages"])
         table.append([run.name, *(f"{total[name]:.1f} s" for name in stages), megabytes(peak)])
-    names = [run.name for run in made]
-    for stage in stages:
-        figure.add_trace(go.Bar(y=names, x=[total[stage] for total in totals], name=stage, orientation="h"))
-    figure.update_xaxes(title="seconds").update_yaxes(autorange="reversed")
-    section.plots.append(_plot("cost", "Seconds that each stage of each run took.", figure, table, barmode="stack"))
+    axes = new_axes("seconds", "")
+    draw_stacks(axes, [run.name for run in made], {name: [total[name] for total in totals] for name in stages})
+    section.plots.append(_plot("cost", "Seconds that each stage of each run took.", axes, table))
     return section
 
 
@@ -325,34 +351,8 @@ def records(runs: Sequence[Run]) -> Section:
     return Section("Records", records=[(run.name, dumps(run.facts, indent=2)) for run in runs])
 
 
-def _plot(id_: str, alt: str, figure: Any, table: Rows, **layout: Any) -> Plot:
-    """Return a figure in the page's style."""
-    legend = {"orientation": "h", "yanchor": "bottom", "y": 1.02, "traceorder": "normal"}
-    top = 60 if len(figure.data) > 1 else 20
-    if "barmode" in layout:
-        layout["bargap"] = 1 - _filled(figure, layout["barmode"] == "group")
-    figure.update_layout(margin={"l": 60, "r": 12, "t": top, "b": 50}, legend=legend, template="none", **layout)
-    figure.update_yaxes(automargin=True)
-    return Plot(id_.replace(" ", "-"), alt[0].upper() + alt[1:], figure, table)
-
-
-def _filled(figure: Any, grouped: bool) -> float:
-    """Return the share of the axis that bars fill: less where there are few, or one would fill the page."""
-    bars = [trace for trace in figure.data if trace.type == "bar"]
-    places = {place for trace in bars for place in (trace.y if trace.orientation == "h" else trace.x)}
-    share = 0.06 * (len(bars) if grouped else 2) * len(places)
-    return min(0.8, share)
-
-
-def _estimates(kind: Any, x: Sequence[Any], estimates: Sequence[dict[str, Any]], **how: Any) -> Any:
-    """Return a trace of estimates with their intervals."""
-    values = [each["value"] for each in estimates]
-    above = [(each["high"] if each["high"] is not None else each["value"]) - each["value"] for each in estimates]
-    below = [each["value"] - (each["low"] if each["low"] is not None else each["value"]) for each in estimates]
-    error = {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1.5}
-    if kind is go.Bar:
-        error["color"] = GREY
-    return kind(x=list(x), y=values, error_y=error, **how)
+def _plot(id_: str, alt: str, axes: Axes, table: Rows) -> Plot:
+    return Plot(id_.replace(" ", "-"), alt[0].upper() + alt[1:], axes, table)
 
 
 def _interval(estimate: dict[str, Any]) -> str:
