@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 import hifiprune as hp
 from benchmarks.gemma import PARTS, fetch_gemma
+from hifiprune.config import CriterionOptions
 from hifiprune.config.presets import PRESETS
 from hifiprune.evaluation.fidelity import measure
 from hifiprune.evaluation.text import held_windows
@@ -59,7 +60,7 @@ def main() -> None:
         text = str(DATA / "wiki.train.head.txt")
         calibration = hp.Calibration(text, asked.calibration, POSITIONS, sampler="stream", bos=bos)
         windows, system = hp.load_windows(calibration, tokenizer), PRESETS[preset]
-        scores = hp.score(model, windows, system.criterion, hp.CriterionOptions().for_ratio(RATIO))
+        scores = hp.score(model, windows, system.criterion, CriterionOptions().for_ratio(RATIO))
         plan = hp.allocate(scores, hp.Budget(neuron_ratio=RATIO), round_to=1)
         if system.repair == "none":
             hp.cut_(model, plan)

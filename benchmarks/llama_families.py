@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hifiprune as hp
 from benchmarks.llama import ROOT, fetch_converter
 from hifiprune.commands.demo import fetch_smollm2
+from hifiprune.errors import HifipruneError
 from tests.families import MIXED, tiny_config
 
 WIDTH = 24
@@ -42,7 +43,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             try:
                 facts[variant] = tried(variant, Path(name), converter, tokenizer)
-            except hp.HifipruneError as error:
+            except HifipruneError as error:
                 last = str(error).partition("; a newer")[0].rpartition(" / ")[2]
                 facts[variant] = {"refused": last.replace(f"{name}/", "")}
         sys.stdout.write(f"{variant}: {facts[variant]}\n")

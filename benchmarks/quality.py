@@ -24,11 +24,13 @@ from transformers import PreTrainedModel
 
 import hifiprune as hp
 from hifiprune.commands.demo import fetch_smollm2
-from hifiprune.evaluation.fidelity import measure_windows
+from hifiprune.config import AllocationConfig, CriterionOptions
+from hifiprune.evaluation.fidelity import Reference, measure_windows
 from hifiprune.evaluation.text import held_windows
 from hifiprune.io.atomic import replacing
 from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.pruning.repair import cut_and_repair_, residual_stream
+from hifiprune.scoring.score import score_all
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -88,9 +90,9 @@ class Bench:
         return find_checkpoint(str(self.model)).load()
 
     @cached_property
-    def reference(self) -> hp.Reference:
+    def reference(self) -> Reference:
         """The dense model on C4."""
-        return hp.Reference.of(self.dense(), self.c4)
+        return Reference.of(self.dense(), self.c4)
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,8 @@ class Draw:
             names = list(dict.fromkeys(each.criterion for each in VARIANTS.values() if not each.alone))
             names = names if criterion in names else [criterion]
             start = time.perf_counter()
-            made = hp.score_all(
-                self.bench.dense(), self.windows, [(name, hp.CriterionOptions(seed=self.seed)) for name in names]
+            made = score_all(
+                self.bench.dense(), self.windows, [(name, CriterionOptions(seed=self.seed)) for name in names]
             )
             seconds = (time.perf_counter() - start) / len(names)
             for name, scores in zip(names, made, strict=True):
@@ -132,7 +134,7 @@ class Draw:
         """The model that a variant makes, and seconds of scoring and repair."""
         variant, model = VARIANTS[name], self.bench.dense()
         scores, scoring = self.scores(variant.criterion)
-        allocation = hp.AllocationConfig(variant.allocation)
+        allocation = AllocationConfig(variant.allocation)
         plan = hp.allocate(scores, hp.Budget(ratio=ratio), round_to=1, allocation=allocation)
         windows, dense, before = self.windows, None, 0.0
         if variant.texts > 1:

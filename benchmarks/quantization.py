@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig
 import hifiprune as hp
 from hifiprune.commands.demo import fetch_smollm2
 from hifiprune.evaluation.bootstrap import bootstrap_mean
-from hifiprune.evaluation.fidelity import measure_windows
+from hifiprune.evaluation.fidelity import Reference, measure_windows
 from hifiprune.evaluation.text import held_windows
 from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.models.mlp import find_mlps
@@ -105,7 +105,7 @@ def main() -> None:
         hp.prune(str(model), pruned, hp.PruneConfig(hp.Budget(ratio=0.2), calibration))
     tokenizer = find_checkpoint(str(model)).tokenizer()
     windows = held_windows(hp.Text(str(DATA / "wikitext-2" / "wiki.test.raw"), 512, asked.windows), tokenizer)
-    reference = hp.Reference.of(find_checkpoint(str(model)).load(torch.float32), windows)
+    reference = Reference.of(find_checkpoint(str(model)).load(torch.float32), windows)
 
     cells: dict[tuple[str, str], Losses] = {}
     rows = []

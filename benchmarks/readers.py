@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from hifiprune.models.mlp import find_mlps
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "readers.json"
 OLD = Path(sys.prefix).with_name(f"{Path(sys.prefix).name}-4") / "bin" / "python"
@@ -74,7 +76,7 @@ def make(scratch: Path) -> list[str]:
         )
         plan, model = hp.Plan.load(cut / "hifiprune" / "plan.json"), load(dense)
         with torch.no_grad():
-            for mlp, kept in zip(hp.find_mlps(model), plan.kept, strict=True):
+            for mlp, kept in zip(find_mlps(model), plan.kept, strict=True):
                 removed = torch.ones(mlp.neurons, dtype=torch.bool).index_fill(0, kept, False)
                 mlp.output.weight[:, removed] = 0
         model.save_pretrained(zeroed)

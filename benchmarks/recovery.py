@@ -23,7 +23,8 @@ from rich.console import Console
 import hifiprune as hp
 from hifiprune.cli.console import speaking
 from hifiprune.commands.demo import fetch_smollm2
-from hifiprune.evaluation.fidelity import measure_windows
+from hifiprune.config import AllocationConfig, TrainingConfig
+from hifiprune.evaluation.fidelity import Reference, measure_windows
 from hifiprune.evaluation.text import held_windows
 from hifiprune.io.atomic import replacing
 from hifiprune.models.checkpoint import find_checkpoint
@@ -32,7 +33,7 @@ ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
 C4, ANSWERS = DATA / "c4" / "c4_documents.jsonl", DATA / "instruct"
 CALIBRATION = hp.Calibration(str(C4), 41)
-BASE = hp.TrainingConfig(  # until time is up
+BASE = TrainingConfig(  # until time is up
     learning_rate=5e-4, epochs=100.0, seq_len=512, gradient_accumulation_steps=2, evaluate_every=20, held_out=0.02
 )
 
@@ -42,7 +43,7 @@ class Variant:
     """What is trained, on what, and how."""
 
     ratio: float
-    training: hp.TrainingConfig | None = None
+    training: TrainingConfig | None = None
     data: Path = C4
     more: dict[str, Any] = field(default_factory=dict)
 
@@ -74,7 +75,7 @@ def main() -> None:
     wikitext = held_windows(hp.Text(str(DATA / "wikitext-2" / "wiki.test.raw"), 1024, 24), tokenizer)
     held = held_windows(hp.Text(str(DATA / "c4" / "c4_short.jsonl"), 512, 8), tokenizer)
     dense = checkpoint.load()
-    reference, start = hp.Reference.of(dense, held), float(measure_windows(dense, wikitext)["perplexity"].mean())
+    reference, start = Reference.of(dense, held), float(measure_windows(dense, wikitext)["perplexity"].mean())
     rows: list[dict[str, Any]] = []
     for name in asked.variants:
         path = folder / f"{name.replace('%', '').replace(', ', '-').replace(' ', '-')}.json"
@@ -106,7 +107,7 @@ def run(variant: Variant, dense: Path, folder: Path, output: Path, minutes: floa
         hp.prune(
             str(dense),
             pruned,
-            hp.PruneConfig(budget, CALIBRATION, round_to=1, allocation=hp.AllocationConfig("global"), scores=known),
+            hp.PruneConfig(budget, CALIBRATION, round_to=1, allocation=AllocationConfig("global"), scores=known),
         )
     if variant.training is None:
         return {"ratio": variant.ratio, "folder": str(pruned)}

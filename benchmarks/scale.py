@@ -167,9 +167,10 @@ def _cut(model: Path) -> dict[str, float]:
     code = """
 import sys, time
 import hifiprune as hp
+from hifiprune.pruning.cut_checkpoint import cut_checkpoint
 plan = hp.Plan.load(sys.argv[3])
 print(time.monotonic(), flush=True)
-hp.cut_checkpoint(*sys.argv[1:3], plan)
+cut_checkpoint(*sys.argv[1:3], plan)
 """
     words = [sys.executable, "-c", code, str(model), str(FOLDER / "cut"), str(FOLDER / "plan.json")]
     start = time.monotonic()

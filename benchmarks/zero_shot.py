@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 import hifiprune as hp
 from hifiprune.cli.console import speaking
 from hifiprune.commands.demo import fetch_smollm2
+from hifiprune.config import AllocationConfig
 from hifiprune.config.evaluate import Tasks
 from hifiprune.evaluation.bootstrap import Estimate
 from hifiprune.evaluation.zero_shot_tasks import Answers, TaskRunner, average, differences
@@ -47,9 +48,7 @@ RECOVERED = ROOT / ".cache" / "recovery-30"
 PRUNED = {
     "hfprune": hp.PruneConfig(BUDGET, CALIBRATION, preset="hfprune"),
     "entropy-square, repaired": hp.PruneConfig(BUDGET, CALIBRATION, round_to=1),
-    "fisher, global, repaired": hp.PruneConfig(
-        BUDGET, CALIBRATION, allocation=hp.AllocationConfig("global"), round_to=1
-    ),
+    "fisher, global, repaired": hp.PruneConfig(BUDGET, CALIBRATION, allocation=AllocationConfig("global"), round_to=1),
 }
 
 

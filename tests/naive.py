@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from hifiprune import find_mlps
 from hifiprune.engine.sliced_objective import Kernel, Rows
-from hifiprune.models.mlp import Mlp, Projection
+from hifiprune.models.mlp import Mlp, Projection, find_mlps
 from hifiprune.plan import Plan
 
 Loss = Callable[[Tensor, Tensor], Tensor]

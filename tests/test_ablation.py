@@ -22,9 +22,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import hifiprune as hp
 from hifiprune.commands import ablate
 from hifiprune.commands.ablate import Bench, sample, small_divergence
+from hifiprune.config import CriterionOptions
 from hifiprune.engine.lm_head import Head
 from hifiprune.evaluation.ranks import correlation, spearman
 from hifiprune.models.checkpoint import Checkpoint
+from hifiprune.models.mlp import find_mlps
 from hifiprune.reports import plots
 from tests.commands import Interruption, Result, refused, run
 from tests.conftest import byte_tokenizer, save_checkpoint
@@ -71,9 +73,7 @@ def scored(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     calibration = hp.Calibration(str(world / "calibration.txt"), 3, 24)
     for criterion in ("fisher", "flap", "random"):
         hp.score_checkpoint(dense, folder / criterion, hp.ScoreConfig(calibration, criterion=criterion))
-    hp.score_checkpoint(
-        dense, folder / "another", hp.ScoreConfig(criterion="random", options=hp.CriterionOptions(seed=1))
-    )
+    hp.score_checkpoint(dense, folder / "another", hp.ScoreConfig(criterion="random", options=CriterionOptions(seed=1)))
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float64)
     tokens, scores = tokens_of(world / "held.txt", 24, 2), hp.Scores.load(folder / "random")
     values = [
@@ -188,7 +188,7 @@ def test_divergences_of_every_layer_and_family(family: str, batch_size: int) -> 
 def test_a_neuron_that_writes_nothing_does_no_damage() -> None:
     model = tiny_model("llama", torch.float32)
     with torch.no_grad():
-        hp.find_mlps(model)[1].output.weight[:, 5] = 0
+        find_mlps(model)[1].output.weight[:, 5] = 0
     bench = Bench(model, tiny_tokens(), {1}, 2)
     assert bench.divergence((1, (5,))) == 0
     assert bench.divergence((1, (6,))) > 0

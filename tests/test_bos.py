@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 import hifiprune as hp
 from hifiprune.calibration import window_start
+from hifiprune.config import TrainingConfig
 from hifiprune.evaluation.text import held_windows
 from hifiprune.io.text_sources import read_documents
 from hifiprune.recovery.packing import cut_to, pack
@@ -199,7 +200,7 @@ def test_rows_of_a_training_begin_so(dense: Path, text: Path, tmp_path: Path, mo
         raise Interruption
 
     monkeypatch.setattr("hifiprune.recovery.rows.pack", keep)
-    training = hp.TrainingConfig(seq_len=16, max_steps=1, distill_weight=0.0)
+    training = TrainingConfig(seq_len=16, max_steps=1, distill_weight=0.0)
     with pytest.raises(Interruption):
         hp.recover(str(tmp_path / "small"), tmp_path / "out", str(text), hp.RecoverConfig(training))
     pieces = [piece for row in rows for piece in row]

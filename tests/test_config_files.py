@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 import hifiprune as hp
+from hifiprune.config import AllocationConfig
 from hifiprune.models.config_file import with_members
+from hifiprune.pruning.cut_checkpoint import cut_checkpoint
 from tests.commands import run
 from tests.conftest import save_checkpoint
 from tests.families import VARIANTS, load, tiny_tokens
@@ -173,7 +175,7 @@ def test_mixed_widths_come_and_go(tmp_path: Path, world: Path) -> None:
     hp.prune(
         str(dense),
         tmp_path / "mixed",
-        hp.PruneConfig(hp.Budget(width=24), text, repair="none", allocation=hp.AllocationConfig("global")),
+        hp.PruneConfig(hp.Budget(width=24), text, repair="none", allocation=AllocationConfig("global")),
     )
     found = difference(facts_of(dense), facts_of(tmp_path / "mixed"))
     maps = [f"model.layers.{{}}.mlp.{name}_proj" for name in ("gate", "up", "down")]
@@ -187,7 +189,7 @@ def test_mixed_widths_come_and_go(tmp_path: Path, world: Path) -> None:
     }
     mixed = load(tmp_path / "mixed", trust_remote_code=True)
     plan = plan_keeping(mixed, [torch.arange(min(widths))] * 3)
-    hp.cut_checkpoint(str(tmp_path / "mixed"), tmp_path / "plain", plan)
+    cut_checkpoint(str(tmp_path / "mixed"), tmp_path / "plain", plan)
     again = difference(
         {key: value for key, value in facts_of(dense).items() if key != "auto_map"}, facts_of(tmp_path / "plain")
     )

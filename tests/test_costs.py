@@ -14,6 +14,7 @@ from torch.utils.flop_counter import flop_registry
 import hifiprune as hp
 from hifiprune.commands import cost_model
 from hifiprune.commands.cost_model import Estimator, Pace
+from hifiprune.config import CriterionOptions
 from hifiprune.models.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.models.families import FAMILIES
 from hifiprune.models.mlp import find_blocks
@@ -21,7 +22,7 @@ from tests.commands import refused, run
 from tests.families import FORMS, ROUTED, VARIANTS, VOCABULARY, family_name, load, tiny_tokens
 from tests.naive import mean_entropy, recorded_activations
 
-REQUEST = [("hfprune", hp.CriterionOptions())]
+REQUEST = [("hfprune", CriterionOptions())]
 DISTINCT = ["llama", "falcon", "gpt2", "qwen2_moe"]
 REST = sorted({*FORMS, *ROUTED} - {*DISTINCT})
 pytestmark = pytest.mark.stopwatch
@@ -87,7 +88,7 @@ def test_a_trial_does_what_every_kind_of_criterion_asks_for(
     path = make_checkpoint(family=variant)
     estimator, costs = estimator_of(path), {}
     for criterion in ("hfprune", "fisher", "flap", "self-distillation", "cross-entropy"):
-        costs[criterion] = estimator.scoring([(criterion, hp.CriterionOptions())], 3, 20)
+        costs[criterion] = estimator.scoring([(criterion, CriterionOptions())], 3, 20)
         assert costs[criterion].memory > estimator.base
     seconds = {criterion: cost.seconds for criterion, cost in costs.items()}
     assert seconds["hfprune"] == seconds["fisher"] == seconds["cross-entropy"]
@@ -98,7 +99,7 @@ def test_a_trial_does_what_every_kind_of_criterion_asks_for(
     monkeypatch.setattr(Estimator, "_rates", (2.0, 0.0, 0.0))
     stored = 4 * sum(parameter.numel() for parameter in find_blocks(load(path)).parameters())
     for streamed in (False, True):
-        reading = estimator_of(path, streamed=streamed).scoring([("magnitude", hp.CriterionOptions())], 0, 0).seconds
+        reading = estimator_of(path, streamed=streamed).scoring([("magnitude", CriterionOptions())], 0, 0).seconds
         assert reading == 2.0 * stored * streamed, "it reads no text"
 
 

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune import CRITERIA, CriterionOptions, UserError, cut_, find_mlps, score, score_all
+from hifiprune import UserError, cut_, score
+from hifiprune.config import CriterionOptions
 from hifiprune.config.groups import SDMPRUNE_SETTINGS
+from hifiprune.models.mlp import find_mlps
 from hifiprune.scoring.accumulate import Pass
-from hifiprune.scoring.criteria import describe_criteria
+from hifiprune.scoring.criteria import CRITERIA, describe_criteria
 from hifiprune.scoring.objectives import SampledLabel
+from hifiprune.scoring.score import score_all
 from tests.families import FORMS, ROUTED, tiny_model, tiny_tokens
 from tests.naive import (
     Loss,

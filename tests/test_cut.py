@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune import UserError, cut, cut_, find_mlps, score
+from hifiprune import UserError, cut_, score
+from hifiprune.engine.temporary_cut import cut
 from hifiprune.models import neuron_slices
-from hifiprune.models.mlp import width_of
+from hifiprune.models.mlp import find_mlps, width_of
 from hifiprune.plan import Plan
 from tests.families import FORMS, ROUTED, tiny_model, tiny_tokens
 from tests.naive import logits_of

@@ -17,9 +17,10 @@ import hifiprune as hp
 from hifiprune.io.hashing import hash_model
 from hifiprune.io.safetensors_stream import Piece, Stored, stored_tensors, write_shard
 from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.mlp import find_mlps
 from hifiprune.models.weight_files import INDEX
 from hifiprune.plan import Plan, proportional_width
-from hifiprune.pruning.cut_checkpoint import hash_stored, stored_plainly
+from hifiprune.pruning.cut_checkpoint import cut_checkpoint, hash_stored, stored_plainly
 from tests.commands import Interruption, refused, run
 from tests.families import FORMS, MIXED, VARIANTS, load, tiny_tokens
 from tests.naive import logits_of, masked_logits
@@ -33,7 +34,7 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 def a_plan(model: Any, *, mixed: bool) -> Plan:
     """Some neurons of every layer."""
     chance = torch.Generator().manual_seed(0)
-    mlps = hp.find_mlps(model)
+    mlps = find_mlps(model)
     most = mode(mlp.neurons for mlp in mlps)
     widths = [proportional_width(24, most, mlp.neurons) - 4 * mixed * layer for layer, mlp in enumerate(mlps)]
     kept = [
@@ -62,7 +63,7 @@ def test_cut_checkpoint_writes_what_a_cut_model_saves(
     hp.cut_(model, plan)
     find_checkpoint(str(dense)).save(model, tmp_path / "memory")
     for size in ("5GB", "10KB"):
-        hp.cut_checkpoint(str(dense), tmp_path / size, plan, shard_size=size)
+        cut_checkpoint(str(dense), tmp_path / size, plan, shard_size=size)
         ours, theirs = tensors_of(tmp_path / size), tensors_of(tmp_path / "memory")
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -125,7 +126,7 @@ def test_what_is_not_stored_as_the_model_has_it_is_not_cut_in_files(smollm2_gguf
     assert not stored_plainly(checkpoint)
     plan = a_plan(checkpoint.skeleton(), mixed=False)
     with pytest.raises(hp.UserError, match="does not store its tensors as the model has them"):
-        hp.cut_checkpoint(str(smollm2_gguf), tmp_path / "out", plan)
+        cut_checkpoint(str(smollm2_gguf), tmp_path / "out", plan)
 
 
 def test_an_interrupted_cut_leaves_nothing_behind(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,9 +141,9 @@ def test_an_interrupted_cut_leaves_nothing_behind(world: Path, tmp_path: Path, m
 
     monkeypatch.setattr("hifiprune.io.safetensors_stream.Stored.chunks", stopping)
     with pytest.raises(Interruption):
-        hp.cut_checkpoint(str(world / "dense"), tmp_path / "out", plan)
+        cut_checkpoint(str(world / "dense"), tmp_path / "out", plan)
     assert not any(tmp_path.iterdir())
-    hp.cut_checkpoint(str(world / "dense"), tmp_path / "out", plan)
+    cut_checkpoint(str(world / "dense"), tmp_path / "out", plan)
     load(tmp_path / "out")
 
 
@@ -152,9 +153,9 @@ def test_what_cannot_be_cut_is_refused(
     dense = make_checkpoint(num_hidden_layers=2)
     plan = a_plan(load(world / "dense"), mixed=False)
     with pytest.raises(hp.UserError, match=re.escape("the plan is for 3 MLPs of [40] neurons, the model has 2")):
-        hp.cut_checkpoint(str(dense), tmp_path / "out", plan)
+        cut_checkpoint(str(dense), tmp_path / "out", plan)
     with pytest.raises(hp.UserError, match="exists already"):
-        hp.cut_checkpoint(str(dense), world, plan)
+        cut_checkpoint(str(dense), world, plan)
     weights = dense / "model.safetensors"
     values = load_file(weights)
     values["model.norm.weight"][3] = torch.nan
@@ -163,7 +164,7 @@ def test_what_cannot_be_cut_is_refused(
         hash_stored(find_checkpoint(str(dense)))
     weights.write_bytes(weights.read_bytes()[:-40])
     with pytest.raises(hp.UserError, match="is truncated or damaged"):
-        hp.cut_checkpoint(str(dense), tmp_path / "out", plan)
+        cut_checkpoint(str(dense), tmp_path / "out", plan)
     assert not (tmp_path / "out").exists()
     refused(run("prune", dense, "--output", tmp_path / "out", "--width", 24, "--criterion", "magnitude"), "truncated")
 
@@ -182,6 +183,6 @@ def test_names_without_the_models_prefix_are_known(
     assert stored_plainly(checkpoint)
     plan = a_plan(checkpoint.skeleton(), mixed=True)
     expected = masked_logits(load(path), plan, tiny_tokens())
-    hp.cut_checkpoint(str(path), tmp_path / "cut", plan)
+    cut_checkpoint(str(path), tmp_path / "cut", plan)
     loaded = load(tmp_path / "cut", trust_remote_code=True)
     torch.testing.assert_close(logits_of(loaded, tiny_tokens()), expected, rtol=1e-4, atol=1e-5)

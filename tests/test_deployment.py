@@ -13,11 +13,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hifiprune import cut_, cut_checkpoint, find_mlps, inspect
+from hifiprune import cut_, inspect
 from hifiprune.deployment.compatibility import TENSOR_PARALLEL, Facts, answer, remark_on_mixed
 from hifiprune.deployment.engines import BLOCKS, ENGINES, FORMS, KEYS, SUPPORT, Form
 from hifiprune.models.detect import stock_class
 from hifiprune.models.families import FAMILIES
+from hifiprune.models.mlp import find_mlps
+from hifiprune.pruning.cut_checkpoint import cut_checkpoint
 from tests import engines
 from tests.commands import refused, run
 from tests.families import tiny_model

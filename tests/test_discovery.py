@@ -9,9 +9,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 import hifiprune as hp
 from hifiprune.commands.cost_model import Estimator
+from hifiprune.config import CriterionOptions
 from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.models.detect import family_of
 from hifiprune.models.families import FAMILIES
+from hifiprune.models.mlp import find_mlps
 from tests.commands import refused, run
 from tests.conftest import byte_tokenizer
 from tests.families import LATENT, SIZES, VOCABULARY, tiny_config, tiny_tokens
@@ -39,7 +41,7 @@ def tiny(name: str, **options: Any) -> Any:
 def test_what_is_found_keeps_the_contract(name: str, tmp_path: Path) -> None:
     assert name not in FAMILIES
     model, tokens = tiny(name), tiny_tokens()
-    mlps = hp.find_mlps(model)
+    mlps = find_mlps(model)
     assert [mlp.neurons for mlp in mlps] == [40] * 3
     family = family_of(model.config)
     assert family.found
@@ -65,7 +67,7 @@ def test_what_is_found_keeps_the_contract(name: str, tmp_path: Path) -> None:
 def test_what_it_will_cost_is_tried(name: str, tmp_path: Path) -> None:
     tiny(name).float().save_pretrained(tmp_path)
     estimator = Estimator(find_checkpoint(str(tmp_path)), hp.ComputeConfig(device="cpu"))
-    assert estimator.scoring([("hfprune", hp.CriterionOptions())], 3, 20).seconds > 0
+    assert estimator.scoring([("hfprune", CriterionOptions())], 3, 20).seconds > 0
 
 
 def test_what_sees_is_taken_for_what_it_is(tmp_path: Path) -> None:
@@ -135,4 +137,4 @@ def test_what_only_looks_like_an_mlp_is_refused(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(hp.UserError, match=r"layers.0.mlp looks like an MLP, but cutting half of it gives an output"):
         hp.score(model, tiny_tokens())
     assert all(torch.equal(values, state[name]) for name, values in model.state_dict().items())
-    assert [mlp.neurons for mlp in hp.find_mlps(model)] == [40] * 3
+    assert [mlp.neurons for mlp in find_mlps(model)] == [40] * 3

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hifiprune import UserError, find_mlps, measure
+from hifiprune import UserError, measure
 from hifiprune.evaluation.bootstrap import bootstrap_mean
 from hifiprune.evaluation.fidelity import METRICS, compare, jaccard
+from hifiprune.models.mlp import find_mlps
 from tests.families import tiny_model, tiny_tokens
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 import hifiprune as hp
 from hifiprune.io.hashing import hash_model
 from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.mlp import find_mlps
 from hifiprune.plan import ModelShape, proportional_width
-from hifiprune.pruning.cut_checkpoint import hash_stored, stored_plainly
+from hifiprune.pruning.cut_checkpoint import cut_checkpoint, hash_stored, stored_plainly
 from hifiprune.pruning.repair import HELD_OUT, cut_and_repair_
 from tests.commands import refused, run
 from tests.conftest import save_checkpoint
@@ -38,7 +39,7 @@ def test_every_expert_is_refitted_to_what_it_wrote_by_itself(variant: str) -> No
         logits_of(model, tokens)
     for hook in hooks:
         hook.remove()
-    mlps, plan = hp.find_mlps(model), random_plan(model, 29)
+    mlps, plan = find_mlps(model), random_plan(model, 29)
     before = [mlp.output.weight.detach().clone() for mlp in mlps]
     refits = cut_and_repair_(model, plan, tokens, batch_size=5)
     assert [refit.name for refit in refits] == [mlp.name for mlp in mlps]
@@ -64,11 +65,11 @@ def test_an_expert_that_saw_too_little_stays_as_it_is() -> None:
         lambda _, __, out: (out[0], out[1], torch.where(out[2] == 0, 1 + (out[2].flip(-1) == 1).long(), out[2]))
     )
     plan = random_plan(model, 30)
-    first = next(number for number, mlp in enumerate(hp.find_mlps(model)) if mlp.name.endswith("1.mlp.experts.0"))
-    weight = hp.find_mlps(model)[first].output.weight.detach().clone()
+    first = next(number for number, mlp in enumerate(find_mlps(model)) if mlp.name.endswith("1.mlp.experts.0"))
+    weight = find_mlps(model)[first].output.weight.detach().clone()
     refit = cut_and_repair_(model, plan, tokens)[first]
     assert refit.damping is None
-    assert torch.equal(hp.find_mlps(model)[first].output.weight, weight[:, plan.kept[first]])
+    assert torch.equal(find_mlps(model)[first].output.weight, weight[:, plan.kept[first]])
 
 
 def stack(folder: Path) -> None:
@@ -96,7 +97,7 @@ def test_experts_may_be_stored_in_one_tensor(
     assert stored_plainly(checkpoint)
     assert hash_stored(checkpoint) == hash_model(model)
     plan = random_plan(model, 24)
-    hp.cut_checkpoint(str(path), tmp_path / "cut", plan)
+    cut_checkpoint(str(path), tmp_path / "cut", plan)
     expected = masked_logits(model, plan, tiny_tokens())
     loaded = load(tmp_path / "cut")
     torch.testing.assert_close(logits_of(loaded, tiny_tokens()), expected, rtol=1e-4, atol=1e-5)
@@ -111,8 +112,8 @@ def test_the_command_cuts_every_expert_to_one_width(variant: str, more: list[str
     assert result.code == 0, result.err
     model: Any = load(tmp_path / "out")
     plan = hp.Plan.load(tmp_path / "out" / "hifiprune" / "plan.json")
-    assert [mlp.neurons for mlp in hp.find_mlps(model)] == plan.widths
-    assert {mlp.neurons for mlp in hp.find_mlps(model) if mlp.is_expert} == {24}
+    assert [mlp.neurons for mlp in find_mlps(model)] == plan.widths
+    assert {mlp.neurons for mlp in find_mlps(model) if mlp.is_expert} == {24}
     scores = hp.Scores.load(tmp_path / "out" / "hifiprune" / "scores.safetensors")
     for values, kept in zip(scores.values, plan.kept, strict=True):  # of each expert its own best
         assert values[kept].min() >= values.sort(descending=True).values[len(kept) - 1]
@@ -166,7 +167,7 @@ def test_a_pruned_model_with_experts_is_trained(method: str, world: Path, tmp_pa
     assert result.code == 0, result.err
     before, after = (load(tmp_path / name) for name in ("small", "out"))
     assert type(after) is type(before)
-    assert [mlp.neurons for mlp in hp.find_mlps(after)] == [mlp.neurons for mlp in hp.find_mlps(before)]
+    assert [mlp.neurons for mlp in find_mlps(after)] == [mlp.neurons for mlp in find_mlps(before)]
     trained = json.loads((tmp_path / "out" / "run.json").read_text())["results"]["held_out_perplexity"]
     assert trained["after"] < trained["before"]
     kept, name = dict(before.named_parameters()), "model.layers.0.mlp.experts.down_proj"

@@ -24,6 +24,7 @@ import hifiprune as hp
 from benchmarks.llama import fetch_converter
 from hifiprune.deployment import llama_cpp
 from hifiprune.errors import RunError
+from hifiprune.models.mlp import find_mlps
 from tests.commands import Interruption, leftovers, refused, run
 from tests.conftest import fetching, save_checkpoint
 from tests.families import VOCABULARY, load
@@ -179,7 +180,7 @@ def test_experts_and_text_parts_are_held(
     result = run("export", small, "--output", tmp_path / "x.gguf", "--type", "f32", "--converter", converter)
     assert result.code == 0, result.err
     held = {tensor.name: tensor.data for tensor in GGUFReader(tmp_path / "x.gguf").tensors}
-    for mlp in hp.find_mlps(load(small)):
+    for mlp in find_mlps(load(small)):
         ours = mlp.output.weight.detach().numpy()
         if mlp.is_expert:
             theirs = held[f"blk.{mlp.block}.ffn_down_exps.weight"][mlp.output.expert]

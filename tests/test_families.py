@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune import find_mlps, score
+from hifiprune import score
 from hifiprune.config.groups import CriterionOptions
 from hifiprune.engine.context import frozen
 from hifiprune.engine.hooks import Activations
 from hifiprune.engine.verify import verified_chain
 from hifiprune.models.families import FAMILIES
+from hifiprune.models.mlp import find_mlps
 from hifiprune.plan import Plan, proportional_width
 from hifiprune.pruning.cut import cut_
 from hifiprune.scoring.criteria import CRITERIA

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from hifiprune import CriterionOptions, find_mlps, score, score_all
+from hifiprune import score
+from hifiprune.config import CriterionOptions
 from hifiprune.engine import lm_head as head_module
 from hifiprune.engine.context import frozen
 from hifiprune.engine.hooks import Activations
@@ -19,7 +20,9 @@ from hifiprune.engine.lm_head import Head
 from hifiprune.engine.sliced_objective import mean_over_positions
 from hifiprune.engine.verify import verified_chain
 from hifiprune.evaluation.ranks import spearman
+from hifiprune.models.mlp import find_mlps
 from hifiprune.scoring.objectives import SampledLabel
+from hifiprune.scoring.score import score_all
 from tests.families import tiny_model
 from tests.naive import activations_of, divergence, drawn_labels, logits_of, replaced_activation
 

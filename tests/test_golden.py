@@ -8,8 +8,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune import Budget, CriterionOptions, Scores, allocate, score_all
+from hifiprune import Budget, Scores, allocate
+from hifiprune.config import CriterionOptions
 from hifiprune.evaluation.ranks import spearman
+from hifiprune.scoring.score import score_all
 
 EXACT_WIDTH = 1017  # 20% of all parameters of SmolLM2-135M
 LIGHT_WIDTH = 1497  # after SDMPrune's light cut

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hifiprune import cut, cut_, cut_checkpoint, find_mlps
+from hifiprune import cut_
+from hifiprune.engine.temporary_cut import cut
 from hifiprune.models.checkpoint import Checkpoint
+from hifiprune.models.mlp import find_mlps
 from hifiprune.models.modeling_pruned import MixedWidths
 from hifiprune.plan import Plan
+from hifiprune.pruning.cut_checkpoint import cut_checkpoint
 from hifiprune.scoring.score import score
 from tests.families import MIXED, tiny_model, tiny_tokens
 from tests.naive import logits_of, masked_logits

@@ -20,6 +20,7 @@ from hifiprune.errors import RunError, UserError
 from hifiprune.io.atomic import disk_size, local_path, replacing, update_manifest
 from hifiprune.io.manifest import MANIFEST, fingerprint, sampled_fingerprint
 from hifiprune.io.output_paths import check_target, exclusive
+from hifiprune.pruning.cut_checkpoint import cut_checkpoint
 from tests.commands import Interruption, Result, leftovers, refused, run
 from tests.conftest import save_checkpoint
 
@@ -118,9 +119,9 @@ def test_the_dense_model_that_a_record_names_is_an_input(dense: Path, tmp_path: 
     refused(run("export", tmp_path / "small", "--output", dense / "e.gguf"), "lies inside")
     plan = hp.Plan.load(tmp_path / "small" / "hifiprune" / "plan.json")
     with pytest.raises(UserError, match="lies inside the input"):
-        hp.cut_checkpoint(str(dense), dense / "cut", plan)
+        cut_checkpoint(str(dense), dense / "cut", plan)
     with pytest.raises(UserError, match="is the input"):
-        hp.cut_checkpoint(str(dense), dense, plan, overwrite=True)
+        cut_checkpoint(str(dense), dense, plan, overwrite=True)
 
 
 def test_texts_tasks_and_reported_folders_are_inputs(dense: Path, world: Path, tmp_path: Path) -> None:
@@ -376,7 +377,7 @@ def test_what_came_while_a_command_worked_is_not_replaced(
     monkeypatch.setattr(tempfile, "mkdtemp", meanwhile)
     if command == "cut":
         with pytest.raises(RunError, match="came there while this run worked"):
-            hp.cut_checkpoint(str(dense), out, hp.Plan.load(small / "hifiprune" / "plan.json"))
+            cut_checkpoint(str(dense), out, hp.Plan.load(small / "hifiprune" / "plan.json"))
     else:
         refused((score if command == "score" else prune)(dense, out), "came there while this run worked", code=1)
     assert contents(out) == contents(small) if ours else out.read_text() == "precious"

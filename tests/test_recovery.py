@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 import hifiprune as hp
 from hifiprune.commands.recover import recover
+from hifiprune.config import AllocationConfig
 from hifiprune.config.recover import TRAININGS, RecoverConfig, TrainingConfig
 from hifiprune.io.hashing import hash_model
 from hifiprune.models.checkpoint import find_checkpoint
@@ -169,7 +170,7 @@ def test_a_model_of_mixed_widths_is_trained_into_one(pruned: Path, tmp_path: Pat
         str(dense),
         small,
         hp.PruneConfig(
-            hp.Budget(width=20), criterion="magnitude", round_to=1, allocation=hp.AllocationConfig("global", floor=0.5)
+            hp.Budget(width=20), criterion="magnitude", round_to=1, allocation=AllocationConfig("global", floor=0.5)
         ),
     )
     widths = [layer.mlp.down_proj.in_features for layer in find_checkpoint(str(small)).load().model.layers]

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 import hifiprune as hp
+from hifiprune.engine.temporary_cut import cut
 from hifiprune.models.checkpoint import Checkpoint
-from hifiprune.models.mlp import find_blocks
+from hifiprune.models.mlp import find_blocks, find_mlps
 from hifiprune.pruning.repair import HELD_OUT, cut_and_repair_, residual_stream
 from tests.commands import Result, refused
 from tests.commands import run as run_command
@@ -31,7 +32,7 @@ WINDOWS = 40
 def plan_of(model: PreTrainedModel, width: int, seed: int = 0) -> hp.Plan:
     """A plan that keeps random neurons."""
     chance = torch.Generator().manual_seed(seed)
-    mlps = hp.find_mlps(model)
+    mlps = find_mlps(model)
     kept = [torch.randperm(mlp.neurons, generator=chance)[:width].sort().values for mlp in mlps]
     return hp.Plan(kept, [mlp.neurons for mlp in mlps], [mlp.name for mlp in mlps], None, 0.0, 0, 0)
 
@@ -48,7 +49,7 @@ def watched(model: PreTrainedModel) -> Iterator[tuple[list[Tensor], list[Tensor]
     outputs: list[Tensor] = []
     hooks = [
         mlp.output.module.register_forward_hook(lambda _, inputs, __: activations.append(inputs[0].flatten(0, -2)))
-        for mlp in hp.find_mlps(model)
+        for mlp in find_mlps(model)
     ]
     hooks += [
         block.register_forward_hook(lambda _, __, output: outputs.append(first_of(output).flatten(0, 1)))
@@ -82,10 +83,10 @@ def test_the_parallel_form_is_least_squares_on_the_dense_model(variant: str, wei
     model, tokens = tiny_model(variant), tiny_tokens(WINDOWS)
     plan = plan_of(model, 29)
     activations, outputs = run(model, tokens)
-    before = copy.deepcopy([mlp.output for mlp in hp.find_mlps(model)])
+    before = copy.deepcopy([mlp.output for mlp in find_mlps(model)])
     refits = cut_and_repair_(model, plan, tokens, sequential=False, weighted=weighted, batch_size=3)
     solved = 0
-    for layer, (mlp, refit, kept) in enumerate(zip(hp.find_mlps(model), refits, plan.kept, strict=True)):
+    for layer, (mlp, refit, kept) in enumerate(zip(find_mlps(model), refits, plan.kept, strict=True)):
         weight, bias = before[layer].weight.detach(), before[layer].bias
         inputs = activations[layer][:, kept]
         rest = torch.tensor([i for i in range(40) if i not in kept.tolist()])
@@ -129,7 +130,7 @@ def test_the_sequential_form_closes_the_difference_of_the_residual_streams(varia
     ends, true_ends = ([*each.model.layers[1:], each.model.norm] for each in (checked, dense))
     solved = 0
     for layer, refit in enumerate(refits):
-        linear, repaired = (hp.find_mlps(each)[layer].output for each in (checked, model))
+        linear, repaired = (find_mlps(each)[layer].output for each in (checked, model))
         given, reached = inputs_of(checked, tokens, [linear.module, ends[layer]])
         (wanted,) = inputs_of(dense, tokens, [true_ends[layer]])
         if refit.damping is not None:
@@ -159,7 +160,7 @@ def test_keeping_all_changes_nothing(variant: str, sequential: bool) -> None:
 def combine_(model: PreTrainedModel, kept: list[Tensor]) -> None:
     """Make every removed neuron's activation a multiple of a kept one's: same gate, scaled up projection."""
     with torch.no_grad():
-        for mlp, stay in zip(hp.find_mlps(model), kept, strict=True):
+        for mlp, stay in zip(find_mlps(model), kept, strict=True):
             gate, up = mlp.inputs
             rest = [i for i in range(40) if i not in stay.tolist()]
             for place, neuron in enumerate(rest):
@@ -174,7 +175,7 @@ def test_what_the_kept_neurons_can_express_is_restored(sequential: bool) -> None
     combine_(model, plan.kept)
     with torch.no_grad():
         dense = model(input_ids=tokens).logits
-        with hp.cut(model, plan):
+        with cut(model, plan):
             plain = (model(input_ids=tokens).logits - dense).abs().max()
         cut_and_repair_(model, plan, tokens, sequential=sequential)
         error = (model(input_ids=tokens).logits - dense).abs().max()
@@ -183,7 +184,7 @@ def test_what_the_kept_neurons_can_express_is_restored(sequential: bool) -> None
 
 def spoil_(model: PreTrainedModel, kept: list[Tensor], how: str) -> None:
     with torch.no_grad():
-        for mlp, stay in zip(hp.find_mlps(model), kept, strict=True):
+        for mlp, stay in zip(find_mlps(model), kept, strict=True):
             for linear in mlp.inputs:
                 if how == "duplicate neurons":
                     linear.weight[stay[:6]] = linear.weight[stay[6:12]].clone()
@@ -254,7 +255,7 @@ def test_what_is_held_out_decides() -> None:
     activations, outputs = run(dense, tokens)
     refits = cut_and_repair_(model, plan, tokens, sequential=False)
     for layer, refit in enumerate(refits):
-        weight = hp.find_mlps(dense)[layer].output.weight.detach()
+        weight = find_mlps(dense)[layer].output.weight.detach()
         rest = torch.tensor([i for i in range(40) if i not in plan.kept[layer].tolist()])
         scale = outputs[layer].square().mean(-1, keepdim=True).rsqrt()
         held = slice(-9, None)
@@ -281,7 +282,7 @@ def test_results_do_not_depend_on_the_batch_size() -> None:
     for size in (1, 7, 40):
         model = tiny_model("llama")
         cut_and_repair_(model, plan_of(model, 29), tiny_tokens(WINDOWS), batch_size=size)
-        weights.append([mlp.output.weight.detach() for mlp in hp.find_mlps(model)])
+        weights.append([mlp.output.weight.detach() for mlp in find_mlps(model)])
     for other in weights[1:]:
         for one, two in zip(weights[0], other, strict=True):
             torch.testing.assert_close(one, two, rtol=1e-7, atol=1e-9)

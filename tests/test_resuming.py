@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import distributed
 
 import hifiprune as hp
+from hifiprune.config import CriterionOptions
 from hifiprune.io import safetensors_stream
 from hifiprune.io.atomic import replacing
 from hifiprune.io.distributed import follow_first, leave, rank
@@ -84,7 +85,7 @@ def test_what_an_interrupted_pass_has_done_is_not_done_again(
     tmp_path: Path, every_batch: None, names: list[str], stop: int, rest: list[int]
 ) -> None:
     model, windows = tiny_model("llama"), tiny_tokens(6, 9)
-    requests: list[Request] = [(name, hp.CriterionOptions()) for name in names]
+    requests: list[Request] = [(name, CriterionOptions()) for name in names]
     whole = score_all(model, windows, requests)
     with pytest.raises(Interruption), stopping_after(stop):
         score_all(model, windows, requests, keeper=keeper_in(tmp_path))
@@ -96,7 +97,7 @@ def test_what_an_interrupted_pass_has_done_is_not_done_again(
 
 
 def test_states_of_other_windows_models_and_batches_are_left_alone(tmp_path: Path, every_batch: None) -> None:
-    model, windows, request = tiny_model("llama"), tiny_tokens(6, 9), [("hfprune", hp.CriterionOptions())]
+    model, windows, request = tiny_model("llama"), tiny_tokens(6, 9), [("hfprune", CriterionOptions())]
     score_all(model, windows, request, keeper=keeper_in(tmp_path))
     others: list[tuple[Any, dict[str, Any]]] = [
         (windows.flip(0), {}),
@@ -114,7 +115,7 @@ def test_states_of_other_windows_models_and_batches_are_left_alone(tmp_path: Pat
 
 
 def test_a_damaged_state_is_made_again(tmp_path: Path, every_batch: None, caplog: pytest.LogCaptureFixture) -> None:
-    model, windows, request = tiny_model("llama"), tiny_tokens(4, 9), [("hfprune", hp.CriterionOptions())]
+    model, windows, request = tiny_model("llama"), tiny_tokens(4, 9), [("hfprune", CriterionOptions())]
     whole = score_all(model, windows, request, keeper=keeper_in(tmp_path))
     (state,) = (tmp_path / "unfinished" / "states").iterdir()
     state.write_bytes(state.read_bytes()[:-9])
@@ -130,13 +131,13 @@ def test_scoring_goes_on_where_no_state_can_be_kept(
         raise hp.RunError("the disk is full")
 
     monkeypatch.setattr(ResumeFolder, "write", full)
-    model, windows, request = tiny_model("llama"), tiny_tokens(4, 9), [("hfprune", hp.CriterionOptions())]
+    model, windows, request = tiny_model("llama"), tiny_tokens(4, 9), [("hfprune", CriterionOptions())]
     (kept,) = score_all(model, windows, request, keeper=keeper_in(tmp_path))
     assert equal(kept, score_all(model, windows, request)[0])
 
 
 def test_short_runs_leave_no_states(tmp_path: Path) -> None:
-    score_all(tiny_model("llama"), tiny_tokens(4, 9), [("hfprune", hp.CriterionOptions())], keeper=keeper_in(tmp_path))
+    score_all(tiny_model("llama"), tiny_tokens(4, 9), [("hfprune", CriterionOptions())], keeper=keeper_in(tmp_path))
     assert not any(tmp_path.iterdir())
 
 

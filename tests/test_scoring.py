@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hifiprune import RunError, UserError, find_mlps, score
+from hifiprune import RunError, UserError, score
 from hifiprune.engine.context import check_windows
 from hifiprune.engine.hooks import Activations
 from hifiprune.io.hashing import hash_model
+from hifiprune.models.mlp import find_mlps
 from hifiprune.scoring.neuron_statistics import absolute, moments, square
 from tests.families import tiny_model, tiny_tokens
 

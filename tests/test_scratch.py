@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import hifiprune as hp
+from hifiprune.config import CriterionOptions
 from hifiprune.engine.offload import stream
 from hifiprune.engine.spill import Scratch, spill
 from hifiprune.engine.verify import verified_chain
@@ -71,7 +72,7 @@ def test_a_file_cut_short_is_told(tmp_path: Path) -> None:
 def test_inputs_of_blocks_are_on_the_disk(make_checkpoint: Any, tmp_path: Path) -> None:
     scratch = Scratch(tmp_path)
     model = stream(find_checkpoint(str(make_checkpoint())), torch.float32, scratch=scratch)
-    score_all(model, tiny_tokens(4, 9), [("hfprune", hp.CriterionOptions())], model_hash="known")
+    score_all(model, tiny_tokens(4, 9), [("hfprune", CriterionOptions())], model_hash="known")
     states = 4 * len(verified_chain(model).blocks) * 9 * model.config.hidden_size * 4
     assert os.fstat(scratch._file.fileno()).st_size == states
 

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune import CRITERIA, CriterionOptions, score, score_all
+from hifiprune import score
+from hifiprune.config import CriterionOptions
 from hifiprune.models.mlp import find_blocks
-from hifiprune.scoring.score import Request, count_passes
+from hifiprune.scoring.criteria import CRITERIA
+from hifiprune.scoring.score import Request, count_passes, score_all
 from tests.families import tiny_model, tiny_tokens
 
 OPTIONS = CriterionOptions(light_cut=0.1, label_samples=2, seed=3)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import hifiprune as hp
+from hifiprune.config import CriterionOptions
 from hifiprune.io.hashing import hash_tokens
 from hifiprune.plan import Plan
 from hifiprune.scores import Scores
@@ -22,7 +23,7 @@ HALF = hp.Budget(width=20)
 
 
 def scored(model: Any, windows: Any, stability: Stability | None = None, **how: Any) -> Scores:
-    return score_all(model, windows, [("hfprune", hp.CriterionOptions())], stability=stability, **how)[0]
+    return score_all(model, windows, [("hfprune", CriterionOptions())], stability=stability, **how)[0]
 
 
 @pytest.mark.parametrize(("batch_size", "first"), [(1, 8), (2, 8), (3, 12), (8, 16), (9, 18)])

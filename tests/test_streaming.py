@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import hifiprune as hp
+from hifiprune.config import CriterionOptions
 from hifiprune.engine.offload import WeightOffload, stream
 from hifiprune.engine.spill import Scratch
 from hifiprune.engine.verify import verified_chain
@@ -47,7 +48,7 @@ def test_streamed_scores_equal_resident_ones(
     resident, streamed = both(variant, dtype)
     windows, requests = (
         tiny_tokens(5, 9),
-        [(name, hp.CriterionOptions()) for name in ("hfprune", "fisher", "flap", "magnitude")],
+        [(name, CriterionOptions()) for name in ("hfprune", "fisher", "flap", "magnitude")],
     )
     asked: list[Request] = list(requests)
     theirs = score_all(resident, windows, asked, recompute=True)
@@ -75,7 +76,7 @@ def test_streamed_states_equal_resident_ones(variant: str, both: Callable[..., P
 
 @pytest.mark.parametrize("variant", ["llama", "gemma2", "qwen2", "phi3", "gpt2"])
 def test_both_stages_of_self_distillation_stream(variant: str, both: Callable[..., Pair]) -> None:
-    asked: list[Request] = [("self-distillation", hp.CriterionOptions(light_cut=0.2))]
+    asked: list[Request] = [("self-distillation", CriterionOptions(light_cut=0.2))]
     (theirs,), (ours,) = (
         score_all(model, tiny_tokens(4, 9), asked, recompute=True, model_hash="known") for model in both(variant)
     )
@@ -87,7 +88,7 @@ def test_streamed_repair_equals_resident_repair(variant: str, both: Callable[...
     resident, streamed = both(variant)
     windows = tiny_tokens(6, 24)
     plan = hp.allocate(
-        score_all(resident, windows, [("hfprune", hp.CriterionOptions())])[0], hp.Budget(width=20), round_to=1
+        score_all(resident, windows, [("hfprune", CriterionOptions())])[0], hp.Budget(width=20), round_to=1
     )
     theirs = hp.cut_and_repair_(resident, plan, windows)
     ours = hp.cut_and_repair_(streamed, plan, windows)
@@ -168,7 +169,7 @@ def test_two_blocks_at_most_are_in_memory(both: Callable[..., Pair], monkeypatch
         return read(shelf, block, index)
 
     monkeypatch.setattr(WeightOffload, "_read", counted)
-    score_all(streamed, tiny_tokens(3, 9), [("fisher", hp.CriterionOptions())], model_hash="known")
+    score_all(streamed, tiny_tokens(3, 9), [("fisher", CriterionOptions())], model_hash="known")
     assert len(seen) >= 2 * 5
     assert max(seen) <= 1, "beside the one that is read"
 
@@ -177,7 +178,7 @@ def test_streamed_scoring_stops_where_resident_scoring_does(both: Callable[..., 
     windows, found = tiny_tokens(30, 9), []
     for model in both("llama"):
         stability = Stability(0.9, partial(hp.allocate, budget=hp.Budget(width=20), round_to=1))
-        asked: list[Request] = [("hfprune", hp.CriterionOptions())]
+        asked: list[Request] = [("hfprune", CriterionOptions())]
         found.append(score_all(model, windows, asked, stability=stability, recompute=True, model_hash="known")[0])
     assert found[0].settings == found[1].settings
     assert all(torch.equal(one, other) for one, other in zip(found[0].values, found[1].values, strict=True))

@@ -13,13 +13,14 @@ from torch import nn
 from transformers import LlamaConfig, PreTrainedModel
 
 import hifiprune as hp
+from hifiprune.config import CriterionOptions
 from hifiprune.engine.offload import stream
 from hifiprune.io.hashing import hash_model
 from hifiprune.io.safetensors_stream import stored_tensors
 from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.models.mlp import count_parameters
 from hifiprune.models.weight_files import tied_names, tied_once, untie_, untied_names
-from hifiprune.pruning.cut_checkpoint import hash_stored, stored_plainly
+from hifiprune.pruning.cut_checkpoint import cut_checkpoint, hash_stored, stored_plainly
 from hifiprune.scoring.score import score_all
 from tests.commands import run
 from tests.families import load, tiny_tokens
@@ -71,13 +72,13 @@ def test_streamed_models_and_their_cuts_are_the_resident_ones(
     assert count_parameters(checkpoint.skeleton()) == count_parameters(resident)
     assert tied_names(checkpoint.skeleton()) == tied_names(resident)
     assert max(map(len, tied_names(resident))) == (1 if form == "apart" else 2)
-    asked = [("hfprune", hp.CriterionOptions())]
+    asked = [("hfprune", CriterionOptions())]
     (theirs,) = score_all(load(folder, dtype=torch.float32).eval(), tiny_tokens(3, 9), asked, recompute=True)
     (ours,) = score_all(stream(checkpoint, torch.float32), tiny_tokens(3, 9), asked, model_hash="known")
     assert all(torch.equal(one, other) for one, other in zip(ours.values, theirs.values, strict=True))
     assert ours.total_parameters == theirs.total_parameters
     plan = random_plan(resident, 24)
-    hp.cut_checkpoint(str(folder), tmp_path / "ours", plan)
+    cut_checkpoint(str(folder), tmp_path / "ours", plan)
     hp.cut_(resident, plan)
     checkpoint.save(resident, tmp_path / "theirs")
     files = [load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs")]

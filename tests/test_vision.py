@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 import hifiprune as hp
+from hifiprune.models.mlp import find_mlps
 from tests.commands import refused, run
 from tests.conftest import save_checkpoint
 from tests.families import load, tiny_model, tiny_tokens
@@ -27,7 +28,7 @@ def test_cutting_equals_zero_masking_with_an_image_too() -> None:
     plan = random_plan(model, 17)
     masks = [
         torch.zeros(mlp.neurons, dtype=model.dtype).index_fill(0, kept, 1)
-        for mlp, kept in zip(hp.find_mlps(model), plan.kept, strict=True)
+        for mlp, kept in zip(find_mlps(model), plan.kept, strict=True)
     ]
     with changed_activations(model, lambda number, activation: activation * masks[number]):
         expected, other = (model(**given | {"pixel_values": seen}).logits for seen in (image, 1 - image))
@@ -47,7 +48,7 @@ def test_what_an_image_needs_is_kept(world: Path, tmp_path: Path) -> None:
     ).read_text()
     before, after = (load(path) for path in (dense, tmp_path / "out"))
     assert type(after) is type(before)
-    assert {mlp.neurons for mlp in hp.find_mlps(after)} == {24}
+    assert {mlp.neurons for mlp in find_mlps(after)} == {24}
     seen = dict(before.model.visual.named_parameters())
     assert seen
     assert all(torch.equal(values, seen[name]) for name, values in after.model.visual.named_parameters())

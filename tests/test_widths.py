@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import hifiprune as hp
+from hifiprune.config import AllocationConfig
 from hifiprune.defaults import DEFAULT_CRITERION
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.pruning.allocate import allocate_widths
@@ -39,7 +40,7 @@ def test_shares_have_the_largest_sum_of_all(gains: list[list[float]], width: int
 def test_a_global_threshold_keeps_the_highest_scores_of_all_layers() -> None:
     scores = make_scores()
     scores.values[1] *= 3
-    plan = hp.allocate(scores, hp.Budget(width=20), round_to=1, allocation=hp.AllocationConfig("global", floor=0.25))
+    plan = hp.allocate(scores, hp.Budget(width=20), round_to=1, allocation=AllocationConfig("global", floor=0.25))
     assert sum(plan.widths) == 60
     assert min(plan.widths) >= 5
     flat = torch.cat(scores.values).sort(descending=True).values
@@ -49,7 +50,7 @@ def test_a_global_threshold_keeps_the_highest_scores_of_all_layers() -> None:
     assert len(set(plan.widths)) > 1
     assert plan.parameters_after == plan.parameters_before - (3 * 64 - 60) * 30
     assert (
-        hp.allocate(scores, hp.Budget(width=20), round_to=1, allocation=hp.AllocationConfig("global", floor=1.0)).widths
+        hp.allocate(scores, hp.Budget(width=20), round_to=1, allocation=AllocationConfig("global", floor=1.0)).widths
         == [20] * 3
     )
 
@@ -59,7 +60,7 @@ def test_a_width_that_is_asked_for_is_the_exact_mean() -> None:
     scores.values[1] *= 3
     for width, round_to in ((20, 16), (32, 16), (20, 128)):
         plan = hp.allocate(
-            scores, hp.Budget(width=width), round_to=round_to, allocation=hp.AllocationConfig("global", floor=0.25)
+            scores, hp.Budget(width=width), round_to=round_to, allocation=AllocationConfig("global", floor=0.25)
         )
         assert sum(plan.widths) == 3 * width
         assert len(set(plan.widths)) > 1
@@ -70,7 +71,7 @@ def test_a_width_that_is_asked_for_is_the_exact_mean() -> None:
 def test_rounded_widths_are_multiples_and_keep_the_budget() -> None:
     scores = make_scores()
     scores.values[1] *= 3
-    plan = hp.allocate(scores, hp.Budget(neuron_ratio=0.5), round_to=16, allocation=hp.AllocationConfig("global"))
+    plan = hp.allocate(scores, hp.Budget(neuron_ratio=0.5), round_to=16, allocation=AllocationConfig("global"))
     assert sum(plan.widths) == 96
     assert all(width % 16 == 0 and width >= 16 for width in plan.widths)
     assert plan.widths[1] == max(plan.widths) > 32

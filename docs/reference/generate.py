@@ -12,15 +12,15 @@ from functools import cache
 from typing import Any
 
 import hifiprune
+from hifiprune import config
 
 CLI, API = "<!-- generated: command line -->", "<!-- generated: public names -->"
 GROUPS = {
     "Commands on checkpoints": ("commands",),
     "Calibration and scoring": ("calibration", "scores", "scoring"),
-    "Pruning": ("plan", "pruning", "temporary_cut"),
-    "Recovery": ("recovery",),
+    "Pruning": ("plan", "pruning"),
     "Evaluation": ("evaluation",),
-    "Models and machine": ("models", "engine"),
+    "Options": ("config",),
 }
 """Headings of the API page, with the modules whose names go under each; the rest goes under a last one."""
 
@@ -53,7 +53,8 @@ def help_of(*words: str) -> str:
 
 def public_names() -> str:
     """Return a directive of mkdocstrings for each public name, by the part of the package that defines it."""
-    places = {name: home(name) for name in hifiprune.__all__}
+    owners: dict[str, Any] = dict.fromkeys(hifiprune.__all__, hifiprune) | dict.fromkeys(config.__all__, config)
+    places = {name: str(getattr(owner, name).__module__) for name, owner in owners.items()}
     lines, told = [], set[str]()
     for title, parts in [*GROUPS.items(), ("Records and errors", None)]:
         names = [
@@ -64,14 +65,3 @@ def public_names() -> str:
         told |= {*names}
         lines += [f"## {title}", *(f"::: {places[name]}.{name}" for name in names)] if names else []
     return "\n\n".join(lines)
-
-
-def home(name: str) -> str:
-    """Return the module that defines a public name."""
-    value = getattr(hifiprune, name)
-    place = getattr(value, "__module__", "")
-    if place.startswith("hifiprune"):
-        return str(place)
-    return next(
-        key for key, module in sys.modules.items() if key[:10] == "hifiprune." and vars(module).get(name) is value
-    )
