@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; tiny models gain nothing from more
@@ -91,15 +92,31 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>")
 
 
+_FILES: dict[str, tuple[dict[str, bytes], torch.Tensor]] = {}
+"""Every tiny checkpoint that was made, with the state of the random numbers after it."""
+
+
 def save_checkpoint(folder: Path, family: str = "llama", **options: object) -> Path:
     """Save a tiny random model with a tokenizer; options go to its configuration."""
+    key = repr((family, sorted(options.items())))
+    if key not in _FILES:
+        _FILES[key] = _checkpoint_files(family, options), torch.get_rng_state()
+    files, chance = _FILES[key]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    torch.set_rng_state(chance)
+    return folder
+
+
+def _checkpoint_files(family: str, options: dict[str, object]) -> dict[str, bytes]:
     torch.manual_seed(0)
     config = tiny_config(family, **{"vocab_size": VOCABULARY, **options})
     made: Any = AutoModelForImageTextToText if FAMILIES[config.model_type].sees else AutoModelForCausalLM
-    model = made.from_config(config)
-    model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    with TemporaryDirectory() as folder:
+        made.from_config(config).save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 @pytest.fixture

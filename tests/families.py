@@ -3,6 +3,7 @@
 Run as a program it prints the table of families for the documentation, and their names for the README.
 """
 
+import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -174,8 +175,21 @@ def load(path: Path | str, **how: Any) -> Any:
     return (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(path, **how)
 
 
+_MODELS: dict[str, tuple[PreTrainedModel, torch.Tensor]] = {}
+"""Every tiny model that was made, with the state of the random numbers after it."""
+
+
 def tiny_model(variant: str, dtype: torch.dtype = torch.float64, seed: int = 0, **options: object) -> PreTrainedModel:
-    """A random model of a variant, with random biases and norms too, so that none of them is neutral."""
+    """A copy of a random model of a variant, with random biases and norms too, so that none of them is neutral."""
+    key = repr((variant, dtype, seed, sorted(options.items())))
+    if key not in _MODELS:
+        _MODELS[key] = _random_model(variant, dtype, seed, options), torch.get_rng_state()
+    model, chance = _MODELS[key]
+    torch.set_rng_state(chance)
+    return copy.deepcopy(model)
+
+
+def _random_model(variant: str, dtype: torch.dtype, seed: int, options: dict[str, object]) -> PreTrainedModel:
     torch.manual_seed(seed)
     family = FAMILIES[family_name(variant)]
     eager = {"experts_implementation": "eager"} if family.experts else {}

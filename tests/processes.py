@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from subprocess import CompletedProcess
+from tempfile import mkdtemp
 from typing import Any
 
 from accelerate.state import AcceleratorState, GradientState
@@ -65,6 +67,26 @@ def forked(folder: Path, work: Callable[[], None], processes: int = 1) -> Ended:
     for process in started:
         process.join()
     return Ended([process.exitcode for process in started], (folder / "1").read_text(), (folder / "2").read_text())
+
+
+def run_module(folder: Path) -> Callable[[Sequence[str]], CompletedProcess[str]]:
+    """Return what stands for `run_program` where a module of ours is run: a copy of this process runs it.
+
+    Args:
+        folder: where the processes write.
+    """
+
+    def run(command: Sequence[str]) -> CompletedProcess[str]:
+        assert command[:2] == [sys.executable, "-m"]
+
+        def work() -> None:
+            sys.argv = [*command[2:]]
+            runpy.run_module(command[2], run_name="__main__")
+
+        ended = forked(Path(mkdtemp(dir=folder)) / "told", work)
+        return CompletedProcess(command, ended.codes[0] or 0, ended.out, ended.err)
+
+    return run
 
 
 class Copy:

@@ -23,6 +23,7 @@ from hifiprune.cli.app import main
 from hifiprune.cli.signals import Stopped
 from hifiprune.io.atomic import replacing
 from hifiprune.models.checkpoint import Checkpoint
+from tests import processes
 from tests.commands import Cli, Result, leftovers, refused, run
 
 
@@ -506,21 +507,47 @@ def test_a_signal_between_the_renames_loses_nothing(tmp_path: Path, monkeypatch:
     assert not leftovers(tmp_path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_real_process_stops_at_once_while_it_scores(
-    checkpoint: Path, text: Path, tmp_path: Path, number: int
-) -> None:
-    arguments = ["--width", "8", "--calibration", "python-docs", "--sampler", "stream", "--num-samples", "6000"]
-    command = [sys.executable, "-m", "hifiprune", "prune", str(checkpoint), "--output", str(tmp_path / "out")]
-    with subprocess.Popen([*command, *arguments, "--seq-len", "64"], stderr=subprocess.PIPE, text=True) as process:
+LONG = (
+    "--width",
+    "8",
+    "--calibration",
+    "python-docs",
+    "--sampler",
+    "stream",
+    "--num-samples",
+    "6000",
+    "--seq-len",
+    "64",
+)
+
+
+def test_a_real_process_stops_at_once_while_it_scores(checkpoint: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hifiprune", "prune", str(checkpoint), "--output", str(tmp_path / "out"), *LONG]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         before = next(line for line in process.stderr if line.startswith("Scoring "))
         time.sleep(1)
-        process.send_signal(number)
+        process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
     assert "on 6000 windows of 64 tokens" in before
     assert process.returncode == 1
-    assert f"interrupted by {signal.Signals(number).name}" in err
+    assert "interrupted by SIGINT" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+    assert not leftovers(tmp_path)
+
+
+def test_a_process_that_is_terminated_stops_at_once_while_it_scores(checkpoint: Path, tmp_path: Path) -> None:
+    (process,) = processes.start(tmp_path, processes.command("prune", checkpoint, "--output", tmp_path / "out", *LONG))
+    while not (tmp_path / "2").exists() or "on 6000 windows of 64 tokens" not in (tmp_path / "2").read_text():
+        assert process.is_alive()
+        time.sleep(0.1)
+    time.sleep(1)
+    process.terminate()
+    process.join(30)
+    assert process.exitcode == 1
+    err = (tmp_path / "2").read_text()
+    assert "interrupted by SIGTERM" in err
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
     assert not leftovers(tmp_path)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands import refused, run
+from tests.processes import run_module
 
 ROOT = Path(__file__).parent.parent
 LOADERS = {"from_pretrained", "from_config", "load_dataset", "HFLM", "pipeline"}
@@ -139,7 +140,10 @@ def test_no_code_runs_and_nobody_is_asked(
         assert result.json
 
 
-def test_no_code_runs_where_another_process_loads(world: Path, mark: Path, question: io.StringIO) -> None:
+def test_no_code_runs_where_another_process_loads(
+    world: Path, mark: Path, question: io.StringIO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hifiprune.commands.bench.run_program", run_module(tmp_path))
     folder = infect(world / "dense", mark, "tokenizer", "config", "model")
     words = ("--lengths", "4", "--new-tokens", "2", "--rounds", "1", "--repeats", "1")
     result = run("bench", world / "dense", folder, *words, "--json")

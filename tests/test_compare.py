@@ -6,8 +6,6 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,7 +29,7 @@ from hifiprune.engine.temporary_cut import cut
 from hifiprune.evaluation import fidelity, lm_eval_harness
 from hifiprune.evaluation.bootstrap import bootstrap_paired
 from hifiprune.evaluation.criteria_comparison import jaccard
-from hifiprune.evaluation.fidelity import METRICS
+from hifiprune.evaluation.fidelity import METRICS, measure_windows
 from hifiprune.evaluation.zero_shot_tasks import TaskRunner, zero_shot
 from hifiprune.io.hashing import hash_tokens
 from hifiprune.models.checkpoint import Checkpoint
@@ -40,6 +38,8 @@ from hifiprune.reports import plots
 from hifiprune.scoring.criteria import CRITERIA as KNOWN_CRITERIA
 from tests.commands import Interruption, Result, leftovers, refused, run
 from tests.conftest import save_checkpoint
+from tests.processes import command as command_line
+from tests.processes import start
 
 CRITERIA = ("hfprune", "self-distillation", "fisher", "magnitude")
 RATIOS = (0.1, 0.26)
@@ -481,30 +481,32 @@ def test_signals_leave_what_is_finished_for_the_same_command(
     assert scored == []
 
 
-KILLED = """
-import time
-from hifiprune.commands import compare_plans
-from hifiprune.cli.app import main
-real = compare_plans.measure_windows
-def slow(*arguments, **options):
-    time.sleep(0.3)
-    return real(*arguments, **options)
-compare_plans.measure_windows = slow
-main()
-"""
-"""The command line, slow enough to be met at work."""
+def slow_down() -> None:
+    """Have this process measure so slowly that it is met at work."""
+
+    def slow(*positional: Any, **named: Any) -> Any:
+        time.sleep(0.3)
+        return measure_windows(*positional, **named)
+
+    pytest.MonkeyPatch().setattr(compare_plans, "measure_windows", slow)
 
 
 @pytest.mark.usefixtures("no_plots")
-def test_a_killed_process_goes_on(world: Path, whole: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_process_goes_on(
+    world: Path,
+    whole: Record,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     output = tmp_path / "out"
     cells = tmp_path / "out.compare-unfinished" / "cells"
-    command = [sys.executable, "-c", KILLED, *words(world, output)]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        while len(list(cells.glob("*.json"))) < 2:
-            assert process.poll() is None, "it ended too early"
-            time.sleep(0.02)
-        process.kill()
+    (process,) = start(tmp_path_factory.mktemp("told"), command_line(*words(world, output), before=slow_down))
+    while len(list(cells.glob("*.json"))) < 2:
+        assert process.is_alive(), "it ended too early"
+        time.sleep(0.02)
+    process.kill()
+    process.join()
     known = len(list(cells.glob("*.json")))
     assert not output.exists()
     (cells.parent / "scores" / ".left.partial").mkdir()
@@ -550,30 +552,59 @@ def small(folder: Path, **options: object) -> str:
     return str(save_checkpoint(folder / "second", **options))  # type: ignore[arg-type]
 
 
-Change = Callable[[Path, Path], dict[str, Any]]
-CHANGES: dict[str, Change] = {
-    "another model": lambda world, folder: {"model": small(folder, initializer_range=0.2)},
-    "more windows": lambda world, _: {"calibration": hp.Calibration(str(world / "calibration.txt"), 3, 24)},
-    "attention": lambda *_: {"compute": hp.ComputeConfig(attention="eager", batch_size=4)},
-    "another text": lambda world, _: {"texts": (hp.Text(str(world / "other.txt"), 24, 4),)},
-    "fewer windows of the text": lambda world, _: {"texts": (hp.Text(str(world / "held.txt"), 24, 3),)},
-    "perplexity only": lambda world, _: {"texts": (hp.Text(str(world / "held.txt"), 24, 4, fidelity=False),)},
-    "dtype": lambda *_: {"compute": hp.ComputeConfig(dtype="bfloat16", batch_size=4)},
-    "label samples": lambda *_: {"options": CriterionOptions(label_samples=2)},
-    "alpha": lambda *_: {"options": CriterionOptions(alpha=0.9)},
-    "light cut": lambda *_: {"options": CriterionOptions(light_cut=0.3)},
-    "ratio": lambda *_: {"ratios": [0.2]},
-    "rounding": lambda *_: {"round_to": 8},
-    "fewer criteria": lambda *_: {"criteria": ("fisher",)},
+@dataclass(frozen=True)
+class Change:
+    """A comparison by one draw that differs from the one before it.
+
+    Attributes:
+        to: what differs, of `world` and the test's own folder.
+        scored: criteria whose scores depend on it.
+        measured: measurements that depend on it, of the dense model and three cut ones.
+    """
+
+    to: Callable[[Path, Path], dict[str, Any]]
+    scored: tuple[str, ...] = ()
+    measured: int = 4
+
+
+SMALLER = ("self-distillation", "fisher", "magnitude")
+CHANGES = {
+    "another model": Change(lambda _, folder: {"model": small(folder, initializer_range=0.2)}, SMALLER),
+    "more windows": Change(
+        lambda world, _: {"calibration": hp.Calibration(str(world / "calibration.txt"), 3, 24)}, SMALLER[:2], 2
+    ),
+    "attention": Change(lambda *_: {"compute": hp.ComputeConfig(attention="eager", batch_size=4)}, SMALLER),
+    "another text": Change(lambda world, _: {"texts": (hp.Text(str(world / "other.txt"), 24, 4),)}),
+    "fewer windows of the text": Change(lambda world, _: {"texts": (hp.Text(str(world / "held.txt"), 24, 3),)}),
+    "perplexity only": Change(lambda world, _: {"texts": (hp.Text(str(world / "held.txt"), 24, 4, fidelity=False),)}),
+    "dtype": Change(lambda *_: {"compute": hp.ComputeConfig(dtype="bfloat16", batch_size=4)}, SMALLER),
+    "label samples": Change(lambda *_: {"options": CriterionOptions(label_samples=2)}, ("fisher",), 1),
+    "alpha": Change(lambda *_: {"options": CriterionOptions(alpha=0.9)}, ("self-distillation",), 1),
+    "light cut": Change(lambda *_: {"options": CriterionOptions(light_cut=0.3)}, ("self-distillation",), 1),
+    "ratio": Change(lambda *_: {"ratios": [0.2]}, ("self-distillation",), 3),
+    "rounding": Change(lambda *_: {"round_to": 8}, (), 3),
+    "fewer criteria": Change(lambda *_: {"criteria": ("fisher",)}, (), 0),
 }
 
 
 @pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize("change", CHANGES)
+def test_a_part_is_used_again_where_nothing_that_it_depends_on_changed(
+    world: Path, abandoned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    shutil.copytree(abandoned, tmp_path / "out.compare-unfinished")
+    measured, scored = counted(monkeypatch, "measure_windows"), counted(monkeypatch, "score_all")
+    hp.compare(**arguments(world, tmp_path / "out", seeds=1, **CHANGES[change].to(world, tmp_path)))
+    assert tuple(criterion for _, _, requests in scored for criterion, _ in requests) == CHANGES[change].scored
+    assert len(measured) == CHANGES[change].measured
+
+
+@pytest.mark.usefixtures("no_plots")
+@pytest.mark.parametrize("change", ["more windows", "ratio"])
 def test_what_a_changed_run_left_is_never_mixed_up(
     world: Path, single: Record, abandoned: Path, tmp_path: Path, change: str
 ) -> None:
-    changes = {"seeds": 1, **CHANGES[change](world, tmp_path)}
+    changes = {"seeds": 1, **CHANGES[change].to(world, tmp_path)}
     fresh = hp.compare(**arguments(world, tmp_path / "fresh", **changes))
     shutil.copytree(abandoned, tmp_path / "out.compare-unfinished")
     record = hp.compare(**arguments(world, tmp_path / "out", **changes))

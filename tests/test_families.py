@@ -1,5 +1,7 @@
 """The contract that every supported family keeps: exact invariants on a tiny random model."""
 
+import copy
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mode
 from typing import Any
@@ -18,6 +20,7 @@ from hifiprune.models.families import FAMILIES
 from hifiprune.models.mlp import find_mlps
 from hifiprune.plan import Plan, proportional_width
 from hifiprune.pruning.cut import cut_
+from hifiprune.scores import Scores
 from hifiprune.scoring.criteria import CRITERIA
 from hifiprune.scoring.objectives import Entropy
 from hifiprune.scoring.score import score_all
@@ -27,9 +30,42 @@ from tests.naive import masked_logits, recorded_activations
 Pairs = dict[int, tuple[Tensor, ...]]
 
 
-@pytest.fixture(params=VARIANTS)
+@dataclass(frozen=True)
+class Contract:
+    """A tiny model of a variant and what is known of it; tests that change a model take a copy.
+
+    Attributes:
+        model: model, in float64, never changed.
+        tokens: windows of calibration data.
+        entropies: mean entropy of each window, by plain transformers.
+        pairs: activations and their gradients by MLP, by autograd through the whole model.
+        logits: logits of the tokens.
+        scores: scores of the default criterion.
+    """
+
+    model: PreTrainedModel
+    tokens: Tensor
+    entropies: Tensor
+    pairs: Pairs
+    logits: Tensor
+    scores: Scores
+
+    def copy(self, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+        """Return a model of its own."""
+        model: Any = copy.deepcopy(self.model)
+        converted: PreTrainedModel = model.to(dtype)
+        return converted
+
+
+@pytest.fixture(params=VARIANTS, scope="module")
 def variant(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def contract(variant: str) -> Contract:
+    model, tokens = tiny_model(variant), tiny_tokens()
+    return Contract(model, tokens, *naive_sweep(model, tokens), logits_of(model, tokens), score(model, tokens))
 
 
 def test_every_family_has_a_variant() -> None:
@@ -80,56 +116,50 @@ def chain_sweep(model: PreTrainedModel, tokens: Tensor, *, recompute: bool) -> t
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_sweep_equals_autograd_through_the_whole_model(variant: str, recompute: bool) -> None:
-    model, tokens = tiny_model(variant), tiny_tokens()
-    expected_values, expected = naive_sweep(model, tokens)
-    values, seen = chain_sweep(model, tokens, recompute=recompute)
-    torch.testing.assert_close(values, expected_values, rtol=1e-10, atol=1e-12)
-    assert sorted(seen) == sorted(expected)
-    mlps = find_mlps(model)
-    for layer, (activation, gradient) in expected.items():
+def test_sweep_equals_autograd_through_the_whole_model(contract: Contract, recompute: bool) -> None:
+    values, seen = chain_sweep(contract.model, contract.tokens, recompute=recompute)
+    torch.testing.assert_close(values, contract.entropies, rtol=1e-10, atol=1e-12)
+    assert sorted(seen) == sorted(contract.pairs)
+    mlps = find_mlps(contract.model)
+    for layer, (activation, gradient) in contract.pairs.items():
         torch.testing.assert_close(seen[layer][0], activation, rtol=1e-10, atol=1e-12)
         told = activation.any(-1, keepdim=True) if mlps[layer].is_expert else 1  # of tokens that it did not see
         torch.testing.assert_close(seen[layer][1], gradient * told, rtol=1e-8, atol=1e-13)
 
 
-def test_the_model_is_left_as_it_was(variant: str) -> None:
-    model, tokens = tiny_model(variant).train(), tiny_tokens()
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    score(model, tokens)
+def test_the_model_is_left_as_it_was(contract: Contract) -> None:
+    model, before = contract.copy().train(), dict(contract.model.named_parameters())
+    score(model, contract.tokens)
     assert model.training
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
-def test_batched_scores_equal_single_ones(variant: str) -> None:
-    model, tokens = tiny_model(variant), tiny_tokens(windows=5)
-    single, batched = score(model, tokens), score(model, tokens, batch_size=2)
-    for one, other in zip(single.values, batched.values, strict=True):
+def test_batched_scores_equal_single_ones(contract: Contract) -> None:
+    batched = score(contract.model, contract.tokens, batch_size=2)
+    for one, other in zip(contract.scores.values, batched.values, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
 
 
-def test_keeping_all_neurons_changes_no_bit(variant: str) -> None:
-    model, tokens = tiny_model(variant, torch.float32), tiny_tokens()
-    before = logits_of(model, tokens)
+def test_keeping_all_neurons_changes_no_bit(contract: Contract) -> None:
+    model = contract.copy(torch.float32)
+    before = logits_of(model, contract.tokens)
     cut_(model, plan_keeping(model, [torch.arange(mlp.neurons) for mlp in find_mlps(model)]))
-    assert torch.equal(logits_of(model, tokens), before)
+    assert torch.equal(logits_of(model, contract.tokens), before)
 
 
-def test_cutting_equals_setting_activations_to_zero(variant: str) -> None:
-    model, tokens = tiny_model(variant), tiny_tokens()
-    plan = random_plan(model, 17)
-    masked = masked_logits(model, plan, tokens)
-    assert not torch.allclose(masked, logits_of(model, tokens))
+def test_cutting_equals_setting_activations_to_zero(contract: Contract) -> None:
+    model, plan = contract.copy(), random_plan(contract.model, 17)
+    masked = masked_logits(contract.model, plan, contract.tokens)
+    assert not torch.allclose(masked, contract.logits)
     cut_(model, plan)
-    torch.testing.assert_close(logits_of(model, tokens), masked, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(logits_of(model, contract.tokens), masked, rtol=1e-10, atol=1e-12)
 
 
-def test_permuting_the_neurons_permutes_the_scores(variant: str) -> None:
-    model, tokens = tiny_model(variant), tiny_tokens()
-    before = score(model, tokens)
-    orders = [torch.randperm(mlp.neurons) for mlp in find_mlps(model)]
+def test_permuting_the_neurons_permutes_the_scores(contract: Contract) -> None:
+    model, chance = contract.copy(), torch.Generator().manual_seed(7)
+    orders = [torch.randperm(mlp.neurons, generator=chance) for mlp in find_mlps(model)]
     with torch.no_grad():
         for mlp, order in zip(find_mlps(model), orders, strict=True):
             for linear in mlp.inputs:
@@ -137,15 +167,15 @@ def test_permuting_the_neurons_permutes_the_scores(variant: str) -> None:
                 if linear.bias is not None:
                     linear.bias.copy_(linear.bias[order].clone())
             mlp.output.weight.copy_(mlp.output.weight[:, order].clone())
-    after = score(model, tokens)
-    for one, other, order in zip(before.values, after.values, orders, strict=True):
+    after = score(model, contract.tokens)
+    for one, other, order in zip(contract.scores.values, after.values, orders, strict=True):
         torch.testing.assert_close(one[order], other, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_cut_model_reloads_without_our_code(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    tiny_model(variant, dtype).save_pretrained(tmp_path / "dense")
-    model, tokens = load(tmp_path / "dense", dtype="auto"), tiny_tokens()
+def test_a_cut_model_reloads_without_our_code(contract: Contract, dtype: torch.dtype, tmp_path: Path) -> None:
+    contract.copy(dtype).save_pretrained(tmp_path / "dense")
+    model, tokens = load(tmp_path / "dense", dtype="auto"), contract.tokens
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     stated = bool(FAMILIES[model.config.model_type].width)
     plan = random_plan(model, 24)
@@ -164,11 +194,10 @@ def test_a_cut_model_reloads_without_our_code(variant: str, dtype: torch.dtype, 
     assert again.generate(tokens[:1], max_new_tokens=3, do_sample=False).shape[1] > tokens.shape[1]
 
 
-def test_only_where_it_is_said_a_norm_or_factor_follows_the_mlp(variant: str) -> None:
-    model, tokens = tiny_model(variant), tiny_tokens()
-    chain, hidden_size = verified_chain(model), model.config.get_text_config().hidden_size
+def test_only_where_it_is_said_a_norm_or_factor_follows_the_mlp(contract: Contract) -> None:
+    chain, hidden_size = verified_chain(contract.model), contract.model.config.get_text_config().hidden_size
     more = 0.1 * torch.arange(1.0, 1 + hidden_size, dtype=torch.float64)
-    hidden, calls = chain.embed(tokens)
+    hidden, calls = chain.embed(contract.tokens)
     before, _ = chain.run(1, hidden, calls[1])
     writes = chain.blocks[1].get_submodule(chain.family.mlp) if chain.family.mlp else chain.mlps[1].output.module
     handle = writes.register_forward_hook(lambda _, __, output: output + more)
@@ -180,8 +209,8 @@ def test_only_where_it_is_said_a_norm_or_factor_follows_the_mlp(variant: str) ->
 
 
 @pytest.mark.by_layout
-def test_every_criterion_gives_finite_scores(variant: str) -> None:
-    model = tiny_model(variant, torch.float32)
+def test_every_criterion_gives_finite_scores(contract: Contract) -> None:
+    model = contract.copy(torch.float32)
     found = score_all(model, tiny_tokens(4), [(name, CriterionOptions()) for name in CRITERIA])
     assert [scores.criterion for scores in found] == [*CRITERIA]
     for scores in found:

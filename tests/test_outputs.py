@@ -4,10 +4,10 @@ import ast
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,22 +23,20 @@ from hifiprune.io.output_paths import check_target, exclusive
 from hifiprune.pruning.cut_checkpoint import cut_checkpoint
 from tests.commands import Interruption, Result, leftovers, refused, run
 from tests.conftest import save_checkpoint
+from tests.processes import command, start
 
 CUT = ("--width", 24, "--round-to", 1, "--criterion", "magnitude")
 TEXT = ("--num-samples", 2, "--seq-len", 16)
 
-WAITING = """
-import sys, time
-from hifiprune.commands import steps
-from hifiprune.cli.app import main
 
-def wait(*_):
-    print("reading", flush=True)
-    time.sleep(99)
+def wait_while_reading() -> None:
+    """Have this process say that it reads its text, and never end."""
 
-steps.load_windows, sys.argv = wait, {words!r}
-main()
-"""
+    def wait(*_: Any) -> None:
+        sys.stdout.write("reading\n")
+        time.sleep(99)
+
+    pytest.MonkeyPatch().setattr("hifiprune.commands.steps.load_windows", wait)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -300,16 +298,17 @@ def test_weights_are_not_replaced_by_scores(dense: Path, world: Path, tmp_path: 
 
 def test_one_run_at_a_time_makes_an_output(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ("--calibration", "python-docs", *TEXT)
-    words = ["hifiprune", "prune", dense, "--output", tmp_path / "new" / "small", "--width", 24, *texts]
-    code = WAITING.format(words=[*map(str, words)])
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as first:
-        assert first.stdout is not None
-        first.stdout.readline()
-        for more in ((), ("--overwrite",)):
-            refused(prune(dense, tmp_path / "new" / "small", *more), "is being made by another run")
-        refused(score(dense, tmp_path / "new" / "small"), "is being made by another run")
-        assert score(dense, tmp_path / "new" / "scores").code == 0, "another name in its folder"
-        first.kill()
+    words = ("prune", dense, "--output", tmp_path / "new" / "small", "--width", 24, *texts)
+    (first,) = start(tmp_path, command(*words, before=wait_while_reading))
+    while not (tmp_path / "1").exists() or "reading" not in (tmp_path / "1").read_text():
+        assert first.is_alive(), (tmp_path / "2").read_text()
+        time.sleep(0.02)
+    for more in ((), ("--overwrite",)):
+        refused(prune(dense, tmp_path / "new" / "small", *more), "is being made by another run")
+    refused(score(dense, tmp_path / "new" / "small"), "is being made by another run")
+    assert score(dense, tmp_path / "new" / "scores").code == 0, "another name in its folder"
+    first.kill()
+    first.join()
     assert prune(dense, tmp_path / "new" / "small").code == 0, "of those that are gone none is waited for"
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"small", "scores"}
 

@@ -31,13 +31,13 @@ def test_a_gguf_file_is_pruned_to_an_ordinary_checkpoint(
 ) -> None:
     assert inspect(str(smollm2_gguf))["parameters"]["total"] == 134_515_008
     record = prune(
-        str(smollm2_gguf), tmp_path / "out", PruneConfig(Budget(width=1024), Calibration("python-docs", 2, 64))
+        str(smollm2_gguf), tmp_path / "out", PruneConfig(Budget(width=256), Calibration("python-docs", 2, 64))
     )
     dense = AutoModelForCausalLM.from_pretrained(smollm2_folder)
     assert record.results["model_hash"] == hash_model(dense)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert model.config.intermediate_size == 1024
+    assert model.config.intermediate_size == 256
     assert getattr(model.config, "quantization_config", None) is None
     assert (
         tokenizer("Good morning").input_ids == AutoTokenizer.from_pretrained(smollm2_folder)("Good morning").input_ids

@@ -35,6 +35,7 @@ from tests.commands import refused, run
 from tests.conftest import byte_tokenizer
 from tests.families import tiny_model, tiny_tokens
 from tests.naive import divergence, logits_of
+from tests.processes import run_module
 
 
 @pytest.fixture(scope="module")
@@ -43,26 +44,37 @@ def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     folder, dense = tmp_path_factory.mktemp("runs"), world / "dense"
     text = ("--calibration", world / "calibration.txt", "--num-samples", 4, "--seq-len", 24)
     found = {name: folder / name for name in ("plain", "mixed", "measured", "timed", "trained", "compared")}
-    results = [
-        run("prune", dense, "--output", found["plain"], "--width", 24, "--preset", "hfprune", *text),
-        run("prune", dense, "--output", found["mixed"], "--width", 24, "--allocation", "global", *text),
-        run(
-            *("evaluate", found["plain"], found["mixed"], "--against", dense, "--text", world / "held.txt"),
-            *("--seq-len", 24, "--output", found["measured"]),
-        ),
-        run(
-            *("bench", dense, found["plain"], "--lengths", 8, "--new-tokens", 3, "--rounds", 1, "--repeats", 1),
-            *("--output", found["timed"]),
-        ),
-        run(
-            *("recover", found["plain"], "--output", found["trained"], "--data", world / "calibration.txt"),
-            *("--seq-len", 24, "--max-steps", 2, "--gradient-accumulation-steps", 1, "--evaluate-every", 1),
-        ),
-        run(
-            *("compare", dense, "--output", found["compared"], "--criteria", "hfprune,random", "--ratios", "0.1,0.2"),
-            *(*text, "--seeds", 2, "--text", world / "held.txt", "--round-to", 1),
-        ),
-    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hifiprune.commands.bench.run_program", run_module(folder))
+        results = [
+            run("prune", dense, "--output", found["plain"], "--width", 24, "--preset", "hfprune", *text),
+            run("prune", dense, "--output", found["mixed"], "--width", 24, "--allocation", "global", *text),
+            run(
+                *("evaluate", found["plain"], found["mixed"], "--against", dense, "--text", world / "held.txt"),
+                *("--seq-len", 24, "--output", found["measured"]),
+            ),
+            run(
+                *("bench", dense, found["plain"], "--lengths", 8, "--new-tokens", 3, "--rounds", 1, "--repeats", 1),
+                *("--output", found["timed"]),
+            ),
+            run(
+                *("recover", found["plain"], "--output", found["trained"], "--data", world / "calibration.txt"),
+                *("--seq-len", 24, "--max-steps", 2, "--gradient-accumulation-steps", 1, "--evaluate-every", 1),
+            ),
+            run(
+                *(
+                    "compare",
+                    dense,
+                    "--output",
+                    found["compared"],
+                    "--criteria",
+                    "hfprune,random",
+                    "--ratios",
+                    "0.1,0.2",
+                ),
+                *(*text, "--seeds", 2, "--text", world / "held.txt", "--round-to", 1),
+            ),
+        ]
     for result in results:
         assert result.code == 0, result.err
     return found
