@@ -14,8 +14,8 @@ from hifiprune.cli.console import speaking
 from hifiprune.commands.ablate import ablate
 from hifiprune.commands.compare import compare
 from hifiprune.commands.demo import fetch_smollm2
-from hifiprune.config.groups import Calibration, Text
 from hifiprune.config.study import AblateConfig, CompareConfig
+from hifiprune.config.texts import Calibration, Text
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

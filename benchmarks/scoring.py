@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from hifiprune.calibration import load_windows
 from hifiprune.commands.demo import fetch_smollm2
-from hifiprune.config.groups import Calibration
+from hifiprune.config.texts import Calibration
 from hifiprune.engine.context import frozen
 from hifiprune.engine.hooks import Activations
 from hifiprune.engine.verify import verified_chain

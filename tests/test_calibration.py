@@ -20,7 +20,7 @@ from hifiprune.calibration import (
     load_windows,
     sample_windows,
 )
-from hifiprune.config.groups import mixture
+from hifiprune.config.texts import mixture
 from hifiprune.io.text_sources import python_docs, read_documents
 from tests.conftest import byte_tokenizer
 

@@ -11,18 +11,21 @@ from typing import Any
 
 import pytest
 
+from hifiprune.cli.app import app
 from hifiprune.cli.flags import flags_of, merged, upon_preset
 from hifiprune.config.bench import BenchConfig
 from hifiprune.config.evaluate import EvaluateConfig
 from hifiprune.config.files import from_dict, read_config, to_dict
-from hifiprune.config.groups import AllocationConfig, Budget, Calibration, ComputeConfig, CriterionOptions, Text
+from hifiprune.config.groups import AllocationConfig, Budget, ComputeConfig, CriterionOptions
 from hifiprune.config.options import declared_options
 from hifiprune.config.prune import PruneConfig, ScoreConfig
 from hifiprune.config.recover import TRAININGS, RecoverConfig, TrainingConfig
 from hifiprune.config.study import AblateConfig, CompareConfig
+from hifiprune.config.texts import Calibration, Text
 from hifiprune.errors import UserError
 from tests.commands import refused, run
 
+COMMANDS = [command.callback.__name__ for command in app.registered_commands if command.callback]
 CONFIGS: list[type] = [
     PruneConfig,
     ScoreConfig,
@@ -204,7 +207,9 @@ def test_flags_override_files_and_files_presets(name: str) -> None:
 def test_a_part_of_a_group_changes_the_default_of_the_config_and_not_of_the_group() -> None:
     facts = merged(AblateConfig, {"text": {"seq_len": 9}}, {"scores": ["x"], "max_windows": 3, "batch_size": 2})
     found = from_dict(AblateConfig, facts)
-    assert found == AblateConfig((Path("x"),), Text("python-docs", 9, 3), compute=ComputeConfig(batch_size=2))
+    assert found == AblateConfig(
+        (Path("x"),), Text("python-docs", 9, 3), compute=ComputeConfig(dtype="float32", batch_size=2)
+    )
     defaults = {option.name: option.default for option in declared_options(AblateConfig)}
     assert (defaults["source"], defaults["seq_len"], defaults["max_windows"]) == ("python-docs", 512, 4)
 
@@ -341,6 +346,36 @@ def test_help_shows_what_matters_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "<bool>" not in long
     assert re.search(r"--num-samples.*\[default: 128\]", long)
     assert "entropy-square; fisher where widths differ; or the preset's" in long
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_help_is_cut_off_at_80_columns(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = run(command, "--help").out
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    starred = set(re.findall(r"^│ \*  (--[\w-]+)", shown, re.MULTILINE))
+    needed = {"compare": {"--output", "--calibration"}, "ablate": {"--scores"}, "demo": set(), "recover": set()}
+    outputs = {"--output"} if command in ("prune", "score", "export") else set()
+    assert starred == needed.get(command, outputs)
+
+
+def test_options_that_a_command_does_not_use_are_refused_in_files_too(world: Path, tmp_path: Path) -> None:
+    options = tmp_path / "options.yaml"
+    words = ("evaluate", world / "dense", "--text", world / "held.txt", "--seq-len", 16, "--config", options)
+    for group, name, value in (("compute", "scratch", "/tmp"), ("compute", "recompute", "true")):
+        options.write_text(f"{group}: {{{name}: {value}}}")
+        refused(run(*words), f"options.yaml: '{group}.{name}' has no effect on this command; leave it out")
+    options.write_text("compute: {scratch: null, batch_size: 2}")
+    assert run(*words).code == 0
+
+
+def test_values_in_files_are_of_the_type_that_a_parameter_has(tmp_path: Path) -> None:
+    options = tmp_path / "options.yaml"
+    options.write_text("model: 3")
+    refused(
+        run("score", "--output", "x", "--config", options), "--config: model: Input should be a valid string, not 3"
+    )
 
 
 def test_shells_complete_words() -> None:

@@ -11,8 +11,8 @@ from hifiprune import Budget, Calibration, UserError, evaluate, inspect, prune
 from hifiprune.commands.demo import run, write_texts
 from hifiprune.config.demo import DemoConfig
 from hifiprune.config.evaluate import EvaluateConfig
-from hifiprune.config.groups import Text
 from hifiprune.config.prune import PruneConfig
+from hifiprune.config.texts import Text
 from hifiprune.io.hashing import hash_model
 
 

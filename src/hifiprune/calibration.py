@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from hifiprune.config.groups import Calibration
+from hifiprune.config.texts import Calibration
 from hifiprune.errors import UserError
 from hifiprune.io.distributed import processes
 from hifiprune.io.spool import Documents, stored_tokens

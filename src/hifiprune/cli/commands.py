@@ -16,10 +16,10 @@ from hifiprune.config.bench import BenchConfig
 from hifiprune.config.demo import DemoConfig
 from hifiprune.config.evaluate import EvaluateConfig
 from hifiprune.config.export import ExportConfig
-from hifiprune.config.groups import Text
 from hifiprune.config.prune import PruneConfig, ScoreConfig
 from hifiprune.config.recover import TRAININGS, RecoverConfig
 from hifiprune.config.study import AblateConfig, CompareConfig
+from hifiprune.config.texts import Text
 from hifiprune.errors import UserError
 from hifiprune.io.atomic import local_path
 
@@ -84,9 +84,7 @@ def score(model: Model, output: Output, config: ScoreConfig, *, as_json: bool) -
 def evaluate(
     models: Annotated[
         list[str],
-        Argument(
-            metavar="MODEL...", help="Local folders, hub ids (OWNER/NAME, or OWNER/NAME@REVISION) or .gguf files."
-        ),
+        Argument(metavar="MODEL", help="Local folders, hub ids (OWNER/NAME, or OWNER/NAME@REVISION) or .gguf files."),
     ],
     output: Annotated[
         str | None,
@@ -121,11 +119,19 @@ def compare(
     model: Model,
     output: Output,
     text: Annotated[
-        list[str] | None, Option(metavar="SOURCE", help="Held-out text to measure every metric on; can be repeated.")
+        list[str] | None,
+        Option(
+            metavar="SOURCE",
+            help="Held-out text to measure every metric on: any source that --calibration takes but 'self'. Repeat it "
+            "for several; give this, --perplexity-text or both.",
+        ),
     ] = None,
     perplexity_text: Annotated[
         list[str] | None,
-        Option(metavar="SOURCE", help="Held-out text to measure perplexity and entropy alone on, in less time."),
+        Option(
+            metavar="SOURCE",
+            help="Held-out text to measure only perplexity and entropy on, in less time. Repeat it for several.",
+        ),
     ] = None,
     max_windows: Annotated[int | None, Option(help="Measure on the first windows of each text only.")] = None,
     *,
@@ -164,7 +170,8 @@ def recover(
     data: Annotated[
         str | None,
         Option(
-            help="Rows to learn from, with the columns text, instruction and output, prompt and response, or messages: "
+            help="Training data, required: rows with the columns text, instruction and output, prompt and response, or "
+            "messages: "
             "a .txt, .jsonl, .csv or .parquet file, a folder of these, or a hub data set id[:config][:split]."
         ),
     ] = None,
@@ -175,7 +182,10 @@ def recover(
         ),
     ] = "default",
     show_preset: Annotated[
-        bool, Option("--show-preset", help="Show the preset's settings, then stop.", metavar="")
+        bool,
+        Option(
+            "--show-preset", help="Show the preset's settings, then stop; needs neither MODEL nor --data.", metavar=""
+        ),
     ] = False,
     *,
     config: RecoverConfig,
@@ -202,7 +212,7 @@ def recover(
 @with_config
 def bench(
     dense: Annotated[str, Argument(metavar="DENSE", help="The dense model: local folder, hub id or .gguf file.")],
-    pruned: Annotated[list[str], Argument(metavar="PRUNED...", help="The models to compare with it.")],
+    pruned: Annotated[list[str], Argument(metavar="PRUNED", help="The models to compare with it.")],
     output: Annotated[str | None, Option(metavar="PATH", help="Folder to keep the results in.")] = None,
     *,
     config: BenchConfig,
@@ -220,7 +230,7 @@ def bench(
 def report(
     folders: Annotated[
         list[Path],
-        Argument(metavar="DIR...", help="Outputs of prune, recover, compare, evaluate --output and bench --output."),
+        Argument(metavar="DIR", help="Outputs of prune, recover, compare, evaluate --output and bench --output."),
     ],
     output: Annotated[str, Option(metavar="PATH", help="The page to make.")] = "report.html",
     overwrite: Overwrite = False,
@@ -259,8 +269,8 @@ def _shown(facts: dict[str, Any], output: Path) -> None:
 
 @with_config
 def push(
-    folder: Annotated[str, Argument(metavar="DIR", help="A checkpoint's folder.")],
-    repository: Annotated[str, Argument(metavar="OWNER/NAME", help="Its name on the hub.")],
+    folder: Annotated[str, Argument(metavar="DIR", help="Folder of the checkpoint.")],
+    repository: Annotated[str, Argument(metavar="OWNER/NAME", help="Name of the repository on the hub.")],
     private: Annotated[bool, Option("--private", help="Make the repository private if it is created now.")] = False,
     upload: Annotated[bool, Option("--upload", help="Upload; otherwise only show what would be uploaded.")] = False,
     *,

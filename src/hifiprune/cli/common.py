@@ -37,7 +37,7 @@ HUB, FILES = "Hugging Face hub", "Config and messages"
 REVISION = _flag(
     "revision",
     "--revision",
-    "Commit, branch or tag of the model; MODEL@REVISION says the same.",
+    "Commit, branch or tag of MODEL on the hub; MODEL@REVISION means the same.",
     panel=HUB,
     kind=str,
     show_default="main",
@@ -45,8 +45,8 @@ REVISION = _flag(
 TOKEN = _flag(
     "token",
     "--token",
-    "Access token for private and gated models. Other users of the machine can see a command line: HF_TOKEN or 'hf "
-    "auth login' are safer.",
+    "Access token for private and gated models. HF_TOKEN or 'hf auth login' are safer: other users of the machine can "
+    "see a command line.",
     panel=HUB,
     kind=str,
     show_default="HF_TOKEN, or that of the login",

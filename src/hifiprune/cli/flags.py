@@ -227,16 +227,14 @@ def _parameter(name: str, declared: Declared) -> inspect.Parameter:
     option, default = declared.option, declared.default
     kind: Any = declared.kind
     facts: dict[str, Any] = {"help": option.help, "rich_help_panel": option.panel, "metavar": option.metavar}
-    shown = option.shown_default
     if declared.listed:  # parts of one word, separated by commas
-        kind, shown = str, shown or ",".join(map(str, default or ()))
-        default = None
+        kind, default = str, ", ".join(map(str, default or ())) or None
     elif option.words or get_origin(kind) is tuple:
         kind, default = list[str], default if default is MISSING else None
     if kind is bool:
-        facts["show_default"] = shown or False
-    elif shown and default is None:
-        facts["show_default"] = shown
+        facts["show_default"] = option.shown_default or False
+    elif option.shown_default and default is None:
+        facts["show_default"] = option.shown_default
     if option.choices:
         facts["autocompletion"] = _completing(option.choices)
     kind = kind | None if default is None else kind

@@ -1,7 +1,7 @@
 """The test of a criterion: neurons are really removed, a few at a time, and the damage compared with their scores."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from math import isnan
 from pathlib import Path
@@ -15,9 +15,8 @@ from transformers import PreTrainedModel
 from hifiprune.bounds import COUNT, NOT_NEGATIVE_COUNT, PAIR, check_number
 from hifiprune.commands.prepare import check_tokens, load_hashed, prepare
 from hifiprune.config.files import to_dict
-from hifiprune.config.groups import ComputeConfig
 from hifiprune.config.study import AblateConfig
-from hifiprune.engine.compute import estimate_seconds, limit_batch, resolved_device
+from hifiprune.engine.compute import compute_dtype, estimate_seconds, limit_batch, resolved_device
 from hifiprune.engine.context import check_windows, frozen, memory_explained
 from hifiprune.engine.hooks import BlockCall
 from hifiprune.engine.lm_head import Head
@@ -58,13 +57,15 @@ def ablate(model: str, output: str | Path, config: AblateConfig) -> RunRecord:
         UserError: something asked for cannot be done, found before the weights are loaded where possible.
         RunError: numbers, memory or disk failed.
     """
-    compute = in_float32(config.compute)
+    compute = config.compute
     record = RunRecord("ablate", {"model": model, "output": str(output), **to_dict(config)})
     loaded_scores = _load_scores(config.scores)
     checkpoint, target, skeleton = prepare(
         model, output, [config.text], config.scores, compute=compute, folder=True, overwrite=config.overwrite
     )
     record.commits = commits_of(checkpoint)
+    if (dtype := compute_dtype(compute, checkpoint)).itemsize < torch.float32.itemsize:
+        note(f"In {dtype} most of what a single neuron does drowns in rounding; float32 is better.")
     for layer_scores in loaded_scores.values():
         check_layout(layer_scores, skeleton)
     unfinished = ResumeFolder.beside(target, "ablate")
@@ -104,13 +105,6 @@ def ablate(model: str, output: str | Path, config: AblateConfig) -> RunRecord:
         record.save(folder / "ablate.json")
     unfinished.remove()
     return record
-
-
-def in_float32(compute: ComputeConfig) -> ComputeConfig:
-    """Return the same in float32, unless another dtype is named."""
-    if compute.dtype in ("bfloat16", "float16"):
-        note(f"In {compute.dtype} most of what a single neuron does drowns in rounding; float32 is better.")
-    return replace(compute, dtype="float32") if compute.dtype == "auto" else compute
 
 
 def sample(scores: Scores, neurons: int, groups: int, group_size: int, seed: int) -> list[Trial]:

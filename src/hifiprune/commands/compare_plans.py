@@ -19,7 +19,8 @@ from hifiprune.calibration import sample_windows
 from hifiprune.commands.cost_model import Estimator
 from hifiprune.commands.messages import announce_scoring
 from hifiprune.config.evaluate import Tasks
-from hifiprune.config.groups import Calibration, ComputeConfig
+from hifiprune.config.groups import ComputeConfig
+from hifiprune.config.texts import Calibration
 from hifiprune.engine.compute import estimate_seconds, resolved_device
 from hifiprune.engine.machine import condition
 from hifiprune.engine.temporary_cut import cut

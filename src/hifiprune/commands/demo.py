@@ -14,8 +14,9 @@ import torch
 from hifiprune.commands import evaluate, prune
 from hifiprune.config.demo import DemoConfig
 from hifiprune.config.evaluate import EvaluateConfig
-from hifiprune.config.groups import Budget, Calibration, Text
+from hifiprune.config.groups import Budget
 from hifiprune.config.prune import PruneConfig
+from hifiprune.config.texts import Calibration, Text
 from hifiprune.errors import RunError, UserError
 from hifiprune.io.atomic import local_path, replacing
 from hifiprune.io.output_paths import claim, exclusive

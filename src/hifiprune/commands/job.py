@@ -9,9 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 from hifiprune.commands.prepare import load_hashed
-from hifiprune.config.groups import AllocationConfig, Budget, Calibration, ComputeConfig
+from hifiprune.config.groups import AllocationConfig, Budget, ComputeConfig
 from hifiprune.config.presets import Preset
 from hifiprune.config.prune import PruneConfig
+from hifiprune.config.texts import Calibration
 from hifiprune.engine.compute import compute_dtype
 from hifiprune.io.resume import ResumeFolder
 from hifiprune.models.checkpoint import Checkpoint

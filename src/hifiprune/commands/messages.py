@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hifiprune.commands.cost_model import Cost, Estimator, total_disk
-from hifiprune.config.groups import AllocationConfig, Budget, Calibration, ComputeConfig, CriterionOptions
+from hifiprune.config.groups import AllocationConfig, Budget, ComputeConfig, CriterionOptions
 from hifiprune.config.prune import PruneConfig
+from hifiprune.config.texts import Calibration
 from hifiprune.deployment.engines import K_BLOCK
 from hifiprune.engine.machine import condition
 from hifiprune.io.atomic import disk_size

@@ -18,9 +18,9 @@ from hifiprune.commands.messages import (
 from hifiprune.commands.prepare import prepare
 from hifiprune.commands.score import SAMPLED, batches_of, check_data, check_resident, options_of
 from hifiprune.config.files import to_dict
-from hifiprune.config.groups import Calibration
 from hifiprune.config.presets import PRESETS, Preset, settle
 from hifiprune.config.prune import PruneConfig
+from hifiprune.config.texts import Calibration
 from hifiprune.errors import UserError
 from hifiprune.io.atomic import check_shard_size, check_space
 from hifiprune.io.resume import ResumeFolder

@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hifiprune.calibration import check_source, start_token
-from hifiprune.config.groups import Calibration, ComputeConfig, Text
+from hifiprune.config.groups import ComputeConfig
+from hifiprune.config.texts import Calibration, Text
 from hifiprune.engine.compute import check_compute, compute_dtype, resolved_device
 from hifiprune.engine.context import check_vocabulary
 from hifiprune.engine.offload import stream

@@ -9,8 +9,9 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 
 from hifiprune.commands.prepare import prepare
 from hifiprune.config.files import to_dict
-from hifiprune.config.groups import ComputeConfig, Text
+from hifiprune.config.groups import ComputeConfig
 from hifiprune.config.recover import RecoverConfig, TrainingConfig
+from hifiprune.config.texts import Text
 from hifiprune.errors import UserError, unknown
 from hifiprune.io.atomic import check_shard_size, check_space
 from hifiprune.io.distributed import check_launcher

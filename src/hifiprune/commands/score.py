@@ -9,8 +9,9 @@ from hifiprune.commands.job import DenseModel, Job
 from hifiprune.commands.prepare import prepare
 from hifiprune.commands.steps import estimate_costs, read_windows, sampled_windows, score_dense
 from hifiprune.config.files import to_dict
-from hifiprune.config.groups import Budget, Calibration, ComputeConfig, CriterionOptions
+from hifiprune.config.groups import Budget, ComputeConfig, CriterionOptions
 from hifiprune.config.prune import PruneConfig, ScoreConfig
+from hifiprune.config.texts import Calibration
 from hifiprune.engine.compute import limit_batch
 from hifiprune.errors import UserError
 from hifiprune.io.distributed import rank

@@ -3,10 +3,11 @@
 from hifiprune.config.bench import BenchConfig
 from hifiprune.config.evaluate import EvaluateConfig, Tasks
 from hifiprune.config.export import ExportConfig
-from hifiprune.config.groups import AllocationConfig, Budget, Calibration, ComputeConfig, CriterionOptions, Text
+from hifiprune.config.groups import AllocationConfig, Budget, ComputeConfig, CriterionOptions
 from hifiprune.config.prune import PruneConfig, ScoreConfig
 from hifiprune.config.recover import RecoverConfig, TrainingConfig
 from hifiprune.config.study import AblateConfig, CompareConfig
+from hifiprune.config.texts import Calibration, Text
 
 __all__ = [
     "AblateConfig",

@@ -27,19 +27,19 @@ class BenchConfig(Checked):
 
     batch_sizes: tuple[int, ...] = option(
         (1,),
-        "Numbers of sequences at once, separated by commas.",
+        "Batch sizes, separated by commas.",
         bounds=COUNT,
         metavar="NUMBERS",
     )
     lengths: tuple[int, ...] = option(
         (512,),
-        "Numbers of prefill tokens, separated by commas.",
+        "Prompt lengths in tokens, separated by commas.",
         bounds=COUNT,
         metavar="NUMBERS",
     )
     new_tokens: int = option(64, "Number of tokens to decode.", bounds=PAIR)
-    rounds: int = option(3, "Turns of every model, each in a fresh process.", bounds=FEW)
-    repeats: int = option(3, "Timings in a turn, of which the median counts.", bounds=FEW)
+    rounds: int = option(3, "Number of rounds: in each, every model is timed once, in a fresh process.", bounds=FEW)
+    repeats: int = option(3, "Number of timings in a round, of which the median counts.", bounds=FEW)
     compiled: bool = option(False, "Time torch.compile too.", flag="--compile")
     compute: ComputeConfig = group(ComputeConfig(), only=("device", "dtype", "attention"))
     overwrite: bool = overwrite_option()

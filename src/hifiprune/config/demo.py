@@ -20,7 +20,10 @@ class DemoConfig(Checked):
     """
 
     model: str | None = option(
-        None, "Local folder, hub id or .gguf file.", metavar="MODEL", shown_default="SmolLM2-135M-Instruct"
+        None,
+        "Model to prune: local folder, hub id or .gguf file.",
+        metavar="MODEL",
+        shown_default="SmolLM2-135M-Instruct",
     )
     num_samples: int = option(24, "Number of calibration windows.", bounds=COUNT)
     seq_len: int = option(512, "Tokens per window.", bounds=PAIR)

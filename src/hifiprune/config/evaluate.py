@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hifiprune.bounds import COUNT, SEED
-from hifiprune.config.groups import ComputeConfig, Text, overwrite_option
+from hifiprune.config.groups import ComputeConfig, overwrite_option
 from hifiprune.config.options import OUTPUT, TASKS, Checked, group, option
+from hifiprune.config.texts import Text
 
 PAPERS = (
     "arc_easy", "arc_challenge", "boolq", "crows_pairs_english", "openbookqa", "piqa", "race", "social_iqa",
@@ -31,20 +32,20 @@ class Tasks(Checked):
 
     names: tuple[str, ...] = option(
         help="Zero-shot tasks of lm-evaluation-harness, separated by commas, or 'papers' for the ten of the papers; "
-        "needs the extra 'tasks'.",
+        "needs the package's extra 'tasks'.",
         flag="--tasks",
         metavar="NAMES",
     )
     include_path: Path | None = option(
         None,
-        "Folder of more task files; Python that they name by !function is run.",
+        "Folder of task files beside those of the harness; Python functions that they name by !function are run.",
         panel=TASKS,
         flag="--task-path",
         metavar="PATH",
     )
     limit: int | None = option(
         None,
-        "Number of items of each task, drawn at random, always the same.",
+        "Maximum number of items of each task: a random sample, the same in every run.",
         panel=TASKS,
         bounds=COUNT,
         shown_default="all",
@@ -78,8 +79,8 @@ class EvaluateConfig(Checked):
     """
 
     text: Text | None = group(None, only=TEXT_OPTIONS)
-    against: str | None = option(None, "The dense model to compare with.", metavar="DENSE")
+    against: str | None = option(None, "The dense model, to measure fidelity to.", metavar="DENSE")
     tasks: Tasks | None = None
-    card: bool = option(False, "Put the results into the models' own cards.", panel=OUTPUT)
+    card: bool = option(False, "Write the results into the model card of every MODEL.", panel=OUTPUT)
     compute: ComputeConfig = group(ComputeConfig(), only=("device", "dtype", "batch_size", "attention", "stream"))
     overwrite: bool = overwrite_option()

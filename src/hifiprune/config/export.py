@@ -18,7 +18,7 @@ class ExportConfig(Checked):
         overwrite: replace an existing output.
     """
 
-    to: str = option("gguf", "Format: gguf, one file for llama.cpp and what is built on it.")
+    to: str = option("gguf", "Format: gguf, one file for llama.cpp and programs built on it.")
     type: str = option(
         "auto",
         "Number type of the weights: f32, f16, bf16, q8_0, or auto for 16 bits; q4_0, q4_k_m and others by "

@@ -8,7 +8,7 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from hifiprune.config.options import declared_options, without_none
+from hifiprune.config.options import declared_options, group_of, without_none
 from hifiprune.errors import UserError, nearest_name
 from hifiprune.io.atomic import local_path
 from hifiprune.io.hub import at_commit
@@ -97,6 +97,10 @@ def _check_names(config: Any, facts: Any, where: str, path: str = "") -> None:
             raise UserError(f"{where}: '{path}{name}' is not an option; known are {', '.join(names)}{hint}")
         if is_dataclass(kind := without_none(kinds[name])) and value is not None:
             _check_names(kind, value, where, f"{path}{name}.")
+            only, unused = group_of(config, name).only, {field.name: field.default for field in fields(kind)}
+            for option, usual in unused.items():
+                if only and option not in only and value.get(option, usual) != usual:
+                    raise UserError(f"{where}: '{path}{name}.{option}' has no effect on this command; leave it out")
 
 
 def read_config(path: Path, command: str) -> dict[str, Any]:

@@ -8,12 +8,13 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from hifiprune.bounds import Bounds, check_number
 from hifiprune.errors import unknown
 
-WIDTHS, CALIBRATION, SCORING = "Widths", "Calibration data", "Scoring and repair"
+WIDTHS, CALIBRATION, PRESET, SCORING = "Widths", "Calibration data", "Preset and repair", "Scoring"
 TEXT, TASKS = "Text to measure on", "Zero-shot tasks"
 TRAINING_DATA, LOSS, OPTIMIZATION, ADAPTER = "Training data", "Loss", "Optimization", "LoRA"
 COMPUTE, OUTPUT = "Compute", "Output"
 PANELS = (
-    None, WIDTHS, CALIBRATION, SCORING, TEXT, TASKS, TRAINING_DATA, LOSS, OPTIMIZATION, ADAPTER, COMPUTE, OUTPUT,
+    None, WIDTHS, CALIBRATION, PRESET, SCORING, TEXT, TASKS, TRAINING_DATA, LOSS, OPTIMIZATION, ADAPTER, COMPUTE,
+    OUTPUT,
 )  # fmt: skip
 """Help panels in order; the first has the options that matter most."""
 Words = Callable[[list[str]], dict[str, object]]

@@ -8,15 +8,15 @@ from hifiprune.bounds import COUNT, INNER_SHARE
 from hifiprune.config.groups import (
     AllocationConfig,
     Budget,
-    Calibration,
     ComputeConfig,
     CriterionOptions,
     dry_run_option,
     overwrite_option,
     until_stable_option,
 )
-from hifiprune.config.options import CALIBRATION, OUTPUT, SCORING, WIDTHS, Checked, group, option
+from hifiprune.config.options import CALIBRATION, OUTPUT, PRESET, SCORING, WIDTHS, Checked, group, option
 from hifiprune.config.presets import ACROSS_LAYERS, PRESETS, REPAIRS
+from hifiprune.config.texts import Calibration
 from hifiprune.defaults import DEFAULT_CRITERION
 
 _DEFAULT = PRESETS["default"]
@@ -85,15 +85,15 @@ class PruneConfig(Checked):
     preset: str = option(
         "default",
         "Settings for all that is not given: default, or a paper's: hfprune, sdmprune.",
-        panel=SCORING,
+        panel=PRESET,
         choices=tuple(PRESETS),
     )
     options: CriterionOptions | None = None
     until_stable: float | None = until_stable_option()
     bias_compensation: bool = option(
         False,
-        "As FLAP, with its scores: put the mean outputs of removed neurons into biases.",
-        panel=SCORING,
+        "Add the mean output of the removed neurons to biases, as FLAP does; needs its criterion, flap.",
+        panel=PRESET,
     )
     compute: ComputeConfig = ComputeConfig()
     shard_size: str = option("5GB", "Largest weight file.", panel=OUTPUT)

@@ -87,9 +87,9 @@ class TrainingConfig(Checked):
     )
     gradient_checkpointing: bool = option(
         False,
-        "Compute each block twice, for less memory, or keep its activations.",
+        "Recompute activations in the backward pass (less memory), or keep them (less time).",
         panel=COMPUTE,
-        flag="--gradient-checkpointing/--keep-activations",
+        flag="--gradient-checkpointing/--keep-graphs",
     )
     distill_weight: float = option(
         1.0,
@@ -107,10 +107,10 @@ class TrainingConfig(Checked):
     )
     cache_teacher: int | None = option(
         None,
-        "Keep this many of the dense model's likeliest tokens at each position on disk, and train without it.",
+        "Keep the dense model's logits of this many likeliest tokens on disk, and train without it in memory.",
         panel=LOSS,
         bounds=COUNT,
-        shown_default="the dense model runs along",
+        shown_default="nothing is kept",
     )
     evaluate_every: int = option(
         50, "Steps between evaluations on held-out rows, and between saved states.", panel=OPTIMIZATION, bounds=COUNT
@@ -194,13 +194,21 @@ class RecoverConfig(Checked):
         metavar="DENSE",
         shown_default="the one that was pruned",
     )
-    control: bool = option(False, "Train the dense model instead, on the same data.", panel=TRAINING_DATA)
+    control: bool = option(
+        False,
+        "Train the dense model instead, on the same data, to see what the data alone is worth.",
+        panel=TRAINING_DATA,
+    )
     learn_prompts: bool = option(False, "Learn prompts too, not only answers.", panel=TRAINING_DATA)
     text_column: str | None = option(
         None, "Column that holds the text.", panel=TRAINING_DATA, shown_default="guessed from the data"
     )
     max_rows: int | None = option(
-        None, "Rows of a hub data set to read.", panel=TRAINING_DATA, bounds=COUNT, shown_default="all"
+        None,
+        "Maximum number of rows to read from a hub data set.",
+        panel=TRAINING_DATA,
+        bounds=COUNT,
+        shown_default="all",
     )
     keep_adapter: bool = option(False, "Write the LoRA adapter too.", panel=OUTPUT)
     resume: bool = option(False, "Only continue an interrupted run; never start a new one.", panel=OUTPUT)

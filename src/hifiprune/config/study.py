@@ -5,8 +5,9 @@ from pathlib import Path
 
 from hifiprune.bounds import COUNT, FEW, NOT_NEGATIVE_COUNT, PAIR, SEED
 from hifiprune.config.evaluate import TEXT_OPTIONS, Tasks
-from hifiprune.config.groups import Calibration, ComputeConfig, CriterionOptions, Text, overwrite_option
+from hifiprune.config.groups import ComputeConfig, CriterionOptions, overwrite_option
 from hifiprune.config.options import WIDTHS, Checked, group, option
+from hifiprune.config.texts import Calibration, Text
 from hifiprune.defaults import DEFAULT_CRITERION
 
 
@@ -61,7 +62,7 @@ class AblateConfig(Checked):
         groups: number of random groups to remove.
         group_size: neurons of a group, all of one layer.
         seed: seed of the sample.
-        compute: device and arithmetic; `auto` is float32, since in half precision a single neuron drowns in rounding.
+        compute: device and arithmetic; in half precision what a single neuron does drowns in rounding.
         overwrite: replace an existing output.
 
     Raises:
@@ -76,5 +77,5 @@ class AblateConfig(Checked):
     groups: int = option(32, "Number of random groups of neurons to remove.", bounds=NOT_NEGATIVE_COUNT)
     group_size: int = option(32, "Neurons in a group, all of one layer.", bounds=PAIR)
     seed: int = option(0, "Seed of the sample of neurons.", bounds=SEED)
-    compute: ComputeConfig = group(ComputeConfig(), only=("device", "dtype", "batch_size", "attention"))
+    compute: ComputeConfig = group(ComputeConfig(dtype="float32"), only=("device", "dtype", "batch_size", "attention"))
     overwrite: bool = overwrite_option()

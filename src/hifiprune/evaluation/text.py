@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hifiprune.calibration import cut_windows, join_documents, window_start
-from hifiprune.config.groups import Text
+from hifiprune.config.texts import Text
 from hifiprune.errors import UserError
 from hifiprune.io.text_sources import read_documents
 
