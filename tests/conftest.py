@@ -24,8 +24,8 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from hifiprune.commands.cost_model import Pace
 from hifiprune.commands.demo import fetch_gguf, fetch_smollm2
+from hifiprune.commands.trial import Pace
 from hifiprune.engine.machine import Machine
 from hifiprune.models.families import FAMILIES
 from tests.families import LAYOUTS, VOCABULARY, tiny_config
@@ -142,9 +142,8 @@ def stopwatch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """Spare the time that estimates of time take, but in tests of those."""
     if request.node.get_closest_marker("stopwatch") is None:
         monkeypatch.setattr("hifiprune.engine.machine.Machine.now", lambda: Machine(2, 2, 1.0, 0.0))
-        monkeypatch.setattr("hifiprune.engine.compute.product_speed", lambda *_: 1e9)
-        monkeypatch.setattr("hifiprune.commands.cost_model.Estimator._tried", lambda *_: Pace(1e-3, 1e-3))
-        monkeypatch.setattr("hifiprune.commands.cost_model.Estimator._moments", lambda *_: 1e-3)
+        monkeypatch.setattr("hifiprune.commands.trial.Trial._tried", lambda *_: Pace(1e-3, 1e-3))
+        monkeypatch.setattr("hifiprune.commands.trial.Trial.moments", lambda *_: 1e-3)
 
 
 @pytest.fixture

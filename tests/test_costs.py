@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import hifiprune as hp
-from hifiprune.commands import cost_model
-from hifiprune.commands.cost_model import Estimator, Pace
+from hifiprune.commands import cost_model, trial
+from hifiprune.commands.cost_model import Estimator
+from hifiprune.commands.trial import Pace
 from hifiprune.config import CriterionOptions
 from hifiprune.models.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.models.families import FAMILIES
@@ -46,7 +47,7 @@ class Products(TorchDispatchMode):
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Trials take a second an operation."""
     with Products() as products:
-        monkeypatch.setattr(cost_model, "time", SimpleNamespace(perf_counter=lambda: float(products.total)))
+        monkeypatch.setattr(trial, "time", SimpleNamespace(perf_counter=lambda: float(products.total)))
         yield
 
 
@@ -96,23 +97,33 @@ def test_a_trial_does_what_every_kind_of_criterion_asks_for(
     if variant in FORMS:
         assert seconds["flap"] == operations(path, forward_only=True), "it needs no gradients"
     assert estimator.repair(3, 20, 24).seconds > 2 * seconds["flap"], "of the dense model, and of the one that is cut"
-    monkeypatch.setattr(Estimator, "_rates", (2.0, 0.0, 0.0))
+    monkeypatch.setattr(Estimator, "rates", (2.0, 0.0, 0.0))
     stored = 4 * sum(parameter.numel() for parameter in find_blocks(load(path)).parameters())
     for streamed in (False, True):
         reading = estimator_of(path, streamed=streamed).scoring([("magnitude", CriterionOptions())], 0, 0).seconds
         assert reading == 2.0 * stored * streamed, "it reads no text"
 
 
+@pytest.mark.parametrize("variant", DISTINCT[:3])
+def test_reading_is_one_forward_pass_to_the_logits(
+    variant: str, make_checkpoint: Callable[..., Path], counted: None
+) -> None:
+    path = make_checkpoint(family=variant)
+    with Products() as products:
+        load(path)(input_ids=tiny_tokens(1, 20), use_cache=False)
+    assert estimator_of(path).reading(3 * 20, 20) == 3 * products.total
+
+
 @pytest.mark.parametrize("layers", [3, 5])
 def test_seconds_follow_from_the_trial(
     layers: int, make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def timed(model: Any, tokens: torch.Tensor, jobs: Any, *, recompute: bool) -> float:
+    def timed(model: Any, tokens: torch.Tensor, jobs: Any, recompute: bool) -> float:
         blocks, vocabulary = len(model.model.layers), model.config.vocab_size
         return float(tokens.numel() * (7 + 20 * blocks + 3 * vocabulary))
 
-    monkeypatch.setattr(cost_model, "_timed", timed)
-    monkeypatch.setattr(cost_model, "VOCABULARY", 50)
+    monkeypatch.setattr(cost_model, "sweep", timed)
+    monkeypatch.setattr(trial, "VOCABULARY", 50)
     path = make_checkpoint(num_hidden_layers=layers)
     for size in (1, 2):
         estimator = Estimator(find_checkpoint(str(path)), hp.ComputeConfig(device="cpu", batch_size=size))
@@ -125,12 +136,12 @@ def test_long_windows_are_tried_by_their_first_positions(
 ) -> None:
     seen = []
 
-    def timed(model: Any, tokens: torch.Tensor, jobs: Any, *, recompute: bool) -> float:
+    def timed(model: Any, tokens: torch.Tensor, jobs: Any, recompute: bool) -> float:
         seen.append(tokens.shape[1])
         return float(tokens.numel() * len(model.model.layers))
 
-    monkeypatch.setattr(cost_model, "_timed", timed)
-    monkeypatch.setattr(cost_model, "product_speed", lambda *_: 1e5)
+    monkeypatch.setattr(cost_model, "sweep", timed)
+    monkeypatch.setattr(trial, "product_speed", lambda *_: 1e5)
     estimator = Estimator(find_checkpoint(str(make_checkpoint(num_hidden_layers=4))), hp.ComputeConfig(device="cpu"))
     assert estimator.scoring(REQUEST, 2, 640).seconds == pytest.approx(2 * 640 * 4)
     assert set(seen) == {32}
@@ -221,8 +232,8 @@ def test_scoring_and_repair_follow_from_the_pace_of_a_block(world: Path, tmp_pat
     words = ("prune", world / "dense", "--output", tmp_path / "out", "--width", 24, *text, "--dry-run", "--json")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Estimator, "_tried", lambda *_: Pace(1.0, 0.0))
-        patch.setattr(Estimator, "_moments", lambda *_: 0.0)
-        patch.setattr(Estimator, "_solution", lambda *_: 0.0)
+        patch.setattr(Estimator, "moments", lambda *_: 0.0)
+        patch.setattr(Estimator, "solution", lambda *_: 0.0)
         found = run(*words).json["expected"]
     seconds = {cost["step"]: cost["seconds"] for cost in found}
     assert seconds["cutting and repairing"] == pytest.approx(3 * 4 * 2.3)

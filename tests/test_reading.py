@@ -27,7 +27,7 @@ from transformers import BatchEncoding, PreTrainedTokenizer, PreTrainedTokenizer
 
 from hifiprune import Calibration, Text, UserError
 from hifiprune.calibration import check_source, load_windows
-from hifiprune.commands.cost_model import Estimator, Pace
+from hifiprune.commands.trial import Pace, Trial
 from hifiprune.evaluation.text import held_windows
 from hifiprune.io.spool import stored_tokens
 from hifiprune.io.text_files import lines_of
@@ -344,11 +344,11 @@ def test_batch_sizes_beyond_the_data_are_cut_down_and_told(
 ) -> None:
     tried: list[int] = []
 
-    def keep(estimator: Estimator, *_: object) -> Pace:
-        tried.append(estimator.compute.batch_size)
+    def keep(trial: Trial, *_: object) -> Pace:
+        tried.append(trial.compute.batch_size)
         return Pace(1e-3, 1e-3)
 
-    monkeypatch.setattr(Estimator, "_tried", keep)
+    monkeypatch.setattr(Trial, "_tried", keep)
     text, held, out = world / "calibration.txt", world / "held.txt", tmp_path / "out"
     windows = ("--calibration", text, "--num-samples", 3)
     said = "There are 3 windows: --batch-size 20000 is cut down to 3."

@@ -489,7 +489,7 @@ def test_a_time_limit_bounds_the_whole_run(
     assert clock.seconds <= 600 - writing
     assert clock.seconds > 600 - writing - step
     said = capsys.readouterr().err
-    assert "50 steps of 64 tokens, under 1 s" in said
+    assert "50 steps of 64 tokens, about 1 s" in said, "three passes over 100 rows of 4 ms each"
     assert "It ends with these steps or after 10 minutes in all, whichever comes first." in said
     assert f"held-out rows: 6 of {clock.rows // 2}, about {8 * (clock.rows // 2 - 6)} s left" in said
     assert f"step 1 of 50, 1 tokens a second, about {(600 - look - step) / 60:.0f} min left" in said
@@ -555,7 +555,7 @@ def test_a_limit_that_passes_while_the_data_is_read_or_the_teacher_asked_is_kept
         record.results["trouble"]
         == "the time limit of 10 minutes passed before the first step, so give a larger --max-minutes"
     )
-    monkeypatch.setattr("hifiprune.recovery.distillation.estimate_seconds", lambda *_, **__: 7200.0)
+    monkeypatch.setattr("hifiprune.commands.cost_model.Estimator.reading", lambda *_, **__: 7200.0)
     with pytest.raises(hp.UserError, match=r"rows takes about 2\.0 h, and max-minutes is 10: give more of them"):
         run(pruned, tmp_path / "refused", replace(TIMED, cache_teacher=8))
 

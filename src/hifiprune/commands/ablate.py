@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hifiprune.bounds import COUNT, NOT_NEGATIVE_COUNT, PAIR, check_number
+from hifiprune.commands.cost_model import Estimator
 from hifiprune.commands.prepare import check_tokens, load_hashed, prepare
 from hifiprune.config.files import to_dict
 from hifiprune.config.study import AblateConfig
-from hifiprune.engine.compute import compute_dtype, estimate_seconds, limit_batch, resolved_device
+from hifiprune.engine.compute import compute_dtype, limit_batch
 from hifiprune.engine.context import check_windows, frozen, memory_explained
 from hifiprune.engine.hooks import BlockCall
 from hifiprune.engine.lm_head import Head
@@ -82,12 +83,12 @@ def ablate(model: str, output: str | Path, config: AblateConfig) -> RunRecord:
     paths = {trial: unfinished.path("trials", data, *trial) for trial in trials}
     known = {trial: unfinished.read_json(path) for trial, path in paths.items()}
     missing = [trial for trial, found in known.items() if found is None]
-    tokens = windows.numel() * len(missing)
-    cost = estimate_seconds(dense.config, tokens, windows.shape[1], resolved_device(compute), dense.dtype, backwards=0)
+    estimator = Estimator(checkpoint, compute, loaded=True)
+    cost = estimator.reading(windows.numel() * len(missing), windows.shape[1])
     logger.info(
         f"Removing {config.neurons} single neurons and {config.groups} groups of {config.group_size} in turn, "
         f"{len(missing)} of them still to do, on {len(windows)} windows of {windows.shape[1]} tokens: {about(cost)}"
-        f"{condition(resolved_device(compute))}. Interrupted, the same command goes on where it stopped."
+        f"{condition(estimator.device)}. Interrupted, the same command goes on where it stopped."
     )
     with record.stage("ablating"):
         bench = Bench(dense, windows, {layer for layer, _ in trials}, compute.batch_size)

@@ -21,7 +21,7 @@ from hifiprune.commands.messages import announce_scoring
 from hifiprune.config.evaluate import Tasks
 from hifiprune.config.groups import ComputeConfig
 from hifiprune.config.texts import Calibration
-from hifiprune.engine.compute import estimate_seconds, resolved_device
+from hifiprune.engine.compute import resolved_device
 from hifiprune.engine.machine import condition
 from hifiprune.engine.temporary_cut import cut
 from hifiprune.evaluation.criteria_comparison import Measured
@@ -171,8 +171,5 @@ class Workbench:
 
     def _seconds(self, text: Held) -> float:
         """Rough time of a measurement: a forward pass, and with every metric about half as much again."""
-        windows, device = text.windows, resolved_device(self.compute)
-        passes = estimate_seconds(
-            self.model.config, windows.numel(), windows.shape[1], device, self.model.dtype, backwards=0
-        )
-        return passes * (1.5 if text.fidelity else 1.1)
+        one_pass = self._estimator.reading(text.windows.numel(), text.windows.shape[1])
+        return one_pass * (1.5 if text.fidelity else 1.1)

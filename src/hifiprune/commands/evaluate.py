@@ -12,11 +12,12 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hifiprune.commands.cost_model import Estimator
 from hifiprune.commands.prepare import check_model, check_tokens, load_hashed
 from hifiprune.config.evaluate import EvaluateConfig
 from hifiprune.config.files import to_dict
 from hifiprune.config.groups import ComputeConfig
-from hifiprune.engine.compute import compute_dtype, estimate_seconds, limit_batch, resolved_device
+from hifiprune.engine.compute import limit_batch
 from hifiprune.engine.context import check_names
 from hifiprune.engine.machine import condition
 from hifiprune.errors import UserError
@@ -222,20 +223,19 @@ class Bench:
 
     def cost(self, first: Checkpoint, count: int) -> str:
         """What all of it will take, judged by the first checkpoint."""
-        tokens, what = 0, []
+        estimator, seconds, what = Estimator(first, self.compute, loaded=True), 0.0, []
         if self.windows is not None:
-            tokens += 2 * self.windows.numel()
+            seconds += 2 * estimator.reading(self.windows.numel(), self.windows.shape[1])
             what.append(f"{len(self.windows)} windows of {self.windows.shape[1]} tokens")
         prompts = [prompt for exam in self.exams.values() for prompt in exam.prompts]
         if prompts:
             some = random.Random(0).sample(prompts, min(len(prompts), 200))
             lengths = [len(ids) for ids in first.tokenizer()(some).input_ids]
-            tokens += len(prompts) * sum(lengths) // len(lengths)
+            mean = sum(lengths) // len(lengths)
+            seconds += estimator.reading(len(prompts) * mean, mean)
             what.append(f"{len(prompts):,} prompts of {len(self.exams)} tasks")
-        dtype, device = compute_dtype(self.compute, first), resolved_device(self.compute)
-        seconds = count * estimate_seconds(first.config(), tokens, 512, device, dtype, backwards=0)
         models = how_many(count, "model")
-        return f"Measuring {models} on {' and '.join(what)}: {about(seconds)}{condition(device)}."
+        return f"Measuring {models} on {' and '.join(what)}: {about(count * seconds)}{condition(estimator.device)}."
 
     def results(self) -> dict[str, Any]:
         """All that was found, model by model; differences are to the dense model, or else to the first."""

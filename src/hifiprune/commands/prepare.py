@@ -13,6 +13,7 @@ from hifiprune.config.groups import ComputeConfig
 from hifiprune.config.texts import Calibration, Text
 from hifiprune.engine.compute import check_compute, compute_dtype, resolved_device
 from hifiprune.engine.context import check_vocabulary
+from hifiprune.engine.memory import free_bytes
 from hifiprune.engine.offload import stream
 from hifiprune.engine.spill import Scratch
 from hifiprune.errors import UserError
@@ -25,7 +26,6 @@ from hifiprune.models.mlp import count_parameters, find_mlps
 from hifiprune.progress import logger
 from hifiprune.pruning.cut_checkpoint import hash_stored, stored_plainly
 from hifiprune.run_record import RunRecord
-from hifiprune.scoring.accumulate import free_bytes
 
 FITS = 0.8
 """Share of the free memory that weights may take before they are streamed."""

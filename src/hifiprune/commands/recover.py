@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, TrainerState, set_seed
 
+from hifiprune.commands.cost_model import Estimator
 from hifiprune.commands.prepare import load_hashed
 from hifiprune.commands.recover_preflight import RecoverJob, resolve
 from hifiprune.config.groups import ComputeConfig
 from hifiprune.config.recover import RecoverConfig, TrainingConfig
-from hifiprune.engine.compute import compute_dtype, estimate_seconds, load, resolved_device
+from hifiprune.engine.compute import compute_dtype, load, resolved_device
 from hifiprune.engine.context import memory_explained
 from hifiprune.engine.machine import condition
 from hifiprune.errors import RunError, UserError
@@ -119,8 +121,9 @@ def load_teacher(job: RecoverJob, rows: Packed) -> Lesson:
     if kept is None:
         return Lesson(rows, teacher, model_hash)
     with job.record.stage("caching teacher logits"):
+        seconds = partial(Estimator(job.dense, job.config.compute, loaded=True).reading, positions=rows.length)
         remembered = cache_teacher(
-            rows, teacher, model_hash, kept, training.temperature, job.config.compute, job.unfinished, job.limit
+            rows, teacher, model_hash, kept, training.temperature, seconds, job.unfinished, job.limit
         )
     return Lesson(remembered, None, model_hash)
 
@@ -148,7 +151,9 @@ def train(job: RecoverJob, lesson: Lesson, held: Packed) -> Outcome:
     folder = state_folder(
         job, student, model_hash, [asdict(training), rows.digest(), held.digest(), lesson.teacher_hash, processes()]
     )
-    logger.info(_announce(student, training, rows, held, compute))
+    dtype = str(student.dtype).removeprefix("torch.")
+    batches = replace(compute, dtype=dtype, batch_size=training.per_device_batch_size)
+    logger.info(_announce(training, rows, held, Estimator(job.started, batches, loaded=True)))
     set_seed(training.seed)  # LoRA starts at random
     trained = _trainable(student, training)
     watch = Watch(job.limit, _tokens_per_step(training), last_state(folder))
@@ -245,22 +250,14 @@ def _tokens_per_step(training: TrainingConfig) -> int:
     return training.per_device_batch_size * training.gradient_accumulation_steps * training.seq_len * processes()
 
 
-def _announce(
-    model: PreTrainedModel, training: TrainingConfig, rows: Packed, held: Packed, compute: ComputeConfig
-) -> str:
-    """What training will cost."""
+def _announce(training: TrainingConfig, rows: Packed, held: Packed, estimator: Estimator) -> str:
+    """What training will cost: passes of the model and its teacher, and gradients of activations or of all weights."""
     each = _tokens_per_step(training)
     steps = training.max_steps or math.ceil(len(rows) * training.seq_len / each) * training.epochs
-    seconds = estimate_seconds(
-        model.config,
-        int(steps * each),
-        training.seq_len,
-        resolved_device(compute),
-        model.dtype,
-        forwards=2 if training.taught and not training.cache_teacher else 1,
-        backwards=1 if training.method == "lora" else 2,
-    )
-    cost = f"{steps:,.0f} steps of {each:,} tokens, {about(seconds)}{condition(resolved_device(compute))}."
+    forwards = 2 if training.taught and not training.cache_teacher else 1
+    passes = forwards + (1 if training.method == "lora" else 2)
+    seconds = passes * estimator.reading(int(steps * each / processes()), training.seq_len)
+    cost = f"{steps:,.0f} steps of {each:,} tokens, {about(seconds)}{condition(estimator.device)}."
     if training.max_minutes:
         limit = how_many(training.max_minutes, "minute")
         cost += f" It ends with these steps or after {limit} in all, whichever comes first."

@@ -1,12 +1,11 @@
-"""Device and dtype of a run, and a rough estimate of its time."""
+"""Device, dtype and attention implementation of a run."""
 
 import os
-import time
 from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hifiprune.config.groups import ComputeConfig
@@ -14,8 +13,6 @@ from hifiprune.errors import UserError, unknown
 from hifiprune.io.atomic import local_path
 from hifiprune.io.distributed import local_rank
 from hifiprune.models.checkpoint import DTYPES, Checkpoint
-from hifiprune.models.detect import family_of
-from hifiprune.models.mlp import width_of
 from hifiprune.progress import note
 
 FLASH_PACKAGES = {
@@ -85,40 +82,6 @@ def check_attention(name: str, device: str) -> None:
         raise UserError(f"attention '{name}' runs on a GPU only, and the device is {device}; leave out --attention")
     if package and find_spec(module) is None:
         raise UserError(f"attention '{name}' needs {package}: pip install {package}, or leave out --attention")
-
-
-def estimate_seconds(
-    config: PretrainedConfig,
-    tokens: int,
-    positions: int,
-    device: str,
-    dtype: torch.dtype,
-    *,
-    forwards: int = 1,
-    backwards: int = 1,
-) -> float:
-    """Estimate the seconds of passes over `tokens`: their operations over the speed of a matrix product here."""
-    text = config.get_text_config()
-    layers, hidden, width = text.num_hidden_layers, text.hidden_size, width_of(config)
-    maps, heads = len(family_of(config).inputs) + 1, text.num_attention_heads
-    head_width = getattr(text, "head_dim", None) or hidden // heads
-    keys = getattr(text, "num_key_value_heads", None) or heads
-    weights = layers * (maps * hidden * width + 2 * hidden * head_width * (heads + keys)) + hidden * text.vocab_size
-    attention = (2 * forwards + 5 * backwards) * layers * positions * heads * head_width  # causal
-    operations = tokens * (2 * (forwards + backwards) * weights + attention)
-    return float(operations) / product_speed(hidden, width, device, dtype)
-
-
-def product_speed(hidden: int, width: int, device: str, dtype: torch.dtype) -> float:
-    """Measure the operations per second of `[512, hidden] @ [hidden, width]`."""
-    left = torch.randn(512, hidden, device=device, dtype=dtype)
-    right = torch.randn(hidden, width, device=device, dtype=dtype)
-    (left @ right).sum().item()
-    start, products = time.perf_counter(), 0
-    while time.perf_counter() - start < 0.1:
-        (left @ right).sum().item()
-        products += 1
-    return products * 2 * 512 * hidden * width / (time.perf_counter() - start)
 
 
 def load(checkpoint: Checkpoint, compute: ComputeConfig) -> PreTrainedModel:

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 
 from hifiprune.engine.context import check_windows, frozen, memory_explained
 from hifiprune.engine.lm_head import Head
+from hifiprune.engine.memory import group_of
 from hifiprune.engine.verify import verified_chain
 from hifiprune.errors import UserError
 from hifiprune.evaluation.bootstrap import Estimate, bootstrap_mean
 from hifiprune.progress import track
-from hifiprune.scoring.accumulate import group_of
 
 LogProbs = Float[Tensor, "rows vocabulary"]
 

@@ -20,8 +20,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from hifiprune.config.groups import ComputeConfig
-from hifiprune.engine.compute import estimate_seconds, resolved_device
 from hifiprune.engine.context import memory_explained
 from hifiprune.engine.lm_head import Head
 from hifiprune.engine.machine import condition
@@ -184,17 +182,27 @@ def cache_teacher(
     model_hash: str,
     kept: int,
     temperature: float,
-    compute: ComputeConfig,
+    seconds_of: Callable[[int], float],
     unfinished: ResumeFolder,
     limit: TimeLimit,
 ) -> CachedTeacher:
     """Cache a teacher's distributions for all rows, each process its share.
 
+    Args:
+        rows: packed rows to be trained on.
+        teacher: the dense model.
+        model_hash: hash of its weights.
+        kept: number of likeliest tokens that are cached.
+        temperature: temperature of the distributions.
+        seconds_of: estimates the seconds in which the teacher reads that many tokens.
+        unfinished: finished parts, from which the same command resumes.
+        limit: time limit of the run.
+
     Raises:
         UserError: there is no room on the disk, or far from enough time.
         OutOfTimeError: the time limit passed meanwhile.
     """
-    model, device = teacher.model, torch.device(resolved_device(compute))
+    model, device = teacher.model, teacher.model.device
     facts = [model_hash, str(model.dtype), kept, temperature, rows.digest()]
     found = CachedTeacher(rows, kept, lambda first: unfinished.path("teacher", *facts, first, suffix=".safetensors"))
     missing, free = found.missing(), shutil.disk_usage(nearest_folder(unfinished.folder)).free
@@ -205,9 +213,7 @@ def cache_teacher(
             "use a smaller one"
         )
     if missing:
-        tokens = ROWS_A_FILE * len(missing) * rows.length
-        seconds = estimate_seconds(model.config, tokens, rows.length, str(model.device), model.dtype, backwards=0)
-        seconds /= processes()
+        seconds = seconds_of(ROWS_A_FILE * len(missing) * rows.length) / processes()
         if seconds > CLEARLY * max(limit.left, 1.0):
             raise UserError(
                 f"caching the teacher for {len(rows)} rows takes {about(seconds)}, and "
@@ -215,7 +221,7 @@ def cache_teacher(
             )
         logger.info(
             f"Asking the dense model about {len(rows):,} rows; its {kept} likeliest tokens take {disk_size(needed)} on "
-            f"the disk until all is done: {about(seconds)}{condition(model.device)}."
+            f"the disk until all is done: {about(seconds)}{condition(device)}."
         )
     meet(device, unfinished.make)  # all have seen the same files missing
     with memory_explained(model, rows.length):

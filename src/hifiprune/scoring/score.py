@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from hifiprune.config.groups import SDMPRUNE_SETTINGS, CriterionOptions
 from hifiprune.defaults import DEFAULT_CRITERION
 from hifiprune.engine.context import check_windows, frozen
+from hifiprune.engine.memory import choose_recompute, free_bytes, group_of
 from hifiprune.engine.offload import walk
 from hifiprune.engine.temporary_cut import cut
 from hifiprune.engine.verify import verified_chain
@@ -25,7 +26,7 @@ from hifiprune.models.mlp import Mlp, by_block, count_parameters, find_mlps
 from hifiprune.models.unsupported import refuse_altered
 from hifiprune.plan import Plan, proportional_width, top_indices
 from hifiprune.scores import Scores
-from hifiprune.scoring.accumulate import Job, Pass, PassConfig, choose_recompute, group_of, needs
+from hifiprune.scoring.accumulate import Job, Pass, PassConfig, needs
 from hifiprune.scoring.criteria import Criterion, find_criterion
 from hifiprune.scoring.early_stopping import Stability, looks
 from hifiprune.scoring.neuron_statistics import WITHOUT_WEIGHTS, Sample, mean_activation, weight_absolute
@@ -117,7 +118,7 @@ def score_all(
         check_windows(model, windows, batch_size)
         check_share(-(-len(windows) // batch_size))
         if recompute is None:
-            recompute = choose_recompute(model, batch_size * windows.shape[1])
+            recompute = choose_recompute(model, batch_size * windows.shape[1], free_bytes(model.device))
         facts |= {"windows": len(windows), "positions": windows.shape[1]}
         facts |= {"batch_size": batch_size, "recompute": recompute}
     with frozen(model):

@@ -1,0 +1,89 @@
+"""Memory of a pass: hidden states, graphs and logits of a batch, and how many batches go through a block in turn."""
+
+import shutil
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from hifiprune.engine.lm_head import SLICE_BYTES, SLICE_ROWS
+from hifiprune.engine.offload import offload_of
+from hifiprune.io.distributed import neighbours
+from hifiprune.models.mlp import width_of
+
+FLOAT32 = 4
+PER_NEURON, PER_FEATURE = 4, 14
+"""Numbers that a block's graph keeps for each token, for each MLP neuron and each feature of the hidden state."""
+SLICES = 4
+"""Slices of logits, gradients and scratch that the head needs at once."""
+MAPS = 3
+"""Weight gradients of an MLP that are held at once."""
+
+
+def choose_recompute(model: PreTrainedModel, tokens: int, free: int) -> bool:
+    """Return whether to recompute: the graphs of all blocks would not fit into half of the free memory."""
+    return working_bytes(model, tokens, recompute=False) > free // 2
+
+
+def working_bytes(
+    model: PreTrainedModel, tokens: int, *, recompute: bool, objectives: int = 1, maps: bool = False
+) -> int:
+    """Estimate the memory above the weights for steps of `tokens` positions: graphs, gradients, slices of logits.
+
+    With `maps` it includes the weight gradients of one MLP.
+    """
+    config = model.config.get_text_config()
+    layers, state, graph = config.num_hidden_layers, state_bytes(model, tokens), graph_bytes(model, tokens)
+    graphs = 2 * graph + 2 * layers * state if recompute else layers * graph
+    gradients = (objectives - 1) * state
+    products = MAPS * FLOAT32 * width_of(model.config) * config.hidden_size if maps else 0
+    return int(graphs + gradients + slice_bytes(model) + products)
+
+
+def state_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Return the bytes of the hidden states of `tokens` positions between two blocks."""
+    return int(tokens * model.config.get_text_config().hidden_size * model.dtype.itemsize)
+
+
+def graph_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Return the bytes that the graph of one block keeps for `tokens` positions."""
+    hidden = model.config.get_text_config().hidden_size
+    return int(tokens * (PER_NEURON * width_of(model.config) + PER_FEATURE * hidden) * model.dtype.itemsize)
+
+
+def slice_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of one slice of logits and their gradients."""
+    return int(SLICES * max(SLICE_BYTES, FLOAT32 * SLICE_ROWS * model.config.get_text_config().vocab_size))
+
+
+def group_of(model: PreTrainedModel, tokens: int, objectives: int = 0) -> int:
+    """Return the number of batches of `tokens` positions that take turns at each block: 1 with weights in memory."""
+    shelf = offload_of(model)
+    if shelf is None:
+        return 1
+    return choose_group(model, tokens, objectives, shelf.device, shelf.scratch.folder if shelf.scratch else None)
+
+
+def choose_group(
+    model: PreTrainedModel, tokens: int, objectives: int, device: torch.device, scratch: str | Path | None
+) -> int:
+    """Return the number of batches of `tokens` positions that take turns at each block of a streamed model.
+
+    The inputs of all blocks are kept for each batch, while weights are read twice for the whole group; the inputs may
+    take a quarter of the free memory, or half of the free space on the disk of `scratch`.
+    """
+    state = state_bytes(model, tokens)
+    inputs, moving = int(model.config.get_text_config().num_hidden_layers) * state, (2 + objectives) * state
+    memory = free_bytes(device) // 4 // (neighbours() if device.type == "cpu" else 1)
+    if scratch is None:
+        return max(1, memory // (inputs + moving))
+    return max(1, min(memory // moving, shutil.disk_usage(scratch).free // 2 // neighbours() // inputs))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes that can still be allocated on `device`."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    return int(psutil.virtual_memory().available)
