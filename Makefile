@@ -7,10 +7,11 @@ ENGINE := $(VENV)-llama-cpp
 READERS := $(VENV)-readers
 READERS_4 := $(VENV)-readers-4
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
-# Checks types and shapes at every call, which takes as long again as what is called: for tests of numerics only.
+# Checks types and shapes at every call, which takes as long again as what is called: for tests of numerics only, of a
+# variant of each form of block (tests/conftest.py).
 TYPES := --jaxtyping-packages=hifiprune,beartype.beartype
 TYPED := $(addprefix tests/test_,$(addsuffix .py,allocation calibration criteria cut cutting evaluation experts families fisher \
-	objectives repair scoring scratch search second_order steps streaming training_loss))
+	objectives repair scoring scratch streaming training_loss))
 
 .PHONY: demo test test-exhaustive test-browser test-llama-cpp test-readers chromium check docs notebook figures bench wheel-test \
 	dist publish
@@ -59,7 +60,7 @@ bench: $(VENV)/.dev
 	cp demo-out/demo.json benchmarks/results/demo.json
 
 wheel-test: $(VENV)/.dev
-	rm -rf dist build
+	rm -rf dist build/lib build/bdist.* build/env build/pruned
 	$(BIN)/python -m build --wheel --outdir dist .
 	$(PYTHON) -m venv build/env
 	build/env/bin/pip install --quiet --constraint constraints.txt dist/*.whl

@@ -28,7 +28,7 @@ from hifiprune.commands.demo import fetch_gguf, fetch_smollm2
 from hifiprune.commands.trial import Pace
 from hifiprune.engine.machine import Machine
 from hifiprune.models.families import FAMILIES
-from tests.families import LAYOUTS, VOCABULARY, tiny_config
+from tests.families import LAYOUTS, TYPED, VOCABULARY, tiny_config
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -44,10 +44,22 @@ def fetching() -> Iterator[Path]:
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
-def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Function]) -> None:
     for item in items:
-        if item.get_closest_marker("by_layout") and item.callspec.params["variant"] not in LAYOUTS:
+        if item.get_closest_marker("by_layout") and variant_of(item) not in LAYOUTS:
             item.add_marker("exhaustive")
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
+    if config.getoption("--jaxtyping-packages"):
+        left = [item for item in items if variant_of(item) not in (None, *TYPED)]
+        items[:] = [item for item in items if item not in left]
+        config.hook.pytest_deselected(items=left)
+
+
+def variant_of(item: pytest.Function) -> str | None:
+    """The variant of a family that a test is run for."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    variant: str | None = params.get("variant") or params.get("family")
+    return variant
 
 
 def pytest_collection_finish() -> None:

@@ -138,6 +138,8 @@ ROUTED = ["mixtral", "deepseek_v2", "qwen2_moe"]
 """Those with experts: nothing else, plain blocks too, an MLP that they share."""
 LAYOUTS = [*FORMS, *ROUTED, "qwen2_vl"]
 """Every way that blocks, MLPs and models are laid out."""
+TYPED = ["llama", "gemma2", "falcon", "gpt2", "opt", "phi3", "mixtral", "deepseek_v2", "qwen2_vl"]
+"""One of each form of block and MLP, for runs that check types and shapes at every call."""
 MIXED = [name for name in VARIANTS if not FAMILIES[name.split("-", maxsplit=1)[0]].one_width]
 """Those whose MLPs may differ in width: experts may not."""
 

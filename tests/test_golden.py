@@ -13,6 +13,7 @@ from hifiprune.config import CriterionOptions
 from hifiprune.evaluation.ranks import spearman
 from hifiprune.scoring.score import score_all
 
+pytestmark = [pytest.mark.exhaustive, pytest.mark.first]  # 8 windows of 1,024 tokens by three criteria take minutes
 EXACT_WIDTH = 1017  # 20% of all parameters of SmolLM2-135M
 LIGHT_WIDTH = 1497  # after SDMPrune's light cut
 

@@ -21,7 +21,7 @@ Output = Annotated[str, Option(metavar="PATH", help="File or folder to create; i
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing output.", metavar="")]
 
 
-def keyword(name: str, annotation: Any, default: Any = Parameter.empty) -> Parameter:
+def keyword(name: str, annotation: Any, default: Any) -> Parameter:
     """Return a parameter of a typer command."""
     return Parameter(name, Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
 
