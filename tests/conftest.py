@@ -57,9 +57,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Func
 
 def variant_of(item: pytest.Function) -> str | None:
     """The variant of a family that a test is run for."""
-    params = item.callspec.params if hasattr(item, "callspec") else {}
-    variant: str | None = params.get("variant") or params.get("family")
-    return variant
+    params: dict[str, Any] = item.callspec.params if hasattr(item, "callspec") else {}
+    return params.get("variant") or params.get("family")
 
 
 def pytest_collection_finish() -> None:

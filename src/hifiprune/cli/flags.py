@@ -51,7 +51,7 @@ def with_config(command: Callable[..., None]) -> Callable[..., None]:
     further = _further({*parameters}, {*flags})
 
     @wraps(command)
-    def run(context: Context, **values: Any) -> None:
+    def run(context: Any, **values: Any) -> None:
         given = {key: value for key, value in values.items() if _is_given(context, key)}
         _check_values(flags, given)
         file = values.get("config_file")
@@ -76,7 +76,7 @@ def with_config(command: Callable[..., None]) -> Callable[..., None]:
 
     derived = [_parameter(flag, options[0]) for flag, options in flags.items()]
     told = [CONFIG_FILE, *MESSAGES] if config else MESSAGES
-    _declare(run, [keyword("context", Context), *inputs, *derived, *further, *told])
+    _declare(run, [keyword("context", Context, inspect.Parameter.empty), *inputs, *derived, *further, *told])
     return run
 
 
