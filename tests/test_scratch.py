@@ -12,7 +12,7 @@ import torch
 import hifiprune as hp
 from hifiprune.config import CriterionOptions
 from hifiprune.engine.offload import stream
-from hifiprune.engine.spill import Scratch, spill
+from hifiprune.engine.spill import PAGE, Scratch, spill
 from hifiprune.engine.verify import verified_chain
 from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.scoring.score import score_all
@@ -23,6 +23,7 @@ from tests.families import tiny_tokens
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_tensors_come_back_as_they_were(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = [torch.randn(3, 5, 7).to(dtype), torch.randn(7, 4).to(dtype).T, torch.zeros(0, 2, dtype=dtype)]
+    tensors.append(torch.randn(3, PAGE // 2).to(dtype))  # of several pages
     kept = [spill(Scratch(tmp_path), tensor) for tensor in tensors]
     for _ in range(2):
         for tensor, each in zip(tensors, kept, strict=True):
@@ -31,21 +32,24 @@ def test_tensors_come_back_as_they_were(tmp_path: Path, dtype: torch.dtype) -> N
     assert list(tmp_path.iterdir()) == [], "the file has no name"
 
 
-def test_room_is_used_again_and_never_too_early(tmp_path: Path) -> None:
+def test_room_is_used_again_and_never_too_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hifiprune.engine.spill.PAGE", 40)
     scratch, chance = Scratch(tmp_path), random.Random(0)
     alive: dict[int, tuple[torch.Tensor, Any]] = {}
     for _ in range(500):
         values = torch.randn(chance.choice((10, 20, 30)))
         alive[chance.randrange(7)] = values, scratch.keep(values)  # forgets what had this place
         assert all(torch.equal(kept(), values) for values, kept in alive.values())
-    assert os.fstat(scratch._file.fileno()).st_size <= 2 * 8 * 120, "eight of the largest, and as much between them"
+    assert os.fstat(scratch._file.fileno()).st_size <= 8 * 120, "eight of the largest, and nothing between them"
     alive.clear()
-    assert scratch._unused == [(0, scratch._end)], "one room again"
+    del values
+    assert sorted(scratch._unused) == list(range(scratch._pages)), "all of it again"
 
 
-def test_batches_of_another_size_take_the_room_of_those_before(tmp_path: Path) -> None:
+def test_batches_of_another_size_take_the_room_of_those_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hifiprune.engine.spill.PAGE", 36)
     scratch = Scratch(tmp_path)
-    for width in (40, 20, 33, 25, 40, 7):  # as activations of layers that differ
+    for width in (7, 20, 33, 25, 40, 7):  # as activations of layers that differ
         kept = [scratch.keep(torch.zeros(9, width)) for _ in range(5)]
         del kept
     assert os.fstat(scratch._file.fileno()).st_size == 5 * 9 * 40 * 4
@@ -69,7 +73,10 @@ def test_a_file_cut_short_is_told(tmp_path: Path) -> None:
         kept()
 
 
-def test_inputs_of_blocks_are_on_the_disk(make_checkpoint: Any, tmp_path: Path) -> None:
+def test_inputs_of_blocks_are_on_the_disk(
+    make_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hifiprune.engine.spill.PAGE", 32)
     scratch = Scratch(tmp_path)
     model = stream(find_checkpoint(str(make_checkpoint())), torch.float32, scratch=scratch)
     score_all(model, tiny_tokens(4, 9), [("hfprune", CriterionOptions())], model_hash="known")

@@ -2,8 +2,7 @@
 
 import os
 import tempfile
-from bisect import bisect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -13,6 +12,8 @@ from hifiprune.errors import RunError, UserError
 from hifiprune.io.atomic import local_path
 from hifiprune.io.safetensors_stream import bytes_of
 
+PAGE = 2**18
+"""Bytes of a page of the scratch file; a tensor takes whole pages, wherever they are free."""
 Spilled = Callable[[], Tensor]
 """Returns a spilled tensor, as often as it is called."""
 
@@ -33,9 +34,8 @@ class Scratch:
             self._file = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115
         except OSError as error:
             raise UserError(f"scratch folder {folder} cannot be used: {error.strerror}") from error
-        self._end = 0
-        self._unused: list[tuple[int, int]] = []
-        """Start and length of each gap, in order; adjacent gaps are merged."""
+        self._pages = 0
+        self._unused: list[int] = []
 
     def keep(self, tensor: Tensor) -> Spilled:
         """Write a tensor to the file; return what reads it back with its dtype, to its device.
@@ -45,57 +45,50 @@ class Scratch:
         """
         return _SpilledTensor(self, tensor)
 
-    def write(self, tensor: Tensor) -> int:
-        """Write the bytes of a tensor; return their offset."""
-        left = bytes_of(tensor.to("cpu").contiguous())
-        place = start = self._room(len(left))
+    def write(self, tensor: Tensor) -> list[int]:
+        """Write the bytes of a tensor; return the pages that hold them."""
+        values = bytes_of(tensor.to("cpu").contiguous())
+        pages = self._take(-(-len(values) // PAGE))
         try:
-            while left:
-                count = os.pwrite(self._file.fileno(), left, place)
-                left, place = left[count:], place + count
+            for part, offset in _parts(values, pages):
+                left, place = part, offset
+                while left:
+                    count = os.pwrite(self._file.fileno(), left, place)
+                    left, place = left[count:], place + count
         except OSError as error:
             raise RunError(
-                f"what is set aside in {self.folder} could not be written after {self._end / 1e9:.2f} GB: "
+                f"what is set aside in {self.folder} could not be written after {self._pages * PAGE / 1e9:.2f} GB: "
                 f"{error.strerror}; free some space there or choose another --scratch"
             ) from error
-        return start
+        return pages
 
-    def read(self, start: int, tensor: Tensor) -> None:
-        """Fill a tensor with the bytes from offset `start` on.
+    def read(self, pages: list[int], tensor: Tensor) -> None:
+        """Fill a tensor with the bytes in pages.
 
         Raises:
             RunError: the disk does not give them back.
         """
-        left = bytes_of(tensor)
         try:
-            while left:
-                count = os.preadv(self._file.fileno(), [left], start)
-                if count == 0:
-                    raise OSError(0, "the file ends too early")
-                left, start = left[count:], start + count
+            for part, offset in _parts(bytes_of(tensor), pages):
+                left, place = part, offset
+                while left:
+                    count = os.preadv(self._file.fileno(), [left], place)
+                    if count == 0:
+                        raise OSError(0, "the file ends too early")
+                    left, place = left[count:], place + count
         except OSError as error:
             raise RunError(f"what was set aside in {self.folder} cannot be read: {error.strerror}") from error
 
-    def _room(self, size: int) -> int:
-        """Return the offset of the first gap of at least `size` bytes, or of new space at the end."""
-        for number, (start, length) in enumerate(self._unused):
-            if length >= size:
-                self._unused[number : number + 1] = [(start + size, length - size)] if length > size else []
-                return start
-        self._end += size
-        return self._end - size
+    def release(self, pages: list[int]) -> None:
+        """Release pages for reuse."""
+        self._unused += reversed(pages)
 
-    def forget(self, start: int, size: int) -> None:
-        """Release `size` bytes at offset `start` for reuse."""
-        place = bisect(self._unused, (start, size))
-        if place and sum(self._unused[place - 1]) == start:  # right after another unused room
-            place -= 1
-            before, length = self._unused.pop(place)
-            start, size = before, length + size
-        if place < len(self._unused) and self._unused[place][0] == start + size:
-            size += self._unused.pop(place)[1]
-        if size:
-            self._unused.insert(place, (start, size))
+    def _take(self, count: int) -> list[int]:
+        """Return released pages, and new ones at the end of the file where these are too few."""
+        pages = [self._unused.pop() for _ in range(min(count, len(self._unused)))]
+        added = range(self._pages, self._pages + count - len(pages))
+        self._pages = added.stop
+        return [*pages, *added]
 
 
 class _SpilledTensor:
@@ -103,17 +96,22 @@ class _SpilledTensor:
 
     def __init__(self, scratch: Scratch, tensor: Tensor):
         self._scratch, self._shape, self._dtype, self._device = scratch, tensor.shape, tensor.dtype, tensor.device
-        self._size = tensor.numel() * tensor.element_size()
-        self._start = scratch.write(tensor)
+        self._pages = scratch.write(tensor)
 
     def __call__(self) -> Tensor:
         values = torch.empty(self._shape, dtype=self._dtype)
-        self._scratch.read(self._start, values)
+        self._scratch.read(self._pages, values)
         return values.to(self._device)
 
     def __del__(self) -> None:
-        if hasattr(self, "_start"):  # not if writing failed
-            self._scratch.forget(self._start, self._size)
+        if hasattr(self, "_pages"):  # not if writing failed
+            self._scratch.release(self._pages)
+
+
+def _parts(values: memoryview, pages: list[int]) -> Iterator[tuple[memoryview, int]]:
+    """Yield the part of the bytes that each page holds, and the page's offset."""
+    for number, page in enumerate(pages):
+        yield values[number * PAGE : (number + 1) * PAGE], page * PAGE
 
 
 def spill(scratch: Scratch | None, tensor: Tensor) -> Spilled:
