@@ -8,11 +8,13 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import MISSING
 from functools import cache
 from typing import Any
 
 import hifiprune
 from hifiprune import config
+from hifiprune.config.options import Declared, declared_options
 
 CLI, API = "<!-- generated: command line -->", "<!-- generated: public names -->"
 GROUPS = {
@@ -20,7 +22,6 @@ GROUPS = {
     "Calibration and scoring": ("calibration", "scores", "scoring"),
     "Pruning": ("plan", "pruning"),
     "Evaluation": ("evaluation",),
-    "Options": ("config",),
 }
 """Headings of the API page, with the modules whose names go under each; the rest goes under a last one."""
 
@@ -52,16 +53,28 @@ def help_of(*words: str) -> str:
 
 
 def public_names() -> str:
-    """Return a directive of mkdocstrings for each public name, by the part of the package that defines it."""
-    owners: dict[str, Any] = dict.fromkeys(hifiprune.__all__, hifiprune) | dict.fromkeys(config.__all__, config)
-    places = {name: str(getattr(owner, name).__module__) for name, owner in owners.items()}
-    lines, told = [], set[str]()
+    """Return what the page shows of each public name, by the part of the package that defines it."""
+    names = {name: str(getattr(hifiprune, name).__module__) for name in hifiprune.__all__}
+    lines, told = [], {*config.__all__}
     for title, parts in [*GROUPS.items(), ("Records and errors", None)]:
-        names = [
-            name
-            for name, place in places.items()
-            if name not in told and (parts is None or {*place.split(".")} & {*parts})
-        ]
-        told |= {*names}
-        lines += [f"## {title}", *(f"::: {places[name]}.{name}" for name in names)] if names else []
-    return "\n\n".join(lines)
+        chosen = [name for name in names if name not in told and (not parts or {*names[name].split(".")} & {*parts})]
+        told |= {*chosen}
+        lines += [f"## {title}", *(f"::: {names[name]}.{name}" for name in chosen)]
+    return "\n\n".join([*lines, "## Options", *map(options, config.__all__)])
+
+
+def options(name: str) -> str:
+    """Return a config class with a table of its options, those of its groups by their path."""
+    declared: Any = getattr(config, name)
+    told = declared.__doc__.partition("\n\n    Attributes:")[0].replace("\n    ", "\n")
+    owner = "hifiprune" if name in hifiprune.__all__ else "hifiprune.config"
+    rows = [f"| `{'.'.join(each.path)}` | {shown(each)} | {each.option.help} |" for each in declared_options(declared)]
+    table = "\n".join(["| option | default | |", "|---|---|---|", *rows]).replace("[", "\\[")  # no links
+    return f"### `{owner}.{name}`\n\n{told}\n\n{table}"
+
+
+def shown(option: Declared) -> str:
+    """Return the default of an option."""
+    if option.default is MISSING:
+        return "required"
+    return option.option.shown_default or f"`{option.default!r}`"

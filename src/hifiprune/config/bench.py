@@ -9,21 +9,7 @@ from hifiprune.config.options import Checked, group, option
 
 @dataclass(frozen=True)
 class BenchConfig(Checked):
-    """Options of `bench`.
-
-    Attributes:
-        batch_sizes: sequences at once.
-        lengths: tokens of each sequence that are read.
-        new_tokens: tokens that are written afterwards.
-        rounds: turns of every model, each in a fresh process.
-        repeats: timings in a turn, of which the median counts.
-        compiled: time `torch.compile` too.
-        compute: device and arithmetic.
-        overwrite: replace an existing output.
-
-    Raises:
-        UserError: a value is out of range.
-    """
+    """Options of `bench`."""
 
     batch_sizes: tuple[int, ...] = option(
         (1,),

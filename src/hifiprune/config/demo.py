@@ -9,15 +9,7 @@ from hifiprune.config.options import Checked, group, option
 
 @dataclass(frozen=True)
 class DemoConfig(Checked):
-    """Options of `demo`.
-
-    Attributes:
-        model: local folder, hub id or GGUF file; None is SmolLM2-135M-Instruct.
-        num_samples: number of calibration windows.
-        seq_len: tokens per window.
-        compute: device.
-        overwrite: make a finished demo anew.
-    """
+    """Options of `demo`."""
 
     model: str | None = option(
         None,

@@ -19,15 +19,7 @@ PAPERS = (
 class Tasks(Checked):
     """The zero-shot tasks to run.
 
-    Attributes:
-        names: names of tasks, groups or tags; `papers` stands for those in `PAPERS`. A group reports its own value, if
-            it defines one, and that of every task.
-        include_path: folder of task files, which take precedence over the harness's own tasks.
-        limit: maximum number of items of each task, drawn at random.
-        seed: seed of that draw.
-
-    Raises:
-        UserError: the limit is out of range.
+    Names are of tasks, groups or tags; a group reports its own value, if it defines one, and that of every task.
     """
 
     names: tuple[str, ...] = option(
@@ -38,7 +30,8 @@ class Tasks(Checked):
     )
     include_path: Path | None = option(
         None,
-        "Folder of task files beside those of the harness; Python functions that they name by !function are run.",
+        "Folder of task files, which take precedence over the harness's; Python functions that they name by !function "
+        "are run.",
         panel=TASKS,
         flag="--task-path",
         metavar="PATH",
@@ -64,19 +57,7 @@ TEXT_OPTIONS = ("source", "seq_len", "max_windows", "text_column")
 
 @dataclass(frozen=True)
 class EvaluateConfig(Checked):
-    """Options of `evaluate`.
-
-    Attributes:
-        text: held-out text to measure perplexity and fidelity on.
-        against: the dense model.
-        tasks: zero-shot tasks.
-        card: put the results into the model cards of the models, which must be checkpoints of ours on this disk.
-        compute: device and arithmetic.
-        overwrite: replace an existing output.
-
-    Raises:
-        UserError: a value is out of range.
-    """
+    """Options of `evaluate`."""
 
     text: Text | None = group(None, only=TEXT_OPTIONS)
     against: str | None = option(None, "The dense model, to measure fidelity to.", metavar="DENSE")

@@ -8,15 +8,7 @@ from hifiprune.config.options import Checked, option
 
 @dataclass(frozen=True)
 class ExportConfig(Checked):
-    """Options of `export`.
-
-    Attributes:
-        to: format; `gguf`.
-        type: number type of the weights, such as f16, q8_0 or q4_k_m; `auto` is 16 bits, bfloat16 where the checkpoint
-            has that.
-        converter: llama.cpp's folder, or its converter; if not given, the variable `LLAMA_CPP` or the PATH tells.
-        overwrite: replace an existing output.
-    """
+    """Options of `export`."""
 
     to: str = option("gguf", "Format: gguf, one file for llama.cpp and programs built on it.")
     type: str = option(

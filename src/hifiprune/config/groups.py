@@ -36,16 +36,7 @@ until_stable_option = partial(
 
 @dataclass(frozen=True)
 class Budget(Checked):
-    """How much to remove; exactly one of the three.
-
-    Attributes:
-        ratio: fraction of the model's total parameters, in (0, 1).
-        neuron_ratio: fraction of the MLP neurons, in (0, 1).
-        width: neurons that every MLP keeps.
-
-    Raises:
-        UserError: none or several are given, or a value is out of range.
-    """
+    """How much to remove; exactly one of the three."""
 
     ratio: float | None = option(None, "Fraction of all parameters to remove, such as 0.2.", bounds=INNER_SHARE)
     neuron_ratio: float | None = option(
@@ -68,18 +59,7 @@ class Budget(Checked):
 
 @dataclass(frozen=True)
 class CriterionOptions(Checked):
-    """Options of the criteria; each criterion uses those that it knows.
-
-    Attributes:
-        alpha: share of the divergence from the dense model in self-distillation, in [0, 1]; None is the papers'.
-        temperature: of the dense model in self-distillation; None is the papers'.
-        light_cut: fraction of the neurons that self-distillation removes before it looks.
-        label_samples: labels that `fisher` draws at each position, one backward pass each.
-        seed: of everything drawn at random.
-
-    Raises:
-        UserError: a value is out of range.
-    """
+    """Options of the criteria; each criterion uses those that it knows."""
 
     alpha: float | None = option(
         None,
@@ -121,16 +101,7 @@ class CriterionOptions(Checked):
 
 @dataclass(frozen=True)
 class AllocationConfig(Checked):
-    """How MLPs share the neurons that a budget leaves.
-
-    Attributes:
-        method: `uniform`, the same number in every MLP, which a stock configuration can state; or `global`, one
-            threshold over all MLPs, for scores that are on one scale.
-        floor: fraction of the uniform width that every MLP keeps where widths differ, in [0, 1].
-
-    Raises:
-        UserError: the allocation is not known, or a value is out of range.
-    """
+    """How MLPs share the neurons that a budget leaves."""
 
     method: str = option(
         "uniform",
@@ -149,21 +120,7 @@ class AllocationConfig(Checked):
 
 @dataclass(frozen=True)
 class ComputeConfig(Checked):
-    """How to run the model.
-
-    Attributes:
-        device: `auto` (CUDA if there is one, else the CPU), `cpu`, `cuda` or `cuda:N`.
-        dtype: `auto` (float32 on a CPU, the checkpoint's own on a GPU) or a floating dtype by name; the output
-            keeps the checkpoint's own dtype in any case.
-        batch_size: windows per step.
-        recompute: trade time for memory; None decides by free memory.
-        attention: transformers' name of an attention implementation, such as `flash_attention_2`; None is the default.
-        stream: leave the weights on the disk and read each block's when it runs; None decides by free memory.
-        scratch: folder in which a streamed model's activations are set aside, if not in memory.
-
-    Raises:
-        UserError: a value is out of range, or is no device.
-    """
+    """How to run the model; the output keeps the checkpoint's own dtype in any case."""
 
     device: str = option("auto", "Device: cpu, cuda, cuda:N, or auto: a GPU if there is one.", panel=COMPUTE)
     dtype: str = option(

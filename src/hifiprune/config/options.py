@@ -1,9 +1,10 @@
 """Declare an option once, as a field of a dataclass: name, type, default, help, bounds and help panel."""
 
+import re
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 from hifiprune.bounds import Bounds, check_number
 from hifiprune.errors import unknown
@@ -137,7 +138,19 @@ def group(default: Any = MISSING, /, *, one_of: bool = False, only: tuple[str, .
 
 
 class Checked:
-    """Base of every dataclass of options: values are checked as it is made."""
+    """Base of every dataclass of options: values are checked as it is made, and its docstring lists the options."""
+
+    def __init_subclass__(cls) -> None:
+        """Describe every option in the docstring as its help does, and every group by the name of its class."""
+        lines, kinds = [], dict[str, Any](cls.__annotations__)
+        for name, kind in kinds.items():
+            if get_origin(kind) is ClassVar:
+                continue
+            declared = getattr(getattr(cls, name, None), "metadata", {}).get("option")
+            group = re.sub(r"[\w.]+\.", "", getattr(kind, "__name__", str(kind)))
+            lines.append(f"        {name}: {declared.help if declared else f'see `{group}`.'}")
+        raised = "\n\n    Raises:\n        UserError: a value is out of range.\n"
+        cls.__doc__ = "\n".join([f"{(cls.__doc__ or '').rstrip()}\n\n    Attributes:", *lines]) + raised
 
     def __post_init__(self) -> None:
         """Check every value."""

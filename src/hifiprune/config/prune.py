@@ -34,29 +34,9 @@ BY_DEFAULT = f"{_DEFAULT.criterion}; {ACROSS_LAYERS} where widths differ; or the
 class PruneConfig(Checked):
     """Options of `prune`.
 
-    Attributes:
-        budget: how much to remove.
-        calibration: text to score and repair on; with `scores` for repair alone, and not needed for a plain cut by
-            criteria that look at weights alone.
-        criterion: how to score, see `hifiprune.scoring.criteria`; None is the preset's.
-        allocation: how widths are decided.
-        repair: `ridge` refits each MLP's output projection to what the dense model computes, in closed form; `none` is
-            the default where there is no calibration, or biases are compensated.
-        scores: file of scores of this very model, made before.
-        preset: what stands for all that is None: `default`, or one of the papers' systems, `hfprune` or `sdmprune`.
-        round_to: widths become the nearest multiple of it; None is the preset's.
-        options: of the criterion; if None, by default with the seed of the calibration data.
-        bias_compensation: put the mean output of the removed neurons into the bias of each output projection, as FLAP
-            does; only for architectures that have one, with criteria that collect mean activations.
-        until_stable: stop scoring once the kept set would agree so well with that of all windows; see
-            `hifiprune.scoring.early_stopping`.
-        compute: device and arithmetic.
-        shard_size: largest weight file, such as `5GB`.
-        overwrite: replace an existing output.
-        dry_run: stop once it is known what the run will cost.
-
-    Raises:
-        UserError: a value is out of range.
+    What is None is as the preset has it. Scores must be of this very model; with them, text is only read for repair,
+    and it is not needed for criteria that look at weights alone. Without `options` the criterion has its defaults, and
+    the seed of the calibration data.
     """
 
     budget: Budget = group(one_of=True)
@@ -105,19 +85,8 @@ class PruneConfig(Checked):
 class ScoreConfig(Checked):
     """Options of `score`.
 
-    Attributes:
-        calibration: text to score on; not needed for criteria that look at weights alone.
-        criterion: how to score; see `hifiprune.scoring.criteria`.
-        options: of the criterion; if None, by default with the seed of the calibration data.
-        until_stable: stop once the set kept at `ratio` would agree so well with that of all windows; see
-            `hifiprune.scoring.early_stopping`.
-        ratio: for which the scores will be used.
-        compute: device and arithmetic.
-        overwrite: replace an existing output.
-        dry_run: stop once it is known what the run will cost.
-
-    Raises:
-        UserError: a value is out of range.
+    Text is not needed for criteria that look at weights alone. Without `options` the criterion has its defaults, and
+    the seed of the calibration data.
     """
 
     calibration: Calibration | None = None

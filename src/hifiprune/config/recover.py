@@ -25,36 +25,7 @@ OPTIMIZERS = ("adamw", "adamw-bf16", "8-bit")
 
 @dataclass(frozen=True)
 class TrainingConfig(Checked):
-    """How a model is trained.
-
-    Attributes:
-        method: `lora`, low-rank changes that are merged afterwards (arXiv 2106.09685), or `full`.
-        learning_rate: rate at the start; it falls to zero along a cosine.
-        epochs: passes over the data, unless steps are given.
-        max_steps: optimizer steps.
-        max_minutes: wall-clock limit of the whole run; the learning rate falls with time where that is spent sooner
-            than the steps, and runs are not repeatable.
-        per_device_batch_size: rows per step on each device.
-        gradient_accumulation_steps: batches whose gradients make one optimizer step.
-        seq_len: tokens per row.
-        weight_decay: weight decay of AdamW.
-        lora_r: rank of the changes.
-        lora_alpha: scale of the changes, `alpha / r`.
-        lora_dropout: dropout of their input.
-        target_modules: linear layers that get a change; of none, all but the head.
-        optimizer: `adamw`; `adamw-bf16`, on a GPU weights trained in full and moments in bfloat16; `8-bit`.
-        gradient_checkpointing: compute each block twice, for less memory.
-        distill_weight: share of the divergence from the dense model in the loss, the rest being cross-entropy.
-        temperature: temperature of both distributions in the divergence.
-        match_hidden: weight of the difference between hidden states, see `hifiprune.recovery.loss.sliced_loss`.
-        cache_teacher: number of the likeliest tokens of the dense model's distribution to keep on disk.
-        evaluate_every: optimizer steps between evaluations on held-out rows, and between saved states.
-        held_out: fraction of the examples that are held out.
-        seed: seed of the order of the data, dropout and LoRA's start.
-
-    Raises:
-        UserError: a value is out of range.
-    """
+    """How a model is trained; `TRAININGS` has the papers' settings."""
 
     method: str = option("lora", "lora: low-rank changes, merged afterwards; full: all weights.", choices=METHODS)
     learning_rate: float = option(4e-4, "Learning rate at the start; it falls along a cosine.", bounds=POSITIVE)
@@ -62,7 +33,9 @@ class TrainingConfig(Checked):
     max_steps: int | None = option(
         None, "Number of optimizer steps, in place of --epochs.", panel=OPTIMIZATION, bounds=COUNT
     )
-    max_minutes: float | None = option(None, "Wall-clock limit of the whole run, in minutes.", bounds=POSITIVE)
+    max_minutes: float | None = option(
+        None, "Wall-clock limit of the whole run, in minutes; such a run is not repeatable.", bounds=POSITIVE
+    )
     per_device_batch_size: int = option(1, "Rows per step on each device.", panel=OPTIMIZATION, bounds=COUNT)
     gradient_accumulation_steps: int = option(
         32, "Batches whose gradients make one optimizer step.", panel=OPTIMIZATION, bounds=COUNT
@@ -163,25 +136,7 @@ TRAININGS = {
 
 @dataclass(frozen=True)
 class RecoverConfig(Checked):
-    """Options of `recover`.
-
-    Attributes:
-        training: how the model is trained; `TRAININGS` has the papers' settings.
-        teacher: the dense model; if None, the one that the pruned model's `run.json` names, by its hash.
-        control: train the dense model instead, to tell what the data is worth by itself.
-        learn_prompts: make labels of prompts and other people's turns too.
-        text_column: column of the text, guessed if not given.
-        max_rows: rows of a hub data set; all if None.
-        keep_adapter: also write the LoRA adapter, into the folder `adapter`.
-        resume: only continue an interrupted run, and never start a new one.
-        report_to: `tensorboard`, `trackio`, `wandb`, `swanlab` or another of transformers' own, told of losses too.
-        compute: device and arithmetic.
-        shard_size: largest weight file.
-        overwrite: replace an existing output.
-
-    Raises:
-        UserError: a value is out of range.
-    """
+    """Options of `recover`."""
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         name: {"training": asdict(training)} for name, training in TRAININGS.items()

@@ -15,20 +15,8 @@ from hifiprune.defaults import DEFAULT_CRITERION
 class CompareConfig(Checked):
     """Options of `compare`.
 
-    Attributes:
-        calibration: text to score on; its seed is that of the first draw, and the next draws count on from it.
-        texts: held-out texts to measure on.
-        criteria: names; the others are compared with the first.
-        ratios: fractions of all parameters to remove.
-        seeds: number of draws of the calibration windows.
-        tasks: zero-shot tasks to run too.
-        options: of the criteria, seeds apart; by default alpha and temperature follow the ratio, as in the papers.
-        round_to: widths become the nearest multiple of it.
-        compute: device and arithmetic.
-        overwrite: replace an existing output.
-
-    Raises:
-        UserError: a value is out of range.
+    The seed of the calibration data is that of the first draw, and the next draws count on from it. Without `options`
+    alpha and temperature follow the ratio, as in the papers.
     """
 
     calibration: Calibration = group()
@@ -55,18 +43,8 @@ class CompareConfig(Checked):
 class AblateConfig(Checked):
     """Options of `ablate`.
 
-    Attributes:
-        scores: files that `score` or `compare` made for this model.
-        text: held-out text to measure on.
-        neurons: number of single neurons to remove.
-        groups: number of random groups to remove.
-        group_size: neurons of a group, all of one layer.
-        seed: seed of the sample.
-        compute: device and arithmetic; in half precision what a single neuron does drowns in rounding.
-        overwrite: replace an existing output.
-
-    Raises:
-        UserError: a value is out of range.
+    Scores are those that `score` or `compare` made for this model. In half precision what a single neuron does drowns
+    in rounding.
     """
 
     scores: tuple[Path, ...] = option(

@@ -38,24 +38,8 @@ def mixture(words: list[str]) -> dict[str, object]:
 class Calibration(Checked):
     """Which text the model is shown, and how windows are drawn from it.
 
-    Attributes:
-        source: a `.jsonl`, `.csv`, `.tsv` or `.parquet` file, any other file as plain text, one of these as `.gz`,
-            `.bz2`, `.xz` or `.zst`, a folder of `.txt` and those, a pipe (`-` is standard input), `python-docs` (the
-            language reference that ships inside Python), `self` (text sampled from the model) or a hub data set,
-            `id[:config][:split]`.
-        num_samples: number of windows.
-        seq_len: tokens per window.
-        seed: of the choice of documents and windows.
-        sampler: `documents` draws one random window from each of `num_samples` random documents longer than `seq_len`
-            (the papers' way), `stream` joins all documents by the end-of-text token, cuts windows and draws from these;
-            `auto` is `stream` for a single document, else `documents`.
-        text_column: column of the text in JSON Lines, Parquet and hub data, guessed if not given.
-        mixed: further sources, and the share of the windows that each gets; `source` gets the rest.
-        bos: begin every window with what the tokenizer writes before a text, such as a start token, where it does. A
-            window of `seq_len` tokens has that many fewer of text. The papers' windows are without.
-
-    Raises:
-        UserError: a value is out of range.
+    The papers draw from documents, without a start token. `mixed` has further sources with the share of the windows
+    that each gets; `source` gets the rest.
     """
 
     source: str = option(
@@ -80,7 +64,11 @@ class Calibration(Checked):
         None, "Column that holds the text.", panel=CALIBRATION, shown_default="guessed from the data"
     )
     mixed: tuple[tuple[str, float], ...] = option((), "Further sources with their shares.", in_files_only=True)
-    bos: bool = option(True, "Begin every window with the tokenizer's start token.", in_files_only=True)
+    bos: bool = option(
+        True,
+        "Begin every window with what the tokenizer writes before a text, such as a start token, where it does.",
+        in_files_only=True,
+    )
 
     def __post_init__(self) -> None:
         """Check the sizes, the names of sources and their shares."""
@@ -129,18 +117,7 @@ class Calibration(Checked):
 
 @dataclass(frozen=True)
 class Text(Checked):
-    """A held-out text to evaluate on.
-
-    Attributes:
-        source: any calibration source except `self`.
-        seq_len: tokens per window.
-        max_windows: maximum number of windows, from the start of the text.
-        fidelity: measure every metric; otherwise only perplexity and entropy, in less time.
-        text_column: column of the text, guessed if not given.
-
-    Raises:
-        UserError: a number is out of range.
-    """
+    """A held-out text to evaluate on."""
 
     source: str = option(
         help="Held-out text to measure on: a .txt, .jsonl, .csv or .parquet file, a folder of these, '-' for standard "
