@@ -301,10 +301,6 @@ def test_the_sample_follows_the_seed() -> None:
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        ((0, 1, 1), "neurons 0"),
-        ((1, 1, 0), "group-size 0"),
-        ((1, 1, 1), "group-size 1 must be at least 2"),
-        ((1, -1, 1), "groups -1"),
         ((121, 0, 50), "neurons 121 is more than the model's 3 layers of 40; try fewer"),
         ((1, 1, 41), "group-size 41 is more than the 40 neurons of a layer"),
     ],

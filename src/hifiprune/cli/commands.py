@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
+import hifiprune as hp
 from hifiprune.cli.common import Model, Output, Overwrite, check_tasks_named
 from hifiprune.cli.console import show
 from hifiprune.cli.flags import with_config
@@ -49,7 +50,6 @@ def inspect(
     as_json: bool,
 ) -> None:
     """Show a model's MLPs and the width for each pruning ratio, without loading weights."""
-    import hifiprune as hp
     from hifiprune.cli import engine_table, tables
 
     facts = hp.inspect(model, deploy=deploy)
@@ -59,7 +59,6 @@ def inspect(
 @with_config
 def prune(model: Model, output: Output, config: PruneConfig, *, as_json: bool) -> None:
     """Prune a checkpoint: remove the least important MLP neurons, and repair the rest."""
-    import hifiprune as hp
     from hifiprune.cli import tables
 
     record = hp.prune(model, output, config)
@@ -70,7 +69,6 @@ def prune(model: Model, output: Output, config: PruneConfig, *, as_json: bool) -
 @with_config
 def score(model: Model, output: Output, config: ScoreConfig, *, as_json: bool) -> None:
     """Score every neuron once; then prune at any ratio in seconds."""
-    import hifiprune as hp
     from hifiprune.cli import tables
 
     record = hp.score_checkpoint(model, output, config)
@@ -96,7 +94,6 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Measure perplexity, fidelity to the dense model, and zero-shot accuracy, of one model or several."""
-    import hifiprune as hp
     from hifiprune.cli import tables
 
     check_tasks_named(config.tasks, given)
@@ -140,7 +137,6 @@ def compare(
     as_json: bool,
 ) -> None:
     """Prune by several criteria and compare the results."""
-    import hifiprune as hp
     from hifiprune.cli import tables
 
     check_tasks_named(config.tasks, given)
@@ -156,7 +152,6 @@ def compare(
 @with_config
 def ablate(model: Model, output: Output = "ablation", *, config: AblateConfig, as_json: bool) -> None:
     """Ablate neurons and correlate the measured KL divergence with each criterion's scores."""
-    import hifiprune as hp
     from hifiprune.cli import tables
 
     record = hp.ablate(model, output, config)
@@ -193,7 +188,6 @@ def recover(
     as_json: bool,
 ) -> None:
     """Fine-tune a pruned model, by distillation or on labels, to recover quality."""
-    import hifiprune as hp
     from hifiprune.cli import tables
 
     config.training.refuse_unused(given)
@@ -219,7 +213,6 @@ def bench(
     as_json: bool,
 ) -> None:
     """Benchmark prefill and decode speed against the dense model and the theoretical speed-up."""
-    import hifiprune as hp
     from hifiprune.cli import tables
 
     record = hp.bench(dense, pruned, config, output)
@@ -238,7 +231,6 @@ def report(
     as_json: bool,
 ) -> None:
     """Create a self-contained HTML report of one or more runs."""
-    import hifiprune as hp
 
     made = hp.report(folders, output, overwrite=overwrite)
     show({"report": str(made)}, as_json, lambda: typer.echo(f"Open {made} in a browser."))
@@ -253,7 +245,6 @@ def export(
     as_json: bool,
 ) -> None:
     """Write a checkpoint as a GGUF file, by llama.cpp's own converter."""
-    import hifiprune as hp
 
     facts = hp.export(model, output, config)
     show(facts, as_json, lambda: _shown(facts, local_path(output)))
@@ -277,7 +268,6 @@ def push(
     as_json: bool,
 ) -> None:
     """Upload a checkpoint to the hub; a dry run without --upload."""
-    import hifiprune as hp
     from hifiprune.cli import tables
 
     facts = hp.push(folder, repository, private=private, upload=upload)

@@ -12,7 +12,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune.bounds import COUNT, NOT_NEGATIVE_COUNT, PAIR, check_number
 from hifiprune.commands.cost_model import Estimator
 from hifiprune.commands.prepare import check_tokens, load_hashed, prepare
 from hifiprune.config.files import to_dict
@@ -114,10 +113,6 @@ def sample(scores: Scores, neurons: int, groups: int, group_size: int, seed: int
     Raises:
         UserError: there are not as many neurons.
     """
-    check_number("neurons", neurons, COUNT)
-    check_number("groups", groups, NOT_NEGATIVE_COUNT)
-    if groups:
-        check_number("group-size", group_size, PAIR)
     widths = [len(values) for values in scores.values]
     narrowest = min(widths)
     if neurons > len(widths) * narrowest:

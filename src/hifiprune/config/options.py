@@ -154,18 +154,10 @@ class Checked:
 
     def __post_init__(self) -> None:
         """Check every value."""
-        check_options(self)
-
-
-def check_options(config: Any) -> None:
-    """Refuse values of a dataclass of options that are out of range.
-
-    Raises:
-        UserError: one is.
-    """
-    for declared in fields(config):
-        if found := declared.metadata.get("option"):
-            found.check(declared.name, getattr(config, declared.name))
+        config: Any = self
+        for declared in fields(config):
+            if found := declared.metadata.get("option"):
+                found.check(declared.name, getattr(self, declared.name))
 
 
 def declared_options(config: type, path: tuple[str, ...] = ()) -> Iterator[Declared]:

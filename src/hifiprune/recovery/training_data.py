@@ -8,7 +8,6 @@ from typing import TypeVar
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from hifiprune.bounds import COUNT, check_number
 from hifiprune.errors import UserError
 from hifiprune.io.text_sources import TEXT_COLUMNS, Row, check_text, read_parts
 from hifiprune.io.tokenization import encode_plainly, special_tokens
@@ -70,8 +69,6 @@ def read_examples(
     Raises:
         UserError: there is nothing to learn from, or a row has none of these shapes.
     """
-    if max_rows is not None:
-        check_number("max-rows", max_rows, COUNT)
     examples: list[Example] = []
     ends = _written_around(tokenizer)
 

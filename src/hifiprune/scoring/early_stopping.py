@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hifiprune.bounds import INNER_SHARE, check_number
 from hifiprune.errors import UserError
 from hifiprune.io.distributed import processes
 from hifiprune.plan import Plan
@@ -31,17 +30,11 @@ class Stability:
         wanted: required overlap of the kept set with that of all windows, as a share of the neurons kept.
         select: returns the plan for given scores.
         curve: for every check the windows so far, the overlap of their halves, and its extrapolation.
-
-    Raises:
-        UserError: no set agrees so well, or so badly.
     """
 
     wanted: float
     select: Callable[[Scores], Plan]
     curve: list[dict[str, Any]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        check_number("until-stable", self.wanted, INNER_SHARE)
 
     def check(self, criteria: Sequence[str]) -> None:
         """Refuse criteria and runs that cannot stop early.
