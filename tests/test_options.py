@@ -355,7 +355,7 @@ def test_no_help_is_cut_off_at_80_columns(command: str, monkeypatch: pytest.Monk
     assert "…" not in shown
     assert max(map(len, shown.splitlines())) <= 80
     starred = set(re.findall(r"^│ \*  (--[\w-]+)", shown, re.MULTILINE))
-    needed = {"compare": {"--output", "--calibration"}, "ablate": {"--scores"}, "demo": set(), "recover": set()}
+    needed = {"compare": {"--output", "--calibration"}, "ablate": {"--scores"}, "recover": {"--data"}}
     outputs = {"--output"} if command in ("prune", "score", "export") else set()
     assert starred == needed.get(command, outputs)
 

@@ -730,9 +730,9 @@ def test_the_command_shows_presets_and_refuses_what_it_lacks(pruned: Path, tmp_p
     assert shown.code == 0, shown.err
     assert shown.json == {**asdict(TRAININGS["hfprune-lora"]), "lora_r": 8, "target_modules": []}
     assert "learning-rate" in run_command(*show).out
-    refused(run_command("recover", pruned / "pruned", "--output", tmp_path / "out"), "give --data")
+    refused(run_command("recover", pruned / "pruned", "--output", tmp_path / "out"), "missing option '--data'")
     flags = ("--output", tmp_path / "out", "--data", pruned / "data.jsonl")
-    refused(run_command("recover", *flags), "name a folder, hub id or .gguf file")
+    refused(run_command("recover", *flags), "missing argument 'MODEL'")
     full = (*flags, "--method", "full")
     refused(run_command("recover", pruned / "pruned", *full, "--lora-r", 4), "lora-r is for --method lora")
     labels = (*flags, "--distill-weight", 0, "--temperature", 2)

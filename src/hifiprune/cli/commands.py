@@ -160,16 +160,16 @@ def ablate(model: Model, output: Output = "ablation", *, config: AblateConfig, a
 
 @with_config
 def recover(
-    model: Annotated[str | None, Argument(metavar="MODEL", help="Local folder, hub id or .gguf file.")] = None,
-    output: Output = "recovered",
+    model: Model,
     data: Annotated[
-        str | None,
+        str,
         Option(
-            help="Training data, required: rows with the columns text, instruction and output, prompt and response, or "
-            "messages: "
-            "a .txt, .jsonl, .csv or .parquet file, a folder of these, or a hub data set id[:config][:split]."
+            metavar="SOURCE",
+            help="Training data: rows with the columns text, instruction and output, prompt and response, or messages; "
+            "a .txt, .jsonl, .csv or .parquet file, a folder of these, or a hub data set id[:config][:split].",
         ),
-    ] = None,
+    ],
+    output: Output = "recovered",
     preset: Annotated[
         str,
         Option(
@@ -177,10 +177,7 @@ def recover(
         ),
     ] = "default",
     show_preset: Annotated[
-        bool,
-        Option(
-            "--show-preset", help="Show the preset's settings, then stop; needs neither MODEL nor --data.", metavar=""
-        ),
+        bool, Option("--show-preset", help="Show the preset's settings, then stop.", metavar="")
     ] = False,
     *,
     config: RecoverConfig,
@@ -195,10 +192,6 @@ def recover(
         settings = asdict(config.training)
         show(settings, as_json, lambda: tables.settings(settings))
         return
-    if model is None:
-        raise UserError("recover needs a checkpoint to train: name a folder, hub id or .gguf file")
-    if data is None:
-        raise UserError("recover needs rows to learn from: give --data")
     record = hp.recover(model, output, data, config)
     show(record.to_dict(), as_json, lambda: tables.recovered(record, local_path(output)))
 

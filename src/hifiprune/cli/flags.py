@@ -59,7 +59,8 @@ def with_config(command: Callable[..., None]) -> Callable[..., None]:
         settle = partial(_input, given=given, facts=facts, context=context)
         arguments = {each.name: settle(each.name, kinds[each.name], values[each.name]) for each in inputs}
         use_token(values.get("token"))
-        set_threads(settle("threads", int, values.get("threads")))
+        if "threads" in values:
+            set_threads(settle("threads", int, values["threads"]))
         if arguments.get("model"):
             arguments["model"] = at_revision(arguments["model"], settle("revision", str, values.get("revision")))
         settled = _settled(config, facts, given, arguments.get("preset")) if config else {}
@@ -119,7 +120,7 @@ def _input(name: str, kind: Any, value: Any, given: Mapping[str, Any], facts: di
     of_file = facts.pop(name, None)
     if name not in given and of_file is not None:
         return checked(kind, of_file, f"--config: {name}")
-    if name in context.command.must_be_given and not value:
+    if name in context.command.must_be_given and not value and "show_preset" not in given:
         parameter = next(parameter for parameter in context.command.params if parameter.name == name)
         raise missing(parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.metavar or name.upper())
     return value

@@ -28,7 +28,7 @@ def plain_switches(parameters: list[Any]) -> list[Any]:
 
 
 class Command(TyperCommand):
-    """A command that the file of `--config` may give what it needs."""
+    """A command that needs its parameters without a default, unless the file of `--config` may have them."""
 
     @cached_property
     def must_be_given(self) -> frozenset[str]:
@@ -36,10 +36,10 @@ class Command(TyperCommand):
         return frozenset(parameter.name for parameter in self.params if parameter.required)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Take what the file of `--config` may hold as optional."""
-        from_file = any(word.split("=")[0] == "--config" for word in args)
+        """Take what must be given as optional where a file may hold it, or nothing is done with it."""
+        lifted = any(word.split("=")[0] in ("--config", "--show-preset") for word in args)
         for parameter in self.params:
-            parameter.required = parameter.name in self.must_be_given and not from_file
+            parameter.required = parameter.name in self.must_be_given and not lifted
         return super().parse_args(ctx, args)
 
     def get_params(self, ctx: Any) -> list[Any]:
