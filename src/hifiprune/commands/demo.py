@@ -147,6 +147,7 @@ def run(output: str | Path, config: DemoConfig = DemoConfig()) -> dict[str, Any]
     evaluation = evaluate.evaluate(after, EvaluateConfig(held_out, dense, card=True, compute=config.compute))
     with record.stage("continuing the prompts"):
         dense_texts, pruned_texts = continuations(dense), continuations(after)
+    record.commits = pruning.commits
     record.stages += pruning.stages + evaluation.stages
     record.results = pruning.results | {
         "dense": dense,

@@ -18,7 +18,7 @@ from hifiprune.commands.messages import (
 from hifiprune.commands.prepare import prepare
 from hifiprune.commands.score import SAMPLED, batches_of, check_data, check_resident, options_of
 from hifiprune.config.files import to_dict
-from hifiprune.config.presets import PRESETS, Preset, settle
+from hifiprune.config.presets import ACROSS_LAYERS, PRESETS, Preset
 from hifiprune.config.prune import PruneConfig
 from hifiprune.config.texts import Calibration
 from hifiprune.errors import UserError
@@ -109,17 +109,17 @@ def resolve(model: str, output: str | Path, config: PruneConfig, scores: Scores 
 
 def settle_system(config: PruneConfig, *, scored: bool) -> Preset:
     """Return what the preset, and what is given in place of its parts, come to with this text."""
-    repair = config.repair
+    preset, repair = PRESETS[config.preset], config.repair
     if repair is None and (config.calibration is None or config.bias_compensation):
         repair = "none"  # the default gives way
-        if config.calibration is None and PRESETS[config.preset].repair != "none":
+        if config.calibration is None and preset.repair != "none":
             note("No --calibration: repair is skipped.")
-    system = settle(
-        config.preset,
-        criterion=config.criterion,
-        repair=repair,
-        round_to=config.round_to,
-        uniform=config.allocation.method == "uniform",
+    compares_layers = config.preset == "default" and config.allocation.method != "uniform"
+    system = replace(
+        preset,
+        criterion=config.criterion or (ACROSS_LAYERS if compares_layers else preset.criterion),
+        repair=repair or preset.repair,
+        round_to=preset.round_to if config.round_to is None else config.round_to,
     )
     check_texts(system, config, scored=scored)
     return system

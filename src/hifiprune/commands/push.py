@@ -74,7 +74,7 @@ def push(folder: str, repository: str, *, private: bool = False, upload: bool = 
                 content = for_repository(card, repository).encode()
                 api.upload_file(path_or_fileobj=content, path_in_repo=CARD, repo_id=repository)
         except LocalTokenNotFoundError as error:
-            raise UserError("there is no login for the hub: run hf auth login, or set HF_TOKEN") from error
+            raise UserError("there is no login for the hub: run hf auth login, set HF_TOKEN or give --token") from error
         except HfHubHTTPError as error:
             raise RunError(f"the hub refused {repository}: {error.server_message or error}") from error
         except Exception as error:  # whatever the hub's library raises of the network

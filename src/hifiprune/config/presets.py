@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from hifiprune.defaults import DEFAULT_CRITERION
-from hifiprune.errors import unknown
 
 REPAIRS = ("none", "ridge")
 ACROSS_LAYERS = "fisher"
@@ -32,31 +31,3 @@ PRESETS = {
     "hfprune": Preset("hfprune", round_to=1, bos=False),
     "sdmprune": Preset("self-distillation", round_to=1, bos=False),
 }
-
-
-def settle(
-    name: str, *, criterion: str | None, repair: str | None, round_to: int | None, uniform: bool = True
-) -> Preset:
-    """Return a preset with what is given in its place.
-
-    Args:
-        name: name of the preset.
-        criterion: criterion in place of the preset's.
-        repair: repair in place of the preset's.
-        round_to: rounding in place of the preset's.
-        uniform: whether all MLPs get one width; else the default criterion is one that compares layers.
-
-    Raises:
-        UserError: there is no such preset.
-    """
-    if name not in PRESETS:
-        raise unknown("preset", name, PRESETS)
-    if name == "default" and not uniform:
-        criterion = criterion or ACROSS_LAYERS
-    preset = PRESETS[name]
-    return Preset(
-        criterion=criterion or preset.criterion,
-        repair=repair or preset.repair,
-        round_to=preset.round_to if round_to is None else round_to,
-        bos=preset.bos,
-    )
