@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
@@ -161,7 +162,7 @@ def main() -> None:
         pruned = hp.prune(str(dense), folder / "pruned", hp.PruneConfig(hp.Budget(ratio=0.2), calibration))
         facts = {
             "versions": {name: version(name) for name in PACKAGES},
-            "width": pruned.results["width"],
+            "width": asdict(pruned.results.width),
             "new_tokens": NEW,
             "windows": [WINDOWS, LENGTH],
             **compared(folder, fetch_converter(ROOT / ".cache" / "llama.cpp")),
@@ -197,7 +198,7 @@ def compared(folder: Path, converter: Path) -> dict[str, Any]:
                 for each in (engine, usual)
             )
             facts["types"][kind] = {
-                **{part: written[part] for part in ("bytes", "tensors", "remarks")},
+                **{part: getattr(written, part) for part in ("bytes", "tensors", "remarks")},
                 "same_tokens": same,
                 "same_with_f16_cache": usually,
                 "gaps_with_f16_cache": [

@@ -143,7 +143,7 @@ def cutting() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, shape in SHAPES.items():
         model = make(shape, FOLDER / name)
-        width, neurons = hp.inspect(str(model))["widths"]["20%"]["width_rounded_to_128"], shape["intermediate_size"]
+        width, neurons = hp.inspect(str(model)).widths["20%"].width_rounded_to_128, shape["intermediate_size"]
         layers, chance = range(shape["num_hidden_layers"]), torch.Generator().manual_seed(0)
         kept = [torch.randperm(neurons, generator=chance)[:width].sort().values for _ in layers]
         names = [f"model.layers.{layer}.mlp" for layer in layers]

@@ -23,9 +23,10 @@ from transformers import PreTrainedModel
 import hifiprune as hp
 from hifiprune.cli.console import speaking
 from hifiprune.commands.demo import fetch_smollm2
-from hifiprune.evaluation.speed import Workload, write
+from hifiprune.evaluation.speed import write
 from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.models.mlp import find_blocks, find_mlps
+from hifiprune.results import Workload
 
 ROOT = Path(__file__).parent.parent
 PRUNED = {

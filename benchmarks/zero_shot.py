@@ -21,11 +21,11 @@ from hifiprune.cli.console import speaking
 from hifiprune.commands.demo import fetch_smollm2
 from hifiprune.config import AllocationConfig
 from hifiprune.config.evaluate import Tasks
-from hifiprune.evaluation.bootstrap import Estimate
 from hifiprune.evaluation.zero_shot_tasks import Answers, TaskRunner, average, differences
 from hifiprune.io.atomic import replacing
 from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.progress import labelled
+from hifiprune.results import Estimate
 
 ROOT = Path(__file__).parent.parent
 PACK = ROOT.parent / "shared" / "evals" / "tasks"

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pydantic import TypeAdapter
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -29,6 +30,7 @@ from hifiprune.evaluation.ranks import correlation, spearman
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.mlp import find_mlps
 from hifiprune.reports import plots
+from hifiprune.study_results import AblateResults
 from tests.commands import Interruption, Result, refused, run
 from tests.conftest import byte_tokenizer, save_checkpoint
 from tests.families import tiny_model, tiny_tokens
@@ -147,7 +149,7 @@ def test_plots_show_the_trials(finished: tuple[Result, Path], tmp_path: Path, mo
     figures: dict[str, Any] = {}
     monkeypatch.setattr(plots, "_save", lambda figure, path: figures.update({path.name: figure}))
     results = read(finished[1])
-    plots.draw_ablation(results, tmp_path)
+    plots.draw_ablation(TypeAdapter(AblateResults).validate_python(results), tmp_path)
     assert list(figures) == ["ablation-single", "ablation-groups"]
     for kind, figure in figures.items():
         trials = [t for t in results["trials"] if (len(t["neurons"]) == 1) == (kind == "ablation-single")]

@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,8 +19,9 @@ from transformers import AutoModelForCausalLM
 import hifiprune as hp
 from hifiprune.commands.bench import told_apart
 from hifiprune.engine.machine import Machine
-from hifiprune.evaluation.speed import Workload, _timed_or_told, operations, write
+from hifiprune.evaluation.speed import _timed_or_told, operations, write
 from hifiprune.formatting import format_speedup
+from hifiprune.results import Spread, Timing, Workload
 from tests.commands import Interruption, refused, run
 from tests.families import FORMS, ROUTED, tiny_model, tiny_tokens
 
@@ -112,19 +114,19 @@ def test_figures_are_medians_over_rounds_and_gains_those_of_one_round(
     monkeypatch.setattr("subprocess.run", process)
     record = hp.bench(str(pair[0]), [str(pair[1])], hp.BenchConfig(lengths=(8,), new_tokens=4, rounds=5))
     assert order == ["dense", "small"] * 5
-    (found,) = record.results["workloads"]
+    (found,) = record.results.workloads
     rounds = {name: [median(each) for each in own] for name, own in seconds.items()}
     gains = [dense / small for dense, small in zip(rounds["dense"], rounds["small"], strict=True)]
-    row = found["models"][str(pair[1])]["first"]
-    assert row["seconds"]["median"] == median(rounds["small"])
-    assert row["speedup"] == {"median": median(gains), "low": min(gains), "high": max(gains)}
-    assert row["told_apart"] == (stats.ttest_1samp([math.log(gain) for gain in gains], 0).pvalue < 0.05)
-    hoped = 1 / row["promised"]
-    assert row["share"] == pytest.approx((1 - 1 / median(gains)) / (1 - hoped))
+    row = found.models[str(pair[1])].first
+    assert row.seconds.median == median(rounds["small"])
+    assert row.speedup == Spread(median(gains), min(gains), max(gains))
+    assert row.told_apart == (stats.ttest_1samp([math.log(gain) for gain in gains], 0).pvalue < 0.05)
+    hoped = 1 / row.promised
+    assert row.share == pytest.approx((1 - 1 / median(gains)) / (1 - hoped))
     dense, small = (operations(AutoModelForCausalLM.from_pretrained(path), Workload(1, 8, 4))["first"] for path in pair)
-    assert row["promised"] == dense / small
+    assert row.promised == dense / small
     spread = max((max(each) - min(each)) / median(each) for each in rounds.values())
-    assert found["noise"] == pytest.approx(spread)
+    assert found.noise == pytest.approx(spread)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +156,7 @@ def test_a_machine_too_noisy_to_tell_is_told(
 
     monkeypatch.setattr("subprocess.run", process)
     record = hp.bench(str(pair[0]), [str(pair[1])], hp.BenchConfig(lengths=(8,), new_tokens=4, rounds=rounds))
-    remarks = [each for each in record.results["remarks"] if "multiples" not in each]
+    remarks = [each for each in record.results.remarks if "multiples" not in each]
     assert any(remark in each for each in remarks) if remark else remarks == []
 
 
@@ -284,10 +286,10 @@ def test_noise_is_not_called_a_speed_up(
 
 
 def test_a_share_of_next_to_nothing_is_not_told() -> None:
-    speedup = {"median": 1.1, "low": 1.09, "high": 1.11}
-    row = {"speedup": speedup, "told_apart": True, "share": 9.1, "promised": 1.01}
+    seconds, speedup = Spread(1.0, 1.0, 1.0), Spread(1.1, 1.09, 1.11)
+    row = Timing(seconds, 1e9, speedup, promised=1.01, share=9.1, told_apart=True)
     assert format_speedup(row) == ("1.10, 1.09 to 1.11", "")
-    assert format_speedup(row | {"promised": 1.2, "share": 0.55}) == ("1.10, 1.09 to 1.11", "55%")
-    assert format_speedup(row | {"told_apart": False}) == ("not significant", "")
-    old = {"speedup": {"median": 1.5, "low": 1.5, "high": 1.5}, "share": 0.9, "promised": 1.6}
+    assert format_speedup(replace(row, promised=1.2, share=0.55)) == ("1.10, 1.09 to 1.11", "55%")
+    assert format_speedup(replace(row, told_apart=False)) == ("not significant", "")
+    old = Timing(seconds, 1e9, Spread(1.5, 1.5, 1.5), promised=1.6, share=0.9)
     assert format_speedup(old) == ("not significant", ""), "records of one round, before that was written down"

@@ -19,6 +19,7 @@ from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.progress import logger, shown
 from hifiprune.reports.card_metadata import base_metadata
 from hifiprune.reports.model_card import UNMEASURED, add_results, check_cards, describe_base, write_card
+from hifiprune.results import Accuracy, Estimate, EvaluateResults, Measured
 from tests.commands import refused, run
 
 BASE = """---
@@ -89,11 +90,10 @@ def test_what_is_measured_goes_into_the_card_and_the_hubs_index(pruned: Path, wo
 
 
 def test_what_was_measured_before_in_another_way_stays(pruned: Path) -> None:
-    estimate = {"value": 0.5, "low": 0.4, "high": 0.6, "standard_error": 0.05}
-    on_text = {"models": {"small": {"metrics": {"kl": estimate}}}, "windows": 5, "positions": 24}
-    tasks = {"tasks": {"piqa/acc_norm": estimate}, "average": estimate}
-    asked = {"reference": "x/dense", "items": {"piqa": [20, 1838]}}
-    by_tasks = {"models": {"small": tasks | {"differences": {"piqa/acc_norm": estimate}}}, **asked}
+    estimate, accuracy = Estimate(0.5, 0.4, 0.6), Accuracy(0.5, 0.4, 0.6, 0.05)
+    on_text = EvaluateResults({"small": Measured(9, {"kl": estimate})}, windows=5, positions=24)
+    answers = Measured(9, None, {"piqa/acc_norm": accuracy}, accuracy, {"piqa/acc_norm": estimate})
+    by_tasks = EvaluateResults({"small": answers}, reference="x/dense", items={"piqa": (20, 1838)})
     add_results(pruned, "small", on_text, "a/held.txt")
     add_results(pruned, "small", by_tasks, None)
     add_results(pruned, "small", by_tasks, None)
@@ -289,10 +289,13 @@ def test_nothing_of_a_base_record_becomes_markup_or_costs_a_run(pruned: Path, tm
         changed |= {"results": record["results"] | results}
         (pruned / "run.json").write_text(json.dumps(changed))
         base = describe_base(Checkpoint(str(pruned), pruned))
-        training = {"method": "full", "distill_weight": 0, "match_hidden": 0}
-        trained = {"steps": 8, "best_step": 0, "held_out_perplexity": {"before": 2.0, "after": 2.0}}
-        facts = {"command": "recover", "arguments": {"training": training}, "results": trained}
-        write_card(pruned, facts | {"environment": {"versions": {"hifiprune": "1"}}}, base, "better")
+        training = {"method": "full", "lora_r": 8, "distill_weight": 0, "match_hidden": 0}
+        trained = {"steps": 8, "best_step": 0, "held_out_perplexity": {"before": 2.0, "after": 2.0}, "trouble": None}
+        trained |= {"losses": [], "held_out_losses": [], "pruning": None}
+        arguments = {"model": "small", "training": training}
+        facts = record | {"command": "recover", "arguments": arguments, "results": trained}
+        (pruned / "run.json").write_text(json.dumps(facts))
+        write_card(pruned, base, "better")
         card = ModelCard.load(pruned / "README.md")
         assert told in card.text
         assert "trained: all weights on labels, 8 steps, none of which was better than the start" in card.text

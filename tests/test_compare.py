@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import TypeAdapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import hifiprune as hp
@@ -32,10 +33,12 @@ from hifiprune.evaluation.criteria_comparison import jaccard
 from hifiprune.evaluation.fidelity import METRICS, measure_windows
 from hifiprune.evaluation.zero_shot_tasks import TaskRunner, zero_shot
 from hifiprune.io.hashing import hash_tokens
+from hifiprune.io.json_files import to_plain
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.mlp import find_mlps
 from hifiprune.reports import plots
 from hifiprune.scoring.criteria import CRITERIA as KNOWN_CRITERIA
+from hifiprune.study_results import CompareResults, HeldText
 from tests.commands import Interruption, Result, leftovers, refused, run
 from tests.conftest import save_checkpoint
 from tests.processes import command as command_line
@@ -208,8 +211,8 @@ def test_the_ratio_asked_for_decides_the_papers_values_not_the_one_reached(
     calibration = hp.Calibration(str(world / "calibration.txt"), 2, 16)
     config = hp.PruneConfig(hp.Budget(0.24), calibration, criterion="self-distillation", round_to=round_to)
     record = hp.prune(str(world / "dense"), tmp_path / "out", config)
-    assert record.results["ratio"]["reached"] == pytest.approx(reached, abs=0.001)
-    assert record.results["scoring"]["options"]["alpha"] == 0.4
+    assert record.results.ratio.reached == pytest.approx(reached, abs=0.001)
+    assert record.to_dict()["results"]["scoring"]["options"]["alpha"] == 0.4
 
 
 def bootstrap(differences: np.ndarray[Any, Any], resamples: int = 20_000) -> list[float]:
@@ -302,10 +305,14 @@ def test_similarity_of_plans_of_different_widths() -> None:
     assert jaccard(plan([0, 1, 2], [5]), plan([2, 3], [4, 5])) == pytest.approx(2 / 6)
 
 
+def typed(results: Record) -> CompareResults:
+    return TypeAdapter(CompareResults).validate_python(results)
+
+
 def test_plots_show_the_results(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures: dict[str, Any] = {}
     monkeypatch.setattr(plots, "_save", lambda figure, path: figures.update({path.name: figure}))
-    plots.draw_comparison(finished.results, tmp_path)
+    plots.draw_comparison(typed(finished.results), tmp_path)
     assert set(figures) == {"perplexity-1", "perplexity-2", "kl", "mass", "overlap"}
     for name, metric, text in (("perplexity-1", "perplexity", 0), ("perplexity-2", "perplexity", 1), ("kl", "kl", 0)):
         drawn, labels = figures[name].axes[0].get_legend_handles_labels()
@@ -342,7 +349,7 @@ def test_what_is_far_above_the_best_is_only_named(
     for row in results["summary"]:
         if row["criterion"] == "magnitude" or (row["criterion"], row["ratio"]) == ("fisher", 0.26):
             row["mean"] *= 100
-    plots.draw_comparison(results, tmp_path)
+    plots.draw_comparison(typed(results), tmp_path)
     drawn, labels = figures["kl"].axes[0].get_legend_handles_labels()
     points = {label: list(bars.lines[0].get_xdata()) for label, bars in zip(labels, drawn, strict=True)}
     assert points == {
@@ -385,7 +392,7 @@ Calls = list[tuple[Any, ...]]
 def measured(model: str, text: str, **how: Any) -> dict[str, dict[str, float]]:
     """What `evaluate` finds for a model on 5 windows of a text."""
     config = hp.EvaluateConfig(hp.Text(text, 24, 5), **how)
-    metrics: dict[str, dict[str, float]] = hp.evaluate(model, config).results["models"][model]["metrics"]
+    metrics: dict[str, dict[str, float]] = hp.evaluate(model, config).to_dict()["results"]["models"][model]["metrics"]
     return metrics
 
 
@@ -414,7 +421,7 @@ def interrupted(world: Path, output: Path, name: str, stop: int, owner: Any = co
 
 
 @pytest.fixture(scope="module")
-def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Record:
+def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> CompareResults:
     """The results of the smaller comparison without any interruption."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "draw_comparison", lambda *_: None)
@@ -427,7 +434,7 @@ def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Record:
 @pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize("stop", [0, 1, 4])
 def test_measuring_goes_on_where_it_stopped(
-    world: Path, whole: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+    world: Path, whole: CompareResults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
     output = tmp_path / "out"
     interrupted(world, output, "measure_windows", stop)
@@ -454,8 +461,8 @@ def test_measuring_goes_on_where_it_stopped(
     ],
 )
 def test_scoring_goes_on_where_it_stopped(
-    world: Path, whole: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, stop: int, owner: Any,
-    missing: list[list[str]],
+    world: Path, whole: CompareResults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, stop: int,
+    owner: Any, missing: list[list[str]],
 ) -> None:  # fmt: skip
     output = tmp_path / "out"
     interrupted(world, output, name, stop, owner)
@@ -494,7 +501,7 @@ def slow_down() -> None:
 @pytest.mark.usefixtures("no_plots")
 def test_a_killed_process_goes_on(
     world: Path,
-    whole: Record,
+    whole: CompareResults,
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
@@ -516,7 +523,7 @@ def test_a_killed_process_goes_on(
     assert scored == []
     assert len(measured) == MEASUREMENTS - known
     assert f"Measuring: {len(measured)} of {MEASUREMENTS} measurements are to be made" in result.err
-    assert close(json.loads((output / "compare.json").read_text())["results"], whole)
+    assert close(json.loads((output / "compare.json").read_text())["results"], to_plain(whole))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert leftovers(output / "scores") == []
 
@@ -541,7 +548,7 @@ def abandoned(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def single(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Record:
+def single(world: Path, tmp_path_factory: pytest.TempPathFactory) -> CompareResults:
     """The results of the smaller comparison by one draw, without anything to start from."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "draw_comparison", lambda *_: None)
@@ -602,7 +609,7 @@ def test_a_part_is_used_again_where_nothing_that_it_depends_on_changed(
 @pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize("change", ["more windows", "ratio"])
 def test_what_a_changed_run_left_is_never_mixed_up(
-    world: Path, single: Record, abandoned: Path, tmp_path: Path, change: str
+    world: Path, single: CompareResults, abandoned: Path, tmp_path: Path, change: str
 ) -> None:
     changes = {"seeds": 1, **CHANGES[change].to(world, tmp_path)}
     fresh = hp.compare(**arguments(world, tmp_path / "fresh", **changes))
@@ -619,7 +626,7 @@ def test_what_a_changed_run_left_is_never_mixed_up(
 
 @pytest.mark.usefixtures("no_plots")
 def test_damaged_parts_are_made_again(
-    world: Path, whole: Record, abandoned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: Path, whole: CompareResults, abandoned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(abandoned, tmp_path / "out.compare-unfinished")
     cell, *_ = (tmp_path / "out.compare-unfinished" / "cells").iterdir()
@@ -631,7 +638,9 @@ def test_damaged_parts_are_made_again(
     assert result.code == 0, result.err
     assert result.err.count("is damaged and is made again") == 2
     assert (len(measured), len(scored)) == (1, 1)
-    assert close(json.loads((tmp_path / "out" / "compare.json").read_text())["results"], whole)
+    assert close(
+        json.loads((tmp_path / "out" / "compare.json").read_text())["results"], json.loads(json.dumps(to_plain(whole)))
+    )
 
 
 def test_a_folder_of_the_users_is_not_touched(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -693,9 +702,9 @@ def test_every_text_is_measured_against_the_dense_model_on_itself(world: Path, t
     both = hp.compare(**arguments(world, tmp_path / "both", criteria=("hfprune",), seeds=1, texts=tuple(texts))).results
     for number, (name, text) in enumerate(zip(names, texts, strict=True)):
         alone = hp.compare(**arguments(world, tmp_path / name, criteria=("hfprune",), seeds=1, texts=(text,))).results
-        assert both["cells"][0]["windows"][number] == alone["cells"][0]["windows"][0]
-        assert both["dense"][number] == alone["dense"][0]
-        assert both["texts"][number] == alone["texts"][0] == {"source": text.source, "windows": [4, 24]}
+        assert both.cells[0].windows[number] == alone.cells[0].windows[0]
+        assert both.dense[number] == alone.dense[0]
+        assert both.texts[number] == alone.texts[0] == HeldText(text.source, [4, 24])
 
 
 @pytest.mark.usefixtures("no_plots")
@@ -704,8 +713,8 @@ def test_equal_plans_are_measured_once(world: Path, tmp_path: Path, monkeypatch:
     names = ["hfprune", "entropy", "magnitude"]
     record = hp.compare(**arguments(world, tmp_path / "out", criteria=tuple(names), seeds=3))
     assert len(measured) == 1 + 3 + 1
-    assert len(record.results["cells"]) == 9
-    cells = {(cell["criterion"], cell["seed"]): cell["windows"] for cell in record.results["cells"]}
+    assert len(record.results.cells) == 9
+    cells = {(cell.criterion, cell.seed): cell.windows for cell in record.results.cells}
     assert all(cells["hfprune", seed] == cells["entropy", seed] for seed in range(3))
     assert cells["hfprune", 0] != cells["hfprune", 1]
     assert cells["magnitude", 0] == cells["magnitude", 2]

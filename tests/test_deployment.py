@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hifiprune import cut_, inspect
 from hifiprune.deployment.compatibility import TENSOR_PARALLEL, Facts, answer, remark_on_mixed
 from hifiprune.deployment.engines import BLOCKS, ENGINES, FORMS, KEYS, SUPPORT, Form
+from hifiprune.io.json_files import to_plain
 from hifiprune.models.detect import stock_class
 from hifiprune.models.families import FAMILIES
 from hifiprune.models.mlp import find_mlps
@@ -36,7 +37,7 @@ def form_of(engine: str, start: str) -> Form:
 
 
 def answers_of(folder: Path) -> Answers:
-    return {(row["engine"], row["form"]): row for row in inspect(str(folder), deploy=True)["deployment"]}
+    return {(row["engine"], row["form"]): row for row in to_plain(inspect(str(folder), deploy=True))["deployment"]}
 
 
 def whys(folder: Path, engine: str) -> set[tuple[str, str]]:
@@ -320,7 +321,7 @@ def test_the_command_tells_it_and_what_to_do_next(make_checkpoint: Callable[...,
     assert "k-quants" in told.out
     assert "Next: hifiprune prune" in run("inspect", dense, "--deploy").out
     facts = run("inspect", output, "--deploy", "--json").json
-    assert facts == json.loads(json.dumps(inspect(str(output), deploy=True)))
+    assert facts == to_plain(inspect(str(output), deploy=True))
     assert len(facts["deployment"]) == len(FORMS)
     for row in facts["deployment"]:
         assert [*row] == ["engine", "version", "form", "verdict", "why", "tensor_parallel", "sources"]

@@ -168,7 +168,7 @@ def test_a_width_that_the_converter_guesses_is_put_right(
 ) -> None:
     facts = hp.export(str(cut("gpt2", n_ctx=64)), tmp_path / "small.gguf", hp.ExportConfig(converter=str(converter)))
     assert GGUFReader(tmp_path / "small.gguf").fields["gpt2.feed_forward_length"].contents() == WIDTH
-    assert "the width of the dense family, 128" in facts["remarks"][0]
+    assert "the width of the dense family, 128" in facts.remarks[0]
 
 
 @pytest.mark.usefixtures("any_tokenizer")

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hifiprune import Budget, Calibration, UserError, evaluate, inspect, prune
 from hifiprune.commands.demo import run, write_texts
+from hifiprune.commands.inspect import PossibleWidth
 from hifiprune.config.demo import DemoConfig
 from hifiprune.config.evaluate import EvaluateConfig
 from hifiprune.config.prune import PruneConfig
@@ -18,23 +19,19 @@ from hifiprune.io.hashing import hash_model
 
 def test_inspect_counts_the_real_model(smollm2_folder: Path) -> None:
     facts = inspect(str(smollm2_folder))
-    assert facts["parameters"]["total"] == 134_515_008
-    assert facts["widths"]["20%"] == {
-        "width": 1017,
-        "width_rounded_to_128": 1024,
-        "ratio_reached": 26542080 / 134515008,
-    }
+    assert facts.parameters["total"] == 134_515_008
+    assert facts.widths["20%"] == PossibleWidth(1017, 1024, 26542080 / 134515008)
 
 
 def test_a_gguf_file_is_pruned_to_an_ordinary_checkpoint(
     smollm2_gguf: Path, smollm2_folder: Path, tmp_path: Path
 ) -> None:
-    assert inspect(str(smollm2_gguf))["parameters"]["total"] == 134_515_008
+    assert inspect(str(smollm2_gguf)).parameters["total"] == 134_515_008
     record = prune(
         str(smollm2_gguf), tmp_path / "out", PruneConfig(Budget(width=256), Calibration("python-docs", 2, 64))
     )
     dense = AutoModelForCausalLM.from_pretrained(smollm2_folder)
-    assert record.results["model_hash"] == hash_model(dense)
+    assert record.results.model_hash == hash_model(dense)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert model.config.intermediate_size == 256
@@ -46,7 +43,7 @@ def test_a_gguf_file_is_pruned_to_an_ordinary_checkpoint(
 
 
 def test_the_demo_prunes_measures_and_records(smollm2_folder: Path, tmp_path: Path) -> None:
-    summary = run(tmp_path, DemoConfig(str(smollm2_folder), 2, 128))
+    summary = run(tmp_path, DemoConfig(str(smollm2_folder), 2, 128)).to_dict()
     assert summary == json.loads((tmp_path / "demo.json").read_text())
     results = summary["results"]
     assert results["width"] == {"before": 1536, "after": 1024}
@@ -84,8 +81,9 @@ def test_perplexity_equals_that_of_the_models_own_loss(smollm2_folder: Path, tmp
     windows = stream[: len(stream) // 32 * 32].view(-1, 32)
     with torch.no_grad():
         loss = model(input_ids=windows, labels=windows).loss
-    found = record.results["models"][str(smollm2_folder)]["metrics"]["perplexity"]
+    metrics = record.results.models[str(smollm2_folder)].metrics
+    assert metrics
     torch.testing.assert_close(
-        torch.tensor(found["value"]).log(), loss.double().cpu(), rtol=1e-4, atol=0, check_dtype=False
+        torch.tensor(metrics["perplexity"].value).log(), loss.double().cpu(), rtol=1e-4, atol=0, check_dtype=False
     )
-    assert record.results["windows"] == len(windows)
+    assert record.results.windows == len(windows)

@@ -4,7 +4,7 @@ import json
 import math
 import random
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +33,7 @@ from hifiprune.recovery.rows import split
 from hifiprune.recovery.time_limit import TimeLimit
 from hifiprune.recovery.trainer import TimedTrainer
 from hifiprune.recovery.training_data import Example
+from hifiprune.results import Pair, RecoverResults
 from hifiprune.run_record import RunRecord
 from tests.commands import Interruption, leftovers, refused
 from tests.commands import run as run_command
@@ -72,7 +73,7 @@ def learn_(folder: Path, texts: list[str]) -> None:
     model.save_pretrained(folder)
 
 
-def run(folder: Path, output: Path, training: TrainingConfig = QUICK, **more: Any) -> RunRecord:
+def run(folder: Path, output: Path, training: TrainingConfig = QUICK, **more: Any) -> RunRecord[RecoverResults]:
     return recover(str(folder / "pruned"), output, str(folder / "data.jsonl"), RecoverConfig(training, **more))
 
 
@@ -87,12 +88,12 @@ def test_training_lowers_what_it_should(pruned: Path, tmp_path: Path, method: st
     rate = 1e-2 if method == "lora" else 1e-3
     training = replace(QUICK, method=method, distill_weight=share, learning_rate=rate, max_steps=16)
     record = run(pruned, tmp_path / "out", training)
-    before, after = (record.results["held_out_perplexity"][name] for name in ("before", "after"))
-    assert record.results["steps"] == 16
+    before, after = astuple(record.results.held_out_perplexity)
+    assert record.results.steps == 16
     assert after < before
-    assert [step for step, _ in record.results["losses"]] == list(range(1, 17))
-    assert min(loss for _, loss in record.results["held_out_losses"]) == pytest.approx(math.log(after))
-    assert record.results["pruning"]["command"] == "prune"
+    assert [step for step, _ in record.results.losses] == list(range(1, 17))
+    assert min(loss for _, loss in record.results.held_out_losses) == pytest.approx(math.log(after))
+    assert record.results.pruning["command"] == "prune"
     assert json.loads((tmp_path / "out" / "run.json").read_text()) == record.to_dict()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(model).__name__ == "LlamaForCausalLM"
@@ -177,7 +178,7 @@ def test_a_model_of_mixed_widths_is_trained_into_one(pruned: Path, tmp_path: Pat
     assert len(set(widths)) > 1
     training = replace(QUICK, method=method, learning_rate=1e-3)
     record = recover(str(small), tmp_path / "out", str(pruned / "data.jsonl"), RecoverConfig(training))
-    before, after = (record.results["held_out_perplexity"][name] for name in ("before", "after"))
+    before, after = astuple(record.results.held_out_perplexity)
     assert after < before
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert [layer.mlp.down_proj.in_features for layer in model.model.layers] == widths
@@ -204,7 +205,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
         assert not leftovers(tmp_path)
         assert not (tmp_path / "parts").exists()
     record = run(pruned, tmp_path / "parts", training, resume=True)
-    assert [step for step, _ in record.results["losses"]] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in record.results.losses] == [1, 2, 3, 4, 5, 6]
     whole, parts = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
     assert all(torch.equal(weight, parts[name]) for name, weight in whole.items())
 
@@ -225,7 +226,7 @@ def test_a_run_that_diverges_says_so_and_keeps_what_was_good(
     pruned: Path, tmp_path: Path, rate: float, said: str
 ) -> None:
     record = run(pruned, tmp_path / "out", replace(QUICK, method="full", learning_rate=rate, max_steps=10))
-    assert said in record.results["trouble"]
+    assert said in (record.results.trouble or "")
     kept, before = weights_of(tmp_path / "out"), weights_of(pruned / "pruned")
     assert all(torch.equal(weight, before[name]) for name, weight in kept.items())
 
@@ -257,7 +258,7 @@ def test_a_teacher_kept_on_disk_is_asked_once_and_teaches_alike(
         record = run(pruned, tmp_path / "kept", replace(training, cache_teacher=256))
     assert asked == [*range(0, asked[-1] + 8, 8)], "nothing is asked twice"
     assert len(asked) > 2
-    for ours, theirs in zip(record.results["losses"], live.results["losses"], strict=True):
+    for ours, theirs in zip(record.results.losses, live.results.losses, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "live"]
 
@@ -324,8 +325,8 @@ def test_the_best_state_is_the_one_that_is_written(pruned: Path, tmp_path: Path)
     """Not the last: what is written is looked at again by going on from it."""
     training = replace(QUICK, method="full", learning_rate=8e-3, distill_weight=0.0, max_steps=14)
     record = run(pruned, tmp_path / "out", training)
-    looks = [loss for _, loss in record.results["held_out_losses"]]
-    assert 0 < record.results["best_step"] < record.results["steps"], "or the test could not fail"
+    looks = [loss for _, loss in record.results.held_out_losses]
+    assert 0 < record.results.best_step < record.results.steps, "or the test could not fail"
     assert looks[-1] > 1.01 * min(looks)
     again = recover(
         str(tmp_path / "out"),
@@ -333,14 +334,14 @@ def test_the_best_state_is_the_one_that_is_written(pruned: Path, tmp_path: Path)
         str(pruned / "data.jsonl"),
         RecoverConfig(replace(training, max_steps=1)),
     )
-    assert again.results["held_out_perplexity"]["before"] == pytest.approx(math.exp(min(looks)), rel=1e-5)
+    assert again.results.held_out_perplexity.before == pytest.approx(math.exp(min(looks)), rel=1e-5)
 
 
 def test_a_time_limit_that_is_not_reached_changes_nothing(pruned: Path, tmp_path: Path) -> None:
     losses = []
     for name, limit in (("free", None), ("limited", 600.0)):
         training = replace(QUICK, max_steps=None, epochs=1.0, max_minutes=limit, learning_rate=1e-3)
-        losses.append(run(pruned, tmp_path / name, training).results["losses"])
+        losses.append(run(pruned, tmp_path / name, training).results.losses)
     assert losses[0] == losses[1]
 
 
@@ -395,8 +396,8 @@ def test_a_dense_model_that_is_another_by_now_does_not_teach(pruned: Path, tmp_p
     with pytest.raises(hp.UserError, match=r"is not the one that .* was pruned from: its weights differ"):
         recover(*start, config)
     found = recover(*start, replace(config, teacher=str(tmp_path / "other"))).results
-    assert found["teacher_hash"] == hash_model(AutoModelForCausalLM.from_pretrained(tmp_path / "other"))
-    assert found["data_hash"]
+    assert found.teacher_hash == hash_model(AutoModelForCausalLM.from_pretrained(tmp_path / "other"))
+    assert found.data_hash
 
 
 @pytest.mark.parametrize("text", ["[1]", "{}", '{"format": "of-another-tool-1"}', "no JSON"])
@@ -423,13 +424,13 @@ def test_a_tracker_is_told_of_losses(pruned: Path, tmp_path: Path, monkeypatch: 
         "hifiprune.commands.recover_preflight.get_available_reporting_integrations", lambda: ["swanlab"]
     )
     record = run(pruned, tmp_path / "out", report_to="swanlab")
-    assert [logs["loss"] for logs in told if "loss" in logs] == [loss for _, loss in record.results["losses"]]
+    assert [logs["loss"] for logs in told if "loss" in logs] == [loss for _, loss in record.results.losses]
     assert any("eval_loss" in logs for logs in told)
 
 
 def test_steps_after_the_last_look_are_looked_at_too(pruned: Path, tmp_path: Path) -> None:
     record = run(pruned, tmp_path / "out", replace(QUICK, max_steps=3, learning_rate=1e-3))
-    assert [step for step, _ in record.results["held_out_losses"]] == [0, 2, 3]
+    assert [step for step, _ in record.results.held_out_losses] == [0, 2, 3]
 
 
 def test_the_control_is_the_dense_model_trained_on_labels(pruned: Path, tmp_path: Path) -> None:
@@ -437,7 +438,8 @@ def test_the_control_is_the_dense_model_trained_on_labels(pruned: Path, tmp_path
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.intermediate_size == 40
     assert record.arguments["control"]
     assert record.arguments["training"]["distill_weight"] == 0, "as it was trained"
-    assert record.results["held_out_perplexity"]["after"] < record.results["held_out_perplexity"]["before"]
+    before, after = astuple(record.results.held_out_perplexity)
+    assert after < before
 
 
 @dataclass
@@ -482,10 +484,10 @@ def test_a_time_limit_bounds_the_whole_run(
     clock = Clock(row=8.0).install(monkeypatch)
     with shown(Console(stderr=True, width=400)):
         record = run(pruned, tmp_path / "out", TIMED)
-    look, step, writing = 8 * clock.rows / 2, 2 * 60, 2 * record.stages[-3]["seconds"]
-    assert [stage["name"] for stage in record.stages][-3:] == ["loading the weights", "training", "writing"]
-    assert record.results["steps"] == (600 - writing - 2 * look) // step
-    assert [number for number, _ in record.results["held_out_losses"]] == [0, record.results["steps"]]
+    look, step, writing = 8 * clock.rows / 2, 2 * 60, 2 * record.stages[-3].seconds
+    assert [stage.name for stage in record.stages][-3:] == ["loading the weights", "training", "writing"]
+    assert record.results.steps == (600 - writing - 2 * look) // step
+    assert [number for number, _ in record.results.held_out_losses] == [0, record.results.steps]
     assert clock.seconds <= 600 - writing
     assert clock.seconds > 600 - writing - step
     said = capsys.readouterr().err
@@ -511,7 +513,7 @@ def test_steps_end_a_run_where_they_come_before_the_limit(
     Clock(row=1.0, batch=20.0).install(monkeypatch)
     training = replace(TIMED, max_steps=3)
     with shown(Console(stderr=True, width=400)):
-        assert run(pruned, tmp_path / "out", training).results["steps"] == 3
+        assert run(pruned, tmp_path / "out", training).results.steps == 3
     said = capsys.readouterr().err
     assert "step 1 of 3, 2 tokens a second, about 80 s left: loss" in said
     assert "step 2 of 3, 2 tokens a second, about 40 s left: loss" in said
@@ -539,7 +541,7 @@ def test_a_limit_that_passes_while_the_data_is_read_or_the_teacher_asked_is_kept
     pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = run(pruned, tmp_path / "read", replace(TIMED, max_minutes=1e-9))
-    assert record.results["held_out_perplexity"] == {"before": None, "after": None}
+    assert record.results.held_out_perplexity == Pair(None, None)
     assert torch.equal(*(weights_of(path)["lm_head.weight"] for path in (pruned / "pruned", tmp_path / "read")))
     clock, write = Clock().install(monkeypatch), CachedTeacher.write
 
@@ -550,9 +552,9 @@ def test_a_limit_that_passes_while_the_data_is_read_or_the_teacher_asked_is_kept
     monkeypatch.setattr(CachedTeacher, "write", slowly)
     monkeypatch.setattr("hifiprune.recovery.distillation.ROWS_A_FILE", 2)
     record = run(pruned, tmp_path / "asked", replace(TIMED, cache_teacher=8))
-    assert (clock.seconds, record.results["steps"]) == (800, 0)
+    assert (clock.seconds, record.results.steps) == (800, 0)
     assert (
-        record.results["trouble"]
+        record.results.trouble
         == "the time limit of 10 minutes passed before the first step, so give a larger --max-minutes"
     )
     monkeypatch.setattr("hifiprune.commands.cost_model.Estimator.reading", lambda *_, **__: 7200.0)
@@ -577,7 +579,7 @@ def test_a_time_limit_counts_the_time_before_an_interruption(
     assert 240 < clock.seconds < 300
     clock.seconds += 10_000  # between the two
     record = run(pruned, tmp_path / "out", training)
-    assert 2 < record.results["steps"] <= 4
+    assert 2 < record.results.steps <= 4
 
 
 def test_what_cannot_be_trained_is_refused(pruned: Path, tmp_path: Path) -> None:
@@ -653,7 +655,7 @@ def test_a_long_text_is_rows_to_train_on_and_to_hold_out(pruned: Path, tmp_path:
     record = recover(
         str(pruned / "pruned"), tmp_path / "out", str(tmp_path / "long.txt"), RecoverConfig(replace(QUICK, max_steps=1))
     )
-    assert record.results["steps"] == 1
+    assert record.results.steps == 1
 
 
 def test_a_look_is_taken_once_when_a_run_goes_on(pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -666,7 +668,7 @@ def test_a_look_is_taken_once_when_a_run_goes_on(pruned: Path, tmp_path: Path, m
         with pytest.raises(Interruption):
             run(pruned, tmp_path / "out")
     record = run(pruned, tmp_path / "out")
-    assert [step for step, _ in record.results["held_out_losses"]] == [0, 2, 4, 6]
+    assert [step for step, _ in record.results.held_out_losses] == [0, 2, 4, 6]
 
 
 def test_what_training_did_not_better_is_the_checkpoint_bit_for_bit(pruned: Path, tmp_path: Path) -> None:

@@ -28,8 +28,10 @@ from hifiprune.deployment.compatibility import remark_on_mixed
 from hifiprune.evaluation.token_comparison import in_place, read_passage
 from hifiprune.plan import Plan
 from hifiprune.reports.figures import add_legend, draw_bars, figure_of, inline_svg, label, new_axes
-from hifiprune.reports.report_sections import Plot, sections_of
+from hifiprune.reports.report_sections import sections_of
 from hifiprune.reports.runs import read_runs
+from hifiprune.reports.sections import Plot
+from hifiprune.results import Estimate, Token
 from hifiprune.scores import Scores
 from tests.commands import refused, run
 from tests.conftest import byte_tokenizer
@@ -161,7 +163,7 @@ def test_a_uniform_cut_is_told_in_words(runs: dict[str, Path], tmp_path: Path) -
 
 
 def test_bars_are_as_thick_for_one_model_as_for_many() -> None:
-    estimate, heights = {"value": 1.0, "low": None, "high": None}, []
+    estimate, heights = Estimate(1.0, None, None), []
     for number in (1, 4, 40):
         axes = new_axes("x", "")
         draw_bars(axes, [str(row) for row in range(number)], {name: [estimate] * number for name in "abc"})
@@ -268,15 +270,16 @@ def test_passages_say_what_both_models_expect() -> None:
     dense, pruned = tiny_model("llama"), tiny_model("qwen3")
     tokens, tokenizer = tiny_tokens(1, 9)[0], byte_tokenizer()
     first, *rest = read_passage(dense, pruned, tokenizer, tokens)
-    assert first == {"text": tokenizer.decode(tokens[:1])}
+    assert first == Token(str(tokenizer.decode(tokens[:1])))
     logits = [logits_of(model, tokens[None])[0, :-1].detach() for model in (dense, pruned)]
     for place, token in enumerate(rest):
-        assert token["kl"] == pytest.approx(float(divergence(logits[0][place], logits[1][place])), rel=1e-4)
+        assert token.kl == pytest.approx(float(divergence(logits[0][place], logits[1][place])), rel=1e-4)
         for name, own in zip(("dense", "pruned"), logits, strict=True):
             top = own[place].softmax(-1).topk(10)
-            assert [share for _, share in token[name]] == pytest.approx(top.values.tolist(), abs=1e-4)
-            assert [text for text, _ in token[name]] == [tokenizer.decode([index]) for index in top.indices.tolist()]
-        assert token["text"] == tokenizer.decode([int(tokens[place + 1])])
+            texts, shares = zip(*getattr(token, name), strict=True)
+            assert [*shares] == pytest.approx(top.values.tolist(), abs=1e-4)
+            assert [*texts] == [tokenizer.decode([index]) for index in top.indices.tolist()]
+        assert token.text == tokenizer.decode([int(tokens[place + 1])])
 
 
 def test_tokens_keep_their_spaces_and_characters() -> None:

@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from hifiprune import RunError, UserError
 from hifiprune.config.evaluate import Tasks
 from hifiprune.evaluation import lm_eval_harness
-from hifiprune.evaluation.bootstrap import Estimate
 from hifiprune.evaluation.zero_shot_tasks import Answers, TaskRunner, average, check_tasks, differences, zero_shot
+from hifiprune.results import Estimate
 from tests.commands import Interruption, refused, run
 from tests.processes import forked
 
@@ -375,8 +375,12 @@ def test_accuracies_equal_those_of_the_harness_own_command(
         assert margin / 1.96 == pytest.approx(theirs[task][f"{metric}_stderr,none"], rel=1e-6)
 
 
+def without_error(accuracy: float) -> Answers:
+    return Answers(Estimate(accuracy, None, None))
+
+
 def answered(*hits: float) -> Answers:
-    return Answers(Estimate(sum(hits) / len(hits)), hits)
+    return Answers(Estimate(sum(hits) / len(hits), None, None), hits)
 
 
 def test_differences_are_taken_item_by_item() -> None:
@@ -384,8 +388,12 @@ def test_differences_are_taken_item_by_item() -> None:
     theirs = [float(chance.random() < 0.6) for _ in range(400)]
     ours = [0.0 if chance.random() < 0.05 else hit for hit in theirs]  # the same but for a few lost
     others = theirs[::-1]
-    reference = {"a/acc": answered(*theirs), "b/acc": answered(*others), "group/acc": Answers(Estimate(0.5))}
-    found = differences(reference | {"a/acc": answered(*ours), "group/acc": Answers(Estimate(1.0))}, reference)
+    reference = {
+        "a/acc": answered(*theirs),
+        "b/acc": answered(*others),
+        "group/acc": without_error(0.5),
+    }
+    found = differences(reference | {"a/acc": answered(*ours), "group/acc": without_error(1.0)}, reference)
     assert list(found) == ["a/acc", "b/acc", "average"]
     lost = (sum(ours) - sum(theirs)) / 400
     assert found["a/acc"].value == pytest.approx(lost)
@@ -402,10 +410,18 @@ def test_the_average_is_that_of_tasks_and_not_of_items() -> None:
     answers = {
         "a/acc": Answers(Estimate(0.5, 0.3, 0.7), (1.0, 0.0)),
         "b/acc": Answers(Estimate(0.9, 0.9, 0.9), (1.0,) * 9 + (0.0,)),
-        "group/acc": Answers(Estimate(0.1)),
+        "group/acc": without_error(0.1),
     }
-    assert average({"group/acc": Answers(Estimate(0.1)), "wikitext/word_perplexity": Answers(Estimate(9.0))}) is None
-    assert differences({"group/acc": Answers(Estimate(0.1))}, answers) == {}
+    assert (
+        average(
+            {
+                "group/acc": without_error(0.1),
+                "wikitext/word_perplexity": without_error(9.0),
+            }
+        )
+        is None
+    )
+    assert differences({"group/acc": without_error(0.1)}, answers) == {}
     found = average(answers)
     assert found is not None
     assert found.value == pytest.approx(0.7)

@@ -2,55 +2,52 @@
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+
+from hifiprune.results import Accuracy, Estimate, Timing
+from hifiprune.study_results import Correlation
 
 LEAST_PROMISE = 1.02
 """Theoretical speed-up below which a share of it is not reported."""
 
 
-def megabytes(count: int) -> str:
+def megabytes(count: float) -> str:
     """Bytes for a reader."""
     return f"{count / 1e6:,.1f} MB"
 
 
-def accuracies(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return a model's results on each task, and on average where that is defined."""
-    found: dict[str, dict[str, Any]] = row["tasks"]
-    return found | ({"average": row["average"]} if "average" in row else {})
-
-
-def format_interval(estimate: dict[str, Any], form: str = ".3g") -> str:
+def format_interval(estimate: Estimate | Correlation, form: str = ".3g") -> str:
     """Format an estimate with its interval in brackets."""
-    if estimate["value"] is None:
+    if estimate.value is None:
         return "none"
-    bounds = "" if estimate["low"] is None else f" ({estimate['low']:{form}} to {estimate['high']:{form}})"
-    return f"{estimate['value']:{form}}{bounds}"
+    bounds = "" if estimate.low is None else f" ({estimate.low:{form}} to {estimate.high:{form}})"
+    return f"{estimate.value:{form}}{bounds}"
 
 
-def format_accuracy(estimate: dict[str, Any]) -> str:
+def format_accuracy(accuracy: Accuracy) -> str:
     """Format an accuracy with its standard error."""
-    error = estimate["standard_error"]
-    return f"{estimate['value']:.3f}" + ("" if error is None else f" ± {error:.3f}")
+    error = accuracy.standard_error
+    return f"{accuracy.value:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
-def format_items(items: dict[str, list[int]], task: str) -> str:
+def format_items(items: dict[str, tuple[int, int]], task: str) -> str:
     """Format the number of items of a task that were used, and of how many; empty for a group."""
-    asked, there = items.get(task, ("", ""))
+    if task not in items:
+        return ""
+    asked, there = items[task]
     return f"{asked:,} of {there:,}" if asked != there else str(asked)
 
 
-def format_speedup(found: dict[str, Any]) -> tuple[str, str]:
+def format_speedup(timing: Timing) -> tuple[str, str]:
     """Format a speed-up with its range over the rounds, and its share of the theoretical saving.
 
     Both are withheld if the rounds cannot distinguish the speed-up from noise, the share also if the saving is tiny.
     """
-    speedup = found["speedup"]
-    varied = speedup["low"] < speedup["high"] and not speedup["low"] <= 1 <= speedup["high"]
-    if not found.get("told_apart", varied):
+    speedup = timing.speedup
+    varied = speedup.low < speedup.high and not speedup.low <= 1 <= speedup.high
+    if not (varied if timing.told_apart is None else timing.told_apart):
         return "not significant", ""
-    share = found["share"] if speedup["median"] > 1 and found["promised"] > LEAST_PROMISE else None
-    told = "" if share is None else f"{share:.0%}"
-    return f"{speedup['median']:.2f}, {speedup['low']:.2f} to {speedup['high']:.2f}", told
+    share = timing.share if speedup.median > 1 and timing.promised > LEAST_PROMISE else None
+    return f"{speedup.median:.2f}, {speedup.low:.2f} to {speedup.high:.2f}", "" if share is None else f"{share:.0%}"
 
 
 def short_names(names: Collection[str]) -> list[str]:

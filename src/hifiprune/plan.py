@@ -5,22 +5,41 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from hifiprune.bounds import COUNT, check_number
 from hifiprune.config.groups import Budget
 from hifiprune.errors import UserError
 from hifiprune.io.atomic import local_path, replacing
-from hifiprune.io.json_files import checked, read_text
-from hifiprune.io.schemas import PlanFile
+from hifiprune.io.json_files import Count, checked, read_text
 from hifiprune.scores import Scores
 
 FORMAT = "hifiprune-plan-1"
+Index = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class PlanFile(TypedDict):
+    """The plan as its file has it."""
+
+    format: Literal["hifiprune-plan-1"]
+    kept: Annotated[list[list[Index]], Field(min_length=1)]
+    neurons: list[Count]
+    names: list[str]
+    ratio_asked: float | None
+    ratio_reached: float
+    parameters_before: Annotated[int, Field(ge=0)]
+    parameters_after: Annotated[int, Field(ge=0)]
+    criterion: str
+    model_hash: str
+    data_hash: str
 
 
 def top_indices(scores: Float[Tensor, "neurons"], width: int) -> Int[Tensor, "width"]:
@@ -90,10 +109,10 @@ class Plan:
         text = read_text(local_path(path))
         if f'"{FORMAT}"' not in text:
             raise UserError(f"{path} is not a readable plan in the format {FORMAT}; 'hifiprune prune' writes one")
-        facts = checked(text, PlanFile, str(path))
+        facts: PlanFile = checked(text, PlanFile, str(path))
         kept = [torch.tensor(indices, dtype=torch.int64) for indices in facts["kept"]]
-        names = [field.name for field in fields(cls) if field.name != "kept"]
-        return cls(kept=kept, **{name: facts[name] for name in names})
+        arguments: dict[str, Any] = {name: value for name, value in facts.items() if name not in ("format", "kept")}
+        return cls(kept=kept, **arguments)
 
 
 EXPERT_STEP = 8

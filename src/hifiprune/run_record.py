@@ -10,26 +10,29 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import psutil
 import torch
 
 from hifiprune.io.atomic import replacing
+from hifiprune.io.json_files import to_plain
 from hifiprune.progress import logger
+from hifiprune.results import Stage
 
 LIBRARIES = ("hifiprune", "torch", "transformers", "safetensors", "tokenizers", "datasets")
+R = TypeVar("R")
 
 
 @dataclass
-class RunRecord:
+class RunRecord(Generic[R]):
     """A run's arguments, environment, stages and results.
 
     Attributes:
         command: name of the command.
         arguments: as given, defaults filled in.
         commits: commit of each model from the hub, by its name among the arguments.
-        results: what came out: ratios, widths, hashes, metrics.
+        results: what came out, a class of `hifiprune.results`; empty until the run ends.
         stages: seconds and peak memory in bytes of each stage, in order.
         expected: what stages were expected to cost, before they began.
         environment: versions, platform and device.
@@ -39,8 +42,8 @@ class RunRecord:
     command: str
     arguments: dict[str, Any]
     commits: dict[str, str] = field(default_factory=dict)
-    results: dict[str, Any] = field(default_factory=dict)
-    stages: list[dict[str, Any]] = field(default_factory=list)
+    results: R = field(default_factory=dict)  # type: ignore[assignment]
+    stages: list[Stage] = field(default_factory=list)
     expected: list[dict[str, Any]] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=lambda: describe_environment())
     reused_parts: int = 0
@@ -53,12 +56,12 @@ class RunRecord:
         start = time.perf_counter()
         yield
         seconds = round(time.perf_counter() - start, 3)
-        self.stages.append({"name": name, "seconds": seconds, **peak_memory()})
+        self.stages.append(Stage(name, seconds, **peak_memory()))
         logger.debug(f"{name}: {seconds:.1f} s")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain data, as in its file."""
-        facts: dict[str, Any] = json.loads(json.dumps({"format": "hifiprune-run-1", **vars(self)}, default=str))
+        facts: dict[str, Any] = json.loads(json.dumps({"format": "hifiprune-run-1", **to_plain(self)}, default=str))
         return facts
 
     def save(self, path: str | Path) -> None:

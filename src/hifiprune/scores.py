@@ -1,22 +1,37 @@
 """`Scores`: the importance of every neuron, with all that is needed to allocate widths and to refuse a wrong model."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from hifiprune.errors import UserError
 from hifiprune.io.atomic import local_path, replacing
-from hifiprune.io.json_files import checked
-from hifiprune.io.schemas import ScoresFacts
+from hifiprune.io.json_files import Count, checked
 
 FORMAT = "hifiprune-scores-1"
+
+
+class ScoresFacts(TypedDict):
+    """What scores say of themselves in the metadata of their file."""
+
+    format: Literal["hifiprune-scores-1"]
+    names: Annotated[list[str], Field(min_length=1)]
+    parameters_per_neuron: list[Count]
+    total_parameters: Count
+    criterion: str
+    objective: float | None
+    model_hash: str
+    data_hash: str
+    settings: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -83,13 +98,13 @@ class Scores:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is no readable scores file ({error}); make it with 'hifiprune score'") from error
-        facts = checked(text, ScoresFacts, str(path))
+        facts: ScoresFacts = checked(text, ScoresFacts, str(path))
         names = facts["names"]
         mean_names = [f"{name}.mean" for name in names] if f"{names[0]}.mean" in tensors else []
         if trouble := _trouble(facts, tensors, mean_names):
             raise UserError(f"{path} was changed since hifiprune wrote it ({trouble}); make it with 'hifiprune score'")
         values, means = ([tensors[name] for name in order] for order in (names, mean_names))
-        arguments = {field.name: facts[field.name] for field in fields(cls) if field.name in facts}
+        arguments: dict[str, Any] = {name: value for name, value in facts.items() if name != "format"}
         return cls(values=values, means=means or None, **arguments)
 
     def require_model(self, model_hash: str) -> None:
@@ -115,7 +130,7 @@ class Scores:
                 raise UserError(f"the scores of {name} contain NaN or infinite values; score the model again")
 
 
-def _trouble(facts: dict[str, Any], tensors: dict[str, Tensor], mean_names: list[str]) -> str:
+def _trouble(facts: ScoresFacts, tensors: dict[str, Tensor], mean_names: list[str]) -> str:
     """Say what of a scores file cannot be; nothing if all of it can."""
     names = facts["names"]
     if len({*names}) != len(names) or len(facts["parameters_per_neuron"]) != len(names):

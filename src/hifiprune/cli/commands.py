@@ -1,10 +1,9 @@
 """All commands: each takes its config from flags and files, calls the function of its name, and prints the result."""
 
-import shlex
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from typer import Argument, Option
@@ -36,8 +35,8 @@ def demo(
     from hifiprune.cli import tables
     from hifiprune.commands import demo
 
-    summary = demo.run(output, config)
-    show(summary, as_json, lambda: tables.demonstrated(summary))
+    record = demo.run(output, config)
+    show(record.to_dict(), as_json, lambda: tables.demonstrated(record))
 
 
 @with_config
@@ -52,8 +51,8 @@ def inspect(
     """Show a model's MLPs and the width for each pruning ratio, without loading weights."""
     from hifiprune.cli import engine_table, tables
 
-    facts = hp.inspect(model, deploy=deploy)
-    show(facts, as_json, partial(engine_table.deployable if deploy else tables.inspected, facts))
+    results = hp.inspect(model, deploy=deploy)
+    show(results, as_json, partial(engine_table.deployable if deploy else tables.inspected, results))
 
 
 @with_config
@@ -94,11 +93,11 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Measure perplexity, fidelity to the dense model, and zero-shot accuracy, of one model or several."""
-    from hifiprune.cli import tables
+    from hifiprune.cli import measurement_tables
 
     check_tasks_named(config.tasks, given)
     record = hp.evaluate(models, config, output)
-    show(record.to_dict(), as_json, lambda: tables.evaluated(record, output, card=config.card))
+    show(record.to_dict(), as_json, lambda: measurement_tables.evaluated(record, output, card=config.card))
 
 
 @with_config
@@ -137,7 +136,7 @@ def compare(
     as_json: bool,
 ) -> None:
     """Prune by several criteria and compare the results."""
-    from hifiprune.cli import tables
+    from hifiprune.cli import measurement_tables
 
     check_tasks_named(config.tasks, given)
     length, column = config.calibration.seq_len, config.calibration.text_column
@@ -146,16 +145,16 @@ def compare(
     if not texts and not config.texts:
         raise UserError("'--text' is missing: give it on the command line, or 'texts' in the file of --config")
     record = hp.compare(model, output, replace(config, texts=texts or config.texts))
-    show(record.to_dict(), as_json, lambda: tables.compared(record, model, local_path(output)))
+    show(record.to_dict(), as_json, lambda: measurement_tables.compared(record, model, local_path(output)))
 
 
 @with_config
 def ablate(model: Model, output: Output = "ablation", *, config: AblateConfig, as_json: bool) -> None:
     """Ablate neurons and correlate the measured KL divergence with each criterion's scores."""
-    from hifiprune.cli import tables
+    from hifiprune.cli import measurement_tables
 
     record = hp.ablate(model, output, config)
-    show(record.to_dict(), as_json, lambda: tables.ablated(record, model, list(config.scores)))
+    show(record.to_dict(), as_json, lambda: measurement_tables.ablated(record, model, list(config.scores)))
 
 
 @with_config
@@ -206,10 +205,10 @@ def bench(
     as_json: bool,
 ) -> None:
     """Benchmark prefill and decode speed against the dense model and the theoretical speed-up."""
-    from hifiprune.cli import tables
+    from hifiprune.cli import measurement_tables
 
     record = hp.bench(dense, pruned, config, output)
-    show(record.to_dict(), as_json, lambda: tables.benched(record))
+    show(record.to_dict(), as_json, lambda: measurement_tables.benched(record))
 
 
 @with_config
@@ -238,17 +237,10 @@ def export(
     as_json: bool,
 ) -> None:
     """Write a checkpoint as a GGUF file, by llama.cpp's own converter."""
+    from hifiprune.cli import tables
 
-    facts = hp.export(model, output, config)
-    show(facts, as_json, lambda: _shown(facts, local_path(output)))
-
-
-def _shown(facts: dict[str, Any], output: Path) -> None:
-    kinds = ", ".join(f"{count} {name}" for name, count in facts["tensors"].items())
-    typer.echo(f"Wrote {output}: {facts['bytes'] / 1e6:,.1f} MB, tensors: {kinds}.")
-    for remark in facts["remarks"]:
-        typer.echo(f"Note: {remark}")
-    typer.echo(f"Next: llama-cli -m {shlex.quote(str(output))} -p 'The capital of France is' -n 32")
+    results = hp.export(model, output, config)
+    show(results, as_json, lambda: tables.exported(results, local_path(output)))
 
 
 @with_config
@@ -263,5 +255,5 @@ def push(
     """Upload a checkpoint to the hub; a dry run without --upload."""
     from hifiprune.cli import tables
 
-    facts = hp.push(folder, repository, private=private, upload=upload)
-    show(facts, as_json, lambda: tables.pushed(facts, folder))
+    results = hp.push(folder, repository, private=private, upload=upload)
+    show(results, as_json, lambda: tables.pushed(results, folder))

@@ -37,11 +37,13 @@ def speaking(*, quiet: bool = False, verbose: bool = False) -> Iterator[None]:
         yield
 
 
-def show(facts: Any, as_json: bool, table: Callable[[], None]) -> None:
-    """Print facts as one JSON object, or as a table, if this is the first process."""
+def show(results: Any, as_json: bool, table: Callable[[], None]) -> None:
+    """Print results as one JSON object, or as a table, if this is the first process."""
     if rank() > 0:
         return
     if as_json:
-        typer.echo(json.dumps(facts, default=str))
+        from hifiprune.io.json_files import to_plain
+
+        typer.echo(json.dumps(to_plain(results), default=str))
     else:
         table()

@@ -1,11 +1,10 @@
 """The test of a criterion: neurons are really removed, a few at a time, and the damage compared with their scores."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from math import isnan
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -23,7 +22,6 @@ from hifiprune.engine.lm_head import Head
 from hifiprune.engine.machine import condition
 from hifiprune.engine.verify import verified_chain
 from hifiprune.errors import UserError
-from hifiprune.evaluation.bootstrap import Estimate
 from hifiprune.evaluation.ranks import correlation
 from hifiprune.evaluation.text import held_windows
 from hifiprune.io.atomic import replacing
@@ -32,9 +30,11 @@ from hifiprune.io.output_paths import exclusive
 from hifiprune.io.resume import ResumeFolder
 from hifiprune.models.lineage import commits_of
 from hifiprune.progress import about, logger, note, track
+from hifiprune.results import Estimate
 from hifiprune.run_record import RunRecord
 from hifiprune.scores import Scores
 from hifiprune.scoring.load_scores import check_layout, load_scores
+from hifiprune.study_results import AblateResults, AblationTrial, Correlation, Correlations
 
 PER_LAYER = 16  # single neurons tried in a layer: enough to rank them
 Trial = tuple[int, tuple[int, ...]]
@@ -42,7 +42,7 @@ Trial = tuple[int, tuple[int, ...]]
 
 
 @exclusive
-def ablate(model: str, output: str | Path, config: AblateConfig) -> RunRecord:
+def ablate(model: str, output: str | Path, config: AblateConfig) -> RunRecord[AblateResults]:
     """Remove single neurons and random groups of them, measure the true KL divergence, and rank it against scores.
 
     The neurons are a stratified sample: at evenly spaced ranks of the first scores, in evenly spaced layers. What a
@@ -58,7 +58,7 @@ def ablate(model: str, output: str | Path, config: AblateConfig) -> RunRecord:
         RunError: numbers, memory or disk failed.
     """
     compute = config.compute
-    record = RunRecord("ablate", {"model": model, "output": str(output), **to_dict(config)})
+    record: RunRecord[AblateResults] = RunRecord("ablate", {"model": model, "output": str(output), **to_dict(config)})
     loaded_scores = _load_scores(config.scores)
     checkpoint, target, skeleton = prepare(
         model, output, [config.text], config.scores, compute=compute, folder=True, overwrite=config.overwrite
@@ -76,12 +76,12 @@ def ablate(model: str, output: str | Path, config: AblateConfig) -> RunRecord:
     check_tokens(checkpoint, windows)
     checkpoint.fetch()
     dense, model_hash = load_hashed(checkpoint, compute, record)
-    for each in loaded_scores.values():
-        each.require_model(model_hash)
+    for layer_scores in loaded_scores.values():
+        layer_scores.require_model(model_hash)
     unfinished, data = unfinished.of(dense, model_hash), hash_tokens(windows)
     paths = {trial: unfinished.path("trials", data, *trial) for trial in trials}
-    known = {trial: unfinished.read_json(path) for trial, path in paths.items()}
-    missing = [trial for trial, found in known.items() if found is None]
+    measured = {trial: unfinished.read_json(path) for trial, path in paths.items()}
+    missing = [trial for trial, divergence in measured.items() if divergence is None]
     estimator = Estimator(checkpoint, compute, loaded=True)
     cost = estimator.reading(windows.numel() * len(missing), windows.shape[1])
     logger.info(
@@ -92,11 +92,11 @@ def ablate(model: str, output: str | Path, config: AblateConfig) -> RunRecord:
     with record.stage("ablating"):
         bench = Bench(dense, windows, {layer for layer, _ in trials}, compute.batch_size)
         for trial in track(missing, "ablating"):
-            known[trial] = {"kl": bench.divergence(trial)}
-            unfinished.write_json(paths[trial], known[trial])
+            measured[trial] = {"kl": bench.divergence(trial)}
+            unfinished.write_json(paths[trial], measured[trial])
     record.reused_parts = len(unfinished.reused)
-    divergences = [known[trial]["kl"] for trial in trials]
-    record.results = {"model_hash": model_hash, **correlate(trials, divergences, loaded_scores)}
+    divergences = [measured[trial]["kl"] for trial in trials]
+    record.results = AblateResults(model_hash, *correlate(trials, divergences, loaded_scores))
     with replacing(target, overwrite=config.overwrite) as folder:
         from hifiprune.reports.plots import draw_ablation
 
@@ -201,45 +201,40 @@ def small_divergence(
     return torch.cat(values)
 
 
-def correlate(trials: Sequence[Trial], divergences: Sequence[float], scores: dict[str, Scores]) -> dict[str, Any]:
-    """Rank correlation of each criterion's scores with the measured divergences, and the trials themselves."""
+def correlate(
+    trials: Sequence[Trial], divergences: Sequence[float], scores: dict[str, Scores]
+) -> tuple[dict[str, dict[str, Correlations]], list[AblationTrial]]:
+    """Return the rank correlation of each criterion's scores with the measured divergences, and the trials."""
     single = [number for number, (_, neurons) in enumerate(trials) if len(neurons) == 1]
     grouped = [number for number, (_, neurons) in enumerate(trials) if len(neurons) > 1]
     truth = torch.tensor(divergences, dtype=torch.float64)
     predicted = {
         name: torch.tensor(
-            [float(each.values[layer][list(neurons)].double().sum()) for layer, neurons in trials]
+            [float(criterion.values[layer][list(neurons)].double().sum()) for layer, neurons in trials]
         ).double()
-        for name, each in scores.items()
+        for name, criterion in scores.items()
     }
     layers = [layer for layer, _ in trials]
-    return {
-        "correlations": {
-            name: {
-                kind: {
-                    "all_layers": _plain(correlation(values[chosen], truth[chosen], [0] * len(chosen))),
-                    "within_layers": _plain(correlation(values[chosen], truth[chosen], [layers[n] for n in chosen])),
-                }
-                for kind, chosen in (("single", single), ("groups", grouped))
-                if len(chosen) > 2
-            }
-            for name, values in predicted.items()
-        },
-        "trials": [
-            {
-                "layer": layer,
-                "neurons": list(neurons),
-                "kl": kl,
-                "scores": {name: float(values[number]) for name, values in predicted.items()},
-            }
-            for number, ((layer, neurons), kl) in enumerate(zip(trials, divergences, strict=True))
-        ],
+    correlations = {
+        name: {
+            kind: Correlations(
+                all_layers=_plain(correlation(values[chosen], truth[chosen], [0] * len(chosen))),
+                within_layers=_plain(correlation(values[chosen], truth[chosen], [layers[n] for n in chosen])),
+            )
+            for kind, chosen in (("single", single), ("groups", grouped))
+            if len(chosen) > 2
+        }
+        for name, values in predicted.items()
     }
+    return correlations, [
+        AblationTrial(layer, list(neurons), kl, {name: float(values[number]) for name, values in predicted.items()})
+        for number, ((layer, neurons), kl) in enumerate(zip(trials, divergences, strict=True))
+    ]
 
 
-def _plain(estimate: Estimate) -> dict[str, float | None]:
+def _plain(estimate: Estimate) -> Correlation:
     """Without NaN, which JSON does not know."""
-    return {name: None if value is None or isnan(value) else value for name, value in asdict(estimate).items()}
+    return Correlation(*(None if x is None or isnan(x) else x for x in (estimate.value, estimate.low, estimate.high)))
 
 
 def _load_scores(paths: Sequence[str | Path]) -> dict[str, Scores]:
@@ -247,8 +242,8 @@ def _load_scores(paths: Sequence[str | Path]) -> dict[str, Scores]:
     if not paths:
         raise UserError("give at least one --scores file; make it with 'hifiprune score'")
     loaded = [(Path(path), load_scores(path)) for path in paths]
-    for _, each in loaded:
-        each.require_finite()
+    for _, scores in loaded:
+        scores.require_finite()
     criteria = [scores.criterion for _, scores in loaded]
     named = {s.criterion if criteria.count(s.criterion) == 1 else path.stem: s for path, s in loaded}
     if len(named) != len(paths):

@@ -21,7 +21,7 @@ from hifiprune.engine.compute import resolved_device
 from hifiprune.engine.context import check_names
 from hifiprune.engine.machine import Machine
 from hifiprune.errors import RunError, UserError
-from hifiprune.evaluation.speed import Workload, operations, request
+from hifiprune.evaluation.speed import operations, request
 from hifiprune.formatting import short_names
 from hifiprune.io.atomic import replacing
 from hifiprune.io.output_paths import check_target, exclusive
@@ -32,6 +32,7 @@ from hifiprune.models.lineage import commits_of, read_with
 from hifiprune.models.mlp import count_parameters, find_mlps
 from hifiprune.progress import how_many, logger, track
 from hifiprune.pruning.cut_checkpoint import hash_stored, stored_plainly
+from hifiprune.results import BenchedModel, BenchResults, Spread, TimedWorkload, Timing, Timings, Workload
 from hifiprune.run_record import RunRecord
 
 ALIGNED = 64
@@ -47,7 +48,7 @@ QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 @exclusive
 def bench(
     dense: str, pruned: Sequence[str], config: BenchConfig = BenchConfig(), output: str | Path | None = None
-) -> RunRecord:
+) -> RunRecord[BenchResults]:
     """Time prefill and decode, the models in turn, each time in a fresh process.
 
     Args:
@@ -61,7 +62,7 @@ def bench(
         RunError: a model could not be timed.
     """
     names, compute, rounds = [dense, *pruned], config.compute, config.rounds
-    record = RunRecord("bench", {"dense": dense, "pruned": list(pruned), **to_dict(config)})
+    record: RunRecord[BenchResults] = RunRecord("bench", {"dense": dense, "pruned": list(pruned), **to_dict(config)})
     check_names(names)
     checkpoints = [find_checkpoint(name) for name in names]
     record.commits = commits_of(*checkpoints)
@@ -97,16 +98,18 @@ def bench(
             runs[checkpoint.name].append(turn)
     counted = [[operations(skeleton, work) for skeleton in skeletons] for work in workloads]
     troubles = [_trouble(runs, number) for number in range(len(workloads))]
-    record.results = {
-        "models": {checkpoint.name: _facts(checkpoint, runs[checkpoint.name]) for checkpoint in checkpoints},
-        "workloads": [
-            _compared(work, names, [_timings(runs[name], number) for name in names], counted[number])
-            for number, work in enumerate(workloads)
-            if not troubles[number]
-        ],
+    models = {checkpoint.name: describe_model(checkpoint, runs[checkpoint.name]) for checkpoint in checkpoints}
+    timed = [
+        compare_timings(work, names, [_timings(runs[name], number) for name in names], counted[number])
+        for number, work in enumerate(workloads)
+        if not troubles[number]
+    ]
+    record.results = BenchResults(
+        models,
+        timed,
         **{fact: runs[dense][0][fact] for fact in ("threads", "device", "dtype")},
-    }
-    record.results["remarks"] = [*crowd, *dict.fromkeys(filter(None, troubles)), *_remarks(record.results, rounds)]
+        remarks=[*crowd, *dict.fromkeys(filter(None, troubles)), *_remarks(models, timed, rounds)],
+    )
     if target and unfinished:
         record.reused_parts = len(unfinished.reused)
         with replacing(target, overwrite=config.overwrite) as new:
@@ -143,18 +146,16 @@ def _crowd(compute: ComputeConfig) -> list[str]:
 
 def _stamps(checkpoint: Checkpoint) -> list[list[int]]:
     """Size and time of each weight file: which files they are, without reading them."""
-    return [[found.st_size, found.st_mtime_ns] for found in map(Path.stat, checkpoint.weight_files)]
+    return [[file.st_size, file.st_mtime_ns] for file in map(Path.stat, checkpoint.weight_files)]
 
 
 def _trouble(runs: dict[str, list[dict[str, Any]]], number: int) -> str:
     """Why a workload could not be timed, if it could not."""
-    found = (f"{name}: {each}" for name, own in runs.items() for run in own if (each := _told(run, number)))
-    first = next(found, "")
-    return f"torch.compile does not work here: {first}" if first else ""
-
-
-def _told(run: dict[str, Any], number: int) -> str:
-    return str(run["timings"][number].get("trouble", ""))
+    for name, turns in runs.items():
+        for turn in turns:
+            if trouble := turn["timings"][number].get("trouble"):
+                return f"torch.compile does not work here: {name}: {trouble}"
+    return ""
 
 
 def _timed(name: str, asked: str) -> dict[str, Any]:
@@ -166,26 +167,26 @@ def _timed(name: str, asked: str) -> dict[str, Any]:
         raise (UserError if done.returncode == UserError.exit_code else RunError)(
             f"{name} could not be timed: {lines[-1]}"
         )
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    timings: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return timings
 
 
-def _facts(checkpoint: Checkpoint, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Sizes, and medians over the rounds."""
+def describe_model(checkpoint: Checkpoint, runs: list[dict[str, Any]]) -> BenchedModel:
+    """Return the sizes of a model, and medians over the rounds."""
     skeleton = checkpoint.skeleton()
+    widths = sorted({mlp.neurons for mlp in find_mlps(skeleton)})
     medians: dict[str, float] = {
         name: median(run[name] for run in runs)
         for name in ("loading", "peak_memory_bytes", "peak_gpu_memory_bytes")
         if name in runs[0]
     }
-    widths = sorted({mlp.neurons for mlp in find_mlps(skeleton)})
-    return {
-        "parameters": count_parameters(skeleton),
-        "weight_bytes": checkpoint.weight_bytes,
-        "widths": [widths[0], widths[-1]],
-        "unaligned": [width for width in widths if width % ALIGNED],
+    return BenchedModel(
+        parameters=count_parameters(skeleton),
+        weight_bytes=checkpoint.weight_bytes,
+        widths=[widths[0], widths[-1]],
+        unaligned=[width for width in widths if width % ALIGNED],
         **medians,
-    }
+    )
 
 
 def _timings(runs: list[dict[str, Any]], number: int) -> dict[str, list[float]]:
@@ -193,27 +194,32 @@ def _timings(runs: list[dict[str, Any]], number: int) -> dict[str, list[float]]:
     return {part: [median(run["timings"][number][part]) for run in runs] for part in ("first", "later")}
 
 
-def _compared(
+def compare_timings(
     work: Workload, names: list[str], timings: list[dict[str, list[float]]], counted: list[dict[str, float]]
-) -> dict[str, Any]:
-    """Every model on a workload: medians with the lowest and highest round, and the gain on the dense model."""
-    rows: dict[str, dict[str, Any]] = {}
-    for name, own, needed in zip(names, timings, counted, strict=True):
-        rows[name] = {}
-        for part in ("first", "later"):
-            dense, seconds = timings[0][part], own[part]
-            ratios = [theirs / ours for theirs, ours in zip(dense, seconds, strict=True)]  # of one round
-            hoped = counted[0][part] / needed[part]
-            rows[name][part] = {
-                "seconds": _spread(seconds),
-                "operations": needed[part],
-                "speedup": _spread(ratios),
-                "told_apart": told_apart(ratios),
-                "promised": hoped,
-                "share": (1 - 1 / median(ratios)) / (1 - 1 / hoped) if hoped > 1 else None,
-            }
-    noise = max((max(each[part]) - min(each[part])) / median(each[part]) for each in timings for part in each)
-    return {"workload": vars(work), "noise": noise, "models": rows}
+) -> TimedWorkload:
+    """Return every model on a workload: medians with the lowest and highest round, and the gain on the dense model."""
+    rows = {
+        name: Timings(
+            *(gain(timings[0][part], seconds[part], counted[0][part], needed[part]) for part in ("first", "later"))
+        )
+        for name, seconds, needed in zip(names, timings, counted, strict=True)
+    }
+    noise = max((max(part) - min(part)) / median(part) for seconds in timings for part in seconds.values())
+    return TimedWorkload(work, noise, rows)
+
+
+def gain(dense: list[float], seconds: list[float], dense_operations: float, operations: float) -> Timing:
+    """Return the timing of a model by round, beside that of the dense model in the same rounds."""
+    ratios = [theirs / ours for theirs, ours in zip(dense, seconds, strict=True)]
+    promised = dense_operations / operations
+    return Timing(
+        seconds=_spread(seconds),
+        operations=operations,
+        speedup=_spread(ratios),
+        promised=promised,
+        share=(1 - 1 / median(ratios)) / (1 - 1 / promised) if promised > 1 else None,
+        told_apart=told_apart(ratios),
+    )
 
 
 def told_apart(speedups: Sequence[float]) -> bool:
@@ -228,20 +234,20 @@ def told_apart(speedups: Sequence[float]) -> bool:
     return abs(mean(logarithms)) > quantile * stdev(logarithms) / math.sqrt(len(logarithms))
 
 
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": median(values), "low": min(values), "high": max(values)}
+def _spread(values: list[float]) -> Spread:
+    return Spread(median(values), min(values), max(values))
 
 
-def _remarks(results: dict[str, Any], rounds: int) -> list[str]:
+def _remarks(models: dict[str, BenchedModel], timed: list[TimedWorkload], rounds: int) -> list[str]:
     """What a reader should know of these figures."""
-    known = dict(zip(results["models"], short_names(results["models"]), strict=True))
+    shown = dict(zip(models, short_names(models), strict=True))
     remarks = [
-        f"{known[name]}: widths such as {facts['unaligned'][0]:,} are no multiples of {ALIGNED}, "
-        f"which many kernels want; the nearest is {max(1, round(facts['unaligned'][0] / ALIGNED)) * ALIGNED:,}."
-        for name, facts in results["models"].items()
-        if facts["unaligned"]
+        f"{shown[name]}: widths such as {model.unaligned[0]:,} are no multiples of {ALIGNED}, "
+        f"which many kernels want; the nearest is {max(1, round(model.unaligned[0] / ALIGNED)) * ALIGNED:,}."
+        for name, model in models.items()
+        if model.unaligned
     ]
-    noise = max((each["noise"] for each in results["workloads"]), default=0.0)
+    noise = max((workload.noise for workload in timed), default=0.0)
     if noise > NOISY:
         remarks.append(
             f"The timings of one model differ by up to {noise:.0%} between rounds: smaller gains are not significant."
@@ -249,14 +255,14 @@ def _remarks(results: dict[str, Any], rounds: int) -> list[str]:
     if rounds < ENOUGH:
         few = "1 round does" if rounds == 1 else f"{rounds} rounds do"
         remarks.append(f"{few} not tell how noisy the machine is: give --rounds {ENOUGH} or more.")
-    gains = {
-        known[name]: each["speedup"]
-        for found in results["workloads"]
-        for name, row in found["models"].items()
-        for each in row.values()
-        if each["speedup"]["low"] < 1 < each["speedup"]["high"]
-    }
+    unclear = dict.fromkeys(
+        shown[name]
+        for workload in timed
+        for name, row in workload.models.items()
+        for part in (row.first, row.later)
+        if part.speedup.low < 1 < part.speedup.high
+    )
     remarks += [
-        f"{name} is faster in some rounds and slower in others: the difference is not significant." for name in gains
+        f"{name} is faster in some rounds and slower in others: the difference is not significant." for name in unclear
     ]
     return remarks

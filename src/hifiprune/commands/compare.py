@@ -34,10 +34,11 @@ from hifiprune.run_record import RunRecord
 from hifiprune.scores import Scores
 from hifiprune.scoring.criteria import find_criterion
 from hifiprune.scoring.score import Request
+from hifiprune.study_results import CompareResults, HeldText
 
 
 @exclusive
-def compare(model: str, output: str | Path, config: CompareConfig) -> RunRecord:
+def compare(model: str, output: str | Path, config: CompareConfig) -> RunRecord[CompareResults]:
     """Prune by every criterion, at every ratio, with several draws of the calibration windows, and measure.
 
     The folder `output` will hold `compare.json`, the plots, and the scores, ready for `prune`.
@@ -52,7 +53,7 @@ def compare(model: str, output: str | Path, config: CompareConfig) -> RunRecord:
         RunError: numbers, memory or disk failed.
     """
     criteria, ratios, calibration, tasks = config.criteria, config.ratios, config.calibration, config.tasks
-    record = RunRecord("compare", {"model": model, "output": str(output), **to_dict(config)})
+    record: RunRecord[CompareResults] = RunRecord("compare", {"model": model, "output": str(output), **to_dict(config)})
     _check(config)
     if tasks:
         check_tasks(tasks)
@@ -88,20 +89,20 @@ def compare(model: str, output: str | Path, config: CompareConfig) -> RunRecord:
         drawn = drawn or [bench.sample(draw) for draw in draws]
         for draw, windows in zip(draws, drawn, strict=True):
             wanted = _requests(criteria, ratios, config.options, draw.seed)
-            found = dict(zip(wanted, bench.score(windows, list(wanted.values()), draw), strict=True))
-            files |= {f"{label}-seed{draw.seed}.safetensors": path for label, (_, path) in found.items()}
-            scores = {label: made for label, (made, _) in found.items()}
+            scored = dict(zip(wanted, bench.score(windows, list(wanted.values()), draw), strict=True))
+            files |= {f"{label}-seed{draw.seed}.safetensors": path for label, (_, path) in scored.items()}
+            scores = {label: made for label, (made, _) in scored.items()}
             cells += _cells(scores, criteria, ratios, draw.seed, config.round_to)
     with record.stage("measuring"):
         dense, *measured = bench.measure([None, *(cell.plan for cell in cells)], [*held, *([tasks] if tasks else [])])
     record.reused_parts = len(bench.unfinished.reused)
-    record.results = {
-        "model_hash": model_hash,
-        "data_hashes": [hash_tokens(windows) for windows in drawn],
-        "texts": [{"source": text.source, "windows": list(text.windows.shape)} for text in held],
-        "widths": {f"{ratio:g}": [width, shape.ratio_at(width)] for ratio, width in widths.items()},
+    record.results = CompareResults(
         **contrast(cells, dense, measured, len(held)),
-    }
+        model_hash=model_hash,
+        data_hashes=[hash_tokens(windows) for windows in drawn],
+        texts=[HeldText(text.source, list(text.windows.shape)) for text in held],
+        widths={f"{ratio:g}": (width, shape.ratio_at(width)) for ratio, width in widths.items()},
+    )
     with replacing(target, overwrite=config.overwrite) as folder:
         from hifiprune.reports.plots import draw_comparison
 
@@ -121,8 +122,9 @@ def _cells(
     cells = []
     for ratio in ratios:
         for name in criteria:
-            own = scores[_label(name, ratio)]
-            cells.append(Cell(name, ratio, seed, allocate(own, Budget(ratio=ratio), round_to=round_to), own.values))
+            chosen = scores[_label(name, ratio)]
+            plan = allocate(chosen, Budget(ratio=ratio), round_to=round_to)
+            cells.append(Cell(name, ratio, seed, plan, chosen.values))
     return cells
 
 

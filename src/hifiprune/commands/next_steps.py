@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import count, product
 from pathlib import Path
 from shutil import which
@@ -88,15 +88,14 @@ def next_is_pruning(
         next_step("inspect", model)
 
 
-def next_is_measuring(model: Path, dense: str | None, calibration: dict[str, Any] | None = None) -> None:
+def next_is_measuring(model: Path, dense: str | None, sources: Collection[str] = ()) -> None:
     """Tell how to measure a checkpoint on text that it was not calibrated on, or else which engines take it.
 
     Args:
         model: the checkpoint.
         dense: what it was made from.
-        calibration: text that it was made with.
+        sources: of the text that it was calibrated on.
     """
-    sources = {calibration["source"], *(source for source, _ in calibration["mixed"])} if calibration else set()
     if PYTHON_DOCS in sources:
         next_step("inspect", model, "--deploy")
         return
@@ -120,13 +119,17 @@ def free_name(name: str, ending: str = "") -> str:
     return next(found for found in names if not Path(found).exists())
 
 
+def sources_of(calibration: dict[str, Any] | None) -> list[str]:
+    """Return all sources of a calibration's text."""
+    return [calibration["source"], *(source for source, _ in calibration["mixed"])] if calibration else []
+
+
 def calibration_flags(calibration: dict[str, Any] | None) -> list[object]:
     """Return the flags of a calibration whose text can be read again."""
     if not calibration:
         return []
     mixed = [f"{source}:{share:g}" for source, share in calibration["mixed"]]
-    sources = [calibration["source"], *(source for source, _ in calibration["mixed"])]
-    if any(source != SELF and source.startswith(("-", "/dev/", "/proc/")) for source in sources):
+    if any(source != SELF and source.startswith(("-", "/dev/", "/proc/")) for source in sources_of(calibration)):
         return []
     flags: list[object] = [word for source in (calibration["source"], *mixed) for word in ("--calibration", source)]
     for name in ("num_samples", "seq_len", "seed", "sampler", "text_column"):

@@ -33,6 +33,7 @@ from hifiprune.progress import note
 from hifiprune.pruning.allocate import allocate
 from hifiprune.pruning.cut import require_bias
 from hifiprune.reports.model_card import describe_base
+from hifiprune.results import PruneResults
 from hifiprune.run_record import RunRecord
 from hifiprune.scores import Scores
 from hifiprune.scoring.criteria import find_criterion
@@ -72,7 +73,7 @@ def resolve(model: str, output: str | Path, config: PruneConfig, scores: Scores 
     if scores:
         remark_on_ignored(settled)
     check_shard_size(config.shard_size)
-    record = RunRecord("prune", {"model": model, "output": str(output), **to_dict(settled)})
+    record: RunRecord[PruneResults] = RunRecord("prune", {"model": model, "output": str(output), **to_dict(settled)})
     checkpoint, target, skeleton = prepare(
         model, output, [calibration], [config.scores], compute=config.compute, folder=True, overwrite=config.overwrite
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -102,7 +103,7 @@ def _parts(source: Calibration | Text | None) -> Sequence[Calibration | Text]:
 def load_hashed(
     checkpoint: Checkpoint,
     compute: ComputeConfig,
-    record: RunRecord,
+    record: RunRecord[Any],
     dtype: torch.dtype | None = None,
     *,
     may_stream: bool = False,

@@ -1,6 +1,6 @@
 """`prune`: check, score, decide widths, cut and repair, write."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mode
 from typing import Any
@@ -28,12 +28,13 @@ from hifiprune.pruning.cut import cut_
 from hifiprune.pruning.cut_checkpoint import output_maps, write_cut
 from hifiprune.pruning.repair import cut_and_repair_
 from hifiprune.reports.model_card import write_card
+from hifiprune.results import Pair, PruneResults, Ratio, Refit
 from hifiprune.run_record import RunRecord
 from hifiprune.scores import Scores
 
 
 @exclusive
-def prune(model: str, output: str | Path, config: PruneConfig, scores: Scores | None = None) -> RunRecord:
+def prune(model: str, output: str | Path, config: PruneConfig, scores: Scores | None = None) -> RunRecord[PruneResults]:
     """Prune a checkpoint into the new folder `output`, from calibration data or from scores made before.
 
     The folder holds an ordinary checkpoint, `run.json`, and the scores and the plan in its folder `hifiprune`.
@@ -76,30 +77,34 @@ class Cut:
     Attributes:
         model: cut model in the checkpoint's own dtype, where the files cannot be cut.
         changed: repaired output projections, written instead of those in the files.
+        refits: how each refit went, where the cut was repaired.
     """
 
     model: PreTrainedModel | None = None
     changed: dict[str, Spilled] | None = None
+    refits: list[Refit] | None = None
 
 
 def cut_and_repair(
     dense: DenseModel, scores: Scores, plan: Plan, windows: Windows | None, job: PruneJob, estimator: Estimator
 ) -> Cut:
     """Cut the dense model, and repair it or put mean outputs into its biases where that is asked for."""
+    refits = None
     if job.repairs:
         assert windows is not None
         model = dense.load_scored(scores)
         logger.info(announce_repair(windows, sum(plan.widths) // len(plan.widths), estimator))
         with job.record.stage("cutting and repairing"):
             refits = cut_and_repair_(model, plan, windows, batch_size=job.compute.batch_size)
-        job.record.results["repair"] = [asdict(refit) for refit in refits]
     elif job.config.bias_compensation or not dense.stored_plainly:
         model = dense.load_scored(scores, job.checkpoint.dtype())
         cut_(model, plan, scores.means if job.config.bias_compensation else None)
     else:
         dense.check_scores(scores)
         return Cut()
-    return Cut(changed=output_maps(model)) if dense.stored_plainly else Cut(in_stored_dtype(dense, model, plan, job))
+    if dense.stored_plainly:
+        return Cut(changed=output_maps(model), refits=refits)
+    return Cut(in_stored_dtype(dense, model, plan, job), refits=refits)
 
 
 def in_stored_dtype(dense: DenseModel, repaired: PreTrainedModel, plan: Plan, job: PruneJob) -> PreTrainedModel:
@@ -116,10 +121,9 @@ def in_stored_dtype(dense: DenseModel, repaired: PreTrainedModel, plan: Plan, jo
     return model
 
 
-def write(cut: Cut, plan: Plan, scores: Scores, job: PruneJob) -> RunRecord:
+def write(cut: Cut, plan: Plan, scores: Scores, job: PruneJob) -> RunRecord[PruneResults]:
     """Write the checkpoint, what it was decided from, its record and its card."""
     record, target, shard_size = job.record, job.target, job.config.shard_size
-    record.results |= describe_plan(plan, str(job.budget)) | describe_scores(scores)
     with replacing(target, overwrite=job.config.overwrite) as folder:
         with record.stage("writing"):
             if cut.model:
@@ -130,21 +134,26 @@ def write(cut: Cut, plan: Plan, scores: Scores, job: PruneJob) -> RunRecord:
         scores.save(folder / "hifiprune" / "scores.safetensors")
         plan.save(folder / "hifiprune" / "plan.json")
         after = Checkpoint(str(target), folder).weight_bytes
-        record.results["weight_bytes"] = {"before": job.checkpoint.weight_bytes, "after": after}
+        record.results = PruneResults(
+            **vars(describe_scores(scores, job)),
+            **describe_plan(plan),
+            asked=str(job.budget),
+            weight_bytes=Pair(job.checkpoint.weight_bytes, after),
+            repair=cut.refits,
+        )
         record.save(folder / "run.json")
-        write_card(folder, record.to_dict(), job.base, target.name)
+        write_card(folder, job.base, target.name)
     job.unfinished.remove()
     return record
 
 
-def describe_plan(plan: Plan, asked: str) -> dict[str, Any]:
-    """Return what a run record says of a plan."""
+def describe_plan(plan: Plan) -> dict[str, Any]:
+    """Return the fields of `PruneResults` that a plan gives."""
     kept, neurons = sum(plan.widths), sum(plan.neurons)
     widths = [width for before, width in zip(plan.neurons, plan.widths, strict=True) if before == mode(plan.neurons)]
     return {
-        "width": {"before": mode(plan.neurons), "after": plan.widths if len({*widths}) > 1 else widths[0]},
-        "parameters": {"before": plan.parameters_before, "after": plan.parameters_after},
-        "asked": asked,
-        "ratio": {"asked": plan.ratio_asked, "reached": plan.ratio_reached},
+        "width": Pair(mode(plan.neurons), plan.widths if len({*widths}) > 1 else widths[0]),
+        "parameters": Pair(plan.parameters_before, plan.parameters_after),
+        "ratio": Ratio(plan.ratio_asked, plan.ratio_reached),
         "neuron_ratio_reached": 1 - kept / neurons,
     }

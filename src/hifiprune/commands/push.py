@@ -2,9 +2,9 @@
 
 import json
 import os
+from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
@@ -21,7 +21,17 @@ from hifiprune.reports.card_metadata import CARD, read_card
 from hifiprune.reports.model_card import for_repository, is_measured
 
 
-def push(folder: str, repository: str, *, private: bool = False, upload: bool = False) -> dict[str, Any]:
+@dataclass(frozen=True)
+class PushResults:
+    """Files with their sizes, what the card lacks, and whether they were uploaded."""
+
+    repository: str
+    files: dict[str, int]
+    remarks: list[str]
+    uploaded: bool
+
+
+def push(folder: str, repository: str, *, private: bool = False, upload: bool = False) -> PushResults:
     """Upload a checkpoint's folder to the hub; without `upload` only tell what would be.
 
     Args:
@@ -29,9 +39,6 @@ def push(folder: str, repository: str, *, private: bool = False, upload: bool = 
         repository: its name on the hub, `owner/name`.
         private: whether only its owner sees it, where it is new.
         upload: do it.
-
-    Returns:
-        the files with their sizes, what the card lacks, and whether it was uploaded.
 
     Raises:
         UserError: the folder is no whole checkpoint, the name is none of a repository, or there is no login.
@@ -79,7 +86,7 @@ def push(folder: str, repository: str, *, private: bool = False, upload: bool = 
             raise RunError(f"the hub refused {repository}: {error.server_message or error}") from error
         except Exception as error:  # whatever the hub's library raises of the network
             raise RunError(f"the hub could not be reached: {type(error).__name__}: {error}") from error
-    return {"repository": repository, "files": files, "remarks": remarks, "uploaded": upload}
+    return PushResults(repository, files, remarks, upload)
 
 
 def _uploadable(root: Path) -> dict[str, int]:

@@ -30,7 +30,7 @@ from hifiprune.io.output_paths import exclusive
 from hifiprune.io.tokenization import special_tokens
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.detect import family_of
-from hifiprune.models.lineage import check_origin, record_of
+from hifiprune.models.lineage import check_origin, plain_record_of
 from hifiprune.progress import about, how_many, logger
 from hifiprune.recovery.callback import Watch, describe, is_better
 from hifiprune.recovery.distillation import CachedTeacher, Teacher, cache_teacher
@@ -43,12 +43,15 @@ from hifiprune.recovery.trainer import gathered, last_state, limit_batch
 from hifiprune.recovery.trainer import train as run_trainer
 from hifiprune.recovery.training_data import read_examples
 from hifiprune.reports.model_card import write_card
+from hifiprune.results import RecoverResults
 from hifiprune.run_record import RunRecord
 from hifiprune.scoring.objectives import SoftLabels
 
 
 @exclusive
-def recover(model: str, output: str | Path, data: str, config: RecoverConfig = RecoverConfig()) -> RunRecord:
+def recover(
+    model: str, output: str | Path, data: str, config: RecoverConfig = RecoverConfig()
+) -> RunRecord[RecoverResults]:
     """Train a pruned checkpoint and write the best state by held-out perplexity as an ordinary checkpoint.
 
     Interrupted, the same call continues where it stopped. If training makes it worse, it is written as it was.
@@ -137,7 +140,7 @@ class Outcome:
         model: the trained model, if it is better than it was.
     """
 
-    results: dict[str, Any]
+    results: RecoverResults
     model: nn.Module | None = None
 
 
@@ -146,7 +149,7 @@ def train(job: RecoverJob, lesson: Lesson, held: Packed) -> Outcome:
     training, compute = job.training, job.config.compute
     job.limit.check()
     student, model_hash = load_hashed(job.started, compute, job.record, _training_dtype(job.started, training, compute))
-    job.limit.writing = 2 * job.record.stages[-1]["seconds"]  # it may have to be loaded again for that
+    job.limit.writing = 2 * job.record.stages[-1].seconds  # it may have to be loaded again for that
     rows = lesson.rows.rows if isinstance(lesson.rows, CachedTeacher) else lesson.rows
     folder = state_folder(
         job, student, model_hash, [asdict(training), rows.digest(), held.digest(), lesson.teacher_hash, processes()]
@@ -171,8 +174,12 @@ def train(job: RecoverJob, lesson: Lesson, held: Packed) -> Outcome:
             report_to=job.config.report_to,
         )
         weights = gathered(trainer)
-    hashes = {"model_hash": model_hash, "data_hash": rows.digest(), "teacher_hash": lesson.teacher_hash}
-    results = describe(trainer.state, watch.trouble) | hashes
+    results = replace(
+        describe(trainer.state, watch.trouble),
+        model_hash=model_hash,
+        data_hash=rows.digest(),
+        teacher_hash=lesson.teacher_hash,
+    )
     if rank() > 0 or not is_better(trainer.state):
         return Outcome(results)
     if weights:
@@ -197,7 +204,7 @@ def state_folder(job: RecoverJob, student: PreTrainedModel, model_hash: str, fac
 
 def write(job: RecoverJob, outcome: Outcome) -> None:
     """Write the trained model, or the checkpoint as it was, with its record and its card."""
-    job.record.results = outcome.results | {"pruning": record_of(job.started)}
+    job.record.results = replace(outcome.results, pruning=plain_record_of(job.started))
     trained = outcome.model or _as_it_was(job.started, job.record.results)
     with replacing(job.target, overwrite=job.config.overwrite) as folder:
         with job.record.stage("writing"):
@@ -205,7 +212,7 @@ def write(job: RecoverJob, outcome: Outcome) -> None:
                 trained.save_pretrained(str(folder / "adapter"))
             job.started.save(_merged(trained, job.started), folder, job.config.shard_size)
         job.record.save(folder / "run.json")
-        write_card(folder, job.record.to_dict(), job.base, job.target.name)
+        write_card(folder, job.base, job.target.name)
     job.unfinished.remove()
 
 
@@ -269,9 +276,9 @@ def _announce(training: TrainingConfig, rows: Packed, held: Packed, estimator: E
     )
 
 
-def _as_it_was(checkpoint: Checkpoint, results: dict[str, Any]) -> nn.Module:
+def _as_it_was(checkpoint: Checkpoint, results: RecoverResults) -> nn.Module:
     """The model that training did not make better."""
-    why = results["trouble"] if not results["steps"] and results["trouble"] else None
+    why = results.trouble if not results.steps else None
     why = f"{why[0].upper()}{why[1:]}" if why else "Training did not lower the held-out perplexity"
     logger.warning(f"{why}: the checkpoint is written as it was.")
     return checkpoint.load(checkpoint.dtype())

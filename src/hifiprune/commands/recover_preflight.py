@@ -22,6 +22,7 @@ from hifiprune.models.mlp import count_parameters
 from hifiprune.recovery.lora import check_adapter, linears_of
 from hifiprune.recovery.time_limit import TimeLimit
 from hifiprune.reports.model_card import Base, describe_base
+from hifiprune.results import RecoverResults
 from hifiprune.run_record import RunRecord
 
 
@@ -53,7 +54,7 @@ class RecoverJob:
     dense: Checkpoint | None
     target: Path
     base: Base
-    record: RunRecord
+    record: RunRecord[RecoverResults]
     unfinished: ResumeFolder
     limit: TimeLimit
 
@@ -70,7 +71,9 @@ def resolve(model: str, output: str | Path, data: str, config: RecoverConfig) ->
         training = replace(training, distill_weight=0.0, match_hidden=0.0, cache_teacher=None)
     check_purpose(training, config)
     settled = to_dict(replace(config, training=training))
-    record = RunRecord("recover", {"model": model, "output": str(output), "data": data, **settled})
+    record: RunRecord[RecoverResults] = RunRecord(
+        "recover", {"model": model, "output": str(output), "data": data, **settled}
+    )
     check_shard_size(config.shard_size)
     dense = find_dense(model, config.teacher, training, control=config.control)
     texts, read = [Text(data, training.seq_len)], [dense.path] if dense else []

@@ -7,8 +7,8 @@ from pathlib import Path
 from jinja2 import Environment
 
 from hifiprune.io.atomic import local_path, replacing
+from hifiprune.io.json_files import to_plain
 from hifiprune.io.output_paths import check_target, exclusive
-from hifiprune.models.lineage import pruning_of
 from hifiprune.reports.report_sections import sections_of
 from hifiprune.reports.runs import Run, read_runs
 from hifiprune.version import __version__
@@ -41,7 +41,7 @@ def report(folders: Sequence[str | Path], output: str | Path, *, overwrite: bool
         subtitle=f"{len(runs)} runs of hifiprune {__version__}: {', '.join(run.name for run in runs)}",
         version=__version__,
         sections=sections,
-        tokens=[token for token in tokens if "dense" in token],
+        tokens=[to_plain(token) for token in tokens if token.dense],
     )
     with replacing(target, overwrite=overwrite) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -51,7 +51,7 @@ def report(folders: Sequence[str | Path], output: str | Path, *, overwrite: bool
 def _title(runs: list[Run]) -> str:
     """Return the names of the checkpoints that were made, and of what from."""
     made = [run.name for run in runs if run.made]
-    dense = {Path(pruning["arguments"]["model"]).name for run in runs if (pruning := pruning_of(run.facts))}
+    dense = {Path(run.made.arguments.model).name for run in runs if run.made}
     if not dense:
         return "Measured by hifiprune"
     return f"{' and '.join(made) or 'Checkpoints'}, pruned from {', '.join(sorted(dense))}"

@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from hifiprune.commands.inspect import shape_of
 from hifiprune.commands.job import DenseModel, Job
@@ -19,6 +19,7 @@ from hifiprune.io.output_paths import exclusive
 from hifiprune.io.resume import ResumeFolder
 from hifiprune.models.lineage import commits_of
 from hifiprune.pruning.allocate import allocate
+from hifiprune.results import ScoreResults, Scoring
 from hifiprune.run_record import RunRecord
 from hifiprune.scores import Scores
 from hifiprune.scoring.criteria import find_criterion
@@ -29,7 +30,7 @@ SAMPLED = "text is sampled from the model"
 
 
 @exclusive
-def score_checkpoint(model: str, output: str | Path, config: ScoreConfig = ScoreConfig()) -> RunRecord:
+def score_checkpoint(model: str, output: str | Path, config: ScoreConfig = ScoreConfig()) -> RunRecord[ScoreResults]:
     """Score a checkpoint and write the scores, from which it can be pruned at any ratio in seconds.
 
     Args:
@@ -53,7 +54,7 @@ def score_checkpoint(model: str, output: str | Path, config: ScoreConfig = Score
     if rank() > 0:
         return job.record  # the first process writes
     scores.save(job.target, overwrite=config.overwrite)
-    job.record.results |= describe_scores(scores)
+    job.record.results = describe_scores(scores, job)
     job.unfinished.remove()
     return job.record
 
@@ -73,7 +74,7 @@ def resolve(model: str, output: str | Path, config: ScoreConfig) -> Job:
         stability.check([config.criterion])
     options = options_of(config)
     arguments = {"model": model, "output": str(output), **to_dict(config), "options": to_dict(options)}
-    record = RunRecord("score", arguments)
+    record: RunRecord[ScoreResults] = RunRecord("score", arguments)
     check_data(config.criterion, config.calibration)
     checkpoint, target, skeleton = prepare(
         model, output, [config.calibration], compute=config.compute, folder=False, overwrite=config.overwrite
@@ -112,12 +113,13 @@ def batches_of(compute: ComputeConfig, calibration: Calibration | None) -> Compu
     return limit_batch(compute, calibration.num_samples, "windows") if calibration else compute
 
 
-def describe_scores(scores: Scores) -> dict[str, Any]:
+def describe_scores(scores: Scores, job: Job) -> ScoreResults:
     """Return what a run record says of scores."""
-    return {
-        "criterion": scores.criterion,
-        "objective_nats": scores.objective,
-        "model_hash": scores.model_hash,
-        "data_hash": scores.data_hash,
-        "scoring": scores.settings,
-    }
+    return ScoreResults(
+        criterion=scores.criterion,
+        objective_nats=scores.objective,
+        model_hash=scores.model_hash,
+        data_hash=scores.data_hash,
+        scoring=cast("Scoring", scores.settings),
+        stability=job.stability.curve if job.stability else None,
+    )

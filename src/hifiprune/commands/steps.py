@@ -106,8 +106,6 @@ def score_dense(dense: DenseModel, windows: Windows | None, job: Job, estimator:
             keeper=keeper,
             stability=job.stability,
         )
-    if job.stability:
-        job.record.results["stability"] = job.stability.curve
     job.record.reused_parts = len(job.unfinished.reused)
     remark_on_unseen(scores)
     return scores

@@ -1,7 +1,7 @@
 """Check from its configuration which inference engines support a checkpoint, and in which formats."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -149,14 +149,14 @@ class Answer:
     sources: tuple[str, ...]
 
 
-def deployment(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+def deployment(checkpoint: Checkpoint) -> list[Answer]:
     """Check every engine and format for a checkpoint, without reading its weights.
 
     Raises:
         UserError: it is a GGUF file, or not a checkpoint that can be read.
     """
     facts = Facts.of(checkpoint)
-    return [asdict(answer(facts, form)) for form in FORMS]
+    return [answer(facts, form) for form in FORMS]
 
 
 def answer(facts: Facts, form: Form) -> Answer:

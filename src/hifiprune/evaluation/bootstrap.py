@@ -1,27 +1,14 @@
 """Estimates with bootstrap confidence intervals over windows."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hifiprune.results import Estimate
+
 RESAMPLES = 2000
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over windows with its percentile bootstrap 95% interval, which needs at least two windows."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-    def exp(self) -> "Estimate":
-        """Return the estimate of `exp` of the mean; percentiles carry over because `exp` is monotone."""
-        return Estimate(*(None if x is None else math.exp(min(x, 700.0)) for x in (self.value, self.low, self.high)))  # type: ignore[arg-type]
 
 
 def bootstrap_mean(values: Float[Tensor, "windows"], seed: int = 0) -> Estimate:
@@ -33,7 +20,7 @@ def bootstrap_average(groups: Sequence[Float[Tensor, "_"]], seed: int = 0) -> Es
     """Average the groups' means, with a 95% percentile interval; items are resampled within their group."""
     mean = sum(group.double().mean().item() for group in groups) / len(groups)
     if any(len(group) < 2 for group in groups):
-        return Estimate(mean)
+        return Estimate(mean, None, None)
     generator = torch.Generator().manual_seed(seed)
     drawn = sum(_counts(len(group), generator) @ (group.double() / len(group)) for group in groups)
     assert isinstance(drawn, Tensor)
@@ -46,7 +33,7 @@ def bootstrap_paired(differences: Float[Tensor, "seeds windows"], seed: int = 0)
     mean = differences.mean().item()
     seeds, windows = differences.shape
     if windows < 2:
-        return Estimate(mean)
+        return Estimate(mean, None, None)
     generator = torch.Generator().manual_seed(seed)
     rows, columns = (_counts(size, generator) for size in (seeds, windows))
     return Estimate(mean, *percentiles(((rows @ differences) * columns).sum(1) / (seeds * windows)))
@@ -58,7 +45,7 @@ def _counts(size: int, generator: torch.Generator) -> Float[Tensor, "resamples s
     return torch.zeros(RESAMPLES, size, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
 
 
-def percentiles(means: Float[Tensor, "resamples"]) -> list[float]:
+def percentiles(means: Float[Tensor, "resamples"]) -> tuple[float, float]:
     """Return the 2.5% and 97.5% quantiles, ignoring NaN."""
-    bounds: list[float] = torch.nanquantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return bounds
+    low, high = torch.nanquantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high

@@ -1,7 +1,7 @@
 """Compare criteria from measured cells: means and spread, paired differences, overlaps, and scores by layer."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
 from statistics import mean, stdev
 from typing import Any
@@ -13,7 +13,9 @@ from torch import Tensor
 from hifiprune.evaluation.bootstrap import bootstrap_paired
 from hifiprune.evaluation.fidelity import estimate
 from hifiprune.plan import Plan
+from hifiprune.results import Estimate
 from hifiprune.scoring.criteria import find_criterion
+from hifiprune.study_results import CellValues, Overlap, Summary
 
 Measured = dict[str, list[float]]
 """Metrics by window, perplexities as their logarithms; or the value of every task."""
@@ -33,27 +35,22 @@ class Cell:
 def contrast(
     cells: Sequence[Cell], dense: Sequence[Measured], measured: Sequence[Sequence[Measured]], texts: int
 ) -> dict[str, Any]:
-    """Compute everything that a comparison reports, as plain data.
+    """Return the fields of `CompareResults` that follow from what was measured.
 
     Args:
         cells: cells that were measured.
         dense: the dense model's metrics on each text, by window, perplexities as their logarithms; then on the tasks.
         measured: the same for each cell.
         texts: number of texts among them.
-
-    Returns:
-        `dense`: estimates; `cells`: every value by window; `summary`: over seeds, with the difference to the first
-        criterion; `overlap`: Jaccard similarity of kept neurons; `mass`: share of the score in each layer, of criteria
-        whose scores can be added across layers.
     """
     ratios = list(dict.fromkeys(cell.ratio for cell in cells))
     criteria = list(dict.fromkeys(cell.criterion for cell in cells))
     return {
-        "dense": [{name: asdict(each) for name, each in _estimates(text).items()} for text in dense[:texts]],
+        "dense": [_estimates(text) for text in dense[:texts]],
         "dense_tasks": {name: value for tasks in dense[texts:] for name, (value,) in tasks.items()},
         "cells": [
-            {"criterion": cell.criterion, "ratio": cell.ratio, "seed": cell.seed, "windows": found}
-            for cell, found in zip(cells, measured, strict=True)
+            CellValues(cell.criterion, cell.ratio, cell.seed, list(values))
+            for cell, values in zip(cells, measured, strict=True)
         ],
         "summary": [
             _summary(name, ratio, text, metric, cells, measured)
@@ -74,7 +71,7 @@ def contrast(
 
 def _summary(
     name: str, ratio: float, text: int, metric: str, cells: Sequence[Cell], measured: Sequence[Sequence[Measured]]
-) -> dict[str, Any]:
+) -> Summary:
     """Compute mean and standard deviation over seeds, and the paired difference to the first criterion.
 
     For perplexity it is the difference of the logarithms, in nats per token.
@@ -87,15 +84,8 @@ def _summary(
     values = table(name)
     by_seed = [_mean(metric, row) for row in values]
     difference = bootstrap_paired(values - table(cells[0].criterion))
-    return {
-        "text": text,
-        "metric": metric,
-        "ratio": ratio,
-        "criterion": name,
-        "mean": mean(by_seed),
-        "spread": stdev(by_seed) if len(by_seed) > 1 else None,
-        "difference": asdict(difference),
-    }
+    spread = stdev(by_seed) if len(by_seed) > 1 else None
+    return Summary(text, metric, ratio, name, mean(by_seed), spread, difference)
 
 
 def _mean(metric: str, windows: Float[Tensor, "windows"]) -> float:
@@ -103,25 +93,20 @@ def _mean(metric: str, windows: Float[Tensor, "windows"]) -> float:
     return float(average.exp() if metric.endswith("perplexity") else average)
 
 
-def _estimates(measured: Measured) -> dict[str, Any]:
+def _estimates(measured: Measured) -> dict[str, Estimate]:
     return estimate({name: torch.tensor(values, dtype=torch.float64) for name, values in measured.items()})
 
 
-def _overlaps(cells: Sequence[Cell]) -> dict[str, Any]:
+def _overlaps(cells: Sequence[Cell]) -> Overlap:
     """Compute the Jaccard similarity of kept neurons, between criteria at a seed and between seeds of a criterion."""
     criteria = list(dict.fromkeys(cell.criterion for cell in cells))
     seeds = list(dict.fromkeys(cell.seed for cell in cells))
     pairs = list(combinations(seeds, 2))
     plans = {(cell.criterion, cell.seed): cell.plan for cell in cells}
-    return {
-        "criteria": {
-            a: {b: mean(jaccard(plans[a, s], plans[b, s]) for s in seeds) for b in criteria} for a in criteria
-        },
-        "seeds": {
-            name: mean(jaccard(plans[name, s], plans[name, t]) for s, t in pairs) if pairs else None
-            for name in criteria
-        },
-    }
+    return Overlap(
+        {a: {b: mean(jaccard(plans[a, s], plans[b, s]) for s in seeds) for b in criteria} for a in criteria},
+        {name: mean(jaccard(plans[name, s], plans[name, t]) for s, t in pairs) if pairs else None for name in criteria},
+    )
 
 
 def jaccard(first: Plan, second: Plan) -> float:

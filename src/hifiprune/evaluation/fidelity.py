@@ -18,8 +18,9 @@ from hifiprune.engine.lm_head import Head
 from hifiprune.engine.memory import group_of
 from hifiprune.engine.verify import verified_chain
 from hifiprune.errors import UserError
-from hifiprune.evaluation.bootstrap import Estimate, bootstrap_mean
+from hifiprune.evaluation.bootstrap import bootstrap_mean
 from hifiprune.progress import track
+from hifiprune.results import Estimate
 
 LogProbs = Float[Tensor, "rows vocabulary"]
 

@@ -8,7 +8,8 @@ from jaxtyping import Float
 from scipy.stats import ConstantInputWarning, pearsonr, rankdata
 from torch import Tensor
 
-from hifiprune.evaluation.bootstrap import RESAMPLES, Estimate, percentiles
+from hifiprune.evaluation.bootstrap import RESAMPLES, percentiles
+from hifiprune.results import Estimate
 
 
 def correlation(scores: Float[Tensor, "_"], truth: Float[Tensor, "_"], strata: Sequence[int]) -> Estimate:
@@ -19,7 +20,7 @@ def correlation(scores: Float[Tensor, "_"], truth: Float[Tensor, "_"], strata: S
     members = [torch.tensor([i for i, s in enumerate(strata) if s == stratum]) for stratum in sorted(set(strata))]
     members = [chosen for chosen in members if len(chosen) > 2]
     if not members:
-        return Estimate(float("nan"))
+        return Estimate(float("nan"), None, None)
     chance = torch.Generator().manual_seed(0)
     drawn = [chosen[torch.randint(len(chosen), (RESAMPLES, len(chosen)), generator=chance)] for chosen in members]
     resampled = torch.stack([spearman(scores[each], truth[each]) for each in drawn]).nanmean(0)

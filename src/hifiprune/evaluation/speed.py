@@ -8,7 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -23,24 +23,8 @@ from hifiprune.engine.context import frozen
 from hifiprune.errors import HifipruneError
 from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.models.mlp import find_blocks
+from hifiprune.results import Workload
 from hifiprune.run_record import peak_memory, reset_peak_memory
-
-
-@dataclass(frozen=True)
-class Workload:
-    """Size of one generation request.
-
-    Attributes:
-        batch_size: sequences at once.
-        length: prompt tokens of each sequence.
-        new_tokens: tokens generated greedily, at least 2.
-        compiled: whether to use `torch.compile`, with a static cache.
-    """
-
-    batch_size: int
-    length: int
-    new_tokens: int
-    compiled: bool = False
 
 
 @torch.inference_mode()

@@ -1,7 +1,5 @@
 """Compare the predictions of two models token by token."""
 
-from typing import Any
-
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -11,6 +9,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from hifiprune.engine.context import check_windows, frozen
 from hifiprune.engine.verify import verified_chain
 from hifiprune.evaluation.fidelity import compare
+from hifiprune.results import Token
 
 TOP = 10
 CONTEXT = 4
@@ -24,7 +23,7 @@ def read_passage(
     pruned: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tokens: Int[Tensor, "positions"],
-) -> list[dict[str, Any]]:
+) -> list[Token]:
     """Return each token of a passage, and from the second one on the KL divergence and both models' likeliest tokens.
 
     Args:
@@ -32,9 +31,6 @@ def read_passage(
         pruned: the pruned model, with the same vocabulary.
         tokenizer: tokenizer of both.
         tokens: the passage.
-
-    Returns:
-        `text` of every token; `kl` in nats; under `dense` and `pruned` pairs of token and probability.
     """
     window, ids = tokens[None], tokens.tolist()
     check_windows(pruned, window, 1, least=2)
@@ -43,9 +39,8 @@ def read_passage(
     divergence = compare(*expected)["kl"].tolist()
     likeliest = [_likeliest(each, tokenizer, ids) for each in expected]
     texts = [in_place(tokenizer, ids[:place], token) for place, token in enumerate(ids)]
-    return [{"text": texts[0]}] + [
-        {"text": text, "kl": kl, "dense": theirs, "pruned": ours}
-        for text, kl, theirs, ours in zip(texts[1:], divergence, *likeliest, strict=True)
+    return [Token(texts[0])] + [
+        Token(text, kl, theirs, ours) for text, kl, theirs, ours in zip(texts[1:], divergence, *likeliest, strict=True)
     ]
 
 

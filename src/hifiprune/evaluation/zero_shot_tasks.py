@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hifiprune.bounds import COUNT, check_number
 from hifiprune.config.evaluate import Tasks
 from hifiprune.engine.context import check_vocabulary
-from hifiprune.evaluation.bootstrap import Estimate, bootstrap_average
+from hifiprune.evaluation.bootstrap import bootstrap_average
 from hifiprune.evaluation.lm_eval_harness import (
     as_it_is,
     built_once,
@@ -27,6 +27,7 @@ from hifiprune.evaluation.lm_eval_harness import (
 from hifiprune.evaluation.loglikelihood import Request, likelihoods
 from hifiprune.io.hashing import hash_texts
 from hifiprune.progress import track
+from hifiprune.results import Estimate
 
 METRICS = ("acc_norm", "acc", "pct_stereotype", "")
 """A task's main metric is the first of these that it has, or else its first metric: as the papers report the ten."""
@@ -178,7 +179,7 @@ def average(answers: dict[str, Answers]) -> Estimate | None:
         return None
     value = sum(estimate.value for estimate in each) / len(each)
     if any(estimate.high is None for estimate in each):
-        return Estimate(value)
+        return Estimate(value, None, None)
     margin = math.sqrt(
         sum((estimate.high - estimate.value) ** 2 for estimate in each if estimate.high is not None)
     ) / len(each)
@@ -213,7 +214,7 @@ def _main_metric(
         value, error = float(metrics[key]), metrics.get(f"{metric}_stderr,{filtered}")
         # the error of a single item is "N/A"
         margin = 1.96 * float(error) if isinstance(error, int | float) else None
-        interval = () if margin is None else (value - margin, value + margin)
+        interval = (None, None) if margin is None else (value - margin, value + margin)
         items = [each[metric] for each in samples if each["filter"] == filtered]
         means = all(isinstance(each, int | float) for each in items) and items
         items = items if means and math.isclose(sum(items) / len(items), value, abs_tol=1e-9) else []

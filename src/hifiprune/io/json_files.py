@@ -1,10 +1,11 @@
-"""JSON files read: those that hifiprune wrote, by their shape, and those of others."""
+"""JSON files: data as JSON holds it, files that hifiprune wrote, read by their shape, and those of others."""
 
 import json
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from hifiprune.errors import UserError
 
@@ -13,8 +14,22 @@ SHOWN = 60
 """Letters of a value that a message shows."""
 
 
+Count = Annotated[int, Field(gt=0)]
+
+
+def to_plain(value: Any) -> Any:
+    """Return dataclasses as dictionaries; a field whose default is None is left out where it is None."""
+    if is_dataclass(value):
+        named = {field: getattr(value, field.name) for field in fields(value)}
+        kept = ((field.name, held) for field, held in named.items() if held is not None or field.default is not None)
+        return {name: to_plain(held) for name, held in kept}
+    if isinstance(value, dict):
+        return {name: to_plain(held) for name, held in value.items()}
+    return [to_plain(held) for held in value] if isinstance(value, list | tuple) else value
+
+
 def read_record(path: Path, shape: Any) -> Any:
-    """Read a JSON file that hifiprune wrote; it holds what `shape` wants, a type of `record_shapes`, and may hold more.
+    """Read a JSON file that hifiprune wrote; it holds what `shape` wants, a type, and may hold more.
 
     Raises:
         UserError: the file cannot be read, or was changed.
@@ -39,14 +54,13 @@ def read_text(path: Path) -> str:
 
 
 def checked(text: str, shape: Any, name: str) -> Any:
-    """Parse JSON text that hifiprune wrote, and check that it has `shape`.
+    """Read JSON text that hifiprune wrote into `shape`, a type.
 
     Raises:
         UserError: it has not; the message begins with `name`, says where, and what is wanted there.
     """
     try:
-        TypeAdapter(shape).validate_json(text, strict=True)
-        return json.loads(text)
+        return TypeAdapter(shape).validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"] if part not in COMMANDS)

@@ -29,7 +29,8 @@ from hifiprune.models.edit import cuts_of, forget_gradients_, keep_, matching_ml
 from hifiprune.models.mlp import Projection, group_by_parameters
 from hifiprune.plan import Plan
 from hifiprune.progress import track
-from hifiprune.pruning.ridge import HeldOut, Refit
+from hifiprune.pruning.ridge import HeldOut
+from hifiprune.results import Refit
 
 HELD_OUT = 8
 """One window in this many is held out."""

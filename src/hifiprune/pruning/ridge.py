@@ -1,7 +1,6 @@
 """Ridge regression of a cut's residual on the remaining activations, with damping chosen on held-out tokens."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
@@ -9,28 +8,12 @@ from torch import Tensor
 
 from hifiprune.engine.lm_head import at_least_float32
 from hifiprune.errors import RunError
+from hifiprune.results import Refit
 
 DAMPINGS = (10.0, 3.0, 1.0, 0.3, 0.1, 1e-2, 1e-3, 1e-4, 1e-6)
 """Candidates in descending order, relative to the mean square of an activation."""
 PARTS = 4
 """Parts in which a symmetric product is computed, to skip most of its mirrored half."""
-
-
-@dataclass(frozen=True)
-class Refit:
-    """Result of the refit of one output projection.
-
-    Attributes:
-        name: name of the MLP.
-        damping: best damping on held-out windows; None if the plain cut was better.
-        plain_error: squared residual of the plain cut on held-out windows, relative to the squared dense output.
-        error: the same after the refit.
-    """
-
-    name: str
-    damping: float | None
-    plain_error: float
-    error: float
 
 
 class Moments:

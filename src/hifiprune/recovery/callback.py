@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hifiprune.io.atomic import replacing
 from hifiprune.progress import SECONDS_BETWEEN_LINES, about, logger
 from hifiprune.recovery.time_limit import OutOfTimeError, TimeLimit
+from hifiprune.results import Pair, RecoverResults
 
 CLOCK = "clock.json"
 """File that is written into a training state last, and so marks it as complete."""
@@ -180,18 +181,20 @@ def is_better(state: TrainerState) -> bool:
     return any(loss < losses[0] for loss in losses)
 
 
-def describe(state: TrainerState, trouble: str) -> dict[str, Any]:
+def describe(state: TrainerState, trouble: str) -> RecoverResults:
     """Return what came of a training, which may have ended before the first look at the held-out rows."""
     looks = held_out_losses(state)
     best = min(looks, key=lambda look: look[1], default=None)
-    return {
-        "held_out_perplexity": {
-            "before": perplexity(looks[0][1]) if best else None,
-            "after": perplexity(min(best[1], looks[0][1])) if best else None,
-        },
-        "best_step": best[0] if best else 0,
-        "steps": state.global_step,
-        "trouble": trouble or None,
-        "losses": [[entry["step"], entry["loss"]] for entry in state.log_history if "loss" in entry],
-        "held_out_losses": [list(look) for look in looks],
-    }
+    return RecoverResults(
+        held_out_perplexity=Pair(
+            before=perplexity(looks[0][1]) if best else None,
+            after=perplexity(min(best[1], looks[0][1])) if best else None,
+        ),
+        best_step=best[0] if best else 0,
+        steps=state.global_step,
+        trouble=trouble or None,
+        losses=[(int(entry["step"]), entry["loss"]) for entry in state.log_history if "loss" in entry],
+        held_out_losses=looks,
+        teacher_hash=None,
+        pruning=None,
+    )

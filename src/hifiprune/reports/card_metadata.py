@@ -77,7 +77,7 @@ def base_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.gguf:
         return {}
     card = read_card(checkpoint.folder)
-    stated = {key: found for key in VALID if card and (found := card.data.get(key)) is not None}
+    stated = {key: value for key in VALID if card and (value := card.data.get(key)) is not None}
     usable = {key: value for key, value in stated.items() if _all_are(VALID[key], value)}
     if card is None and (checkpoint.folder / CARD).exists():
         note(
@@ -96,8 +96,8 @@ def _origin(checkpoint: Checkpoint, stated: Any) -> dict[str, Any]:
     if checkpoint.on_hub or cached:
         hub_id = split_revision(checkpoint.name)[0]
         return {"base_model": "/".join(cached.groups()) if cached and not checkpoint.on_hub else hub_id}
-    found = stated or _name_or_path(checkpoint)
-    return {"base_model": found} if found else {}
+    origin = stated or _name_or_path(checkpoint)
+    return {"base_model": origin} if origin else {}
 
 
 def _name_or_path(checkpoint: Checkpoint) -> str | None:

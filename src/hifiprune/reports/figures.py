@@ -5,12 +5,13 @@ import re
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+from hifiprune.results import Estimate
 
 WIDTH, ROW = 5.0, 0.22
 """Width of a figure and height of a bar or of a line of a legend, in inches: on a phone, text keeps its size."""
@@ -21,13 +22,7 @@ BLACK, GREY = "#000000", "#888888"
 
 
 def new_axes(x: str, y: str, height: float = 3.0) -> Axes:
-    """Return the axes of a new figure.
-
-    Args:
-        x: title of the x axis.
-        y: title of the y axis.
-        height: in inches, without a legend.
-    """
+    """Return the axes of a new figure, of that height in inches without a legend, with titles of the axes."""
     axes = Figure(figsize=(WIDTH, height), layout="constrained").add_subplot()
     axes.set(xlabel=x, ylabel=y)
     axes.xaxis.set_major_locator(MaxNLocator(6))
@@ -66,19 +61,19 @@ def log_scale(axes: Axes) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def error_bars(estimates: Sequence[dict[str, Any]]) -> list[list[float]]:
+def error_bars(estimates: Sequence[Estimate]) -> list[list[float]]:
     """Return how far the intervals of estimates reach below and above their values; no way where there is none."""
-    below = [0.0 if one["low"] is None else one["value"] - one["low"] for one in estimates]
-    above = [0.0 if one["high"] is None else one["high"] - one["value"] for one in estimates]
+    below = [0.0 if one.low is None else one.value - one.low for one in estimates]
+    above = [0.0 if one.high is None else one.high - one.value for one in estimates]
     return [below, above]
 
 
-def draw_bars(axes: Axes, rows: Sequence[str], series: Mapping[str, Sequence[dict[str, Any]]]) -> None:
+def draw_bars(axes: Axes, rows: Sequence[str], series: Mapping[str, Sequence[Estimate]]) -> None:
     """Draw horizontal bars of one thickness with their intervals: a group per row, in it a bar per series."""
     thickness = 0.8 / len(series)
     for number, (name, estimates) in enumerate(series.items()):
         places = [row - 0.4 + thickness * (number + 0.5) for row in range(len(rows))]
-        values = [estimate["value"] for estimate in estimates]
+        values = [estimate.value for estimate in estimates]
         axes.barh(places, values, 0.9 * thickness, xerr=error_bars(estimates), ecolor=GREY, label=label(name))
     _name_rows(axes, rows, len(series))
     if len(series) > 1:
@@ -106,14 +101,7 @@ def _name_rows(axes: Axes, rows: Sequence[str], bars: int) -> None:
 def draw_heat(
     axes: Axes, table: Sequence[Sequence[float]], rows: Sequence[str], limits: tuple[float, float] | None = None
 ) -> None:
-    """Draw a table of numbers as colours, with the names of its rows, and the scale beside it.
-
-    Args:
-        axes: to draw on.
-        table: numbers by row and column.
-        rows: names of the rows.
-        limits: numbers at the ends of the scale; the lowest and the highest without them.
-    """
+    """Draw a table of numbers as colours, with the names of its rows, and the scale between the limits beside it."""
     low, high = limits or (None, None)
     colours = axes.imshow(table, aspect="auto", cmap="viridis", vmin=low, vmax=high)
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
@@ -132,12 +120,7 @@ def write_shares(axes: Axes, table: Sequence[Sequence[float]], columns: Sequence
 
 
 def inline_svg(figure: Figure, name: str) -> str:
-    """Return a figure as SVG to be put into a page; the same figure and name give the same text.
-
-    Args:
-        figure: to be written.
-        name: differs between the figures of a page, so that their identifiers do.
-    """
+    """Return a figure as SVG to be put into a page, where its name is unique; the same figure gives the same text."""
     buffer = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # letters that matplotlib's font lacks: the page's fonts have them

@@ -11,14 +11,17 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hifiprune.errors import UserError
 from hifiprune.evaluation.fidelity import METRICS
-from hifiprune.formatting import accuracies, format_accuracy, format_interval, format_items, width_range
+from hifiprune.formatting import format_accuracy, format_interval, format_items, width_range
 from hifiprune.io.atomic import replacing, update_manifest
 from hifiprune.io.manifest import is_unchanged
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.detect import family_of
 from hifiprune.models.lineage import record_of
 from hifiprune.progress import note
+from hifiprune.records import PruneRun, RecoverRun
 from hifiprune.reports.card_metadata import CARD, TAG, base_metadata, called, ours, plain, read_card
+from hifiprune.results import EvaluateResults, Measured
+from hifiprune.version import __version__
 
 START, END = "<!-- measured by hifiprune -->", "<!-- end of what was measured -->"
 MEASURED = re.compile(f"{re.escape(START)}.*?{re.escape(END)}", re.DOTALL)
@@ -72,31 +75,32 @@ def describe_base(checkpoint: Checkpoint) -> Base:
     try:
         record = record_of(checkpoint)
         story = _story(record) if record else None
-    except (UserError, KeyError, TypeError, ValueError, AttributeError, RecursionError):
+    except UserError:
         note(f"run.json of {checkpoint.name} does not say how it was made: the output's card will not either.")
     name = checkpoint.name if checkpoint.on_hub else str(checkpoint.path)
     return Base(called(name), base_metadata(checkpoint), story)
 
 
-def write_card(folder: Path, record: dict[str, Any], base: Base, name: str) -> None:
+def write_card(folder: Path, base: Base, name: str) -> None:
     """Write the card of a checkpoint.
 
     Args:
-        folder: of the checkpoint.
-        record: of the run that made it, as plain data.
+        folder: of the checkpoint, with the record of the run that made it.
         base: the model that it was made from.
         name: of the checkpoint.
     """
     facts: dict[str, Any] = {"pipeline_tag": "text-generation", "model_name": name} | base.metadata
     code = ["custom_code"] if (folder / "modeling_pruned.py").is_file() else []
     data = ModelCardData(library_name="transformers", tags=[TAG, "pruned", *code], **facts)
-    story, version = _story(record, base), record["environment"]["versions"][TAG]
+    record = record_of(Checkpoint(str(folder), folder))
+    assert record
+    story = _story(record, base)
     parts = [
         f"# {plain(name)}",
         story.summary,
         "## How it was made",
         "\n".join(f"- {step}" for step in story.steps),
-        f"`run.json` holds all arguments, versions and hashes (hifiprune {version}).",
+        f"`run.json` holds all arguments, versions and hashes (hifiprune {__version__}).",
         "## What was measured",
         f"{START}\n{UNMEASURED}: `hifiprune evaluate` with `--card` puts results here.\n{END}",
         _use(folder, name),
@@ -138,7 +142,7 @@ def check_cards(checkpoints: Sequence[Checkpoint]) -> None:
             ) from error
 
 
-def add_results(folder: Path, name: str, results: dict[str, Any], text: str | None) -> None:
+def add_results(folder: Path, name: str, results: EvaluateResults, text: str | None) -> None:
     """Add the results of `evaluate` to a model's card, as text and as the hub's `model-index`.
 
     Earlier results on a text stay if only tasks were run now, and the other way round.
@@ -151,10 +155,10 @@ def add_results(folder: Path, name: str, results: dict[str, Any], text: str | No
     """
     card, unchanged = read_card(folder), is_unchanged(folder, CARD)
     assert card is not None
-    row, source = results["models"][name], plain(Path(text).name) if text else ""
+    row, source = results.models[name], plain(Path(text).name) if text else ""
     data: Any = card.data
     data.model_name = data.get("model_name") or folder.name
-    fresh = {"text": "metrics" in row, "tasks": "tasks" in row}
+    fresh = {"text": bool(row.metrics), "tasks": bool(row.tasks)}
     kept = [each for each in data.eval_results or [] if not fresh["text" if each.dataset_type == "text" else "tasks"]]
     data.eval_results = [*kept, *_listed(row, results, source)]
     parts = dict(PART.findall(card.text)) | dict(_tables(row, results, source))
@@ -168,61 +172,54 @@ def add_results(folder: Path, name: str, results: dict[str, Any], text: str | No
         update_manifest(folder, CARD)
 
 
-def _story(record: dict[str, Any], base: Base | None = None) -> Story:
+def _story(record: PruneRun | RecoverRun, base: Base | None = None) -> Story:
     """Return how the run of a record made its checkpoint, told from the dense model on.
 
     Args:
         record: of `prune` or `recover`.
         base: the model that it started from; if not given, what the record itself says of it.
-
-    Raises:
-        KeyError, TypeError, ValueError, AttributeError: the record is not of that form.
     """
-    if record["command"] == "prune":
-        return _pruned(record, base.name if base else called(record["arguments"]["model"]))
-    before = record["results"].get("pruning")
+    name = base.name if base else called(record.arguments.model)
+    if isinstance(record, PruneRun):
+        return _pruned(record, name)
+    before = record.results.pruning
     story = base.story if base else _story(before) if before else None
     if story:
         return Story(story.summary, (*story.steps, f"then trained: {_trained(record)}"))
-    name = base.name if base else called(record["arguments"]["model"])
     return Story(f"`{name}`, trained by hifiprune.", (f"trained: {_trained(record)}",))
 
 
-def _pruned(record: dict[str, Any], name: str) -> Story:
+def _pruned(record: PruneRun, name: str) -> Story:
     """Return how a model of this name was pruned."""
-    arguments, results = record["arguments"], record["results"]
-    parameters, widths = results["parameters"], results["width"]
-    text, scoring = arguments["calibration"], results["scoring"]
-    former = arguments.get("sharing", {"allocation": "uniform"})  # hifiprune 0.1
-    allocation = arguments["allocation"]["method"] if "allocation" in arguments else former["allocation"]
+    arguments, results, text = record.arguments, record.results, record.arguments.calibration
     read = "by weights alone"
-    if "windows" in scoring:
-        read = f"on {scoring['windows']:,} windows of {scoring['positions']:,} tokens"
+    if "windows" in results.scoring:
+        read = f"on {results.scoring['windows']:,} windows of {results.scoring['positions']:,} tokens"
     return Story(
-        f"`{name}` with {results['ratio']['reached']:.1%} of its parameters pruned (MLP neurons, by hifiprune). "
-        f"{parameters['before']:,} parameters became {parameters['after']:,}, MLP width {widths['before']:,} "
-        f"became {width_range(widths['after'])}.",
+        f"`{name}` with {results.ratio.reached:.1%} of its parameters pruned (MLP neurons, by hifiprune). "
+        f"{results.parameters.before:,} parameters became {results.parameters.after:,}, MLP width "
+        f"{results.width.before:,} became {width_range(results.width.after)}.",
         (
-            f"neurons scored by `{plain(results['criterion'])}` {read}, widths {plain(allocation)}",
-            f"output projections refitted on {text['num_samples']:,} windows of {text['seq_len']:,} tokens"
-            if arguments["repair"] == "ridge"
+            f"neurons scored by `{plain(results.criterion)}` {read}, widths {plain(arguments.method)}",
+            f"output projections refitted on {text.num_samples:,} windows of {text.seq_len:,} tokens"
+            if arguments.repair == "ridge" and text
             else "no repair",
         ),
     )
 
 
-def _trained(record: dict[str, Any]) -> str:
+def _trained(record: RecoverRun) -> str:
     """Return how a run of `recover` trained, and which state it wrote."""
-    training, results = record["arguments"]["training"], record["results"]
-    how = "all weights" if training["method"] == "full" else f"low-rank changes of rank {training['lora_r']:,}"
-    target = "the dense model's predictions" if training["distill_weight"] or training["match_hidden"] else "labels"
-    steps = f"{how} on {target}, {results['steps']:,} steps"
-    if results["best_step"] == 0:
+    training, results = record.arguments.training, record.results
+    how = "all weights" if training.method == "full" else f"low-rank changes of rank {training.lora_r:,}"
+    target = "the dense model's predictions" if training.distill_weight or training.match_hidden else "labels"
+    steps = f"{how} on {target}, {results.steps:,} steps"
+    if results.best_step == 0:
         return f"{steps}, none of which was better than the start: the weights are as they were before"
-    perplexity = results["held_out_perplexity"]
+    perplexity = results.held_out_perplexity
     return (
-        f"{steps}, the best state that of step {results['best_step']:,}; perplexity of held-out rows "
-        f"{perplexity['before']:.4g} before and {perplexity['after']:.4g} after"
+        f"{steps}, the best state that of step {results.best_step:,}; perplexity of held-out rows "
+        f"{perplexity.before:.4g} before and {perplexity.after:.4g} after"
     )
 
 
@@ -241,45 +238,45 @@ def _use(folder: Path, name: str) -> str:
     )
 
 
-def _listed(row: dict[str, Any], results: dict[str, Any], source: str) -> Iterator[EvalResult]:
+def _listed(row: Measured, results: EvaluateResults, source: str) -> Iterator[EvalResult]:
     """Return results in the form of the hub's index."""
-    for metric, estimate in row.get("metrics", {}).items():
+    for metric, estimate in (row.metrics or {}).items():
         if metric != "dense_perplexity":  # another model's
             yield EvalResult(
                 task_type="text-generation",
                 dataset_type="text",
-                dataset_name=f"{source}, {results['windows']} windows of {results['positions']} tokens",
+                dataset_name=f"{source}, {results.windows} windows of {results.positions} tokens",
                 metric_type=metric,
                 metric_name=METRICS[metric][0],
-                metric_value=estimate["value"],
+                metric_value=estimate.value,
             )
-    for key, estimate in row.get("tasks", {}).items():
+    for key, accuracy in (row.tasks or {}).items():
         task, _, metric = key.partition("/")
-        size = format_items(results["items"], task)
+        size = format_items(results.items or {}, task)
         yield EvalResult(
             task_type="text-generation",
             dataset_type=task,
             dataset_name=f"{task}, zero-shot" + (f", {size} items" if size else ""),
             metric_type=metric,
-            metric_value=estimate["value"],
+            metric_value=accuracy.value,
         )
 
 
-def _tables(row: dict[str, Any], results: dict[str, Any], source: str) -> Iterator[tuple[str, str]]:
+def _tables(row: Measured, results: EvaluateResults, source: str) -> Iterator[tuple[str, str]]:
     """Return result tables, by kind."""
-    if "metrics" in row:
-        lines = [f"On {results['windows']} windows of {results['positions']} tokens of {source}, with 95% intervals:\n"]
+    if row.metrics:
+        lines = [f"On {results.windows} windows of {results.positions} tokens of {source}, with 95% intervals:\n"]
         lines += ["| metric | value | |\n|---|---|---|"]
-        for metric, estimate in row["metrics"].items():
+        for metric, estimate in row.metrics.items():
             title, meaning = (text.replace("|", "\\|") for text in METRICS[metric][:2])  # a bar would end the cell
             lines.append(f"| {title} | {format_interval(estimate, '.4g')} | {meaning} |")
         yield "text", "\n".join([*lines, ""])
-    if "tasks" in row:
-        reference = plain(Path(results["reference"]).name)
+    if row.tasks:
+        reference = plain(Path(results.reference or "").name)
         lines = [f"Zero-shot, no examples in the prompt; with standard errors, and the difference to `{reference}`:\n"]
         lines += ["| task | items | accuracy | difference |\n|---|---|---|---|"]
-        for key, estimate in accuracies(row).items():
-            gain, size = row.get("differences", {}).get(key), format_items(results["items"], key.partition("/")[0])
+        for key, accuracy in row.accuracies.items():
+            gain, size = (row.differences or {}).get(key), format_items(results.items or {}, key.partition("/")[0])
             difference = format_interval(gain, "+.3f") if gain else ""
-            lines.append(f"| {key} | {size} | {format_accuracy(estimate)} | {difference} |")
+            lines.append(f"| {key} | {size} | {format_accuracy(accuracy)} | {difference} |")
         yield "tasks", "\n".join([*lines, ""])

@@ -1,11 +1,8 @@
-"""Sections of a report: tables and plots; each plot comes with alternative text and a table."""
+"""All sections of the report, in their order; those on measurements have a module of their own."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
-from json import dumps
-from pathlib import Path
-from typing import Any
+from json import dumps, loads
 
 import numpy as np
 import torch
@@ -14,68 +11,22 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from hifiprune.deployment.compatibility import remark_on_mixed
-from hifiprune.evaluation.fidelity import METRICS
-from hifiprune.formatting import accuracies, format_items, format_speedup, megabytes, short_names, width_range
+from hifiprune.formatting import megabytes, short_names, width_range
 from hifiprune.plan import Plan
+from hifiprune.records import PruneRun, RecoverRun
 from hifiprune.recovery.callback import perplexity
 from hifiprune.reports.figures import (
-    BLACK,
     add_legend,
-    draw_bars,
     draw_heat,
     draw_stacks,
-    error_bars,
-    figure_of,
-    inline_svg,
     label,
     log_scale,
     new_axes,
     write_shares,
 )
-from hifiprune.reports.plots import draw_criteria
+from hifiprune.reports.measurement_sections import criteria, quality, speed, tasks
 from hifiprune.reports.runs import Run
-
-Rows = list[list[str]]
-QUALITY = ("perplexity", "kl")
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A plot with its description and its values.
-
-    Attributes:
-        id: unique name.
-        alt: description in words.
-        axes: of its figure.
-        table: values, the names of the columns first.
-    """
-
-    id: str
-    alt: str
-    axes: Axes
-    table: Rows
-
-    @property
-    def svg(self) -> str:
-        """Return the figure as part of a page."""
-        return inline_svg(figure_of(self.axes), self.id)
-
-
-@dataclass
-class Section:
-    """A section of the page."""
-
-    title: str
-    texts: list[str] = field(default_factory=list)
-    table: Rows | None = None
-    plots: list[Plot] = field(default_factory=list)
-    passages: list[tuple[str, list[list[dict[str, Any]]]]] = field(default_factory=list)
-    records: list[tuple[str, str]] = field(default_factory=list)
-
-    @property
-    def filled(self) -> bool:
-        """Return whether the section has content."""
-        return bool((self.table and self.table[1:]) or self.plots or self.passages or self.records)
+from hifiprune.reports.sections import Plot, Section, new_plot
 
 
 def sections_of(runs: Sequence[Run]) -> list[Section]:
@@ -89,96 +40,27 @@ def summary(runs: Sequence[Run]) -> Section:
     rows = [["checkpoint", "parameters", "removed", "MLP width", "criterion", "output projections", "trained"]]
     for run in runs:
         if pruning := run.made:
-            results, training = pruning["results"], run.facts["arguments"].get("training")
-            sizes, widths = results["parameters"], results["width"]
+            results, record, trained = pruning.results, run.record, "no"
+            if isinstance(record, RecoverRun):
+                trained = f"{record.arguments.training.method}, {record.results.best_step} steps"
             rows.append(
                 [
                     run.name,
-                    f"{sizes['after']:,} of {sizes['before']:,}",
-                    f"{results['ratio']['reached']:.1%}",
-                    f"{width_range(widths['after'])} of {widths['before']:,}",
-                    results["criterion"],
-                    "refitted" if pruning["arguments"]["repair"] == "ridge" else "as cut",
-                    f"{training['method']}, {run.facts['results']['best_step']} steps" if training else "no",
+                    f"{results.parameters.after:,} of {results.parameters.before:,}",
+                    f"{results.ratio.reached:.1%}",
+                    f"{width_range(results.width.after)} of {results.width.before:,}",
+                    results.criterion,
+                    "refitted" if pruning.arguments.repair == "ridge" else "as cut",
+                    trained,
                 ]
             )
     return Section("Checkpoints", table=rows)
 
 
-def quality(runs: Sequence[Run]) -> Section:
-    """Plot perplexity and divergence against size, for all models measured on the same text."""
-    section = Section("Quality against size")
-    texts: dict[str, list[Run]] = {}
-    for run in runs:
-        if run.command == "evaluate" and "windows" in run.facts["results"]:
-            texts.setdefault(run.measured_on, []).append(run)
-    for measured_on, group in texts.items():
-        rows = {name: row for run in group for name, row in _measured(run)}
-        labels = dict(zip(rows, short_names(rows), strict=True))
-        for metric in QUALITY:
-            found = {
-                labels[name]: (row["parameters"] / 1e6, row["metrics"][metric])
-                for name, row in rows.items()
-                if metric in row["metrics"]
-            }
-            if found:
-                section.plots.append(_against_size(metric, found, measured_on, f"{metric}-{len(section.plots)}"))
-    return section
-
-
-def _measured(run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Return parameters and metrics of every model by name, and of the dense reference."""
-    results = run.facts["results"]
-    rows = {name: row for name, row in results["models"].items() if "metrics" in row}
-    dense = results.get("dense")
-    if dense:
-        beside = next(iter(rows.values()))["metrics"]["dense_perplexity"]
-        metrics = {"perplexity": beside, "kl": {"value": 0.0, "low": None, "high": None}}
-        yield dense["name"], {"parameters": dense["parameters"], "metrics": metrics}
-    yield from rows.items()
-
-
-def _against_size(metric: str, points: dict[str, tuple[float, dict[str, Any]]], measured_on: str, id_: str) -> Plot:
-    """Plot one marker per model."""
-    title = METRICS[metric][0]
-    axes = new_axes("million parameters", title)
-    table = [["checkpoint", "million parameters", title, "95% interval"]]
-    for name, (size, estimate) in points.items():
-        axes.errorbar([size], [estimate["value"]], error_bars([estimate]), fmt="o", capsize=3, label=label(name))
-        table.append([name, f"{size:,.1f}", f"{estimate['value']:.4g}", _interval(estimate)])
-    add_legend(axes)
-    alt = f"{title}: each checkpoint against its parameters, with 95% intervals, on {measured_on}."
-    return _plot(id_, alt, axes, table)
-
-
-def tasks(runs: Sequence[Run]) -> Section:
-    """Plot the accuracy on every task, one bar per model."""
-    section = Section("Zero-shot accuracy", ["No examples in the prompts. Error bars are 95% intervals."])
-    for run in (run for run in runs if run.command == "evaluate"):
-        rows = {name: row for name, row in run.models.items() if "tasks" in row}
-        found = {name: accuracies(row) for name, row in rows.items()}
-        if not found:
-            continue
-        names, items = [*next(iter(found.values()))], run.facts["results"].get("items", {})
-        axes = new_axes("accuracy", "")
-        draw_bars(axes, names, {name: [*estimates.values()] for name, estimates in found.items()})
-        table = [["task", "items", *found]]
-        for task in names:
-            size = format_items(items, task.partition("/")[0])
-            cells = [f"{each[task]['value']:.3f} ({_interval(each[task])})" for each in found.values()]
-            table.append([task, size, *cells])
-        alt = f"Accuracy of {', '.join(found)} on each task, as bars with 95% intervals."
-        if any(asked != there for asked, there in items.values()):
-            most = max(asked for asked, _ in items.values())
-            alt += f" Of each task at most {most:,} items were asked, a random choice, the same of every model."
-        section.plots.append(_plot(f"tasks-{run.name}", alt, axes, table))
-    return section
-
-
 def training(runs: Sequence[Run]) -> Section:
     """Plot the held-out perplexity during recovery training."""
     section, axes = Section("Recovery training"), new_axes("optimizer step", "held-out perplexity")
-    looks = {run.name: run.facts["results"]["held_out_losses"] for run in runs if run.command == "recover"}
+    looks = {run.name: run.record.results.held_out_losses for run in runs if isinstance(run.record, RecoverRun)}
     table = [["run", "optimizer step", "held-out perplexity"]]
     for name, losses in looks.items():
         steps, values = [step for step, _ in losses], [perplexity(loss) for _, loss in losses]
@@ -186,38 +68,10 @@ def training(runs: Sequence[Run]) -> Section:
         table += [[name, str(step), f"{value:.4g}"] for step, value in zip(steps, values, strict=True)]
     if looks:
         add_legend(axes)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         alt = "Perplexity of the rows that were held out of the training data, as training went on; lower is better."
-        section.plots.append(_plot("training", alt, axes, table))
+        section.plots.append(new_plot("training", alt, axes, table))
     return section
-
-
-def criteria(runs: Sequence[Run]) -> Section:
-    """Plot quality against ratio from `compare`."""
-    section = Section("Criteria compared", ["Error bars are standard deviations over draws of the calibration text."])
-    for run in (run for run in runs if run.command == "compare"):
-        for text in range(len(run.facts["results"]["texts"])):
-            known = {row["metric"] for row in run.facts["results"]["summary"] if row["text"] == text}
-            section.plots += [_criteria(run, text, metric) for metric in QUALITY if metric in known]
-    return section
-
-
-def _criteria(run: Run, text: int, metric: str) -> Plot:
-    """Plot one line per criterion."""
-    results, title = run.facts["results"], METRICS[metric][0]
-    rows = [row for row in results["summary"] if (row["text"], row["metric"]) == (text, metric)]
-    axes, table = new_axes("parameters removed", title), [["criterion", "parameters removed", title, "over draws"]]
-    draw_criteria(axes, rows, results)
-    log_scale(axes)
-    add_legend(axes)
-    for name in dict.fromkeys(row["criterion"] for row in rows):
-        for row in (row for row in rows if row["criterion"] == name):
-            spread = "" if row["spread"] is None else f"± {row['spread']:.2g}"
-            table.append([name, f"{row['ratio']:.0%}", f"{row['mean']:.4g}", spread])
-    alt = f"{title}: on {Path(results['texts'][text]['source']).name}, a line a criterion; lower is better."
-    if metric == "perplexity":
-        alt += " The dotted line is the dense model."
-    return _plot(f"{metric}-{run.name}-{text}", alt, axes, table)
 
 
 def layers(runs: Sequence[Run]) -> Section:
@@ -254,7 +108,7 @@ def _by_layer(id_: str, alt: str, axes: Axes, columns: Mapping[str, Sequence[flo
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     add_legend(axes)
     cells = zip_longest(*([f"{value:.5g}" for value in values] for values in columns.values()), fillvalue="")
-    return _plot(id_, alt, axes, [["layer", *columns], *([str(layer), *row] for layer, row in enumerate(cells))])
+    return new_plot(id_, alt, axes, [["layer", *columns], *([str(layer), *row] for layer, row in enumerate(cells))])
 
 
 def _uniform(name: str, plan: Plan) -> str:
@@ -273,7 +127,7 @@ def overlap(runs: Sequence[Run]) -> Section:
     plans = {run.name: run.plan for run in runs if run.plan}
     first = next(iter(plans.values()), None)
     kept = {
-        name: {(layer, neuron) for layer, each in enumerate(plan.kept) for neuron in each.tolist()}
+        name: {(layer, neuron) for layer, neurons in enumerate(plan.kept) for neuron in neurons.tolist()}
         for name, plan in plans.items()
         if first and plan.neurons == first.neurons
     }
@@ -288,7 +142,7 @@ def overlap(runs: Sequence[Run]) -> Section:
     write_shares(axes, shares, [label(name, 20) for name in names], 9)
     table = [["", *names], *([name, *row] for name, row in zip(names, written, strict=True))]
     alt = "Neurons that two runs both keep, as a share of those that either keeps."
-    section.plots.append(_plot("overlap", alt, axes, table))
+    section.plots.append(new_plot("overlap", alt, axes, table))
     return section
 
 
@@ -302,58 +156,27 @@ def tokens(runs: Sequence[Run]) -> Section:
     return Section("Token by token", [said], passages=passages)
 
 
-def speed(runs: Sequence[Run]) -> Section:
-    """Show speed-ups of prefill and decode beside the theoretical ones."""
-    section = Section("Speed")
-    for run in (run for run in runs if run.command == "bench"):
-        table = [["workload", "checkpoint", "speed-up, lowest to highest", "theoretical", "share"]]
-        names, bars = [*run.models][1:], {}
-        for part, what in (("first", "prefill"), ("later", "decode")):
-            for measured in run.facts["results"]["workloads"]:
-                work, (_, *rows) = measured["workload"], measured["models"].values()
-                where = f"{what}, {work['batch_size']} x {work['length']}" + ", compiled" * work["compiled"]
-                timed = [row[part] for row in rows]
-                bars[where] = [gain["speedup"] | {"value": gain["speedup"]["median"]} for gain in timed]
-                for name, gain in zip(names, timed, strict=True):
-                    speedup, share = format_speedup(gain)
-                    table.append([where, name, speedup, f"{gain['promised']:.2f}", share])
-        axes = new_axes("times as fast as dense", "")
-        draw_bars(axes, names, bars)
-        axes.axvline(1, color=BLACK, linestyle=":")
-        alt = "Prefill and decode of each checkpoint, times as fast as the dense model; error bars span the rounds."
-        section.texts += run.facts["results"]["remarks"]
-        section.plots.append(_plot(f"speed-{run.name}", alt, axes, table))
-    return section
-
-
 def cost(runs: Sequence[Run]) -> Section:
     """Plot the seconds of every stage of the runs that made checkpoints."""
     section = Section("Cost")
-    made = [run for run in runs if run.made]
-    if not made:
+    stages = {run.name: run.record.stages for run in runs if isinstance(run.record, PruneRun | RecoverRun)}
+    if not stages:
         return section
-    stages = [*dict.fromkeys(stage["name"] for run in made for stage in run.facts["stages"])]
-    table = [["run", *stages, "peak memory"]]
-    totals = [dict.fromkeys(stages, 0.0) for _ in made]
-    for run, total in zip(made, totals, strict=True):
-        for stage in run.facts["stages"]:
-            total[stage["name"]] += stage["seconds"]
-        peak = max(stage.get("peak_gpu_memory_bytes", stage["peak_memory_bytes"]) for stage in run.facts["stages"])
-        table.append([run.name, *(f"{total[name]:.1f} s" for name in stages), megabytes(peak)])
+    names = [*dict.fromkeys(stage.name for steps in stages.values() for stage in steps)]
+    parts: dict[str, list[float]] = {
+        name: [sum(stage.seconds for stage in steps if stage.name == name) for steps in stages.values()]
+        for name in names
+    }
+    table = [["run", *names, "peak memory"]]
+    for (run, steps), seconds in zip(stages.items(), zip(*parts.values(), strict=True), strict=True):
+        peak = max(stage.peak_gpu_memory_bytes or stage.peak_memory_bytes for stage in steps)
+        table.append([run, *(f"{taken:.1f} s" for taken in seconds), megabytes(peak)])
     axes = new_axes("seconds", "")
-    draw_stacks(axes, [run.name for run in made], {name: [total[name] for total in totals] for name in stages})
-    section.plots.append(_plot("cost", "Seconds that each stage of each run took.", axes, table))
+    draw_stacks(axes, [*stages], parts)
+    section.plots.append(new_plot("cost", "Seconds that each stage of each run took.", axes, table))
     return section
 
 
 def records(runs: Sequence[Run]) -> Section:
     """Show the full record of each run."""
-    return Section("Records", records=[(run.name, dumps(run.facts, indent=2)) for run in runs])
-
-
-def _plot(id_: str, alt: str, axes: Axes, table: Rows) -> Plot:
-    return Plot(id_.replace(" ", "-"), alt[0].upper() + alt[1:], axes, table)
-
-
-def _interval(estimate: dict[str, Any]) -> str:
-    return "" if estimate["low"] is None else f"{estimate['low']:.4g} to {estimate['high']:.4g}"
+    return Section("Records", records=[(run.name, dumps(loads(run.text), indent=2)) for run in runs])

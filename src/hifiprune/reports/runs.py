@@ -1,16 +1,15 @@
 """Read the outputs of commands."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from hifiprune.errors import UserError
-from hifiprune.formatting import short_names
 from hifiprune.io.json_files import checked, read_record, read_text
-from hifiprune.io.schemas import PASSAGES, Passages, ReportedRun
 from hifiprune.models.lineage import pruning_of
 from hifiprune.plan import Plan
+from hifiprune.records import BenchRun, CompareRun, EvaluateRun, PruneRun, RecoverRun, ReportedRun
+from hifiprune.results import PASSAGES, Passages
 from hifiprune.scores import Scores
 
 RECORDS = ("run.json", "compare.json")
@@ -28,23 +27,25 @@ def read_runs(folders: Sequence[Path]) -> list["Run"]:
     return [Run.read(path, "/".join(path.parts[-length:])) for path in paths]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
     """The output folder of a run.
 
     Attributes:
         name: unique name.
-        facts: its record.
+        text: its record as it stands in the file.
+        record: its record.
         plan: its plan, if it pruned.
         scores: scores that the plan was made from.
         passages: token-by-token comparisons, by model.
     """
 
     name: str
-    facts: dict[str, Any]
+    text: str
+    record: PruneRun | RecoverRun | EvaluateRun | BenchRun | CompareRun
     plan: Plan | None = None
     scores: Scores | None = None
-    passages: dict[str, list[list[dict[str, Any]]]] = field(default_factory=dict)
+    passages: Passages = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path, name: str) -> "Run":
@@ -53,37 +54,19 @@ class Run:
         Raises:
             UserError: the folder is not one of ours.
         """
-        record = next((path for each in RECORDS if (path := folder / each).is_file()), folder / RECORDS[0])
-        if not record.is_file() or '"command"' not in (text := read_text(record)):
-            raise UserError(f"{folder} has no {record.name} of hifiprune; give outputs of its commands")
-        found = cls(name, checked(text, ReportedRun, str(record)))
-        if found.command == "prune":
-            found.plan = Plan.load(folder / "hifiprune" / "plan.json")
-            found.scores = Scores.load(folder / "hifiprune" / "scores.safetensors")
+        path = next((path for record in RECORDS if (path := folder / record).is_file()), folder / RECORDS[0])
+        if not path.is_file() or '"command"' not in (text := read_text(path)):
+            raise UserError(f"{folder} has no {path.name} of hifiprune; give outputs of its commands")
+        run = cls(name, text, checked(text, ReportedRun, str(path)))
+        if isinstance(run.record, PruneRun):
+            details = folder / "hifiprune"
+            plan, scores = Plan.load(details / "plan.json"), Scores.load(details / "scores.safetensors")
+            run = replace(run, plan=plan, scores=scores)
         if (folder / PASSAGES).is_file():
-            found.passages = read_record(folder / PASSAGES, Passages)
-        return found
+            run = replace(run, passages=read_record(folder / PASSAGES, Passages))
+        return run
 
     @property
-    def command(self) -> str:
-        """Return the name of the command."""
-        return str(self.facts["command"])
-
-    @property
-    def models(self) -> dict[str, dict[str, Any]]:
-        """Return the results of each model, by the last part of its name if that is unique."""
-        found = self.facts["results"]["models"]
-        return dict(zip(short_names(found), found.values(), strict=True))
-
-    @property
-    def made(self) -> dict[str, Any] | None:
+    def made(self) -> PruneRun | None:
         """Return the record of the pruning run of the checkpoint in the folder, if there is one."""
-        return pruning_of(self.facts) if self.command in ("prune", "recover") else None
-
-    @property
-    def measured_on(self) -> str:
-        """Describe the text of an evaluation."""
-        results = self.facts["results"]
-        text = self.facts["arguments"]["text"]
-        source = Path(text["source"] if isinstance(text, dict) else text).name  # plain in records of version 0.1
-        return f"{results['windows']} windows of {results['positions']} tokens of {source}"
+        return pruning_of(self.record)

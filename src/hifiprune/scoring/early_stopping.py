@@ -9,7 +9,6 @@ that.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from hifiprune.errors import UserError
 from hifiprune.io.distributed import processes
@@ -34,7 +33,7 @@ class Stability:
 
     wanted: float
     select: Callable[[Scores], Plan]
-    curve: list[dict[str, Any]] = field(default_factory=list)
+    curve: list[dict[str, float]] = field(default_factory=list)
 
     def check(self, criteria: Sequence[str]) -> None:
         """Refuse criteria and runs that cannot stop early.
