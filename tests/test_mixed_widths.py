@@ -20,6 +20,7 @@ from hifiprune.pruning.cut_checkpoint import cut_checkpoint
 from hifiprune.scoring.score import score
 from tests.families import MIXED, tiny_model, tiny_tokens
 from tests.naive import logits_of, masked_logits
+from tests.processes import forked
 from tests.test_families import plan_keeping
 
 WIDTHS = [7, 40, 23]
@@ -58,21 +59,27 @@ def test_a_stock_loader_refuses_mixed_widths_instead_of_guessing(tmp_path: Path)
         AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=False)
 
 
-def test_a_mixed_checkpoint_needs_nothing_but_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+def test_a_mixed_checkpoint_needs_nothing_but_transformers(fresh: bool, tmp_path: Path) -> None:
+    """In a process that has none of our modules: a copy of this one, or a fresh one."""
     model, tokens = tiny_model("qwen2"), tiny_tokens()
     cut_(model, mixed_plan(model))
     model.save_pretrained(tmp_path)
     code = f"""
 import sys
-sys.modules["hifiprune"] = None  # an import of it fails
+for name in ["hifiprune", *(name for name in sys.modules if name.startswith("hifiprune."))]:
+    sys.modules[name] = None  # an import of it fails
 import torch
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)
 with torch.no_grad():
     print(repr(model(input_ids=torch.tensor({tokens.tolist()})).logits.sum().item()))
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(found.stdout) == logits_of(model, tokens).sum().item()
+    if fresh:
+        printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    else:
+        printed = forked(tmp_path / "told", lambda: exec(code, {})).out
+    assert float(printed) == logits_of(model, tokens).sum().item()
 
 
 def test_a_mixed_cut_for_a_while_leaves_a_stock_model() -> None:

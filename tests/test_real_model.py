@@ -23,6 +23,7 @@ def test_inspect_counts_the_real_model(smollm2_folder: Path) -> None:
     assert facts.widths["20%"] == PossibleWidth(1017, 1024, 26542080 / 134515008)
 
 
+@pytest.mark.exhaustive  # the vocabulary of 49,152 tokens is read again and again, for a minute
 def test_a_gguf_file_is_pruned_to_an_ordinary_checkpoint(
     smollm2_gguf: Path, smollm2_folder: Path, tmp_path: Path
 ) -> None:

@@ -111,9 +111,10 @@ class DenseModel:
         """Return the model in the dtype for computing, if no other is asked for."""
         job = self.job
         dtype = dtype or compute_dtype(job.compute, job.checkpoint)
-        if self._model is None or self._model.dtype != dtype:
+        if self._model is not None and self._model.dtype != dtype:
             self._model = None
             gc.collect()
+        if self._model is None:
             self._model, self.hash = load_hashed(
                 job.checkpoint, job.compute, job.record, dtype, may_stream=not job.resident, model_hash=self.hash
             )
