@@ -159,7 +159,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str | None]]:
 
     class Hub(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            tokens.append(self.headers["Authorization"])
+            if "org/private" in self.path:  # not what the hub's library asks for itself
+                tokens.append(self.headers["Authorization"])
             self.send_response(401)
             self.send_header("X-Error-Code", "RepoNotFound")
             self.send_header("X-Error-Message", "Repository not found")
@@ -174,6 +175,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str | None]]:
     server = HTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
     monkeypatch.setenv("HF_TOKEN", "hf_other")  # and what the flag puts there does not outlast the test
     yield tokens
     server.shutdown()
@@ -200,7 +202,14 @@ def test_a_token_that_is_none(asked: list[str | None], token: str) -> None:
     assert not asked
 
 
+def test_a_token_that_would_not_be_sent(asked: list[str | None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    refused(run("inspect", "org/private", "--token", SECRET), "HF_HUB_DISABLE_IMPLICIT_TOKEN is set: unset it")
+    assert not asked
+
+
 def test_no_file_holds_a_token(hub: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
     monkeypatch.setenv("HF_TOKEN", "hf_other")
     text = ("--calibration", world / "calibration.txt", "--num-samples", 4, "--seq-len", 16, "--width", 24)
     words = ("prune", "org/model", "--token", SECRET, "--round-to", 8, "--output", tmp_path / "out", *text)

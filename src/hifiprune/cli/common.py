@@ -7,6 +7,7 @@ from inspect import Parameter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from huggingface_hub import constants
 from typer import Argument, Option
 
 from hifiprune.bounds import FEW, check_number
@@ -95,7 +96,7 @@ def use_token(token: str | None) -> None:
     Nothing that prints or records the command line can then tell it.
 
     Raises:
-        UserError: it holds characters that no token has; the message does not show them.
+        UserError: it holds characters that no token has, which the message does not show, or would not be sent.
     """
     if token is None:
         return
@@ -106,6 +107,8 @@ def use_token(token: str | None) -> None:
     sys.argv = words
     if not re.fullmatch(r"[!-~]+", token):
         raise UserError("--token is empty, or has spaces or letters that no access token has; copy it again")
+    if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
+        raise UserError("--token is not sent while the variable HF_HUB_DISABLE_IMPLICIT_TOKEN is set: unset it")
     os.environ["HF_TOKEN"] = token
 
 
