@@ -18,7 +18,7 @@ import torch
 
 from hifiprune.io.hub import at_revision, is_on_hub
 from hifiprune.models.checkpoint import find_checkpoint
-from hifiprune.models.lineage import dense_of
+from hifiprune.models.lineage import dense_of, record_of
 from tests.commands import Interruption, refused, run
 from tests.conftest import save_checkpoint
 from tests.test_resuming import stopping_after
@@ -72,7 +72,8 @@ def test_a_revision_is_read_by_flag_and_by_name(hub: Path, world: Path, tmp_path
     assert folder["commits"] == {}
     for made in "123":
         assert "\nbase_model: org/model\n" in (tmp_path / made / "README.md").read_text()
-    assert dense_of(flag) == f"org/model@{OLD}"
+    made_by = record_of(find_checkpoint(str(tmp_path / "1")))
+    assert dense_of(made_by) == f"org/model@{OLD}"
 
 
 def test_a_run_is_repeated_at_the_commit_that_it_had(hub: Path, world: Path, tmp_path: Path) -> None:

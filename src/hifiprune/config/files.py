@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_type_hints
 from hifiprune.config.options import declared_options, group_of, without_none
 from hifiprune.errors import UserError, nearest_name
 from hifiprune.io.atomic import local_path
-from hifiprune.io.hub import at_commit
+from hifiprune.io.hub import at_revision
 
 RUN_FORMAT = "hifiprune-run-1"
 OF_ONE_RUN = ("output", "overwrite", "dry_run", "resume")
@@ -126,17 +126,17 @@ def read_config(path: Path, command: str) -> dict[str, Any]:
     if not (isinstance(arguments, dict) and isinstance(commits, dict)):
         raise UserError(f"{path} was changed since hifiprune wrote it: arguments or commits are missing")
     return {
-        name: _at_commits(value, facts) if name in MODELS else value
+        name: _at_commits(value, commits) if name in MODELS else value
         for name, value in arguments.items()
         if name not in OF_ONE_RUN
     }
 
 
-def _at_commits(names: Any, facts: Mapping[str, Any]) -> Any:
+def _at_commits(names: Any, commits: Mapping[str, str]) -> Any:
     """Return a model's name, or several, at the commits that a run read them at."""
     if isinstance(names, list):
-        return [_at_commits(name, facts) for name in names]
-    return at_commit(names, facts) if isinstance(names, str) else names
+        return [_at_commits(name, commits) for name in names]
+    return at_revision(names, commits.get(names)) if isinstance(names, str) else names
 
 
 def _parsed(path: Path) -> Any:

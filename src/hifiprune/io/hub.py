@@ -1,9 +1,7 @@
 """Models of the hub: `owner/name`, or `owner/name@revision` for a commit, branch or tag of it."""
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from hifiprune.errors import UserError
 from hifiprune.io.atomic import local_path
@@ -23,11 +21,6 @@ def at_revision(name: str, revision: str | None) -> str:
         return name
     bare = name if local_path(name).exists() else name.rpartition("@")[0] or name
     return f"{bare}@{revision}"
-
-
-def at_commit(name: str, record: Mapping[str, Any]) -> str:
-    """Return the name of a model at the commit that a run read it at, where its record tells one."""
-    return at_revision(name, record.get("commits", {}).get(name))
 
 
 def is_on_hub(name: str) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 from hifiprune.errors import UserError
 from hifiprune.io.atomic import local_path
-from hifiprune.io.hub import at_commit
+from hifiprune.io.hub import at_revision
 from hifiprune.io.json_files import checked, read_text
 from hifiprune.models.checkpoint import Checkpoint, find_checkpoint
 from hifiprune.records import Lineage, PruneRun, RecoverRun
@@ -49,7 +49,9 @@ def pruning_of(run: object) -> PruneRun | None:
 def dense_of(run: object) -> str | None:
     """Return the dense model that a checkpoint was pruned from, by the record of its run, at the commit it had."""
     pruning = pruning_of(run)
-    return at_commit(pruning.arguments.model, {"commits": pruning.commits}) if pruning else None
+    if pruning is None:
+        return None
+    return at_revision(pruning.arguments.model, pruning.commits.get(pruning.arguments.model))
 
 
 def commits_of(*checkpoints: Checkpoint | None) -> dict[str, str]:
