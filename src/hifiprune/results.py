@@ -36,6 +36,16 @@ class Accuracy(Estimate):
 
 
 @dataclass(frozen=True)
+class Cost:
+    """Expected cost of a step, named as in `Stage`: peak bytes of memory (of a GPU, on one), and bytes written."""
+
+    step: str
+    seconds: float
+    memory: int
+    disk: int = 0
+
+
+@dataclass(frozen=True)
 class Stage:
     """Cost of a step of a run."""
 

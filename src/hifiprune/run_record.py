@@ -18,7 +18,7 @@ import torch
 from hifiprune.io.atomic import replacing
 from hifiprune.io.json_files import to_plain
 from hifiprune.progress import logger
-from hifiprune.results import Stage
+from hifiprune.results import Cost, Stage
 
 LIBRARIES = ("hifiprune", "torch", "transformers", "safetensors", "tokenizers", "datasets")
 R = TypeVar("R")
@@ -44,7 +44,7 @@ class RunRecord(Generic[R]):
     commits: dict[str, str] = field(default_factory=dict)
     results: R = field(default_factory=dict)  # type: ignore[assignment]
     stages: list[Stage] = field(default_factory=list)
-    expected: list[dict[str, Any]] = field(default_factory=list)
+    expected: list[Cost] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=lambda: describe_environment())
     reused_parts: int = 0
 

@@ -68,8 +68,8 @@ def foreseen(record: RunRecord[Any]) -> None:
     """Print the estimated costs of a run."""
     table = new_table("stage", "seconds", "memory", "disk")
     for cost in record.expected:
-        memory, disk = megabytes(cost["memory"]), megabytes(cost["disk"]) if cost["disk"] else ""
-        table.add_row(cost["step"], f"{cost['seconds']:.1f} s", memory, disk)
+        memory, disk = megabytes(cost.memory), megabytes(cost.disk) if cost.disk else ""
+        table.add_row(cost.step, f"{cost.seconds:.1f} s", memory, disk)
     console().print(table)
     console().print("Dry run: nothing written.")
     next_is_without_dry_run()
@@ -184,7 +184,7 @@ def demo_rows(record: RunRecord[DemoResults]) -> list[tuple[str, str, str]]:
 
 def show_costs(record: RunRecord[Any]) -> None:
     """Print what each stage took, beside what was expected."""
-    expected = {cost["step"]: f"{cost['seconds']:.1f} s" for cost in record.expected}
+    expected = {cost.step: f"{cost.seconds:.1f} s" for cost in record.expected}
     table = new_table("stage", "seconds", "expected", "memory")
     for stage in record.stages:
         memory = f"peak {megabytes(stage.peak_memory_bytes)}"

@@ -96,20 +96,8 @@ def bench(
             facts = ["turns", number, asked, _stamps(checkpoint), version("hifiprune")]
             turn = kept(unfinished, facts, partial(_timed, checkpoint.name, asked))
             runs[checkpoint.name].append(turn)
-    counted = [[operations(skeleton, work) for skeleton in skeletons] for work in workloads]
-    troubles = [_trouble(runs, number) for number in range(len(workloads))]
     models = {checkpoint.name: describe_model(checkpoint, runs[checkpoint.name]) for checkpoint in checkpoints}
-    timed = [
-        compare_timings(work, names, [_timings(runs[name], number) for name in names], counted[number])
-        for number, work in enumerate(workloads)
-        if not troubles[number]
-    ]
-    record.results = BenchResults(
-        models,
-        timed,
-        **{fact: runs[dense][0][fact] for fact in ("threads", "device", "dtype")},
-        remarks=[*crowd, *dict.fromkeys(filter(None, troubles)), *_remarks(models, timed, rounds)],
-    )
+    record.results = compare_models(models, skeletons, workloads, runs, crowd)
     if target and unfinished:
         record.reused_parts = len(unfinished.reused)
         with replacing(target, overwrite=config.overwrite) as new:
@@ -117,6 +105,29 @@ def bench(
             record.save(new / "run.json")
         unfinished.remove()
     return record
+
+
+def compare_models(
+    models: dict[str, BenchedModel],
+    skeletons: Sequence[PreTrainedModel],
+    workloads: Sequence[Workload],
+    runs: dict[str, list[dict[str, Any]]],
+    remarks: list[str],
+) -> BenchResults:
+    """Return the gains of all models on every workload that could be timed, with what a reader should know of them."""
+    troubles = [_trouble(runs, number) for number in range(len(workloads))]
+    timed = []
+    for number, work in enumerate(workloads):
+        if not troubles[number]:
+            seconds = [_timings(rounds, number) for rounds in runs.values()]
+            timed.append(compare_timings(work, [*models], seconds, [operations(model, work) for model in skeletons]))
+    turns = next(iter(runs.values()))
+    return BenchResults(
+        models,
+        timed,
+        **{fact: turns[0][fact] for fact in ("threads", "device", "dtype")},
+        remarks=[*remarks, *dict.fromkeys(filter(None, troubles)), *_remarks(models, timed, len(turns))],
+    )
 
 
 def check_positions(

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from jaxtyping import Int
+from torch import Tensor
+
 from hifiprune.calibration import load_windows
 from hifiprune.commands.compare_plans import Workbench
 from hifiprune.commands.inspect import shape_of
@@ -16,6 +19,7 @@ from hifiprune.commands.prepare import check_tokens, load_hashed, prepare
 from hifiprune.config.files import to_dict
 from hifiprune.config.groups import Budget, CriterionOptions
 from hifiprune.config.study import CompareConfig
+from hifiprune.config.texts import Calibration
 from hifiprune.engine.compute import limit_batch
 from hifiprune.errors import UserError
 from hifiprune.evaluation.criteria_comparison import Cell, contrast
@@ -52,7 +56,7 @@ def compare(model: str, output: str | Path, config: CompareConfig) -> RunRecord[
         UserError: something asked for cannot be done, found before the weights are loaded where possible.
         RunError: numbers, memory or disk failed.
     """
-    criteria, ratios, calibration, tasks = config.criteria, config.ratios, config.calibration, config.tasks
+    ratios, calibration, tasks = config.ratios, config.calibration, config.tasks
     record: RunRecord[CompareResults] = RunRecord("compare", {"model": model, "output": str(output), **to_dict(config)})
     _check(config)
     if tasks:
@@ -83,16 +87,9 @@ def compare(model: str, output: str | Path, config: CompareConfig) -> RunRecord[
     checkpoint.fetch()
     loaded, model_hash = load_hashed(checkpoint, compute, record)
     bench = Workbench(loaded, model, model_hash, tokenizer, unfinished.of(loaded, model_hash), compute)
-    cells: list[Cell] = []
-    files: dict[str, Path] = {}
     with record.stage("scoring"):
         drawn = drawn or [bench.sample(draw) for draw in draws]
-        for draw, windows in zip(draws, drawn, strict=True):
-            wanted = _requests(criteria, ratios, config.options, draw.seed)
-            scored = dict(zip(wanted, bench.score(windows, list(wanted.values()), draw), strict=True))
-            files |= {f"{label}-seed{draw.seed}.safetensors": path for label, (_, path) in scored.items()}
-            scores = {label: made for label, (made, _) in scored.items()}
-            cells += _cells(scores, criteria, ratios, draw.seed, config.round_to)
+        cells, files = score_draws(bench, draws, drawn, config)
     with record.stage("measuring"):
         dense, *measured = bench.measure([None, *(cell.plan for cell in cells)], [*held, *([tasks] if tasks else [])])
     record.reused_parts = len(bench.unfinished.reused)
@@ -113,6 +110,24 @@ def compare(model: str, output: str | Path, config: CompareConfig) -> RunRecord[
         record.save(folder / "compare.json")
     unfinished.remove()
     return record
+
+
+def score_draws(
+    bench: Workbench,
+    draws: Sequence[Calibration],
+    drawn: Sequence[Int[Tensor, "windows positions"]],
+    config: CompareConfig,
+) -> tuple[list[Cell], dict[str, Path]]:
+    """Return what every draw decides at every ratio, and the files of its scores by their names in the output."""
+    cells: list[Cell] = []
+    files: dict[str, Path] = {}
+    for draw, windows in zip(draws, drawn, strict=True):
+        wanted = _requests(config.criteria, config.ratios, config.options, draw.seed)
+        scored = dict(zip(wanted, bench.score(windows, list(wanted.values()), draw), strict=True))
+        files |= {f"{label}-seed{draw.seed}.safetensors": path for label, (_, path) in scored.items()}
+        scores = {label: made for label, (made, _) in scored.items()}
+        cells += _cells(scores, config.criteria, config.ratios, draw.seed, config.round_to)
+    return cells, files
 
 
 def _cells(

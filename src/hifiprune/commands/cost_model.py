@@ -1,7 +1,6 @@
 """Estimate time, memory and disk of a run, by formulas over the pace of a short trial."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
 from typing import Any
@@ -25,6 +24,7 @@ from hifiprune.engine.offload import LEAST_ROOM, return_what_is_freed
 from hifiprune.io.distributed import processes
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.mlp import count_parameters, find_blocks, seen_mlps
+from hifiprune.results import Cost
 from hifiprune.scoring.accumulate import Job, needs
 from hifiprune.scoring.criteria import find_criterion
 from hifiprune.scoring.score import Request, passes_of
@@ -33,23 +33,6 @@ REPAIR_PASSES = 2.3
 """Forward passes of a block that its repair takes: dense, cut, and what the change of its output map adds."""
 GRAMS, CROSSES = 8, 4
 """Matrices that a repair holds for each map in float64: `[neurons, neurons]`, and `[hidden, neurons]`."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Cost of a step.
-
-    Attributes:
-        step: name of the step in run records.
-        seconds: seconds on the machine as loaded as in the trial; see `hifiprune.engine.machine`.
-        memory: peak resident bytes; on a GPU the GPU's.
-        disk: bytes written.
-    """
-
-    step: str
-    seconds: float
-    memory: int
-    disk: int = 0
 
 
 def total_disk(costs: Sequence[Cost]) -> int:

@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from hifiprune.commands.cost_model import Cost, Estimator, total_disk
+from hifiprune.commands.cost_model import Estimator, total_disk
 from hifiprune.config.groups import AllocationConfig, Budget, ComputeConfig, CriterionOptions
 from hifiprune.config.prune import PruneConfig
 from hifiprune.config.texts import Calibration
@@ -19,6 +19,7 @@ from hifiprune.io.distributed import processes
 from hifiprune.io.tokenization import special_tokens
 from hifiprune.plan import EXPERT, ModelShape
 from hifiprune.progress import about, logger, note
+from hifiprune.results import Cost
 from hifiprune.scores import Scores
 from hifiprune.scoring.criteria import CRITERIA, find_criterion
 from hifiprune.scoring.score import Request, count_passes

@@ -6,13 +6,14 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hifiprune.calibration import load_windows, sample_windows
-from hifiprune.commands.cost_model import Cost, Estimator
+from hifiprune.commands.cost_model import Estimator
 from hifiprune.commands.job import DenseModel, Job, PruneJob
 from hifiprune.commands.messages import announce_costs, announce_scoring, remark_on_start, remark_on_unseen
 from hifiprune.commands.prepare import check_tokens, streams
 from hifiprune.engine.compute import compute_dtype
 from hifiprune.io.pass_checkpoint import PassCheckpoint
 from hifiprune.progress import labelled, logger
+from hifiprune.results import Cost
 from hifiprune.scores import Scores
 from hifiprune.scoring.score import score_all
 
@@ -52,7 +53,7 @@ def estimate_costs(dense: DenseModel, job: Job) -> Estimator:
     """Tell and record what the run will cost; return what tells it."""
     estimator = estimator_of(dense, job)
     costs = costs_of(dense, job, estimator)
-    job.record.expected = [asdict(cost) for cost in costs]
+    job.record.expected = costs
     logger.info(announce_costs(costs, estimator.device))
     uncounted = {
         "downloading the weights": not job.checkpoint.is_here,
