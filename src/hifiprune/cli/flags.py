@@ -120,7 +120,7 @@ def _input(name: str, kind: Any, value: Any, given: Mapping[str, Any], facts: di
     of_file = facts.pop(name, None)
     if name not in given and of_file is not None:
         return checked(kind, of_file, f"--config: {name}")
-    if name in context.command.must_be_given and not value and "show_preset" not in given:
+    if name in context.command.must_be_given and not (value or name in given or "show_preset" in given):
         parameter = next(parameter for parameter in context.command.params if parameter.name == name)
         raise missing(parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.metavar or name.upper())
     return value
