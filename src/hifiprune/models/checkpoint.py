@@ -21,6 +21,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hifiprune.errors import UserError
@@ -243,8 +244,9 @@ class Checkpoint:
             return self._skeleton_of(self.config())
 
     def _skeleton_of(self, config: PretrainedConfig) -> PreTrainedModel:
-        with torch.device("meta"):
+        with torch.device("meta"), no_init_weights():  # which ties them, too
             model: PreTrainedModel = self.model_class._from_config(config)
+        model.tie_weights()
         return model
 
     def check_attention(self, attention: str) -> None:
