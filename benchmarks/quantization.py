@@ -76,7 +76,7 @@ def weight_error(plain: PreTrainedModel, quantized: PreTrainedModel) -> float:
     """Of the MLPs' weights: norm of the rounding error over the norm of the weights."""
     error, size = 0.0, 0.0
     for one, other in zip(find_mlps(plain), find_mlps(quantized), strict=True):
-        for each, rounded in zip(one.maps, other.maps, strict=True):
+        for each, rounded in zip(one.projections, other.projections, strict=True):
             values: Any = rounded.module.weight
             error += float((values.dequantize() - each.weight).double().square().sum())
             size += float(each.weight.double().square().sum())

@@ -168,7 +168,7 @@ def compare_files(zeroed: Path, cut: Path) -> dict[str, Any]:
 
 
 def without_zeros(group: dict[str, Any], down: str) -> dict[str, Any]:
-    """The matrices of an MLP, or of stacked experts, without neurons whose column of the output map is zero."""
+    """The matrices of an MLP, or of stacked experts, without neurons whose column of the output projection is zero."""
     matrices = group[down] if group[down].ndim == 3 else group[down][None]
     kept = [np.flatnonzero(matrix.any(0)) for matrix in matrices]
     smaller = {}

@@ -1,7 +1,7 @@
 """What repair costs beside scoring and a plain forward pass, on SmolLM2-135M and windows of 1,024 tokens.
 
 Each part is run on few and on more windows, interleaved over the rounds in one process: the difference is its time a
-window, which grows with the text; the rest, solving for the maps, does not. Writes `results/repair.json`.
+window, which grows with the text; the rest, solving for the projections, does not. Writes `results/repair.json`.
 """
 
 import json

@@ -44,9 +44,9 @@ def papers_way(model: PreTrainedModel, windows: Tensor, seconds: list[float]) ->
         activations.append(arguments[0])
 
     model.requires_grad_()
-    maps = [mlp.output for mlp in verified_chain(model).mlps]
-    hooks = [linear.module.register_forward_pre_hook(keep) for linear in maps]
-    scores = [torch.zeros(linear.in_features) for linear in maps]
+    projections = [mlp.output for mlp in verified_chain(model).mlps]
+    hooks = [linear.module.register_forward_pre_hook(keep) for linear in projections]
+    scores = [torch.zeros(linear.in_features) for linear in projections]
     for window in windows:
         start = time.perf_counter()
         logits = model(input_ids=window.unsqueeze(0), use_cache=False).logits
@@ -84,7 +84,7 @@ def our_way(model: PreTrainedModel, windows: Tensor, seconds: list[float], *, re
 def product_seconds(model: PreTrainedModel) -> tuple[float, float]:
     """Operations of the products that scoring one window needs, and the seconds they take alone.
 
-    Forward and activation gradient of every linear map, without what the first block's input would need.
+    Forward and activation gradient of every projection, without what the first block's input would need.
     """
     seconds = operations = 0.0
     timed: dict[tuple[int, int, int], float] = {}

@@ -123,7 +123,7 @@ def save_checkpoint(folder: Path, family: str = "llama", **options: object) -> P
 def _checkpoint_files(family: str, options: dict[str, object]) -> dict[str, bytes]:
     torch.manual_seed(0)
     config = tiny_config(family, **{"vocab_size": VOCABULARY, **options})
-    made: Any = AutoModelForImageTextToText if FAMILIES[config.model_type].sees else AutoModelForCausalLM
+    made: Any = AutoModelForImageTextToText if FAMILIES[config.model_type].takes_images else AutoModelForCausalLM
     with TemporaryDirectory() as folder:
         made.from_config(config).save_pretrained(folder)
         byte_tokenizer().save_pretrained(folder)

@@ -140,7 +140,7 @@ LAYOUTS = [*FORMS, *ROUTED, "qwen2_vl"]
 """Every way that blocks, MLPs and models are laid out."""
 TYPED = ["llama", "gemma2", "falcon", "gpt2", "opt", "phi3", "mixtral", "deepseek_v2", "qwen2_vl"]
 """One of each form of block and MLP, for runs that check types and shapes at every call."""
-MIXED = [name for name in VARIANTS if not FAMILIES[name.split("-", maxsplit=1)[0]].one_width]
+MIXED = [name for name in VARIANTS if not FAMILIES[name.split("-", maxsplit=1)[0]].one_width_reason]
 """Those whose MLPs may differ in width: experts may not."""
 
 
@@ -154,7 +154,7 @@ def tiny_config(variant: str, **options: object) -> PretrainedConfig:
     family = FAMILIES[name]
     width = {family.width: options.pop("intermediate_size", WIDTH)} if family.width else {}
     sizes = {**SIZES, **width, **VARIANTS[variant], **options}
-    if not family.sees:
+    if not family.takes_images:
         config: PretrainedConfig = AutoConfig.for_model(name, **sizes)
         return config
     plain: Any = AutoConfig.for_model(name)
@@ -173,8 +173,8 @@ def tiny_config(variant: str, **options: object) -> PretrainedConfig:
 def load(path: Path | str, **how: Any) -> Any:
     """A checkpoint by transformers alone, whatever kind of language model it is."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=True)
-    sees = family_of(config).sees
-    return (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(path, **how)
+    takes_images = family_of(config).takes_images
+    return (AutoModelForImageTextToText if takes_images else AutoModelForCausalLM).from_pretrained(path, **how)
 
 
 _MODELS: dict[str, tuple[PreTrainedModel, torch.Tensor]] = {}
@@ -195,7 +195,7 @@ def _random_model(variant: str, dtype: torch.dtype, seed: int, options: dict[str
     torch.manual_seed(seed)
     family = FAMILIES[family_name(variant)]
     eager = {"experts_implementation": "eager"} if family.experts else {}
-    made: Any = AutoModelForImageTextToText if family.sees else AutoModelForCausalLM
+    made: Any = AutoModelForImageTextToText if family.takes_images else AutoModelForCausalLM
     model: PreTrainedModel = made.from_config(tiny_config(variant, **options), dtype=dtype, **eager).eval()
     with torch.no_grad():
         for parameter in model.parameters():

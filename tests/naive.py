@@ -144,7 +144,7 @@ def taylor_products(model: PreTrainedModel, tokens: Tensor, losses: Sequence[Los
 def weight_products(model: PreTrainedModel, tokens: Tensor, losses: Sequence[Loss]) -> list[Tensor]:
     """`down.T * dC/ddown.T + up * dC/dup + gate * dC/dgate`, `[windows, neurons, hidden]` of every MLP."""
     mlps = find_mlps(model)
-    weights = {(each.module, each.weight_name): weight_of(each) for mlp in mlps for each in mlp.maps}
+    weights = {(each.module, each.weight_name): weight_of(each) for mlp in mlps for each in mlp.projections}
     found = []
     for window, loss in zip(tokens, losses, strict=True):
         value = loss(logits_of(model, window[None])[0], window)
@@ -161,7 +161,7 @@ def weight_of(linear: Projection) -> Tensor:
 
 def summed(mlp: Mlp, products: dict[Any, Tensor]) -> Tensor:
     parts = []
-    for each in mlp.maps:
+    for each in mlp.projections:
         product = products[each.module, each.weight_name]
         product = product if each.expert is None else product[each.expert]
         parts.append((product.T if each.flipped else product).chunk(each.parts)[each.part])

@@ -214,7 +214,7 @@ def publish(folder: Path, facts: dict[str, Any]) -> Path:
     if facts["model_type"] in UNTIED:
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     torch.manual_seed(0)
-    made: Any = AutoModelForImageTextToText if family_of(config).sees else AutoModelForCausalLM
+    made: Any = AutoModelForImageTextToText if family_of(config).takes_images else AutoModelForCausalLM
     model: PreTrainedModel = made.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():

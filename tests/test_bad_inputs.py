@@ -336,7 +336,7 @@ def test_maps_that_are_not_there_leave_nothing_behind(made: Path, world: Path, t
         refused(run(*words, *more, empty), "target-modules: give at least one, or several separated by commas")
     refused(
         run(*words, "--max-steps", 1, "--seq-len", 24, "--lora-r", 33),
-        "lora-r 33 must be at most 32; the smaller side of the largest map is 24",
+        "lora-r 33 must be at most 32; the smaller side of the largest projection is 24",
     )
     assert not any(tmp_path.iterdir())
 

@@ -114,13 +114,13 @@ def test_a_card_tells_which_text_served_what(pruned: Path, world: Path, tmp_path
     text = ("--calibration", world / "calibration.txt", "--num-samples", 3, "--seq-len", 20)
     assert run(*words, "--output", tmp_path / "mended", *text).code == 0
     scored = "scored by `entropy-square` on 4 windows of 24 tokens"
-    for name, maps in (
+    for name, projections in (
         ("cut", "no repair"),
         ("mended", "output projections refitted on 3 windows of 20 tokens"),
     ):
         card = ModelCard.load(tmp_path / name / "README.md")
         assert scored in card.text
-        assert maps in card.text
+        assert projections in card.text
 
 
 def test_cards_of_the_hub_are_not_changed(pruned: Path) -> None:

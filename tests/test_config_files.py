@@ -178,14 +178,14 @@ def test_mixed_widths_come_and_go(tmp_path: Path, world: Path) -> None:
         hp.PruneConfig(hp.Budget(width=24), text, repair="none", allocation=AllocationConfig("global")),
     )
     found = difference(facts_of(dense), facts_of(tmp_path / "mixed"))
-    maps = [f"model.layers.{{}}.mlp.{name}_proj" for name in ("gate", "up", "down")]
+    projections = [f"model.layers.{{}}.mlp.{name}_proj" for name in ("gate", "up", "down")]
     widths = found.pop("mlp_widths")[1]
     assert len(set(widths)) > 1
     assert found == {
         "architectures": (["LlamaForCausalLM"], ["PrunedLlamaForCausalLM"]),
         "auto_map.AutoModelForCausalLM": ("modeling_theirs.Theirs", "modeling_pruned.PrunedLlamaForCausalLM"),
         "intermediate_size": (40, max(widths)),
-        "mlp_maps": (None, maps),
+        "mlp_maps": (None, projections),
     }
     mixed = load(tmp_path / "mixed", trust_remote_code=True)
     plan = plan_keeping(mixed, [torch.arange(min(widths))] * 3)

@@ -22,7 +22,7 @@ def state_of(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def sizes_of(model: PreTrainedModel) -> dict[str, Any]:
-    """All that states a width: shapes, the features of the linear maps, the configuration."""
+    """All that states a width: shapes, the features of the projections, the configuration."""
     linears = [linear for mlp in find_mlps(model) for linear in (*mlp.inputs, mlp.output)]
     return {
         "shapes": {name: tuple(parameter.shape) for name, parameter in model.named_parameters()},

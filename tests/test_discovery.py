@@ -28,7 +28,7 @@ FOUND: dict[str, dict[str, Any]] = {
     "minicpm3": {"intermediate_size": 40, "num_key_value_heads": 4, **LATENT},
     "persimmon": {"intermediate_size": 40, "num_attention_heads": 3},
 }
-"""Of several forms: one input map or two, maps in the block itself, names of the width, gates of their own."""
+"""Of several forms: one input projection or two, MLPs without a module, names of the width, gates of their own."""
 
 
 def tiny(name: str, **options: Any) -> Any:
@@ -44,7 +44,7 @@ def test_what_is_found_keeps_the_contract(name: str, tmp_path: Path) -> None:
     mlps = find_mlps(model)
     assert [mlp.neurons for mlp in mlps] == [40] * 3
     family = family_of(model.config)
-    assert family.found
+    assert family.detected
     assert getattr(model.config.get_text_config(), family.width) == 40
     values, expected = naive_sweep(model, tokens)
     ours, seen = chain_sweep(model, tokens, recompute=True)
@@ -77,7 +77,7 @@ def test_what_sees_is_taken_for_what_it_is(tmp_path: Path) -> None:
     config = AutoConfig.for_model("llava_next", **sizes)
     model = AutoModelForImageTextToText.from_config(config)
     model.save_pretrained(tmp_path / "dense")
-    assert family_of(config).sees
+    assert family_of(config).takes_images
     hp.prune(str(tmp_path / "dense"), tmp_path / "out", hp.PruneConfig(hp.Budget(width=24), criterion="magnitude"))
     assert "AutoModelForImageTextToText" in (tmp_path / "out" / "README.md").read_text()
     words = ("prune", tmp_path / "dense", "--output", tmp_path / "no", "--width", 24, "--allocation", "global")

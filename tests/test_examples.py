@@ -238,7 +238,7 @@ def test_packed_loss_is_unpacked_loss(variant: str) -> None:
     tokens = tiny_tokens(5, 13).tolist()
     examples = [Example(each[: 5 + 2 * n], [n % 2 == 0] * 2 + [True] * (3 + 2 * n)) for n, each in enumerate(tokens)]
     alone = sum(loss_of(model, [example], len(example.tokens)) for example in examples)
-    packs = FAMILIES[model.config.model_type].packs
+    packs = FAMILIES[model.config.model_type].separates_packed
     together = loss_of(model, examples, 30)
     assert len(pack(examples, 30)) < len(examples) == len(pack(examples, 30, together=False))
     assert (together == pytest.approx(alone, rel=1e-6)) == packs

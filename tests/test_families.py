@@ -204,7 +204,7 @@ def test_only_where_it_is_said_a_norm_or_factor_follows_the_mlp(contract: Contra
     with torch.no_grad():
         output = chain.blocks[1](hidden, *calls[1].args, **calls[1].kwargs)
     handle.remove()
-    after = output[0] if chain.family.tuples else output
+    after = output[0] if chain.family.returns_tuple else output
     assert torch.allclose(after - before, more.expand_as(before)) == chain.family.additive
 
 

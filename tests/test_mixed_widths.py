@@ -150,5 +150,5 @@ def test_new_weights_of_a_mixed_model_are_initialised() -> None:
     cut_(model, mixed_plan(model))
     made: Any = type(model)(model.config)
     for mlp in find_mlps(made):
-        for each in mlp.maps:
+        for each in mlp.projections:
             assert 0.1 < each.weight.std() < 0.5, "its initializer_range is 0.3"

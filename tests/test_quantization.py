@@ -47,7 +47,7 @@ def levels_by_hand(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rounded_by_hand(model: Any) -> Any:
-    """A model in float64 with the weights of its blocks' linear maps on those levels."""
+    """A model in float64 with the weights of its blocks' projections on those levels."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name != "lm_head":
             levels, scale = levels_by_hand(module.weight.data)

@@ -44,7 +44,7 @@ def first_of(output: Any) -> Tensor:
 
 @contextmanager
 def watched(model: PreTrainedModel) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """The input of every output map, and the output of every block, while the model runs."""
+    """The input of every output projection, and the output of every block, while the model runs."""
     activations: list[Tensor] = []
     outputs: list[Tensor] = []
     hooks = [
@@ -122,7 +122,7 @@ def inputs_of(model: PreTrainedModel, tokens: Tensor, modules: list[nn.Module]) 
 
 @pytest.mark.parametrize("variant", ["llama", "llama-bias", "qwen3", "smollm3", "mistral"])
 def test_the_sequential_form_closes_the_difference_of_the_residual_streams(variant: str) -> None:
-    """Each map in turn: earlier ones are repaired, this one is cut, and least squares say what it should be."""
+    """Each projection in turn: earlier ones are repaired, this one is cut, and least squares say what it should be."""
     dense, model, checked = (tiny_model(variant) for _ in range(3))
     tokens, plan = tiny_tokens(WINDOWS), plan_of(model, 29)
     refits = cut_and_repair_(model, plan, tokens, batch_size=3)
@@ -309,7 +309,7 @@ def test_the_command_saves_the_repaired_model_in_the_checkpoints_dtype(world: Pa
         shutil.copyfile(path, dense / path.name)
     result = prune(dense, tmp_path / "out", "--repair", "ridge", "--calibration", text, "--batch-size", 2)
     assert result.code == 0, result.err
-    assert "maps repaired" in result.out
+    assert "projections repaired" in result.out
     assert "Repairing on 9 windows of 24 tokens, torch.float32 on cpu" in result.err
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert saved.dtype == getattr(torch, dtype)

@@ -93,10 +93,10 @@ def test_streamed_repair_equals_resident_repair(variant: str, both: Callable[...
     theirs = hp.cut_and_repair_(resident, plan, windows)
     ours = hp.cut_and_repair_(streamed, plan, windows)
     assert ours == theirs
-    maps = output_maps(resident)
-    assert output_maps(streamed).keys() == maps.keys()
+    projections = output_maps(resident)
+    assert output_maps(streamed).keys() == projections.keys()
     for name, values in output_maps(streamed).items():
-        assert torch.equal(values(), maps[name]().to(torch.bfloat16))
+        assert torch.equal(values(), projections[name]().to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("more", [[], ["--repair", "none"], ["--criterion", "fisher", "--allocation", "global"]])

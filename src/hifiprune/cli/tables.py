@@ -38,7 +38,7 @@ def pruned(record: RunRecord[PruneResults], output: Path) -> None:
     table.add_row("neurons removed", "", f"{results.neuron_ratio_reached:.2%}")
     if refits := results.repair:
         repaired = sum(refit.damping is not None for refit in refits)
-        table.add_row("maps repaired", "", f"{repaired} of {len(refits)}")
+        table.add_row("projections repaired", "", f"{repaired} of {len(refits)}")
         left, plain = sum(refit.error for refit in refits), sum(refit.plain_error for refit in refits)
         if plain > 0:  # what was removed did something
             table.add_row(

@@ -30,9 +30,9 @@ from hifiprune.scoring.criteria import find_criterion
 from hifiprune.scoring.score import Request, passes_of
 
 REPAIR_PASSES = 2.3
-"""Forward passes of a block that its repair takes: dense, cut, and what the change of its output map adds."""
+"""Forward passes of a block that its repair takes: dense, cut, and what the change of its output projection adds."""
 GRAMS, CROSSES = 8, 4
-"""Matrices that a repair holds for each map in float64: `[neurons, neurons]`, and `[hidden, neurons]`."""
+"""Matrices that a repair holds for each projection in float64: `[neurons, neurons]`, and `[hidden, neurons]`."""
 
 
 def total_disk(costs: Sequence[Cost]) -> int:
@@ -94,8 +94,13 @@ class Estimator(Trial):
             head = self._head_bytes * self._head_is_held + slice_bytes(self.skeleton)
             memory += max(self._two_blocks + 2 * graph_bytes(self.skeleton, tokens), head)
         else:
-            recompute, maps = self.recomputes(positions), any(job.maps for jobs in passes for job in jobs)
-            memory += working_bytes(self.skeleton, tokens, recompute=recompute, objectives=objectives, maps=maps)
+            recompute, projections = (
+                self.recomputes(positions),
+                any(job.uses_projections for jobs in passes for job in jobs),
+            )
+            memory += working_bytes(
+                self.skeleton, tokens, recompute=recompute, objectives=objectives, projections=projections
+            )
         seconds = sum(self._sweeping(jobs, batches, ceil(batches / group), positions) for jobs in passes)
         return Cost("scoring", seconds, memory, inputs * self._spills)
 
@@ -116,12 +121,12 @@ class Estimator(Trial):
         block = batches * (REPAIR_PASSES * forward + self.seen * self.moments(tokens, width))
         block += self.mlps * self.solution(width)
         states = windows * positions * (2 * hidden + width) * self.dtype.itemsize
-        maps = self.layers * self.mlps * width * hidden * self.checkpoint.dtype().itemsize
+        projections = self.layers * self.mlps * width * hidden * self.checkpoint.dtype().itemsize
         memory = self.base + self.mlps * torch.float64.itemsize * (GRAMS * width * width + CROSSES * width * hidden)
         memory += self._two_blocks * self.streamed + graph_bytes(self.skeleton, tokens)
         memory += states * (self.on_cpu and not self._spills)
         seconds = self._streamed(self.layers * block, sweeps=1)
-        return Cost("cutting and repairing", seconds, memory, (states + maps) * self._spills)
+        return Cost("cutting and repairing", seconds, memory, (states + projections) * self._spills)
 
     def reading(self, tokens: int, positions: int) -> float:
         """Return the seconds of a forward pass over `tokens`, to the distributions of the next ones.

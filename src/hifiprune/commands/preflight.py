@@ -198,7 +198,7 @@ def width_for(
     shape = shape_of(skeleton)
     width = shape.width_at(config.budget, system.round_to)
     shape.check_experts(config.allocation.method, width)
-    if config.allocation.method != "uniform" and (reason := family_of(skeleton.config).one_width):
+    if config.allocation.method != "uniform" and (reason := family_of(skeleton.config).one_width_reason):
         raise UserError(f"{reason}; use --allocation uniform")
     return shape, width
 

@@ -147,7 +147,7 @@ def streams(checkpoint: Checkpoint, compute: ComputeConfig, dtype: torch.dtype) 
     Raises:
         UserError: it is asked for, but they are not stored in a way that allows it.
     """
-    if family_of(checkpoint.config()).found:
+    if family_of(checkpoint.config()).detected:
         if compute.stream:
             raise UserError(
                 f"model type '{checkpoint.config().model_type}' is not in the table of families: its layout is proved "

@@ -94,7 +94,7 @@ def load_data(job: RecoverJob) -> tuple[Packed, Packed]:
             limit=job.limit,
         )
         vocabulary, start = architecture.get_text_config().vocab_size, special_tokens(tokenizer)[0]
-        return split(examples, job.training, vocabulary, together=family_of(architecture).packs, start=start)
+        return split(examples, job.training, vocabulary, together=family_of(architecture).separates_packed, start=start)
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ class Trial:
         return miniature
 
     def moments(self, tokens: int, width: int) -> float:
-        """Measure the seconds to add a batch to the moments of a map of `width` neurons."""
+        """Measure the seconds to add a batch to the moments of a projection of `width` neurons."""
         kept = min(width, ADDED)
         rows = min(tokens, max(LEAST_ROWS, int(TRIAL_SECONDS * SLOWEST / kept**2)))
         activation = torch.full((1, rows, kept), 0.01, dtype=self.dtype, device=self.device)
@@ -148,7 +148,7 @@ class Trial:
         return seconds * tokens / rows * (width / kept) ** 2
 
     def solution(self, width: int) -> float:
-        """Measure the seconds to solve for a map of `width` neurons, with about half of the dampings tried."""
+        """Measure the seconds to solve for a projection of `width` neurons, with about half of the dampings tried."""
         kept, moments = min(width, SOLVED), Moments()
         moments.gram = torch.eye(kept, dtype=torch.float64, device=self.device)
         hidden = max(1, self.config.hidden_size * kept // max(self.widths))
@@ -160,7 +160,7 @@ class Trial:
 
 def sweep(model: PreTrainedModel, tokens: Tensor, jobs: Sequence[Job], recompute: bool) -> float:
     """Time a sweep for the jobs, after a warm-up."""
-    kernels, maps = needs(jobs)
+    kernels, projections = needs(jobs)
 
     def visit(seen: Activations) -> None:
         for job in jobs:
@@ -172,7 +172,9 @@ def sweep(model: PreTrainedModel, tokens: Tensor, jobs: Sequence[Job], recompute
         teacher = chain.final_hidden(tokens)
 
         def run() -> None:
-            _, final = chain.sweep(tokens, kernels, visit, recompute=recompute, maps=maps, teacher=teacher)
+            _, final = chain.sweep(
+                tokens, kernels, visit, recompute=recompute, projections=projections, teacher=teacher
+            )
             float(final.sum())  # which waits for a GPU
 
         return _fastest(run)

@@ -86,7 +86,7 @@ class BlockChain:
         def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             inputs.append(hidden)
             calls.append(BlockCall(args, kwargs))
-            return (hidden,) if self.family.tuples else hidden
+            return (hidden,) if self.family.returns_tuple else hidden
 
         hooked = overridden([(block, record) for block in self.blocks])
         with hooked, torch.no_grad(), embedding_rows_loaded(self.model, tokens) as numbers:
@@ -162,7 +162,7 @@ class BlockChain:
         visit: ActivationHook,
         *,
         recompute: bool = False,
-        maps: Sequence[int] = (),
+        projections: Sequence[int] = (),
         teacher: Float[Tensor, "windows positions hidden"] | None = None,
         first_window: int = 0,
     ) -> tuple[list[Float[Tensor, "windows"]], Float[Tensor, "windows positions hidden"]]:
@@ -179,7 +179,7 @@ class BlockChain:
             visit: called for every MLP in the forward pass, first to last, and in the backward pass, last to first,
                 once a kernel.
             recompute: keep only each block's input and its MLP's output, and run the block again for its backward.
-            maps: indices of the kernels for which `visit` receives the linear maps too.
+            projections: indices of the kernels for which `visit` receives the projections too.
             teacher: the teacher's final hidden state, for kernels that need one.
             first_window: index of the first window.
 
@@ -187,7 +187,7 @@ class BlockChain:
             every objective for every window, in float32 or better, and the final hidden state after the last norm.
         """
         batch = Batch(tokens, first_window, teacher)
-        self.sweep_all([batch], kernels, visit, recompute=recompute, maps=maps)
+        self.sweep_all([batch], kernels, visit, recompute=recompute, projections=projections)
         return batch.values, batch.final
 
     def sweep_all(
@@ -197,7 +197,7 @@ class BlockChain:
         visit: ActivationHook,
         *,
         recompute: bool = False,
-        maps: Sequence[int] = (),
+        projections: Sequence[int] = (),
     ) -> None:
         """Sweep several batches, all of which go through a block before the next block runs.
 
@@ -211,24 +211,26 @@ class BlockChain:
             whole = bool(kernels) and not self.shelf and not (recompute and index < last)
             for batch in batches:
                 state = batch.hidden
-                for each in self._forwards(index, batch, whole=whole, keep=bool(kernels), maps=bool(maps)):
+                for each in self._forwards(
+                    index, batch, whole=whole, keep=bool(kernels), projections=bool(projections)
+                ):
                     visit(Activations(each.number, None, each.activation(state), windows=batch.first_window))
         self._turn(batches, kernels)
         for index in walk(self.model, range(last, -1, -1) if kernels else ()):
             for batch in batches:
-                self._backwards(index, batch, visit, maps)
+                self._backwards(index, batch, visit, projections)
 
-    def _forwards(self, index: int, batch: Batch, *, whole: bool, keep: bool, maps: bool) -> list[MlpPass]:
+    def _forwards(self, index: int, batch: Batch, *, whole: bool, keep: bool, projections: bool) -> list[MlpPass]:
         """Run a block and keep its whole graph, its input, or nothing; return its MLPs."""
         call = batch.calls[index]
         if whole:
-            trace = self._trace(index, batch.hidden, call, maps=maps)
+            trace = self._trace(index, batch.hidden, call, projections=projections)
             batch.stored.append(trace)
             batch.hidden = trace.output
             return trace.mlps
         output, mlps = self.run(index, batch.hidden, call)
         if keep:
-            products = [each.maps[-1].output for each in mlps]
+            products = [each.projections[-1].output for each in mlps]
             changed = any(each._version > 0 for each in products)  # Falcon adds to it in place, what attention gives
             known = None if self.shelf or changed or len(products) > 1 else products[0]
             batch.stored.append((spill(self.scratch, batch.hidden), known))
@@ -252,33 +254,33 @@ class BlockChain:
                 for _, slope in means
             ]
 
-    def _backwards(self, index: int, batch: Batch, visit: ActivationHook, maps: Sequence[int]) -> None:
+    def _backwards(self, index: int, batch: Batch, visit: ActivationHook, projections: Sequence[int]) -> None:
         """Propagate the gradient of every objective through a block, and free the block's graph."""
         entry, count = batch.stored.pop(), len(batch.gradients)
         if not isinstance(entry, Trace):
-            entry = self._trace(index, entry[0](), batch.calls[index], entry[1], maps=bool(maps))
+            entry = self._trace(index, entry[0](), batch.calls[index], entry[1], projections=bool(projections))
         for number, gradient in enumerate(batch.gradients):
-            shown, more = number in maps, number < count - 1
-            batch.gradients[number], mlps = self._back(entry, gradient, index > 0, maps=shown, more=more)
+            shown, more = number in projections, number < count - 1
+            batch.gradients[number], mlps = self._back(entry, gradient, index > 0, projections=shown, more=more)
             for each, (slope, slopes) in zip(entry.mlps, mlps, strict=True):
                 own = [
                     ProjectionPass(
                         one.linear, each.spread(one.input.detach(), entry.input), each.spread(at, entry.input)
                     )
-                    for one, at in zip(each.maps, slopes, strict=False)
+                    for one, at in zip(each.projections, slopes, strict=False)
                 ]
                 activation, spread = each.activation(entry.input), each.spread(slope, entry.input)
                 visit(Activations(each.number, number, activation, spread, own, batch.first_window))
 
     def _back(
-        self, trace: Trace, gradient: Tensor, further: bool, *, maps: bool, more: bool
+        self, trace: Trace, gradient: Tensor, further: bool, *, projections: bool, more: bool
     ) -> tuple[Tensor, list[tuple[Tensor, list[Tensor]]]]:
-        """Return one objective's gradient at a block's input, and those at each MLP's activation and its maps' outputs.
+        """Return one objective's gradient at a block's input, and those at each MLP's activation and projections.
 
         The graph is kept if `more` objectives follow.
         """
-        wanted = [each.maps[-1].input for each in trace.mlps]
-        behind = [[one.output for one in each.maps] if maps else [] for each in trace.mlps]
+        wanted = [each.projections[-1].input for each in trace.mlps]
+        behind = [[one.output for one in each.projections] if projections else [] for each in trace.mlps]
         inputs = [trace.input] if further else []
         flat = [output for outputs in behind for output in outputs]
         found = [*torch.autograd.grad(trace.output, [*wanted, *flat, *inputs], gradient, retain_graph=more)]
@@ -296,7 +298,7 @@ class BlockChain:
         def write(number: int, activation: Tensor, tokens: Tensor | None) -> Tensor:
             linear = self.mlps[number].output
             passes.append(MlpPass(number, [ProjectionPass(linear, activation, linear(activation))], tokens))
-            return passes[-1].maps[-1].output
+            return passes[-1].projections[-1].output
 
         with overridden(overrides_on(self._mlps(index), self.of_block[index].start, hidden, write)):
             output = self.run_block(index, hidden, call)
@@ -310,11 +312,17 @@ class BlockChain:
     def run_block(self, index: int, hidden: Tensor, call: BlockCall) -> Tensor:
         """Run a block's modules as they are now; return its output."""
         output = self.blocks[index](hidden, *call.args, **call.kwargs)
-        state: Tensor = output[0] if self.family.tuples else output
+        state: Tensor = output[0] if self.family.returns_tuple else output
         return state
 
     def _trace(
-        self, index: int, hidden: Tensor, call: BlockCall, mlp_output: Tensor | None = None, *, maps: bool = False
+        self,
+        index: int,
+        hidden: Tensor,
+        call: BlockCall,
+        mlp_output: Tensor | None = None,
+        *,
+        projections: bool = False,
     ) -> Trace:
         """Run a block with its graph; where the output projection's product is known, it is not computed again."""
         own = self.of_block[index]
@@ -323,7 +331,7 @@ class BlockChain:
 
         def read(number: int, linears: Sequence[Projection], values: Tensor) -> Tensor:
             found = [ProjectionPass(linear, values, requiring_grad(linear(values))) for linear in linears]
-            passes[number].maps += found
+            passes[number].projections += found
             return found[0].output if len(found) == 1 else torch.cat([each.output for each in found], -1)
 
         def write(number: int, activation: Tensor, tokens: Tensor | None) -> Tensor:
@@ -333,10 +341,10 @@ class BlockChain:
             else:
                 output = KnownProduct.apply(activation, linear.weight, mlp_output)  # type: ignore[no-untyped-call]
             passes[number].tokens = tokens
-            passes[number].maps.append(ProjectionPass(linear, activation, output))
+            passes[number].projections.append(ProjectionPass(linear, activation, output))
             return output
 
-        taps = overrides_on(self._mlps(index), own.start, hidden, write, read if maps else None)
+        taps = overrides_on(self._mlps(index), own.start, hidden, write, read if projections else None)
         with overridden(taps), torch.enable_grad():
             output = self.run_block(index, hidden, call)
         return Trace(hidden, [*passes.values()], output)

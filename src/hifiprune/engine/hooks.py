@@ -17,10 +17,10 @@ from hifiprune.models.mlp import Mlp, Projection, group_by_parameters
 
 @dataclass
 class ProjectionPass:
-    """Input and output of one linear map of an MLP in one forward pass.
+    """Input and output of one projection of an MLP in one forward pass.
 
     Attributes:
-        linear: the map.
+        linear: the projection.
         input: `[windows, positions, in_features]`.
         output: `[windows, positions, out_features]`, or the gradient there.
     """
@@ -36,12 +36,12 @@ class MlpPass:
 
     Attributes:
         number: index of the MLP.
-        maps: its linear maps' inputs and outputs, the output projection last.
+        projections: its projections' inputs and outputs, the output projection last.
         tokens: for an expert the indices of the batch's tokens that were routed to it, one row each; else None.
     """
 
     number: int
-    maps: list[ProjectionPass]
+    projections: list[ProjectionPass]
     tokens: Int[Tensor, "rows"] | None = None
 
     def spread(self, rows: Tensor, hidden: Float[Tensor, "windows positions hidden"]) -> Tensor:
@@ -53,7 +53,7 @@ class MlpPass:
 
     def activation(self, hidden: Float[Tensor, "windows positions hidden"]) -> Tensor:
         """Return the input of the output projection, as `[windows, positions, neurons]`."""
-        return self.spread(self.maps[-1].input.detach(), hidden)
+        return self.spread(self.projections[-1].input.detach(), hidden)
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Activations:
         kernel: index of the objective that was differentiated; None in the forward pass.
         activation: `h`, `[windows, positions, neurons]`, to be left as it is.
         gradient: `dC/dh` in the same shape, overwritten by `taylor`; None in the forward pass.
-        maps: input and output gradient of each linear map, if requested; the output projection comes last.
+        projections: input and output gradient of each projection, if requested; the output projection comes last.
         windows: index of the first window.
     """
 
@@ -73,7 +73,7 @@ class Activations:
     kernel: int | None
     activation: Tensor
     gradient: Tensor | None = None
-    maps: list[ProjectionPass] = field(default_factory=list)
+    projections: list[ProjectionPass] = field(default_factory=list)
     windows: int = 0
 
     @cached_property
@@ -106,7 +106,7 @@ class Trace:
 Write = Callable[[int, Tensor, Tensor | None], Tensor]
 """Maps an MLP's index, its activation and its tokens to the output of its output projection."""
 Read = Callable[[int, Sequence[Projection], Tensor], Tensor]
-"""Maps an MLP's index, input maps that share a parameter, and their input to their outputs, concatenated."""
+"""Maps an MLP's index, input projections that share a parameter, and their input to their outputs, concatenated."""
 Override = tuple[nn.Module, Callable[..., Any]]
 """A module, and the function that replaces its forward."""
 
@@ -159,12 +159,12 @@ def _routed(
 
 
 def in_windows(values: Tensor, hidden: Float[Tensor, "windows positions hidden"]) -> Tensor:
-    """Reshape a map's input to `[windows, positions, inputs]`, also where a block flattens all tokens into one row."""
+    """Reshape a projection's input to `[windows, positions, inputs]`, also where a block flattens all tokens."""
     return values if values.ndim == hidden.ndim else values.view(*hidden.shape[:-1], -1)
 
 
 def as_rows(output: Tensor, given: Tensor) -> Tensor:
-    """Reshape a map's output to the form of its input."""
+    """Reshape a projection's output to the form of its input."""
     return output if output.ndim == given.ndim else output.flatten(0, -2)
 
 

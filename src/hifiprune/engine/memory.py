@@ -27,17 +27,17 @@ def choose_recompute(model: PreTrainedModel, tokens: int, free: int) -> bool:
 
 
 def working_bytes(
-    model: PreTrainedModel, tokens: int, *, recompute: bool, objectives: int = 1, maps: bool = False
+    model: PreTrainedModel, tokens: int, *, recompute: bool, objectives: int = 1, projections: bool = False
 ) -> int:
     """Estimate the memory above the weights for steps of `tokens` positions: graphs, gradients, slices of logits.
 
-    With `maps` it includes the weight gradients of one MLP.
+    With `projections` it includes the weight gradients of one MLP.
     """
     config = model.config.get_text_config()
     layers, state, graph = config.num_hidden_layers, state_bytes(model, tokens), graph_bytes(model, tokens)
     graphs = 2 * graph + 2 * layers * state if recompute else layers * graph
     gradients = (objectives - 1) * state
-    products = MAPS * FLOAT32 * width_of(model.config) * config.hidden_size if maps else 0
+    products = MAPS * FLOAT32 * width_of(model.config) * config.hidden_size if projections else 0
     return int(graphs + gradients + slice_bytes(model) + products)
 
 

@@ -27,9 +27,9 @@ def verified_chain(model: PreTrainedModel) -> BlockChain:
         UserError: the architecture is not supported, or its logits cannot be rebuilt from the final hidden state.
     """
     family = family_of(model.config)
-    chain = BlockChain(model, with_block_outputs(family, model) if family.found else family)
+    chain = BlockChain(model, with_block_outputs(family, model) if family.detected else family)
     verify_head(chain)
-    if family.found:
+    if family.detected:
         verify_layout(chain)
     return chain
 
@@ -37,7 +37,7 @@ def verified_chain(model: PreTrainedModel) -> BlockChain:
 def verify_head(chain: BlockChain) -> None:
     """Prove on a few tokens that the logits follow from the final hidden state as `Head` says."""
     tokens = torch.arange(8, device=chain.model.device).unsqueeze(0) % chain.head.vocabulary
-    whole = (lambda hidden: (hidden,)) if chain.family.tuples else (lambda hidden: hidden)
+    whole = (lambda hidden: (hidden,)) if chain.family.returns_tuple else (lambda hidden: hidden)
     skipped = [(block, lambda hidden, *args, **kwargs: whole(hidden)) for block in chain.blocks if chain.shelf]
     hidden = chain.norm(chain.embed(tokens)[0])[0] if chain.shelf else chain.final_hidden(tokens)[0]
     ours = chain.head.logits(hidden)
@@ -72,7 +72,7 @@ def with_block_outputs(family: Family, model: PreTrainedModel) -> Family:
             model.base_model(input_ids=_tokens(model), use_cache=False)
     finally:
         hook.remove()
-    return replace(family, tuples=seen[0])
+    return replace(family, returns_tuple=seen[0])
 
 
 @torch.no_grad()

@@ -159,7 +159,7 @@ def stack_experts(
     Args:
         tensors: stored tensors by name.
         path: path of the experts in a block, such as `mlp.experts`.
-        inputs: names of an expert's input maps, which the model concatenates.
+        inputs: names of an expert's input projections, which the model concatenates.
         output: name of its output projection.
     """
     kinds = dict.fromkeys(inputs, "gate_up_proj") | {output: "down_proj"}

@@ -91,11 +91,11 @@ def _check_widths(name: str | Path, config: PretrainedConfig) -> None:
     fits = isinstance(widths, list) and len(widths) == layers
     if not fits or not all(type(width) is int and 1 <= width <= WIDEST for width in widths):
         raise wrong(name, "mlp_widths", widths, f"{layers} whole numbers from 1 to {WIDEST:,}, one a layer")
-    maps = getattr(config, "mlp_maps", None)
-    if maps is not None and not (
-        isinstance(maps, list) and all(isinstance(path, str) and "{}" in path for path in maps)
+    projections = getattr(config, "mlp_maps", None)
+    if projections is not None and not (
+        isinstance(projections, list) and all(isinstance(path, str) and "{}" in path for path in projections)
     ):
-        raise wrong(name, "mlp_maps", maps, "a list of module paths with {} for the layer")
+        raise wrong(name, "mlp_maps", projections, "a list of module paths with {} for the layer")
 
 
 def wrong(name: str | Path, key: str, value: object, wanted: str) -> UserError:

@@ -19,13 +19,13 @@ from hifiprune.errors import UserError
 from hifiprune.models.families import FAMILIES, Family, known_family
 
 Layout = tuple[str, tuple[str, ...], str]
-"""Path of an MLP in its block, and names of its input maps and its output projection."""
+"""Path of an MLP in its block, and names of its input projections and its output projection."""
 SETTLED = "hifiprune_family"
 """Attribute of a configuration in memory that caches the detected layout."""
 LEAST_SHARE = 0.25
 """Smallest share of the blocks' parameters in MLPs; a shared expert beside a hundred others holds less."""
 STEP = 8
-"""Change of a configuration's number that shows which maps depend on it."""
+"""Change of a configuration's number that shows which projections depend on it."""
 
 
 def family_of(config: PretrainedConfig) -> Family:
@@ -49,7 +49,7 @@ def family_of(config: PretrainedConfig) -> Family:
 def settled_family(config: PretrainedConfig) -> Family:
     """Return the layout, cached on the configuration before pruning changes the widths that detection relies on."""
     family = family_of(config)
-    if family.found:
+    if family.detected:
         config.__dict__[SETTLED] = family
     return family
 
@@ -62,7 +62,7 @@ def stock_class(config: PretrainedConfig) -> Any:
 
 @cache
 def _discovered(text: str) -> Family:
-    """Change each number of the configuration in turn, and find the one that resizes exactly the maps of MLPs."""
+    """Change each number of the configuration in turn; find the one that resizes exactly the projections of MLPs."""
     facts = json.loads(text)
     config: Any = CONFIG_MAPPING[facts["model_type"]].from_dict(facts)
     sizes = config.get_text_config()
@@ -86,19 +86,30 @@ def _discovered(text: str) -> Family:
         if layout := changes and _layout(changes, blocks, found, sizes.hidden_size):
             layouts.setdefault(layout, name)
     if len(layouts) != 1:
-        maps = [f"{name} {each.weight.shape[0]} x {each.weight.shape[1]}" for name, each in _linears(found[0])]
+        projections = [f"{name} {each.weight.shape[0]} x {each.weight.shape[1]}" for name, each in _linears(found[0])]
         raise _unknown(
             config,
             f"{len(layouts) or 'none'} of the numbers in its configuration widen an MLP in every block, where one was "
-            f"looked for; the first block holds {', '.join(maps) or 'no linear maps'}",
+            f"looked for; the first block holds {', '.join(projections) or 'no projections'}",
         )
     (((mlp, inputs, output), width),) = layouts.items()
     held = _share(found, mlp, {*inputs, output})
     if held < LEAST_SHARE:
         raise _unknown(config, f"{mlp or 'what'} looks like an MLP, but holds {held:.0%} of the blocks' parameters")
-    sees = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) is None
+    takes_images = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) is None
     norm = _norm_of(config, model, blocks)
-    return Family(blocks, norm, mlp, inputs, output, width, additive=False, sees=sees, packs=False, found=True)
+    return Family(
+        blocks,
+        norm,
+        mlp,
+        inputs,
+        output,
+        width,
+        additive=False,
+        takes_images=takes_images,
+        separates_packed=False,
+        detected=True,
+    )
 
 
 def _unknown(config: PretrainedConfig, seen: str) -> UserError:
@@ -136,17 +147,19 @@ def _changes(config: PretrainedConfig, name: str, known: dict[str, nn.Parameter]
 
 
 def _layout(changes: dict[str, tuple[int, ...]], blocks: str, found: nn.ModuleList, hidden: int) -> Layout | None:
-    """Return path, input maps and output projection of every block's MLP, if exactly these changed."""
+    """Return path, input projections and output projection of every block's MLP, if exactly these changed."""
     layouts = set()
     for index, block in enumerate(found):
         start, linears = f"{blocks}.{index}.", dict(_linears(block))
         own = {key.removeprefix(start): sizes for key, sizes in changes.items() if key.startswith(start)}
-        maps = {key.rpartition(".")[0]: sizes for key, sizes in own.items() if len(sizes) == 2}
-        parents = {name.rpartition(".")[0] for name in maps}
-        strangers = [key for key in own if key.rpartition(".")[0] not in maps.keys() & linears.keys()]
+        projections = {key.rpartition(".")[0]: sizes for key, sizes in own.items() if len(sizes) == 2}
+        parents = {name.rpartition(".")[0] for name in projections}
+        strangers = [key for key in own if key.rpartition(".")[0] not in projections.keys() & linears.keys()]
         if len(parents) != 1 or strangers:
             return None
-        rows = {name: sizes if isinstance(linears[name], nn.Linear) else sizes[::-1] for name, sizes in maps.items()}
+        rows = {
+            name: sizes if isinstance(linears[name], nn.Linear) else sizes[::-1] for name, sizes in projections.items()
+        }
         outputs = [name for name, sizes in rows.items() if sizes == (0, STEP)]
         inputs = [name for name in rows if name not in outputs]
         if [rows[name] for name in inputs] == [(2 * STEP, 0)]:
@@ -163,12 +176,12 @@ def _layout(changes: dict[str, tuple[int, ...]], blocks: str, found: nn.ModuleLi
     return layouts.pop() if len(layouts) == 1 and all(key.startswith(starts) for key in changes) else None
 
 
-def _share(found: nn.ModuleList, mlp: str, maps: Collection[str]) -> float:
-    """Return the fraction of the blocks' parameters that the maps hold."""
+def _share(found: nn.ModuleList, mlp: str, projections: Collection[str]) -> float:
+    """Return the fraction of the blocks' parameters that the projections hold."""
     held = sum(
         parameter.numel()
         for block in found
-        for name in maps
+        for name in projections
         for parameter in block.get_submodule(mlp).get_submodule(name).parameters()
     )
     return held / sum(parameter.numel() for parameter in found.parameters())

@@ -98,7 +98,7 @@ def _put_back_(
 
 def state_sizes(mlp: Mlp) -> None:
     """Update the size attributes of an MLP's modules."""
-    for each in mlp.maps:
+    for each in mlp.projections:
         module: Any = each.module
         if mlp.is_expert:
             module.intermediate_dim = mlp.neurons
@@ -132,8 +132,8 @@ def state_widths(model: PreTrainedModel, widths: Sequence[int]) -> None:
     config = model.config.get_text_config()
     mixed = any(stated_width(config, mlp.stated) != width for mlp, width in zip(mlps, widths, strict=True))
     family = family_of(model.config)
-    if mixed and family.one_width:
-        raise UserError(f"MLPs of {sorted({*widths})} neurons cannot be saved together: {family.one_width}")
+    if mixed and family.one_width_reason:
+        raise UserError(f"MLPs of {sorted({*widths})} neurons cannot be saved together: {family.one_width_reason}")
     if mixed:
-        model.config.mlp_widths, model.config.mlp_maps = list(widths), family.maps
+        model.config.mlp_widths, model.config.mlp_maps = list(widths), family.projections
     model.__class__ = pruned_class(type(model), mixed=mixed)

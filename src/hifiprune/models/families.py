@@ -8,27 +8,27 @@ from hifiprune.errors import UserError, nearest_name
 
 @dataclass(frozen=True)
 class Family:
-    """Module paths of an architecture; those of the MLP are relative to a block, those of its maps to the MLP.
+    """Module paths of an architecture; those of the MLP are relative to a block, those of its projections to the MLP.
 
     Attributes:
         blocks: the decoder blocks.
         norm: the last norm, after them.
-        mlp: the MLP of a block; empty if its maps are direct children of the block.
-        inputs: input maps (gate and up); a map that fuses both is named twice.
+        mlp: the MLP of a block; empty if its projections are direct children of the block.
+        inputs: input projections (gate and up); a projection that fuses both is named twice.
         output: output projection (down).
         width: configuration key of the MLP width; may be missing or None, which means four times the hidden size.
         additive: whether the MLP's output is added to the residual stream without a norm or factor in between.
-        tuples: whether blocks return a tuple whose first item is the hidden state.
-        experts: module that stacks the experts' maps `gate_up_proj` and `down_proj`, if a block has experts.
+        returns_tuple: whether blocks return a tuple whose first item is the hidden state.
+        experts: module that stacks the experts' projections `gate_up_proj` and `down_proj`, if a block has experts.
         expert_width: configuration key of the experts' width.
         shared: MLP beside the experts that processes every token.
         shared_width: configuration keys whose product is its width.
-        sees: whether the model also takes images; its vision tower is not changed.
+        takes_images: whether the model also takes images; its vision tower is not changed.
         stored: name prefixes in the model, or parts after a dot, mapped to those in files.
         stored_experts: names of an expert's input and output projections in files that store each expert by itself.
-        packs: whether blocks separate examples packed into one row by their position ids.
+        separates_packed: whether blocks separate examples packed into one row by their position ids.
         models: well-known models of the architecture.
-        found: whether the layout was detected, and so must be verified on the weights.
+        detected: whether the layout was found by structure, and so must be verified on the weights.
     """
 
     blocks: str = "model.layers"
@@ -38,30 +38,30 @@ class Family:
     output: str = "down_proj"
     width: str = "intermediate_size"
     additive: bool = True
-    tuples: bool = False
+    returns_tuple: bool = False
     experts: str = ""
     expert_width: str = "moe_intermediate_size"
     shared: str = ""
     shared_width: tuple[str, ...] = ()
-    sees: bool = False
+    takes_images: bool = False
     stored: tuple[tuple[str, str], ...] = ()
     stored_experts: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
-    packs: bool = True
+    separates_packed: bool = True
     models: str = ""
-    found: bool = False
+    detected: bool = False
 
     @property
-    def maps(self) -> list[str]:
+    def projections(self) -> list[str]:
         """Return the paths of the MLP's projections, the output one last, with a placeholder for the block index."""
         names = [*dict.fromkeys(self.inputs), self.output]
         return [".".join(filter(None, (self.blocks, "{}", self.mlp, name))) for name in names]
 
     @property
-    def one_width(self) -> str:
+    def one_width_reason(self) -> str:
         """Return why all MLPs must share one width; empty if widths may differ."""
         if self.experts:
             return "experts have one width, which the configuration states for all"
-        return "vision-language models are saved with one width" if self.sees else ""
+        return "vision-language models are saved with one width" if self.takes_images else ""
 
     def in_model(self, name: str) -> str:
         """Map a tensor's name in a file to its name in the model."""
@@ -83,8 +83,10 @@ def _holds(name: str, part: str) -> bool:
 FUSED = ("gate_up_proj", "gate_up_proj")
 GPT = Family("transformer.h", "transformer.ln_f", width="n_inner")
 SHARED = Family(experts="experts", shared="shared_experts", shared_width=("moe_intermediate_size", "n_shared_experts"))
-SEEING = Family("model.language_model.layers", "model.language_model.norm", sees=True)
-QWEN_VL = replace(SEEING, packs=False, stored=(("model.visual.", "visual."), ("model.language_model.", "model.")))
+SEEING = Family("model.language_model.layers", "model.language_model.norm", takes_images=True)
+QWEN_VL = replace(
+    SEEING, separates_packed=False, stored=(("model.visual.", "visual."), ("model.language_model.", "model."))
+)
 TOWER = replace(
     SEEING,
     stored=(
@@ -94,13 +96,19 @@ TOWER = replace(
         ("model.multi_modal_projector.", "multi_modal_projector."),
     ),
 )
-ALIBI = replace(GPT, inputs=("dense_h_to_4h",), output="dense_4h_to_h", tuples=True, packs=False)
+ALIBI = replace(GPT, inputs=("dense_h_to_4h",), output="dense_4h_to_h", returns_tuple=True, separates_packed=False)
 FAMILIES: dict[str, Family] = {
     "arcee": Family(inputs=("up_proj",), models="Arcee AFM"),
     "bloom": replace(
-        GPT, inputs=("dense_h_to_4h",), output="dense_4h_to_h", width="", tuples=True, packs=False, models="BLOOM"
+        GPT,
+        inputs=("dense_h_to_4h",),
+        output="dense_4h_to_h",
+        width="",
+        returns_tuple=True,
+        separates_packed=False,
+        models="BLOOM",
     ),
-    "codegen": replace(GPT, inputs=("fc_in",), output="fc_out", tuples=True, models="CodeGen"),
+    "codegen": replace(GPT, inputs=("fc_in",), output="fc_out", returns_tuple=True, models="CodeGen"),
     "cohere": Family(models="Command R, Aya"),
     "cohere2": Family(models="Command A, Command R7B"),
     "deepseek_v2": replace(SHARED, models="DeepSeek-V2, V2-Lite"),
@@ -125,7 +133,7 @@ FAMILIES: dict[str, Family] = {
         stored=(("lm_head.", "embed_out."),),
         models="GPT-NeoX, Pythia",
     ),
-    "gptj": replace(GPT, inputs=("fc_in",), output="fc_out", tuples=True, models="GPT-J"),
+    "gptj": replace(GPT, inputs=("fc_in",), output="fc_out", returns_tuple=True, models="GPT-J"),
     "granite": Family(additive=False, models="Granite 3 (dense)"),
     "helium": Family(models="Helium"),
     "hunyuan_v1_dense": Family(models="Hunyuan (dense)"),
@@ -155,7 +163,7 @@ FAMILIES: dict[str, Family] = {
         inputs=("fc1",),
         output="fc2",
         width="ffn_dim",
-        packs=False,
+        separates_packed=False,
         models="OPT",
     ),
     "phi": Family(norm="model.final_layernorm", inputs=("fc1",), output="fc2", models="Phi-1, Phi-1.5, Phi-2"),
@@ -174,7 +182,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl": replace(SEEING, models="Qwen3-VL"),
     "seed_oss": Family(models="Seed-OSS"),
     "smollm3": Family(models="SmolLM3"),
-    "smolvlm": Family("model.text_model.layers", "model.text_model.norm", sees=True, models="SmolVLM"),
+    "smolvlm": Family("model.text_model.layers", "model.text_model.norm", takes_images=True, models="SmolVLM"),
     "stablelm": Family(models="StableLM"),
     "starcoder2": Family(inputs=("c_fc",), output="c_proj", models="StarCoder2"),
 }

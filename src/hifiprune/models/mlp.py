@@ -1,8 +1,8 @@
 """Find the MLP neurons of a model.
 
 A layout is data plus a structural check: a row of `FAMILIES` says where an architecture keeps its decoder blocks and
-the linear maps of their MLPs, and `find_mlps` verifies that the maps of a given model fit together as neurons. A block
-has one MLP, or several: its experts, each an MLP of its own, and the shared ones.
+the projections of their MLPs, and `find_mlps` verifies that those of a given model fit together as neurons. A block has
+one MLP, or several: its experts, each an MLP of its own, and the shared ones.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,17 +24,17 @@ from hifiprune.models.detect import family_of
 from hifiprune.models.families import Family
 
 STACKED = ("gate_up_proj", "down_proj")
-"""Parameters that stack the maps of all experts of a block, by their names in transformers."""
+"""Parameters that stack the projections of all experts of a block, by their names in transformers."""
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear map (projection) of an MLP: a module of its own, or a slice of a parameter that holds several.
+    """A projection (linear map) of an MLP: a module of its own, or a slice of a parameter that holds several.
 
     Attributes:
         name: path of the module in the model.
         module: a `Linear`; a `Conv1D`, whose weight is transposed; or a module that holds stacked experts.
-        part: index of this map among the equal parts of the module's outputs.
+        part: index of this projection among the equal parts of the module's outputs.
         parts: number of parts.
         weight_name: name of the parameter in the module.
         expert: index of the expert in the stack; None without a stack.
@@ -49,7 +49,7 @@ class Projection:
 
     @property
     def weight(self) -> Float[Tensor, "outputs inputs"]:
-        """Return a view of the map's weight."""
+        """Return a view of the projection's weight."""
         weight: Tensor = getattr(self.module, self.weight_name)
         if self.expert is not None:
             weight = weight[self.expert]
@@ -57,7 +57,7 @@ class Projection:
 
     @property
     def bias(self) -> Float[Tensor, "outputs"] | None:
-        """Return a view of the map's bias, None without one."""
+        """Return a view of the projection's bias, None without one."""
         bias = None if self.expert is not None else cast(Tensor | None, self.module.bias)
         return bias if bias is None else self._own(bias)
 
@@ -80,26 +80,26 @@ class Projection:
         return len(self.weight)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that hold the map, by name; they stay the same objects when neurons are cut."""
+        """Return the parameters that hold the projection, by name; they stay the same objects when neurons are cut."""
         names = (self.weight_name, *(("bias",) if self.bias is not None else ()))
         return {f"{self.name}.{name}": getattr(self.module, name) for name in names}
 
     def state(self) -> dict[str, Tensor]:
-        """Return the current values of the map's parameters, by name."""
+        """Return the current values of the projection's parameters, by name."""
         return {name: parameter.detach() for name, parameter in self.parameters().items()}
 
     def __call__(self, values: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
-        """Apply the map."""
+        """Apply the projection."""
         return functional.linear(values, self.weight, self.bias)
 
 
 @dataclass(frozen=True)
 class Mlp:
-    """An MLP of a decoder block: neuron `i` is row `i` of every input map and column `i` of the output projection.
+    """An MLP of a decoder block: neuron `i` is row `i` of every input projection and column `i` of the output one.
 
     Attributes:
         name: path of the MLP in the model, such as `model.layers.0.mlp`.
-        inputs: input maps (gate and up), weights `[neurons, hidden]`.
+        inputs: input projections (gate and up), weights `[neurons, hidden]`.
         output: output projection (down), weight `[hidden, neurons]`; its input is the activation `h`,
             for an expert multiplied by its routing weight.
         block: index of the decoder block.
@@ -113,8 +113,8 @@ class Mlp:
     stated: tuple[str, ...] = ()
 
     @property
-    def maps(self) -> tuple[Projection, ...]:
-        """Return all maps, the output projection last."""
+    def projections(self) -> tuple[Projection, ...]:
+        """Return all projections, the output projection last."""
         return *self.inputs, self.output
 
     @property
@@ -140,7 +140,7 @@ def find_mlps(model: PreTrainedModel) -> list[Mlp]:
     Works on the meta device as well.
 
     Raises:
-        UserError: the architecture is not supported, or a module is not a plain linear map of the expected shape, as
+        UserError: the architecture is not supported, or a module is not a plain projection of the expected shape, as
             with quantized weights or adapters that were not merged.
     """
     mlps = locate_mlps(model)
@@ -250,14 +250,16 @@ def _mlps_of(block: nn.Module, name: str, family: Family) -> Iterator[Mlp]:
 
 def _checked_mlp(module: nn.Module, name: str, family: Family) -> Mlp:
     *inputs, output = (_checked_map(module, name, each, family.inputs) for each in (*family.inputs, family.output))
-    maps = [replace(each, part=family.inputs[:place].count(family.inputs[place])) for place, each in enumerate(inputs)]
-    widths = {each.out_features for each in maps} | {output.in_features}
+    projections = [
+        replace(each, part=family.inputs[:place].count(family.inputs[place])) for place, each in enumerate(inputs)
+    ]
+    widths = {each.out_features for each in projections} | {output.in_features}
     ours = {id(parameter) for each in (*inputs, output) for parameter in each.module.parameters()}
     others = ((key, each) for key, each in module.named_parameters() if id(each) not in ours and family.mlp)
     strangers = [key for key, each in others if each.numel() > 1]  # a number that all neurons share is none
     if len(widths) != 1 or strangers:
         raise UserError(f"{name} is not an MLP of one width: widths {sorted(widths)}, other parameters {strangers}")
-    return Mlp(name, tuple(maps), output)
+    return Mlp(name, tuple(projections), output)
 
 
 def _checked_map(mlp: nn.Module, name: str, attribute: str, inputs: Sequence[str]) -> Projection:

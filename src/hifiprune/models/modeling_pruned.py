@@ -1,7 +1,7 @@
 """Causal language models whose MLP width differs from layer to layer, as pruning makes them.
 
 This file is saved with such checkpoints and needs only transformers. `config.mlp_widths` holds the widths in layer
-order, `config.mlp_maps` the paths of the linear maps of that width; everything else is the architecture's own, whose
+order, `config.mlp_maps` the paths of the projections of that width; everything else is the architecture's own, whose
 class `X` is available here as `PrunedX`.
 """
 
@@ -42,7 +42,7 @@ class MixedWidths(PreTrainedModel):
 
 
 def _sizes(module: Any) -> tuple[int, int]:
-    """Return outputs and inputs of a linear map; the weight of a Conv1D is transposed."""
+    """Return outputs and inputs of a projection; the weight of a Conv1D is transposed."""
     first, second = module.weight.shape
     return (first, second) if isinstance(module, nn.Linear) else (second, first)
 

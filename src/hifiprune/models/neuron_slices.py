@@ -46,7 +46,7 @@ class Part:
     """A parameter that holds the neurons of one MLP, or of all experts of a block.
 
     Attributes:
-        linear: one of the linear maps that share it.
+        linear: one of the projections that share it.
         name: name of the parameter in its module.
         dim: dimension of the neurons; that of each expert's matrix if experts are stacked.
     """

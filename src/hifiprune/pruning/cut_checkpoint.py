@@ -177,8 +177,8 @@ def output_maps(model: PreTrainedModel) -> dict[str, Spilled]:
     """Return the output projection's tensors of every MLP, by name; for a streamed model those that were changed."""
     if shelf := offload_of(model):
         return shelf.changed
-    maps = {mlp.output.module: mlp.output for mlp in find_mlps(model)}
-    return {name: spill(None, values) for each in maps.values() for name, values in each.state().items()}
+    projections = {mlp.output.module: mlp.output for mlp in find_mlps(model)}
+    return {name: spill(None, values) for each in projections.values() for name, values in each.state().items()}
 
 
 def hash_stored(checkpoint: Checkpoint) -> str:

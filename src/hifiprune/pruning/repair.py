@@ -7,7 +7,7 @@ regressed on the kept activations `h_K`, by ridge regression over all tokens:
 
 so damping shrinks towards the plain cut, not towards zero. `D` is the output of the removed neurons (parallel form), or
 the whole difference to the dense model's residual stream, including errors of earlier blocks (sequential form). The
-damping, and whether the change is used at all, is decided for each map on held-out windows.
+damping, and whether the change is used at all, is decided for each projection on held-out windows.
 """
 
 from dataclasses import dataclass
@@ -158,7 +158,7 @@ def _sequential_(
     for stream in streams:
         output, (tap,) = chain.run(block, stream.cut().to(device), stream.calls[block])
         stream.cut = spill(chain.scratch, output.cpu())
-        dense, activation = stream.dense().to(device), tap.maps[0].input
+        dense, activation = stream.dense().to(device), tap.projections[0].input
         moments.add(with_one(activation, linear), dense - output, dense, stream.held)
         activations.append(spill(chain.scratch, activation.cpu()))
     change, refit = moments.refit(mlp.name)
@@ -184,7 +184,7 @@ def _parallel_(
         dense, taps = chain.run(block, stream.dense().to(chain.model.device), stream.calls[block])
         stream.dense = spill(chain.scratch, dense.cpu())
         for place, tap in enumerate(taps):
-            activation, linear = tap.maps[0].input, mlps[place].output
+            activation, linear = tap.projections[0].input, mlps[place].output
             residual = functional.linear(activation[..., rests[place]], removed[place])
             seen, held = dense, stream.held
             if tap.tokens is not None:  # an expert's: each token by itself
@@ -203,7 +203,7 @@ def _parallel_(
 
 
 def with_one(activation: Float[Tensor, "*batch kept"], linear: Projection) -> Float[Tensor, "*batch kept_and_one"]:
-    """Append a 1 to the input of a map that has a bias."""
+    """Append a 1 to the input of a projection that has a bias."""
     return activation if linear.bias is None else functional.pad(activation, (0, 1), value=1.0)
 
 

@@ -1,4 +1,4 @@
-"""LoRA adapters on the plain linear maps of decoder blocks; experts' stacked matrices have none."""
+"""LoRA adapters on the plain projections of decoder blocks; experts' stacked matrices have none."""
 
 import warnings
 from collections.abc import Iterator
@@ -18,18 +18,18 @@ from hifiprune.models.mlp import find_blocks
 
 
 def with_adapter(model: PreTrainedModel, training: TrainingConfig) -> PeftModel:
-    """Put an adapter on the maps that are to be trained, and freeze all else."""
+    """Put an adapter on the projections that are to be trained, and freeze all else."""
     with warnings.catch_warnings(), _names_as_given():
         warnings.simplefilter("ignore", FutureWarning)  # about how peft calls transformers
         return get_peft_model(model, _settings(model, training))
 
 
 def check_adapter(model: PreTrainedModel, training: TrainingConfig, *, kept: bool) -> None:
-    """Refuse an adapter for maps that are not there, or one to be kept that peft would put elsewhere when it loads it.
+    """Refuse an adapter for projections that are not there, or one to be kept that peft would load elsewhere.
 
     Args:
         model: the model or its skeleton.
-        training: which maps the adapter is for, if there is one.
+        training: which projections the adapter is for, if there is one.
         kept: whether it is written too.
 
     Raises:
@@ -43,7 +43,7 @@ def check_adapter(model: PreTrainedModel, training: TrainingConfig, *, kept: boo
         raise UserError(
             f"peft loads no adapter for gate_proj, up_proj or down_proj of a {model.config.model_type} model: it takes "
             "these for the experts' own; leave out --keep-adapter (the output has what was learned anyway), or name "
-            "other maps, such as --target-modules q_proj"
+            "other projections, such as --target-modules q_proj"
         )
 
 
@@ -57,7 +57,7 @@ def _settings(model: PreTrainedModel, training: TrainingConfig) -> LoraConfig:
     limit = max(most, TrainingConfig.lora_r)  # the default is for any model
     if training.lora_r > limit:
         raise UserError(
-            f"lora-r {training.lora_r} must be at most {limit}; the smaller side of the largest map is {most}"
+            f"lora-r {training.lora_r} must be at most {limit}; the smaller side of the largest projection is {most}"
         )
     return LoraConfig(
         r=training.lora_r,
@@ -71,18 +71,18 @@ def _settings(model: PreTrainedModel, training: TrainingConfig) -> LoraConfig:
 
 @contextmanager
 def _names_as_given() -> Iterator[None]:
-    """Have peft take the names of maps as they are.
+    """Have peft take the names of projections as they are.
 
     So that adapters made with transformers 4 still load, it takes `gate_proj`, `up_proj` and `down_proj` of some model
-    types for maps of experts, which are no modules any more, and would train their stacked matrices in place of the
-    maps that were named.
+    types for projections of experts, which are no modules any more, and would train their stacked matrices in place of
+    the projections that were named.
     """
     with patch.object(transformers_weight_conversion, "convert_peft_config_for_transformers"):
         yield
 
 
 def linears_of(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
-    """Path and map of each linear map in the decoder blocks."""
+    """Return path and module of each projection in the decoder blocks."""
     for name, module in find_blocks(model).named_modules(prefix=family_of(model.config).blocks):
         if isinstance(module, (nn.Linear, Conv1D)):
             yield name, module

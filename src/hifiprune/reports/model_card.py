@@ -229,7 +229,7 @@ def _use(folder: Path, name: str) -> str:
     why = "Its layers differ in width, so it carries a modeling file of its own.\n\n" if mixed else ""
     trust = ", trust_remote_code=True" if mixed else ""
     family = family_of(Checkpoint(str(folder), folder).config())
-    kind = "AutoModelForImageTextToText" if family.sees else "AutoModelForCausalLM"
+    kind = "AutoModelForImageTextToText" if family.takes_images else "AutoModelForCausalLM"
     where = json.dumps(name, ensure_ascii=False)
     return (
         f"## How to use it\n\n{why}```python\nfrom transformers import {kind}, AutoTokenizer\n\n"

@@ -26,16 +26,18 @@ class Job:
 
     statistic: Statistic
     kernels: tuple[Kernel, ...]
-    maps: bool
+    uses_projections: bool
 
     def __str__(self) -> str:
         return f"{self.statistic.__name__} of {', '.join(map(repr, self.kernels))}"
 
 
 def needs(jobs: Sequence[Job]) -> tuple[list[Kernel], list[int]]:
-    """Return the kernels that a sweep for these jobs differentiates, and the indices of those that need the maps."""
+    """Return the kernels that a sweep for these jobs differentiates, and indices of those that need the projections."""
     kernels = list(dict.fromkeys(kernel for job in jobs for kernel in job.kernels))
-    return kernels, [n for n, kernel in enumerate(kernels) if any(job.maps and kernel in job.kernels for job in jobs)]
+    return kernels, [
+        n for n, kernel in enumerate(kernels) if any(job.uses_projections and kernel in job.kernels for job in jobs)
+    ]
 
 
 def serves(job: Job, kernels: Sequence[Kernel], seen: Activations) -> bool:
@@ -108,7 +110,7 @@ class Pass:
             settled: returns whether they are enough; halves of the totals are kept for it.
         """
         wanted = list(dict.fromkeys(jobs))
-        kernels, maps = needs(wanted)
+        kernels, projections = needs(wanted)
         self.totals, self.sums = {job: {} for job in wanted}, dict.fromkeys(kernels, 0.0)
         self.halves = {job: {} for job in wanted} if settled else {}
 
@@ -132,7 +134,7 @@ class Pass:
                 for place, (first, tokens) in zip(places, own[places.start : places.stop], strict=True)
             ]
             with memory_explained(self.chain.model, self.windows[: self.config.batch_size].numel()):
-                self.chain.sweep_all(batches, kernels, visit, recompute=self.config.recompute, maps=maps)
+                self.chain.sweep_all(batches, kernels, visit, recompute=self.config.recompute, projections=projections)
             self._require_finite([batch.tokens for batch in batches])
             for batch in batches:
                 if keep_hidden:

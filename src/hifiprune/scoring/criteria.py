@@ -52,7 +52,7 @@ class Criterion:
         kernels: the objectives that one pass differentiates for it, if any.
         statistic: what is collected; None needs no data.
         finish: makes scores of it.
-        maps: whether the statistic looks at the linear maps.
+        uses_projections: whether the statistic reads inputs and output gradients of the projections.
         two_stages: whether a light cut by cross-entropy comes first.
         options: names of the options that matter to it.
         across_layers: whether scores of different layers are on one scale.
@@ -64,7 +64,7 @@ class Criterion:
     kernels: Objective | None = None
     statistic: st.Statistic | None = None
     finish: st.Finish = st.as_summed
-    maps: bool = False
+    uses_projections: bool = False
     two_stages: bool = False
     options: tuple[str, ...] = ()
     across_layers: bool = True
@@ -111,7 +111,7 @@ CRITERIA: dict[str, Criterion] = {
             SDMPRUNE,
             _cross_entropy,
             st.weight_absolute,
-            maps=True,
+            uses_projections=True,
         ),
         Criterion(
             "self-distillation",
@@ -119,7 +119,7 @@ CRITERIA: dict[str, Criterion] = {
             SDMPRUNE,
             _self_distillation,
             st.weight_absolute,
-            maps=True,
+            uses_projections=True,
             two_stages=True,
             options=("alpha", "temperature", "light_cut"),
         ),
@@ -219,7 +219,7 @@ def register_criterion(
     *,
     objective: Objective | None = None,
     statistic: st.Statistic | None = None,
-    maps: bool = False,
+    uses_projections: bool = False,
     options: tuple[str, ...] = (),
     across_layers: bool = True,
 ) -> Callable[[st.Finish], st.Finish]:
@@ -235,7 +235,7 @@ def register_criterion(
         reference: its source.
         objective: objectives that a pass differentiates, by the criterion's options; none for a forward pass alone.
         statistic: what is summed over windows, see `hifiprune.scoring.neuron_statistics`; none reads no text.
-        maps: whether the statistic looks at the linear maps.
+        uses_projections: whether the statistic reads inputs and output gradients of the projections.
         options: names of the options that matter to it.
         across_layers: whether scores of different layers are on one scale.
 
@@ -249,7 +249,15 @@ def register_criterion(
 
     def register(finish: st.Finish) -> st.Finish:
         CRITERIA[name] = Criterion(
-            name, summary, reference, objective, statistic, finish, maps, options=options, across_layers=across_layers
+            name,
+            summary,
+            reference,
+            objective,
+            statistic,
+            finish,
+            uses_projections,
+            options=options,
+            across_layers=across_layers,
         )
         return finish
 

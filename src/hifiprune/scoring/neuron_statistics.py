@@ -53,10 +53,10 @@ def square(seen: Activations) -> Float[Tensor, "1 neurons"]:
 def weight_absolute(seen: Activations) -> Float[Tensor, "1 neurons"]:
     """Sum the weights' Taylor importance over windows: `|down + up + gate|` of `w * dC/dw`.
 
-    Element `j` of neuron `i` is one weight of each map: `gate[i, j]`, `up[i, j]` and `down[j, i]`; their products are
-    added before the absolute value, which is taken per window, and averaged over `j`. Source: arXiv 2506.11120.
+    Element `j` of neuron `i` is one weight of each projection: `gate[i, j]`, `up[i, j]` and `down[j, i]`; their products
+    are added before the absolute value, which is taken per window, and averaged over `j`. Source: arXiv 2506.11120.
     """
-    *inputs, output = seen.maps
+    *inputs, output = seen.projections
     scores = []
     for window in range(len(seen.activation)):
         product = _weight_product(output, window).T
@@ -128,7 +128,7 @@ def magnitude(totals: Tensor, mlp: Mlp, sample: Sample) -> Float[Tensor, "neuron
 
 
 def peak_to_peak(totals: Tensor, mlp: Mlp, sample: Sample) -> Float[Tensor, "neurons"]:
-    """Sum the largest minus the smallest input weight of a neuron over its input maps."""
+    """Sum the largest minus the smallest input weight of a neuron over its input projections."""
     return torch.stack([at_least_float32(linear.weight.amax(1) - linear.weight.amin(1)) for linear in mlp.inputs]).sum(
         0
     )

@@ -34,7 +34,7 @@ from hifiprune.scoring.objectives import CrossEntropy
 
 Request = tuple[str, CriterionOptions]
 """Name of a criterion, and its options."""
-LIGHT = Job(weight_absolute, (CrossEntropy(),), maps=True)
+LIGHT = Job(weight_absolute, (CrossEntropy(),), uses_projections=True)
 """Job whose scores decide the light cut of self-distillation."""
 
 
@@ -154,7 +154,7 @@ class Asked:
         if self.criterion.statistic is None:
             return None
         kernels = self.criterion.kernels(self.options) if self.criterion.kernels else ()
-        return Job(self.criterion.statistic, kernels, self.criterion.maps)
+        return Job(self.criterion.statistic, kernels, self.criterion.uses_projections)
 
 
 @dataclass(frozen=True)
