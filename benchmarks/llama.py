@@ -31,7 +31,7 @@ from hifiprune.commands.demo import fetch_smollm2, write_texts
 from hifiprune.deployment.llama_cpp import SCRIPT
 from hifiprune.errors import RunError
 from hifiprune.io.atomic import replacing
-from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.find_checkpoint import find_checkpoint
 
 ROOT = Path(__file__).parent.parent
 SDIST = "llama-cpp-python==0.3.36"

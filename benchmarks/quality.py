@@ -28,7 +28,7 @@ from hifiprune.config import AllocationConfig, CriterionOptions
 from hifiprune.evaluation.fidelity import Reference, measure_windows
 from hifiprune.evaluation.text import held_windows
 from hifiprune.io.atomic import replacing
-from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.find_checkpoint import find_checkpoint
 from hifiprune.pruning.repair import cut_and_repair_, residual_stream
 from hifiprune.scoring.score import score_all
 

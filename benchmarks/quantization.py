@@ -25,7 +25,7 @@ from hifiprune.commands.demo import fetch_smollm2
 from hifiprune.evaluation.bootstrap import bootstrap_mean
 from hifiprune.evaluation.fidelity import Reference, measure_windows
 from hifiprune.evaluation.text import held_windows
-from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.find_checkpoint import find_checkpoint
 from hifiprune.models.mlp import find_mlps
 from hifiprune.run_record import describe_environment
 

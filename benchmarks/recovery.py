@@ -27,7 +27,7 @@ from hifiprune.config import AllocationConfig, TrainingConfig
 from hifiprune.evaluation.fidelity import Reference, measure_windows
 from hifiprune.evaluation.text import held_windows
 from hifiprune.io.atomic import replacing
-from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.find_checkpoint import find_checkpoint
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 import hifiprune as hp
 from hifiprune.commands.demo import fetch_smollm2
-from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.find_checkpoint import find_checkpoint
 from hifiprune.pruning.repair import cut_and_repair_
 from hifiprune.run_record import describe_environment
 

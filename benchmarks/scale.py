@@ -31,7 +31,7 @@ import hifiprune as hp
 from hifiprune.commands.demo import fetch_smollm2
 from hifiprune.io.atomic import replacing
 from hifiprune.io.safetensors_stream import Piece, write_shard
-from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.find_checkpoint import find_checkpoint
 from hifiprune.run_record import describe_environment
 
 ROOT = Path(__file__).parent.parent

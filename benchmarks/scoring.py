@@ -25,7 +25,7 @@ from hifiprune.config.texts import Calibration
 from hifiprune.engine.context import frozen
 from hifiprune.engine.hooks import Activations
 from hifiprune.engine.verify import verified_chain
-from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.find_checkpoint import find_checkpoint
 from hifiprune.run_record import describe_environment, peak_memory, reset_peak_memory
 from hifiprune.scoring.neuron_statistics import absolute
 from hifiprune.scoring.objectives import Entropy

@@ -24,7 +24,7 @@ import hifiprune as hp
 from hifiprune.cli.console import speaking
 from hifiprune.commands.demo import fetch_smollm2
 from hifiprune.evaluation.speed import write
-from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.find_checkpoint import find_checkpoint
 from hifiprune.models.mlp import find_blocks, find_mlps
 from hifiprune.results import Workload
 

@@ -23,7 +23,7 @@ from hifiprune.config import AllocationConfig
 from hifiprune.config.evaluate import Tasks
 from hifiprune.evaluation.zero_shot_tasks import Answers, TaskRunner, average, differences
 from hifiprune.io.atomic import replacing
-from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.find_checkpoint import find_checkpoint
 from hifiprune.progress import labelled
 from hifiprune.results import Estimate
 

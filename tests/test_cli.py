@@ -23,7 +23,6 @@ from hifiprune.cli.app import main
 from hifiprune.cli.signals import Stopped
 from hifiprune.io.atomic import replacing
 from hifiprune.models.checkpoint import Checkpoint
-from tests import processes
 from tests.commands import Cli, Result, leftovers, refused, run
 
 
@@ -405,7 +404,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_that_fills_up_leaves_nothing(
     cli: Cli, checkpoint: Path, text: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for story in ("commands.preflight", "pruning.cut_checkpoint"):
+    for story in ("commands.prune_preflight", "pruning.cut_checkpoint"):
         monkeypatch.setattr(f"hifiprune.{story}.check_space", lambda *_: None)
     arguments = ("--width", 8, "--calibration", text, *CALIBRATION)
     refused(cli("prune", checkpoint, "--output", small_disk / "out", *arguments), "the disk is full", code=1)
@@ -413,14 +412,14 @@ def test_a_disk_that_fills_up_leaves_nothing(
 
 
 STAGES = [
-    "commands.preflight.prepare",
+    "commands.prune_preflight.prepare",
     "commands.steps.load_windows",
     "models.checkpoint.Checkpoint.load",
     "commands.steps.score_all",
     "commands.prune.allocate",
     "commands.prune.cut_and_repair_",
     "pruning.cut_checkpoint.write_shard",
-    "models.checkpoint.Checkpoint.save",
+    "pruning.cut_checkpoint.save_model",
     "plan.Plan.save",
 ]
 
@@ -521,33 +520,18 @@ LONG = (
 )
 
 
-def test_a_real_process_stops_at_once_while_it_scores(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.exhaustive)])
+def test_a_real_process_stops_at_once_while_it_scores(checkpoint: Path, tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "hifiprune", "prune", str(checkpoint), "--output", str(tmp_path / "out"), *LONG]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         before = next(line for line in process.stderr if line.startswith("Scoring "))
         time.sleep(1)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, err = process.communicate(timeout=30)
     assert "on 6000 windows of 64 tokens" in before
     assert process.returncode == 1
-    assert "interrupted by SIGINT" in err
-    assert "Traceback" not in err
-    assert not (tmp_path / "out").exists()
-    assert not leftovers(tmp_path)
-
-
-def test_a_process_that_is_terminated_stops_at_once_while_it_scores(checkpoint: Path, tmp_path: Path) -> None:
-    (process,) = processes.start(tmp_path, processes.command("prune", checkpoint, "--output", tmp_path / "out", *LONG))
-    while not (tmp_path / "2").exists() or "on 6000 windows of 64 tokens" not in (tmp_path / "2").read_text():
-        assert process.is_alive()
-        time.sleep(0.1)
-    time.sleep(1)
-    process.terminate()
-    process.join(30)
-    assert process.exitcode == 1
-    err = (tmp_path / "2").read_text()
-    assert "interrupted by SIGTERM" in err
+    assert f"interrupted by {number.name}" in err
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
     assert not leftovers(tmp_path)

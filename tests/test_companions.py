@@ -14,7 +14,7 @@ from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModelForCausalLM
 
 import hifiprune as hp
-from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.find_checkpoint import find_checkpoint
 from tests.commands import refused, run
 from tests.conftest import byte_tokenizer
 from tests.families import tiny_tokens

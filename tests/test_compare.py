@@ -940,7 +940,7 @@ def test_criteria_are_listed_a_line_each(monkeypatch: pytest.MonkeyPatch, column
     for line, criterion in zip(lines, KNOWN_CRITERIA.values(), strict=True):
         assert criterion.summary in line
         assert criterion.reference in line
-        needs = "backward" if criterion.kernels else "forward" if criterion.statistic else "weights"
+        needs = "backward" if criterion.objective else "forward" if criterion.statistic else "weights"
         assert needs in line.replace(criterion.summary, "")
 
 

@@ -16,8 +16,9 @@ from hifiprune.commands import cost_model, trial
 from hifiprune.commands.cost_model import Estimator
 from hifiprune.commands.trial import Pace
 from hifiprune.config import CriterionOptions
-from hifiprune.models.checkpoint import Checkpoint, find_checkpoint
+from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.families import FAMILIES
+from hifiprune.models.find_checkpoint import find_checkpoint
 from hifiprune.models.mlp import find_blocks
 from tests.commands import refused, run
 from tests.families import FORMS, ROUTED, VARIANTS, VOCABULARY, family_name, load, tiny_tokens

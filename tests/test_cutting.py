@@ -16,8 +16,9 @@ from torch import Tensor
 import hifiprune as hp
 from hifiprune.io.hashing import hash_model
 from hifiprune.io.safetensors_stream import Piece, Stored, stored_tensors, write_shard
-from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.find_checkpoint import find_checkpoint
 from hifiprune.models.mlp import find_mlps
+from hifiprune.models.save_model import save_model
 from hifiprune.models.weight_files import INDEX
 from hifiprune.plan import Plan, proportional_width
 from hifiprune.pruning.cut_checkpoint import cut_checkpoint, hash_stored, stored_plainly
@@ -61,7 +62,7 @@ def test_cut_checkpoint_writes_what_a_cut_model_saves(
     model = load(dense)
     plan = a_plan(model, mixed=mixed)
     hp.cut_(model, plan)
-    find_checkpoint(str(dense)).save(model, tmp_path / "memory")
+    save_model(model, find_checkpoint(str(dense)), tmp_path / "memory")
     for size in ("5GB", "10KB"):
         cut_checkpoint(str(dense), tmp_path / size, plan, shard_size=size)
         ours, theirs = tensors_of(tmp_path / size), tensors_of(tmp_path / "memory")

@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 import hifiprune as hp
 from hifiprune.commands.cost_model import Estimator
 from hifiprune.config import CriterionOptions
-from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.models.detect import family_of
 from hifiprune.models.families import FAMILIES
+from hifiprune.models.find_checkpoint import find_checkpoint
 from hifiprune.models.mlp import find_mlps
 from tests.commands import refused, run
 from tests.conftest import byte_tokenizer

@@ -74,6 +74,7 @@ def test_files_and_names_in_an_ascii_locale(world: Path, tmp_path: Path) -> None
     assert "mod\u00e8le" in (tmp_path / "small" / "config.json").read_text(encoding="utf-8")
 
 
+@pytest.mark.exhaustive  # two fresh processes
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
 def test_results_that_cannot_be_printed() -> None:
     for words in (["criteria"], ["--version"]):

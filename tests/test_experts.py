@@ -12,7 +12,7 @@ from torch import Tensor
 
 import hifiprune as hp
 from hifiprune.io.hashing import hash_model
-from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.find_checkpoint import find_checkpoint
 from hifiprune.models.mlp import find_mlps
 from hifiprune.plan import ModelShape, proportional_width
 from hifiprune.pruning.cut_checkpoint import cut_checkpoint, hash_stored, stored_plainly

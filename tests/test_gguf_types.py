@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
 
-from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.find_checkpoint import find_checkpoint
 
 HIDDEN = WIDTH = 256  # k-quants have blocks of 256
 VOCABULARY = 40

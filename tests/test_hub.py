@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from hifiprune.io.hub import at_revision, is_on_hub
-from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.find_checkpoint import find_checkpoint
 from hifiprune.models.lineage import dense_of, record_of
 from tests.commands import Interruption, refused, run
 from tests.conftest import save_checkpoint
@@ -237,15 +237,22 @@ def test_threads_are_those_asked_for(world: Path, tmp_path: Path) -> None:
     record = cut(world, tmp_path / "out", world / "dense", "--threads", other)
     assert torch.get_num_threads() == other
     assert record["environment"]["threads"] == other
+    refused(run("inspect", world / "dense", "--threads", 2), "there is no option --threads")
+    refused(run("score", world / "dense", "--output", tmp_path / "s", "--threads", 0), "threads 0 must be at least 1")
+
+
+@pytest.mark.exhaustive  # which starts processes
+@pytest.mark.usefixtures("threads")
+def test_threads_are_those_asked_for_in_the_processes_that_are_timed(world: Path, tmp_path: Path) -> None:
+    other = 3 - torch.get_num_threads() % 2  # 2 or 3
     torch.set_num_threads(1)
+    cut(world, tmp_path / "out", world / "dense")
     options = tmp_path / "options.yaml"
     options.write_text(f"threads: {other}")
     words = ("--lengths", 4, "--new-tokens", 2, "--rounds", 1, "--repeats", 1, "--config", options, "--json")
     result = run("bench", world / "dense", tmp_path / "out", *words)
     assert result.code == 0, result.err
-    assert result.json["results"]["threads"] == other, "in the processes that are timed"
-    refused(run("inspect", world / "dense", "--threads", 2), "there is no option --threads")
-    refused(run("score", world / "dense", "--output", tmp_path / "s", "--threads", 0), "threads 0 must be at least 1")
+    assert result.json["results"]["threads"] == other
     options.write_text("threads: many")
     refused(
         run("bench", world / "dense", "x", "--config", options), "--config: threads: Input should be a valid integer"

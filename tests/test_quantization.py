@@ -20,7 +20,7 @@ from torchao.quantization.granularity import PerGroup
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
 import hifiprune as hp
-from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.find_checkpoint import find_checkpoint
 from tests.commands import refused, run
 
 WIDTH = 24

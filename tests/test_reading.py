@@ -33,7 +33,7 @@ from hifiprune.io.spool import stored_tokens
 from hifiprune.io.text_files import lines_of
 from hifiprune.io.text_sources import python_docs, read_documents
 from hifiprune.io.tokenization import encode_pieces
-from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.find_checkpoint import find_checkpoint
 from hifiprune.recovery.chat_templates import ChatTemplate, Piece
 from hifiprune.recovery.training_data import read_examples
 from tests.commands import Result, refused, run

@@ -43,6 +43,7 @@ def test_a_gguf_file_is_pruned_to_an_ordinary_checkpoint(
     assert tokenizer.chat_template
 
 
+@pytest.mark.exhaustive  # the real model, repaired on one thread, takes a minute
 def test_the_demo_prunes_measures_and_records(smollm2_folder: Path, tmp_path: Path) -> None:
     summary = run(tmp_path, DemoConfig(str(smollm2_folder), 2, 128)).to_dict()
     assert summary == json.loads((tmp_path / "demo.json").read_text())

@@ -63,8 +63,8 @@ def stopping_after(batches: int, counts: list[int] | None = None) -> Iterator[No
 
 def keeper_in(folder: Path, model: Any = None) -> PassCheckpoint:
     """For states in a folder."""
-    unfinished = ResumeFolder(folder / "unfinished")
-    return PassCheckpoint(unfinished.of(model or tiny_model("llama"), "hash"))
+    resume_folder = ResumeFolder(folder / "unfinished")
+    return PassCheckpoint(resume_folder.of(model or tiny_model("llama"), "hash"))
 
 
 def equal(ours: Scores, theirs: Scores) -> bool:
@@ -165,13 +165,13 @@ def test_a_killed_run_goes_on_to_the_same_scores(world: Path, tmp_path: Path) ->
     words = [*flags, "--output", tmp_path / "killed.safetensors"]
     killed = forked(tmp_path / "told", command(*words, before=lambda: dying_in_state(5)))
     assert killed.codes == [-signal.SIGKILL]
-    unfinished = tmp_path / "killed.safetensors.score-unfinished"
-    assert unfinished.is_dir()
+    resume_folder = tmp_path / "killed.safetensors.score-unfinished"
+    assert resume_folder.is_dir()
     again = run(*words, "--json")
     assert again.code == 0, again.err
     assert again.json["reused_parts"] == 1
     assert (tmp_path / "killed.safetensors").read_bytes() == (tmp_path / "quiet.safetensors").read_bytes()
-    assert not unfinished.exists()
+    assert not resume_folder.exists()
 
 
 def dying_in_weights() -> None:

@@ -14,7 +14,7 @@ from hifiprune.config import CriterionOptions
 from hifiprune.engine.offload import stream
 from hifiprune.engine.spill import PAGE, Scratch, spill
 from hifiprune.engine.verify import verified_chain
-from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.find_checkpoint import find_checkpoint
 from hifiprune.scoring.score import score_all
 from tests.commands import refused, run
 from tests.families import tiny_tokens

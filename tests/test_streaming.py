@@ -14,7 +14,7 @@ from hifiprune.config import CriterionOptions
 from hifiprune.engine.offload import WeightOffload, stream
 from hifiprune.engine.spill import Scratch
 from hifiprune.engine.verify import verified_chain
-from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.find_checkpoint import find_checkpoint
 from hifiprune.models.mlp import find_blocks
 from hifiprune.pruning.cut_checkpoint import output_maps
 from hifiprune.scoring.early_stopping import Stability
@@ -184,9 +184,7 @@ def test_streamed_scoring_stops_where_resident_scoring_does(both: Callable[..., 
     assert all(torch.equal(one, other) for one, other in zip(found[0].values, found[1].values, strict=True))
 
 
-def test_what_cannot_be_streamed_is_refused(
-    world: Path, tmp_path: Path, make_checkpoint: Callable[..., Path], smollm2_gguf: Path
-) -> None:
+def test_what_cannot_be_streamed_is_refused(world: Path, tmp_path: Path, make_checkpoint: Callable[..., Path]) -> None:
     text = ("--calibration", world / "calibration.txt", "--num-samples", 3, "--seq-len", 24)
     words = ("prune", world / "dense", "--output", tmp_path / "out", "--width", 24, "--stream")
     refused(run(*words, "--calibration", "self", *text[2:]), "sampled from the model with weights in memory only")
@@ -195,5 +193,11 @@ def test_what_cannot_be_streamed_is_refused(
     refused(run(*bias, *text, "--stream"), "biases are compensated with weights in memory only")
     tasks = ("evaluate", world / "dense", "--tasks", "piqa", "--stream")
     refused(run(*tasks), "zero-shot tasks are asked with weights in memory only")
-    refused(run("score", smollm2_gguf, "--output", tmp_path / "out", *text, "--stream"), "does not store its tensors")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.exhaustive  # a real vocabulary is read
+def test_a_gguf_file_cannot_be_streamed(world: Path, tmp_path: Path, smollm2_gguf: Path) -> None:
+    words = ("--calibration", world / "calibration.txt", "--num-samples", 3, "--seq-len", 24, "--stream")
+    refused(run("score", smollm2_gguf, "--output", tmp_path / "out", *words), "does not store its tensors")
     assert not (tmp_path / "out").exists()

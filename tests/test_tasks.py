@@ -271,6 +271,7 @@ def test_the_harness_own_tasks_are_read_only_for_names_not_in_the_folder(
     assert read == ["all", "all"]
 
 
+@pytest.mark.exhaustive  # the harness reads thousands of files to know its own tasks
 def test_an_unknown_task_suggests_the_nearest_also_of_the_harness_own(folder: Path) -> None:
     with pytest.raises(UserError, match=r"unknown task 'hp_piqua'; did you mean 'hp_piqa'\?") as caught:
         check_tasks(
@@ -336,6 +337,7 @@ def test_what_cannot_be_run_is_said(folder: Path, load: Callable[..., Any], monk
         check_tasks(Tasks(("hp_piqa",), folder))
 
 
+@pytest.mark.exhaustive  # the harness's command line starts slowly
 def test_accuracies_equal_those_of_the_harness_own_command(
     folder: Path, make_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

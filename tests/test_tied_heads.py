@@ -17,8 +17,9 @@ from hifiprune.config import CriterionOptions
 from hifiprune.engine.offload import stream
 from hifiprune.io.hashing import hash_model
 from hifiprune.io.safetensors_stream import stored_tensors
-from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.find_checkpoint import find_checkpoint
 from hifiprune.models.mlp import count_parameters
+from hifiprune.models.save_model import save_model
 from hifiprune.models.weight_files import tied_names, tied_once, untie_, untied_names
 from hifiprune.pruning.cut_checkpoint import cut_checkpoint, hash_stored, stored_plainly
 from hifiprune.scoring.score import score_all
@@ -80,7 +81,7 @@ def test_streamed_models_and_their_cuts_are_the_resident_ones(
     plan = random_plan(resident, 24)
     cut_checkpoint(str(folder), tmp_path / "ours", plan)
     hp.cut_(resident, plan)
-    checkpoint.save(resident, tmp_path / "theirs")
+    save_model(resident, checkpoint, tmp_path / "theirs")
     files = [load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs")]
     assert files[0].keys() == files[1].keys()
     assert all(torch.equal(values, files[1][name]) for name, values in files[0].items())

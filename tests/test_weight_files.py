@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import hifiprune as hp
-from hifiprune.models.checkpoint import Checkpoint, find_checkpoint
+from hifiprune.models.checkpoint import Checkpoint
+from hifiprune.models.find_checkpoint import find_checkpoint
 from tests.commands import refused, run
 from tests.families import load
 

@@ -68,7 +68,7 @@ def ablate(model: str, output: str | Path, config: AblateConfig) -> RunRecord[Ab
         note(f"In {dtype} most of what a single neuron does drowns in rounding; float32 is better.")
     for layer_scores in loaded_scores.values():
         check_layout(layer_scores, skeleton)
-    unfinished = ResumeFolder.beside(target, "ablate")
+    resume_folder = ResumeFolder.beside(target, "ablate")
     first = next(iter(loaded_scores.values()))
     trials = sample(first, config.neurons, config.groups, config.group_size, config.seed)
     windows = held_windows(config.text, checkpoint.tokenizer())
@@ -78,9 +78,9 @@ def ablate(model: str, output: str | Path, config: AblateConfig) -> RunRecord[Ab
     dense, model_hash = load_hashed(checkpoint, compute, record)
     for layer_scores in loaded_scores.values():
         layer_scores.require_model(model_hash)
-    unfinished, data = unfinished.of(dense, model_hash), hash_tokens(windows)
-    paths = {trial: unfinished.path("trials", data, *trial) for trial in trials}
-    measured = {trial: unfinished.read_json(path) for trial, path in paths.items()}
+    resume_folder, data = resume_folder.of(dense, model_hash), hash_tokens(windows)
+    paths = {trial: resume_folder.path("trials", data, *trial) for trial in trials}
+    measured = {trial: resume_folder.read_json(path) for trial, path in paths.items()}
     missing = [trial for trial, divergence in measured.items() if divergence is None]
     estimator = Estimator(checkpoint, compute, loaded=True)
     cost = estimator.reading(windows.numel() * len(missing), windows.shape[1])
@@ -93,8 +93,8 @@ def ablate(model: str, output: str | Path, config: AblateConfig) -> RunRecord[Ab
         bench = Bench(dense, windows, {layer for layer, _ in trials}, compute.batch_size)
         for trial in track(missing, "ablating"):
             measured[trial] = {"kl": bench.divergence(trial)}
-            unfinished.write_json(paths[trial], measured[trial])
-    record.reused_parts = len(unfinished.reused)
+            resume_folder.write_json(paths[trial], measured[trial])
+    record.reused_parts = len(resume_folder.reused)
     divergences = [measured[trial]["kl"] for trial in trials]
     record.results = AblateResults(model_hash, *correlate(trials, divergences, loaded_scores))
     with replacing(target, overwrite=config.overwrite) as folder:
@@ -103,7 +103,7 @@ def ablate(model: str, output: str | Path, config: AblateConfig) -> RunRecord[Ab
         folder.mkdir()
         draw_ablation(record.results, folder)
         record.save(folder / "ablate.json")
-    unfinished.remove()
+    resume_folder.remove()
     return record
 
 

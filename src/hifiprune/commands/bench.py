@@ -27,7 +27,8 @@ from hifiprune.io.atomic import replacing
 from hifiprune.io.output_paths import check_target, exclusive
 from hifiprune.io.processes import run_program
 from hifiprune.io.resume import ResumeFolder, kept
-from hifiprune.models.checkpoint import Checkpoint, find_checkpoint
+from hifiprune.models.checkpoint import Checkpoint
+from hifiprune.models.find_checkpoint import find_checkpoint
 from hifiprune.models.lineage import commits_of, read_with
 from hifiprune.models.mlp import count_parameters, find_mlps
 from hifiprune.progress import how_many, logger, track
@@ -89,21 +90,21 @@ def bench(
     for remark in crowd:
         logger.info(remark)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    unfinished = ResumeFolder.beside(target, "bench") if target else None
+    resume_folder = ResumeFolder.beside(target, "bench") if target else None
     with record.stage("timing"):
         for number, checkpoint in track([*product(range(rounds), checkpoints)], "timing"):
             asked = request(checkpoint.exact_name, compute, workloads, config.repeats)
             facts = ["turns", number, asked, _stamps(checkpoint), version("hifiprune")]
-            turn = kept(unfinished, facts, partial(_timed, checkpoint.name, asked))
+            turn = kept(resume_folder, facts, partial(_timed, checkpoint.name, asked))
             runs[checkpoint.name].append(turn)
     models = {checkpoint.name: describe_model(checkpoint, runs[checkpoint.name]) for checkpoint in checkpoints}
     record.results = compare_models(models, skeletons, workloads, runs, crowd)
-    if target and unfinished:
-        record.reused_parts = len(unfinished.reused)
+    if target and resume_folder:
+        record.reused_parts = len(resume_folder.reused)
         with replacing(target, overwrite=config.overwrite) as new:
             new.mkdir()
             record.save(new / "run.json")
-        unfinished.remove()
+        resume_folder.remove()
     return record
 
 

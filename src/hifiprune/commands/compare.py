@@ -72,7 +72,7 @@ def compare(model: str, output: str | Path, config: CompareConfig) -> RunRecord[
     )
     record.commits = commits_of(checkpoint)
     shape = shape_of(skeleton)
-    unfinished = ResumeFolder.beside(target, "compare")
+    resume_folder = ResumeFolder.beside(target, "compare")
     widths = {ratio: shape.width_at(Budget(ratio=ratio), config.round_to) for ratio in ratios}
     for width in widths.values():
         shape.check_experts("uniform", width)
@@ -86,13 +86,13 @@ def compare(model: str, output: str | Path, config: CompareConfig) -> RunRecord[
     check_tokens(checkpoint, *drawn, *(text.windows for text in held))
     checkpoint.fetch()
     loaded, model_hash = load_hashed(checkpoint, compute, record)
-    bench = Workbench(loaded, model, model_hash, tokenizer, unfinished.of(loaded, model_hash), compute)
+    bench = Workbench(loaded, model, model_hash, tokenizer, resume_folder.of(loaded, model_hash), compute)
     with record.stage("scoring"):
         drawn = drawn or [bench.sample(draw) for draw in draws]
         cells, files = score_draws(bench, draws, drawn, config)
     with record.stage("measuring"):
         dense, *measured = bench.measure([None, *(cell.plan for cell in cells)], [*held, *([tasks] if tasks else [])])
-    record.reused_parts = len(bench.unfinished.reused)
+    record.reused_parts = len(bench.resume_folder.reused)
     record.results = CompareResults(
         **contrast(cells, dense, measured, len(held)),
         model_hash=model_hash,
@@ -108,7 +108,7 @@ def compare(model: str, output: str | Path, config: CompareConfig) -> RunRecord[
             shutil.copyfile(path, folder / "scores" / name)
         draw_comparison(record.results, folder)
         record.save(folder / "compare.json")
-    unfinished.remove()
+    resume_folder.remove()
     return record
 
 

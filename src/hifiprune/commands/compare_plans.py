@@ -31,7 +31,7 @@ from hifiprune.evaluation.zero_shot_tasks import TaskRunner
 from hifiprune.io.hashing import hash_tokens
 from hifiprune.io.pass_checkpoint import PassCheckpoint
 from hifiprune.io.resume import ResumeFolder
-from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.find_checkpoint import find_checkpoint
 from hifiprune.plan import Plan
 from hifiprune.progress import about, labelled, logger, track
 from hifiprune.scores import Scores
@@ -49,7 +49,7 @@ class Workbench:
         name: what the user called it.
         model_hash: of its weights.
         tokenizer: of the model, for texts and tasks.
-        unfinished: keeps scores and measurements.
+        resume_folder: keeps scores and measurements.
         compute: device and arithmetic.
     """
 
@@ -57,17 +57,17 @@ class Workbench:
     name: str
     model_hash: str
     tokenizer: PreTrainedTokenizerBase
-    unfinished: ResumeFolder
+    resume_folder: ResumeFolder
     compute: ComputeConfig
 
     def sample(self, calibration: Calibration) -> Int[Tensor, "windows positions"]:
         """Calibration windows that the model itself writes, unless they are there from before."""
-        path = self.unfinished.path("windows", asdict(calibration))
-        known = self.unfinished.read_json(path)
+        path = self.resume_folder.path("windows", asdict(calibration))
+        known = self.resume_folder.read_json(path)
         if known is None:
             with labelled(f"sampling text from the model, seed {calibration.seed}"):
                 known = {"windows": sample_windows(self.model, calibration).tolist()}
-            self.unfinished.write_json(path, known)
+            self.resume_folder.write_json(path, known)
         return torch.tensor(known["windows"])
 
     def score(
@@ -75,7 +75,7 @@ class Workbench:
     ) -> list[tuple[Scores, Path]]:
         """Scores for each request and the file of them; made together unless they are there from before."""
         paths = [self._scores_path(request, windows) for request in requests]
-        found = {path: known for path in paths if (known := self.unfinished.read(path, self._read_scores))}
+        found = {path: known for path in paths if (known := self.resume_folder.read(path, self._read_scores))}
         missing = {path: request for path, request in zip(paths, requests, strict=True) if path not in found}
         if missing:
             wanted = list(missing.values())
@@ -90,10 +90,10 @@ class Workbench:
                     recompute=self.compute.recompute,
                     settings={"calibration": asdict(calibration)},
                     model_hash=self.model_hash,
-                    keeper=PassCheckpoint(self.unfinished),
+                    keeper=PassCheckpoint(self.resume_folder),
                 )
             for path, scores in zip(missing, made, strict=True):
-                self.unfinished.write(path, scores.save)
+                self.resume_folder.write(path, scores.save)
                 found[path] = scores
         return [(found[path], path) for path in paths]
 
@@ -109,7 +109,7 @@ class Workbench:
     def _scores_path(self, request: Request, windows: Int[Tensor, "windows positions"]) -> Path:
         criterion, options = find_criterion(request[0]), request[1]
         data = hash_tokens(windows) if criterion.statistic else ""
-        return self.unfinished.path("scores", criterion.name, data, criterion.used(options), suffix=".safetensors")
+        return self.resume_folder.path("scores", criterion.name, data, criterion.used(options), suffix=".safetensors")
 
     def measure(self, plans: Sequence[Plan | None], what: Sequence[Held | Tasks]) -> list[list[Measured]]:
         """Every plan measured on every text and by every set of tasks, the dense model for None.
@@ -122,7 +122,7 @@ class Workbench:
             for plan, row in zip(plans, table, strict=True)
             for each, path in zip(what, row, strict=True)
         }
-        found = {path: self.unfinished.read_json(path) for path in wanted}
+        found = {path: self.resume_folder.read_json(path) for path in wanted}
         todo = [path for path, known in found.items() if known is None]
         texts = {each.source: each for each in what if isinstance(each, Held)}
         missing = Counter(each.source for path in todo if isinstance(each := wanted[path][1], Held))
@@ -147,7 +147,7 @@ class Workbench:
                 for path in chain([first], paths):
                     each = wanted[path][1]
                     found[path] = self._take(exams[each]) if isinstance(each, Tasks) else self._read(each, references)
-                    self.unfinished.write_json(path, found[path])
+                    self.resume_folder.write_json(path, found[path])
         return [[found[path] for path in row] for row in table]
 
     def _read(self, text: Held, references: dict[str, Reference]) -> Measured:
@@ -167,7 +167,7 @@ class Workbench:
             facts: list[Any] = [hash_tokens(what.windows), what.fidelity]
         else:
             facts = [what.names, str(what.include_path), what.limit, what.seed]
-        return self.unfinished.path("cells", *facts, kept)
+        return self.resume_folder.path("cells", *facts, kept)
 
     def _seconds(self, text: Held) -> float:
         """Rough time of a measurement: a forward pass, and with every metric about half as much again."""

@@ -23,7 +23,8 @@ from hifiprune.io.json_files import read_record
 from hifiprune.io.output_paths import claim, exclusive
 from hifiprune.io.processes import run_program
 from hifiprune.io.text_sources import python_docs
-from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.find_checkpoint import find_checkpoint
+from hifiprune.models.save_model import save_model
 from hifiprune.progress import logger
 from hifiprune.reports.card_metadata import CARD
 from hifiprune.results import DemoResults
@@ -85,7 +86,7 @@ def fetch_smollm2(folder: Path) -> Path:
             checkpoint = find_checkpoint(str(fetch_gguf(Path(scratch))))
             logger.info("Unpacking its 4-bit weights to float32 ...")
             with replacing(folder) as new:
-                checkpoint.save(checkpoint.load(), new)
+                save_model(checkpoint.load(), checkpoint, new)
                 (new / CARD).write_text(SOURCE_CARD, encoding="utf-8")
     return folder
 

@@ -30,7 +30,8 @@ from hifiprune.io.hashing import hash_tokens
 from hifiprune.io.json_files import to_plain
 from hifiprune.io.output_paths import check_target, exclusive
 from hifiprune.io.resume import ResumeFolder, kept
-from hifiprune.models.checkpoint import Checkpoint, find_checkpoint
+from hifiprune.models.checkpoint import Checkpoint
+from hifiprune.models.find_checkpoint import find_checkpoint
 from hifiprune.models.lineage import commits_of, read_with
 from hifiprune.models.mlp import count_parameters
 from hifiprune.progress import about, how_many, labelled, logger
@@ -76,8 +77,8 @@ def evaluate(
     if config.card:
         check_cards(checkpoints)
     target = None if output is None else _target(output, everyone, config)
-    unfinished = ResumeFolder.beside(target, "evaluate") if target else None
-    bench = load_data(everyone, config, record, unfinished)
+    resume_folder = ResumeFolder.beside(target, "evaluate") if target else None
+    bench = load_data(everyone, config, record, resume_folder)
     logger.info(bench.cost(everyone[0], len(everyone)))
     if dense:
         bench.take_dense(dense)
@@ -87,13 +88,13 @@ def evaluate(
     if config.card:
         for checkpoint in checkpoints:
             add_results(checkpoint.folder, checkpoint.name, record.results, config.text.source if config.text else None)
-    if target and unfinished:
-        record.reused_parts = len(unfinished.reused)
+    if target and resume_folder:
+        record.reused_parts = len(resume_folder.reused)
         with replacing(target, overwrite=config.overwrite) as new:
             new.mkdir()
             record.save(new / "run.json")
             (new / PASSAGES).write_text(json.dumps(to_plain(bench.passages)), encoding="utf-8")
-        unfinished.remove()
+        resume_folder.remove()
     return record
 
 
@@ -128,7 +129,7 @@ def load_data(
     checkpoints: Sequence[Checkpoint],
     config: EvaluateConfig,
     record: RunRecord[EvaluateResults],
-    unfinished: ResumeFolder | None,
+    resume_folder: ResumeFolder | None,
 ) -> "Bench":
     """Read the text and the tasks, and get the models' files."""
     if config.tasks:
@@ -143,7 +144,7 @@ def load_data(
     compute = limit_batch(config.compute, rows, "windows, or groups of prompts" if prompts else "windows")
     for checkpoint in checkpoints:
         checkpoint.fetch()
-    return Bench(windows, exams, compute, record, unfinished)
+    return Bench(windows, exams, compute, record, resume_folder)
 
 
 @dataclass
@@ -155,7 +156,7 @@ class Bench:
         exams: tasks to be taken, by the names that they were asked by.
         compute: device and arithmetic.
         record: of the run.
-        unfinished: keeps what is finished, if anything does.
+        resume_folder: keeps what is finished, if anything does.
         dense: the dense model, where others are compared with it token by token.
         dense_name: what the user called it.
         dense_hash: of its weights.
@@ -169,7 +170,7 @@ class Bench:
     exams: dict[str, TaskRunner]
     compute: ComputeConfig
     record: RunRecord[EvaluateResults]
-    unfinished: ResumeFolder | None
+    resume_folder: ResumeFolder | None
     dense: PreTrainedModel | None = None
     dense_name: str = ""
     dense_hash: str = ""
@@ -196,7 +197,7 @@ class Bench:
             with self.record.stage(f"measuring {checkpoint.name}"):
                 metrics = kept(parts, facts, partial(self._measure, checkpoint, model))
                 self.metrics[checkpoint.name] = {name: Estimate(**estimate) for name, estimate in metrics.items()}
-                if self.dense and self.unfinished:
+                if self.dense and self.resume_folder:
                     few = self.windows[:: -(-len(self.windows) // PASSAGES_READ), :PASSAGE_TOKENS]
                     tokenizer = checkpoint.tokenizer()
                     read = [read_passage(self.dense, model, tokenizer, tokens) for tokens in few]
@@ -227,7 +228,7 @@ class Bench:
         return {task: asdict(answer) for task, answer in answers.items()}
 
     def _parts(self, model: PreTrainedModel, model_hash: str) -> ResumeFolder | None:
-        return self.unfinished.of(model, model_hash) if self.unfinished else None
+        return self.resume_folder.of(model, model_hash) if self.resume_folder else None
 
     def cost(self, first: Checkpoint, count: int) -> str:
         """What all of it will take, judged by the first checkpoint."""

@@ -17,8 +17,9 @@ from hifiprune.errors import RunError, UserError, unknown
 from hifiprune.io.atomic import check_space, replacing
 from hifiprune.io.manifest import GENERATOR, GGUF_FIELD
 from hifiprune.io.output_paths import check_target, exclusive
-from hifiprune.models.checkpoint import Checkpoint, find_checkpoint
+from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.detect import family_of
+from hifiprune.models.find_checkpoint import find_checkpoint
 from hifiprune.models.lineage import read_with
 from hifiprune.models.mlp import count_parameters, find_mlps
 from hifiprune.models.unsupported import refuse_own_tokenizer

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from hifiprune.config.groups import Budget
 from hifiprune.deployment.compatibility import Answer, deployment
 from hifiprune.errors import UserError
-from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.find_checkpoint import find_checkpoint
 from hifiprune.models.lineage import dense_of, record_of
 from hifiprune.models.mlp import count_parameters, find_mlps
 from hifiprune.plan import ModelShape

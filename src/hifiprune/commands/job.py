@@ -36,7 +36,7 @@ class Job:
         calibration: text to read, if any is.
         compute: device and arithmetic.
         record: record of the run, as far as it is.
-        unfinished: finished parts, from which the same command resumes.
+        resume_folder: finished parts, from which the same command resumes.
         resident: what needs the weights in memory, if anything does.
         request: criterion and options to score by, if the scores are not there.
         stability: what ends scoring early, if that is asked for.
@@ -47,7 +47,7 @@ class Job:
     calibration: Calibration | None
     compute: ComputeConfig
     record: RunRecord[Any]
-    unfinished: ResumeFolder
+    resume_folder: ResumeFolder
     resident: str
     request: Request | None
     stability: Stability | None

@@ -14,7 +14,7 @@ from hifiprune.errors import HifipruneError
 from hifiprune.io.atomic import local_path
 from hifiprune.io.hub import split_revision
 from hifiprune.io.text_sources import PYTHON_DOCS, SELF
-from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.find_checkpoint import find_checkpoint
 from hifiprune.progress import console
 
 NAME = "hifiprune"

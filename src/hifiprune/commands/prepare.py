@@ -20,8 +20,9 @@ from hifiprune.engine.spill import Scratch
 from hifiprune.errors import UserError
 from hifiprune.io.hashing import hash_model
 from hifiprune.io.output_paths import check_target
-from hifiprune.models.checkpoint import Checkpoint, find_checkpoint
+from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.detect import family_of
+from hifiprune.models.find_checkpoint import find_checkpoint
 from hifiprune.models.lineage import read_with
 from hifiprune.models.mlp import count_parameters, find_mlps
 from hifiprune.progress import logger

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from hifiprune.commands.cost_model import Estimator
 from hifiprune.commands.job import DenseModel, PruneJob
 from hifiprune.commands.messages import announce_repair, remark_on_scale
-from hifiprune.commands.preflight import resolve
+from hifiprune.commands.prune_preflight import resolve
 from hifiprune.commands.score import describe_scores
 from hifiprune.commands.steps import Windows, estimate_costs, read_windows, sampled_windows, score_dense
 from hifiprune.config.prune import PruneConfig
@@ -21,6 +21,7 @@ from hifiprune.io.distributed import rank
 from hifiprune.io.output_paths import exclusive
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.mlp import find_mlps
+from hifiprune.models.save_model import save_model
 from hifiprune.plan import Plan
 from hifiprune.progress import logger
 from hifiprune.pruning.allocate import allocate
@@ -127,7 +128,7 @@ def write(cut: Cut, plan: Plan, scores: Scores, job: PruneJob) -> RunRecord[Prun
     with replacing(target, overwrite=job.config.overwrite) as folder:
         with record.stage("writing"):
             if cut.model:
-                job.checkpoint.save(cut.model, folder, shard_size)
+                save_model(cut.model, job.checkpoint, folder, shard_size)
             else:
                 write_cut(job.checkpoint, plan, folder, shard_size, cut.changed)
         (folder / "hifiprune").mkdir()
@@ -143,7 +144,7 @@ def write(cut: Cut, plan: Plan, scores: Scores, job: PruneJob) -> RunRecord[Prun
         )
         record.save(folder / "run.json")
         write_card(folder, job.base, target.name)
-    job.unfinished.remove()
+    job.resume_folder.remove()
     return record
 
 

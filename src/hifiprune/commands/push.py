@@ -13,8 +13,8 @@ from huggingface_hub.utils._validators import validate_repo_id
 from hifiprune.errors import RunError, UserError
 from hifiprune.io.atomic import disk_size
 from hifiprune.io.manifest import MANIFEST, list_files
-from hifiprune.models.checkpoint import find_checkpoint
 from hifiprune.models.companion_files import has_vocabulary
+from hifiprune.models.find_checkpoint import find_checkpoint
 from hifiprune.models.weight_files import INDEX, SINGLE, check_whole, refuse_pointers
 from hifiprune.progress import logger
 from hifiprune.reports.card_metadata import CARD, read_card

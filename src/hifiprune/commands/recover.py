@@ -31,6 +31,7 @@ from hifiprune.io.tokenization import special_tokens
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.detect import family_of
 from hifiprune.models.lineage import check_origin, plain_record_of
+from hifiprune.models.save_model import save_model
 from hifiprune.progress import about, how_many, logger
 from hifiprune.recovery.callback import Watch, describe, is_better
 from hifiprune.recovery.distillation import CachedTeacher, Teacher, cache_teacher
@@ -126,7 +127,7 @@ def load_teacher(job: RecoverJob, rows: Packed) -> Lesson:
     with job.record.stage("caching teacher logits"):
         seconds = partial(Estimator(job.dense, job.config.compute, loaded=True).reading, positions=rows.length)
         remembered = cache_teacher(
-            rows, teacher, model_hash, kept, training.temperature, seconds, job.unfinished, job.limit
+            rows, teacher, model_hash, kept, training.temperature, seconds, job.resume_folder, job.limit
         )
     return Lesson(remembered, None, model_hash)
 
@@ -194,11 +195,13 @@ def state_folder(job: RecoverJob, student: PreTrainedModel, model_hash: str, fac
     Raises:
         UserError: there is no state in it, and only an interrupted run was to be continued.
     """
-    folder = job.unfinished.of(student, model_hash).path("states", *facts, suffix="")
+    folder = job.resume_folder.of(student, model_hash).path("states", *facts, suffix="")
     if job.config.resume and last_state(folder) is None:
         raise UserError(f"there is no state of such a run beside {job.target} to resume; leave out --resume")
     if rank() == 0:
-        job.unfinished.write(folder / "facts.json", lambda path: path.write_text(json.dumps(facts), encoding="utf-8"))
+        job.resume_folder.write(
+            folder / "facts.json", lambda path: path.write_text(json.dumps(facts), encoding="utf-8")
+        )
     return folder
 
 
@@ -210,10 +213,10 @@ def write(job: RecoverJob, outcome: Outcome) -> None:
         with job.record.stage("writing"):
             if job.config.keep_adapter and isinstance(trained, PeftModel):
                 trained.save_pretrained(str(folder / "adapter"))
-            job.started.save(_merged(trained, job.started), folder, job.config.shard_size)
+            save_model(_merged(trained, job.started), job.started, folder, job.config.shard_size)
         job.record.save(folder / "run.json")
         write_card(folder, job.base, job.target.name)
-    job.unfinished.remove()
+    job.resume_folder.remove()
 
 
 @contextmanager

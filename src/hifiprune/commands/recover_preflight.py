@@ -16,7 +16,8 @@ from hifiprune.errors import UserError, unknown
 from hifiprune.io.atomic import check_shard_size, check_space
 from hifiprune.io.distributed import check_launcher
 from hifiprune.io.resume import ResumeFolder
-from hifiprune.models.checkpoint import Checkpoint, find_checkpoint
+from hifiprune.models.checkpoint import Checkpoint
+from hifiprune.models.find_checkpoint import find_checkpoint
 from hifiprune.models.lineage import commits_of, dense_of, record_of
 from hifiprune.models.mlp import count_parameters
 from hifiprune.recovery.lora import check_adapter, linears_of
@@ -41,7 +42,7 @@ class RecoverJob:
         target: absolute path of the output.
         base: what the card of the output says of the checkpoint that is trained.
         record: record of the run, as far as it is.
-        unfinished: finished parts, from which the same command resumes.
+        resume_folder: finished parts, from which the same command resumes.
         limit: wall-clock limit of the run.
     """
 
@@ -55,7 +56,7 @@ class RecoverJob:
     target: Path
     base: Base
     record: RunRecord[RecoverResults]
-    unfinished: ResumeFolder
+    resume_folder: ResumeFolder
     limit: TimeLimit
 
 
@@ -96,7 +97,7 @@ def resolve(model: str, output: str | Path, data: str, config: RecoverConfig) ->
         target=target,
         base=describe_base(started),
         record=record,
-        unfinished=ResumeFolder.beside(target, "recover"),
+        resume_folder=ResumeFolder.beside(target, "recover"),
         limit=TimeLimit(training.max_minutes),
     )
 

@@ -55,7 +55,7 @@ def score_checkpoint(model: str, output: str | Path, config: ScoreConfig = Score
         return job.record  # the first process writes
     scores.save(job.target, overwrite=config.overwrite)
     job.record.results = describe_scores(scores, job)
-    job.unfinished.remove()
+    job.resume_folder.remove()
     return job.record
 
 
@@ -82,12 +82,12 @@ def resolve(model: str, output: str | Path, config: ScoreConfig) -> Job:
     record.commits = commits_of(checkpoint)
     if budget:
         shape_of(skeleton).width_at(budget, 1)
-    unfinished = ResumeFolder.beside(target, "score")
+    resume_folder = ResumeFolder.beside(target, "score")
     resident = SAMPLED if config.calibration and config.calibration.is_sampled else ""
     check_resident(resident, config.compute)
     compute = batches_of(config.compute, config.calibration)
     request = (config.criterion, options)
-    return Job(checkpoint, target, config.calibration, compute, record, unfinished, resident, request, stability)
+    return Job(checkpoint, target, config.calibration, compute, record, resume_folder, resident, request, stability)
 
 
 def check_data(criterion: str, calibration: Calibration | None) -> None:

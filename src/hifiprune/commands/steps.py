@@ -94,7 +94,7 @@ def score_dense(dense: DenseModel, windows: Windows | None, job: Job, estimator:
             logger.info(f"Upper bound: scoring stops once {100 * job.stability.wanted:g}% of the selection is stable.")
         logger.info("Interrupted, the same command goes on where it stopped.")
     settings = {"calibration": asdict(job.calibration)} if job.calibration else None
-    keeper = PassCheckpoint(job.unfinished.of(model, dense.hash))
+    keeper = PassCheckpoint(job.resume_folder.of(model, dense.hash))
     with job.record.stage("scoring"):
         (scores,) = score_all(
             model,
@@ -107,6 +107,6 @@ def score_dense(dense: DenseModel, windows: Windows | None, job: Job, estimator:
             keeper=keeper,
             stability=job.stability,
         )
-    job.record.reused_parts = len(job.unfinished.reused)
+    job.record.reused_parts = len(job.resume_folder.reused)
     remark_on_unseen(scores)
     return scores

@@ -11,6 +11,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from hifiprune.config.groups import ComputeConfig
 from hifiprune.engine.compute import compute_dtype, resolved_device
@@ -64,7 +65,7 @@ class Trial:
     def __init__(self, checkpoint: Checkpoint, compute: ComputeConfig):
         self.checkpoint, self.compute = checkpoint, compute
         self.dtype, self.device = compute_dtype(compute, checkpoint), torch.device(resolved_device(compute))
-        skeleton: Any = checkpoint.skeleton()
+        skeleton: Any = checkpoint.new_skeleton()
         self.skeleton: PreTrainedModel = skeleton.to(self.dtype)
         self.config = self.skeleton.config.get_text_config()
         self.widths = [mlp.neurons for mlp in find_mlps(self.skeleton)]
@@ -126,7 +127,7 @@ class Trial:
                 each.layer_types = each.layer_types[:layers]
         stock = stock_class(config)
         config.dtype = self.dtype
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), no_init_weights():
             model: Any = stock._from_config(config, attn_implementation=self.compute.attention)
         known: dict[tuple[str, torch.Size], Tensor] = {}
         for name, parameter in list(model.named_parameters()):

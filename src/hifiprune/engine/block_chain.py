@@ -5,7 +5,6 @@ rotary embeddings, per-layer variants) are recorded from the model's own forward
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hifiprune.engine.batch import Batch
 from hifiprune.engine.hooks import (
     ActivationHook,
     Activations,
@@ -28,37 +28,10 @@ from hifiprune.engine.hooks import (
 from hifiprune.engine.lm_head import Head
 from hifiprune.engine.offload import embedding_rows_loaded, offload_of, walk
 from hifiprune.engine.sliced_objective import Kernel, mean_over_positions
-from hifiprune.engine.spill import Spilled, spill
+from hifiprune.engine.spill import spill
 from hifiprune.errors import RunError
 from hifiprune.models.families import Family
 from hifiprune.models.mlp import Mlp, Projection, by_block, find_blocks, find_mlps, find_norm
-
-
-@dataclass
-class Batch:
-    """The state of some windows on their way forward through the blocks, and back.
-
-    Attributes:
-        tokens: token ids.
-        first_window: index of the first window.
-        teacher: the teacher's final hidden state, for kernels that need one.
-        hidden: hidden state before the next block.
-        calls: the arguments of every block.
-        stored: for each block so far its graph, or its input and, if known, its MLP's output.
-        values: every objective for every window, in float32 or better.
-        gradients: every objective's gradient at the output of the next block on the way back.
-        final: the final hidden state after the last norm.
-    """
-
-    tokens: Int[Tensor, "windows positions"]
-    first_window: int = 0
-    teacher: Float[Tensor, "windows positions hidden"] | None = None
-    hidden: Tensor = field(init=False)
-    calls: list[BlockCall] = field(init=False)
-    stored: list[Trace | tuple[Spilled, Tensor | None]] = field(default_factory=list)
-    values: list[Float[Tensor, "windows"]] = field(default_factory=list)
-    gradients: list[Tensor] = field(default_factory=list)
-    final: Float[Tensor, "windows positions hidden"] = field(init=False)
 
 
 class BlockChain:

@@ -21,7 +21,7 @@ from hifiprune.config.groups import ComputeConfig
 from hifiprune.engine.compute import load
 from hifiprune.engine.context import frozen
 from hifiprune.errors import HifipruneError
-from hifiprune.models.checkpoint import find_checkpoint
+from hifiprune.models.find_checkpoint import find_checkpoint
 from hifiprune.models.mlp import find_blocks
 from hifiprune.results import Workload
 from hifiprune.run_record import peak_memory, reset_peak_memory

@@ -24,13 +24,13 @@ class PassCheckpoint:
     """Saves the state of a pass, tensors by name, from time to time.
 
     Attributes:
-        unfinished: folder of the run's parts.
+        resume_folder: folder of the run's parts.
         facts: further facts that the state depends on.
         last: time of the last write, or of the start of the pass.
         took: seconds that the last write took.
     """
 
-    unfinished: ResumeFolder
+    resume_folder: ResumeFolder
     facts: tuple[Any, ...] = ()
     last: float = field(default_factory=time.monotonic)
     took: float = 0.0
@@ -48,14 +48,14 @@ class PassCheckpoint:
             except SafetensorError as error:
                 raise ValueError(path) from error
 
-        return self.unfinished.read(self._path, load)
+        return self.resume_folder.read(self._path, load)
 
     def write(self, state: dict[str, Tensor]) -> None:
         """Write a state, if it is time to."""
         start = time.monotonic()
         if start - self.last >= max(SECONDS_BETWEEN, self.took / COST):
             try:
-                self.unfinished.write(self._path, lambda path: save_file(state, path))
+                self.resume_folder.write(self._path, lambda path: save_file(state, path))
             except RunError as error:
                 logger.warning(f"Scoring goes on, but could not be resumed from here: {error}")
             self.last = time.monotonic()
@@ -63,4 +63,4 @@ class PassCheckpoint:
 
     @property
     def _path(self) -> Path:
-        return self.unfinished.path("states", *self.facts, suffix=".safetensors")
+        return self.resume_folder.path("states", *self.facts, suffix=".safetensors")

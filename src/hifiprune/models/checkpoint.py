@@ -1,9 +1,8 @@
-"""Read and write checkpoints: local folders, hub ids and GGUF files in, ordinary safetensors folders out.
+"""Read checkpoints: local folders, hub ids and GGUF files.
 
 Weights are read from safetensors or GGUF only: no file is ever unpickled, and no code from a checkpoint runs.
 """
 
-import json
 import re
 from copy import deepcopy
 from dataclasses import dataclass
@@ -25,22 +24,19 @@ from transformers.initialization import no_init_weights
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hifiprune.errors import UserError
-from hifiprune.io.atomic import local_path
-from hifiprune.io.hub import at_revision, download, is_on_hub
+from hifiprune.io.hub import at_revision, download
 from hifiprune.io.json_files import check_objects
 from hifiprune.io.quiet_libraries import quiet
 from hifiprune.io.safetensors_stream import Stacked, Stored
-from hifiprune.models.companion_files import COMPANIONS, WEIGHTS, copy_companions, has_vocabulary, refuse_links
+from hifiprune.models.companion_files import has_vocabulary
 from hifiprune.models.config_checks import check_sizes, configuration_explained, read_configuration
-from hifiprune.models.config_file import CONFIG, config_text, with_rope_theta
 from hifiprune.models.detect import family_of, stock_class
 from hifiprune.models.families import known_family
 from hifiprune.models.library_errors import explained
 from hifiprune.models.modeling_pruned import pruned_class
 from hifiprune.models.tokenizer_files import read_tokenizer
-from hifiprune.models.unsupported import ADAPTER, METHOD_FILES, refuse_adapter, refuse_kernels, refuse_quantized
+from hifiprune.models.unsupported import refuse_kernels, refuse_quantized
 from hifiprune.models.weight_files import (
-    INDEX,
     Tensors,
     check_tensors,
     check_whole,
@@ -225,7 +221,18 @@ class Checkpoint:
         return tied_once(skeleton, tensors), apart
 
     def skeleton(self) -> PreTrainedModel:
-        """Build the model on the meta device: all shapes, no weights.
+        """Return the model on the meta device: all shapes, no weights. It is built once, so it must not be changed."""
+        here = self.is_here  # once files are, they may keep apart what the configuration ties
+        if here not in self._skeletons:
+            self._skeletons[here] = self.new_skeleton()
+        return self._skeletons[here]
+
+    @cached_property
+    def _skeletons(self) -> dict[bool, PreTrainedModel]:
+        return {}
+
+    def new_skeleton(self) -> PreTrainedModel:
+        """Build the model on the meta device.
 
         Where files are here, what they keep apart is not tied, as in the loaded model.
         """
@@ -316,58 +323,9 @@ class Checkpoint:
             placed: PreTrainedModel = model.to(device).eval()
         return placed
 
-    def save(self, model: PreTrainedModel, folder: Path, shard_size: str = "5GB", **how: Any) -> None:
-        """Write `model`, made from this checkpoint, into a new `folder`, with this one's tokenizer and licence.
-
-        `how` goes to its `save_pretrained`.
-        """
-        if not self.gguf:
-            model.generation_config = GenerationConfig()  # which transformers may refuse; the source's file is copied
-        with quiet():
-            model.save_pretrained(folder, max_shard_size=shard_size, **how)
-        saved = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if self.gguf:
-            text = json.dumps(with_rope_theta(saved), indent=2, sort_keys=True) + "\n"
-            self.tokenizer().save_pretrained(folder)
-        else:
-            text = config_text((self.folder / CONFIG).read_bytes().decode(), self.config(), model, saved)
-        (folder / CONFIG).write_bytes(text.encode())
-        if not self.gguf:
-            (folder / GENERATION).unlink(missing_ok=True)
-            copy_companions(self.folder, folder)
-
 
 def _configured(facts: dict[str, Any]) -> PretrainedConfig:
     """The configuration that these facts make, where all of it can be used."""
     config: PretrainedConfig = CONFIG_MAPPING[facts["model_type"]].from_dict(facts)
     check_sizes("config.json", config)
     return config
-
-
-def find_checkpoint(name: str) -> Checkpoint:
-    """Find a model by local folder, GGUF file or hub id; of a hub id all but the weights is downloaded.
-
-    Args:
-        name: local folder, GGUF file or hub id, the latter at a commit, branch or tag by `owner/name@revision`.
-
-    Raises:
-        UserError: there is no such model, or it is an adapter of one.
-    """
-    path = local_path(name)
-    on_hub = is_on_hub(name)
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise UserError(f"{name} is neither a model folder, a .gguf file nor a hub id")
-        refuse_pointers(name, [path])
-        return Checkpoint(name, path.parent, path.name)
-    if not path.exists() and not on_hub:
-        raise UserError(f"there is no model folder or .gguf file {name}")
-    asked = ["config.json", INDEX, "README.md", ADAPTER, *METHOD_FILES, *COMPANIONS, "*.py"]
-    folder = download(name, asked, WEIGHTS) if on_hub else path
-    refuse_pointers(name, [folder / "config.json"])
-    refuse_adapter(name, folder)
-    refuse_links(name, folder)
-    if not (folder / "config.json").is_file():
-        found = sorted(file.name for file in folder.iterdir())[:5]
-        raise UserError(f"{name} holds no config.json (found: {', '.join(found) or 'nothing'}); is it a model folder?")
-    return Checkpoint(name, folder, on_hub=on_hub)

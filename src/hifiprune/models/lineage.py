@@ -8,7 +8,8 @@ from hifiprune.errors import UserError
 from hifiprune.io.atomic import local_path
 from hifiprune.io.hub import at_revision
 from hifiprune.io.json_files import checked, read_text
-from hifiprune.models.checkpoint import Checkpoint, find_checkpoint
+from hifiprune.models.checkpoint import Checkpoint
+from hifiprune.models.find_checkpoint import find_checkpoint
 from hifiprune.records import Lineage, PruneRun, RecoverRun
 
 MARK = '"hifiprune-run-'

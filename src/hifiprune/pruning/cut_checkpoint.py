@@ -18,13 +18,15 @@ from hifiprune.io.atomic import check_shard_size, check_space, replacing
 from hifiprune.io.hashing import hash_chunks
 from hifiprune.io.output_paths import check_target, exclusive
 from hifiprune.io.safetensors_stream import DTYPES, Piece, Stacked, Stored, write_shard
-from hifiprune.models.checkpoint import Checkpoint, find_checkpoint
+from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.detect import family_of
 from hifiprune.models.edit import cuts_of, matching_mlps
+from hifiprune.models.find_checkpoint import find_checkpoint
 from hifiprune.models.lineage import read_with
 from hifiprune.models.mlp import find_mlps
 from hifiprune.models.modeling_pruned import MixedWidths
 from hifiprune.models.neuron_slices import Places
+from hifiprune.models.save_model import save_model
 from hifiprune.models.weight_files import INDEX
 from hifiprune.plan import Plan
 from hifiprune.pruning.cut import cut_
@@ -83,12 +85,12 @@ def write_cut(
         shard_size: largest weight file.
         changed: tensors that replace those of the same names, after the cut.
     """
-    skeleton: Any = checkpoint.skeleton()
+    skeleton: Any = checkpoint.new_skeleton()
     matching_mlps(skeleton, plan)
     pieces = _pieces(checkpoint, skeleton, plan, changed or {})
     check_space(folder, sum(piece.bytes for piece in pieces.values()))
     cut_(skeleton.to(checkpoint.dtype()), plan)  # of the meta device: sizes alone
-    checkpoint.save(skeleton, folder, state_dict={})
+    save_model(skeleton, checkpoint, folder, state_dict={})
     if not isinstance(skeleton, MixedWidths):
         family = family_of(skeleton.config)
         pieces = {family.in_files(name): piece for name, piece in pieces.items()}

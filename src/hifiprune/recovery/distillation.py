@@ -183,7 +183,7 @@ def cache_teacher(
     kept: int,
     temperature: float,
     seconds_of: Callable[[int], float],
-    unfinished: ResumeFolder,
+    resume_folder: ResumeFolder,
     limit: TimeLimit,
 ) -> CachedTeacher:
     """Cache a teacher's distributions for all rows, each process its share.
@@ -195,7 +195,7 @@ def cache_teacher(
         kept: number of likeliest tokens that are cached.
         temperature: temperature of the distributions.
         seconds_of: estimates the seconds in which the teacher reads that many tokens.
-        unfinished: finished parts, from which the same command resumes.
+        resume_folder: finished parts, from which the same command resumes.
         limit: time limit of the run.
 
     Raises:
@@ -204,8 +204,8 @@ def cache_teacher(
     """
     model, device = teacher.model, teacher.model.device
     facts = [model_hash, str(model.dtype), kept, temperature, rows.digest()]
-    found = CachedTeacher(rows, kept, lambda first: unfinished.path("teacher", *facts, first, suffix=".safetensors"))
-    missing, free = found.missing(), shutil.disk_usage(nearest_folder(unfinished.folder)).free
+    found = CachedTeacher(rows, kept, lambda first: resume_folder.path("teacher", *facts, first, suffix=".safetensors"))
+    missing, free = found.missing(), shutil.disk_usage(nearest_folder(resume_folder.folder)).free
     needed = found.bytes(missing)
     if needed > free:
         raise UserError(
@@ -223,10 +223,10 @@ def cache_teacher(
             f"Asking the dense model about {len(rows):,} rows; its {kept} likeliest tokens take {disk_size(needed)} on "
             f"the disk until all is done: {about(seconds)}{condition(device)}."
         )
-    meet(device, unfinished.make)  # all have seen the same files missing
+    meet(device, resume_folder.make)  # all have seen the same files missing
     with memory_explained(model, rows.length):
         for first in track(limit.within(missing[rank() :: processes()]), "caching teacher logits"):
-            unfinished.write(found.place(first), partial(found.write, first, teacher, temperature))
+            resume_folder.write(found.place(first), partial(found.write, first, teacher, temperature))
     meet(device)
     return found
 

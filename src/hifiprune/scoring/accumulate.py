@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hifiprune.engine.block_chain import Batch, BlockChain
+from hifiprune.engine.batch import Batch
+from hifiprune.engine.block_chain import BlockChain
 from hifiprune.engine.context import memory_explained
 from hifiprune.engine.hooks import Activations
 from hifiprune.engine.sliced_objective import Kernel
@@ -123,7 +124,7 @@ class Pass:
         own = [*zip(starts, self.windows.split(self.config.batch_size), strict=True)][rank() :: processes()]
         keeper = self._keeper(wanted)
         if processes() > 1:
-            meet(self.chain.model.device, keeper.unfinished.make if keeper else None)
+            meet(self.chain.model.device, keeper.resume_folder.make if keeper else None)
         done = self._resume(keeper.read() if keeper else None)
         if keep_hidden:
             for some in self._groups(0, done):

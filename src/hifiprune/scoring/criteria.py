@@ -49,7 +49,7 @@ class Criterion:
         name: what it is called.
         summary: one line on what it measures.
         reference: its source.
-        kernels: the objectives that one pass differentiates for it, if any.
+        objective: kernels that one pass differentiates for it, if any, by the options.
         statistic: what is collected; None needs no data.
         finish: makes scores of it.
         uses_projections: whether the statistic reads inputs and output gradients of the projections.
@@ -61,7 +61,7 @@ class Criterion:
     name: str
     summary: str
     reference: str
-    kernels: Objective | None = None
+    objective: Objective | None = None
     statistic: st.Statistic | None = None
     finish: st.Finish = st.as_summed
     uses_projections: bool = False
@@ -195,7 +195,7 @@ def describe_criteria() -> list[dict[str, str]]:
 def _needs(criterion: Criterion) -> str:
     if criterion.statistic is None:
         return "weights"
-    passes = "forward, backward" if criterion.kernels else "forward"
+    passes = "forward, backward" if criterion.objective else "forward"
     return f"2 x ({passes})" if criterion.two_stages else passes
 
 

@@ -53,8 +53,8 @@ def square(seen: Activations) -> Float[Tensor, "1 neurons"]:
 def weight_absolute(seen: Activations) -> Float[Tensor, "1 neurons"]:
     """Sum the weights' Taylor importance over windows: `|down + up + gate|` of `w * dC/dw`.
 
-    Element `j` of neuron `i` is one weight of each projection: `gate[i, j]`, `up[i, j]` and `down[j, i]`; their products
-    are added before the absolute value, which is taken per window, and averaged over `j`. Source: arXiv 2506.11120.
+    Element `j` of neuron `i` is one weight of each projection: `gate[i, j]`, `up[i, j]` and `down[j, i]`; the
+    products are added before the absolute value, which is taken per window, and averaged over `j`: arXiv 2506.11120.
     """
     *inputs, output = seen.projections
     scores = []

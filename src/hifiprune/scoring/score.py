@@ -153,7 +153,7 @@ class Asked:
         """Return the job for a pass; None if the criterion uses the weights alone."""
         if self.criterion.statistic is None:
             return None
-        kernels = self.criterion.kernels(self.options) if self.criterion.kernels else ()
+        kernels = self.criterion.objective(self.options) if self.criterion.objective else ()
         return Job(self.criterion.statistic, kernels, self.criterion.uses_projections)
 
 

@@ -95,7 +95,7 @@ def resolve(model: str, output: str | Path, config: PruneConfig, scores: Scores 
         calibration=calibration,
         compute=batches_of(config.compute, calibration),
         record=record,
-        unfinished=ResumeFolder.beside(target, "prune"),
+        resume_folder=ResumeFolder.beside(target, "prune"),
         resident=resident,
         request=None if scores else (system.criterion, options.for_ratio(ratio)),
         stability=stability,
