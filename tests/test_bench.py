@@ -73,6 +73,7 @@ def pair(make_checkpoint: Callable[..., Path]) -> tuple[Path, Path]:
     return make_checkpoint("dense", intermediate_size=64), make_checkpoint("small", intermediate_size=40)
 
 
+@pytest.mark.exhaustive  # fresh processes
 def test_bench_times_models_in_turn_in_fresh_processes(pair: tuple[Path, Path], tmp_path: Path) -> None:
     words = ("--lengths", "8,16", "--new-tokens", 3, "--rounds", 1, "--repeats", 2, "--output", tmp_path / "out")
     result = run("bench", *pair, *words)

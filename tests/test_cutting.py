@@ -122,6 +122,7 @@ def test_plain_cuts_load_no_weights(world: Path, tmp_path: Path, monkeypatch: py
     assert [stage["name"] for stage in result.json["stages"]] == ["checking the weights", "writing"]
 
 
+@pytest.mark.exhaustive  # a real vocabulary is read
 def test_what_is_not_stored_as_the_model_has_it_is_not_cut_in_files(smollm2_gguf: Path, tmp_path: Path) -> None:
     checkpoint = find_checkpoint(str(smollm2_gguf))
     assert not stored_plainly(checkpoint)

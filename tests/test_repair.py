@@ -404,6 +404,7 @@ def test_impossible_repairs_are_refused_before_anything_is_loaded(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.exhaustive  # 30 refits of the real model on one thread
 def test_repair_brings_the_real_model_nearer_to_itself(
     smollm2_folder: Path, smollm2_tokenizer: PreTrainedTokenizerBase
 ) -> None:

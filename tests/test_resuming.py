@@ -275,6 +275,7 @@ def test_any_number_of_processes_gives_the_same_plan(world: Path, tmp_path: Path
     assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "4", "told-2", "told-4"}
 
 
+@pytest.mark.exhaustive  # two processes that import everything
 def test_a_launcher_starts_processes_that_give_the_same_plan(world: Path, tmp_path: Path) -> None:
     text = ("--calibration", world / "calibration.txt", *TEXT, "--device", "cpu")
     words = ["prune", world / "dense", "--width", 24, *text, "--output"]
