@@ -19,7 +19,7 @@ PAPER, DEFAULT, GLOBAL, TRAINED = (
     "HFPrune, as in the paper",
     "hifiprune, default",
     "hifiprune, `--allocation global`",
-    "the same after half an hour of `recover`",
+    "such a model after half an hour of `recover`",
 )
 VARIANTS = {PAPER: "hfprune", DEFAULT: "entropy-square, repaired", GLOBAL: "fisher, global, repaired"}
 STYLE = {PAPER: ("#888888", "s"), DEFAULT: ("#2a78b5", "o"), GLOBAL: ("#c4492d", "D"), TRAINED: ("#3a8f3a", "*")}

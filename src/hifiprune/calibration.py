@@ -143,7 +143,7 @@ def join_documents(
 
 
 def _pieces(documents: Iterable[Iterable[str]]) -> Iterator[tuple[int, str]]:
-    """Every piece of every document, with the number of the document."""
+    """Yield every piece of every document with the number of its document."""
     return ((number, piece) for number, document in enumerate(documents) for piece in document)
 
 

@@ -11,7 +11,7 @@ LEAST_PROMISE = 1.02
 
 
 def megabytes(count: float) -> str:
-    """Bytes for a reader."""
+    """Format bytes as megabytes."""
     return f"{count / 1e6:,.1f} MB"
 
 

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from hifiprune.config.evaluate import Tasks
 
 Model = Annotated[str, Argument(metavar="MODEL", help="Local folder, hub id or .gguf file.")]
-Output = Annotated[str, Option(metavar="PATH", help="File or folder to create; it appears only when it is complete.")]
+Output = Annotated[
+    str, Option(metavar="PATH", help="File (score, export) or folder to create; it appears only when it is complete.")
+]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing output.", metavar="")]
 
 

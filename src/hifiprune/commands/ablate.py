@@ -156,7 +156,7 @@ class Bench:
 
     @torch.no_grad()
     def divergence(self, trial: Trial) -> float:
-        """Mean KL(dense || pruned) over all positions, in nats."""
+        """Compute the mean KL(dense || pruned) over all positions, in nats."""
         layer, neurons = trial
         removed, block = torch.tensor(neurons, device=self.model.device), self.chain.mlps[layer].block
         parts = []
@@ -180,7 +180,7 @@ class Start:
 def small_divergence(
     dense: Float[Tensor, "windows positions hidden"], pruned: Float[Tensor, "windows positions hidden"], head: Head
 ) -> Float[Tensor, "rows"]:
-    """KL divergence at each position in nats, precise even where the distributions hardly differ.
+    """Compute the KL divergence at each position in nats, precisely even where distributions hardly differ.
 
     Same as `(p * (ln p - ln q)).sum(-1)`. Its terms of first order cancel in the sum, and their rounding errors would
     be larger than the divergence of a single neuron; so the terms summed are `p * (exp(d) - 1 - d)`, `d = ln q - ln p`,
@@ -233,12 +233,12 @@ def correlate(
 
 
 def _plain(estimate: Estimate) -> Correlation:
-    """Without NaN, which JSON does not know."""
+    """Replace NaN, which JSON does not know, by None."""
     return Correlation(*(None if x is None or isnan(x) else x for x in (estimate.value, estimate.low, estimate.high)))
 
 
 def _load_scores(paths: Sequence[str | Path]) -> dict[str, Scores]:
-    """Scores by criterion; files of one criterion are told apart by their names."""
+    """Load scores by criterion; files of one criterion are told apart by their names."""
     if not paths:
         raise UserError("give at least one --scores file; make it with 'hifiprune score'")
     loaded = [(Path(path), load_scores(path)) for path in paths]

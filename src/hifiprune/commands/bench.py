@@ -1,4 +1,4 @@
-"""The story of `bench`: how fast pruned checkpoints are beside the dense one, and how much of the promise that is."""
+"""`bench`: time the dense and the pruned checkpoints in turn, and compare with what their operations promise."""
 
 import json
 import math
@@ -157,12 +157,12 @@ def _crowd(compute: ComputeConfig) -> list[str]:
 
 
 def _stamps(checkpoint: Checkpoint) -> list[list[int]]:
-    """Size and time of each weight file: which files they are, without reading them."""
+    """Return size and time of each weight file, which tell files apart without reading them."""
     return [[file.st_size, file.st_mtime_ns] for file in map(Path.stat, checkpoint.weight_files)]
 
 
 def _trouble(runs: dict[str, list[dict[str, Any]]], number: int) -> str:
-    """Why a workload could not be timed, if it could not."""
+    """Return why a workload could not be timed; empty if it could."""
     for name, turns in runs.items():
         for turn in turns:
             if trouble := turn["timings"][number].get("trouble"):
@@ -171,7 +171,7 @@ def _trouble(runs: dict[str, list[dict[str, Any]]], number: int) -> str:
 
 
 def _timed(name: str, asked: str) -> dict[str, Any]:
-    """What a fresh process finds."""
+    """Time a checkpoint in a fresh process."""
     command = [sys.executable, "-m", "hifiprune.evaluation.speed", asked]
     done = run_program(command)
     if done.returncode:
@@ -202,7 +202,7 @@ def describe_model(checkpoint: Checkpoint, runs: list[dict[str, Any]]) -> Benche
 
 
 def _timings(runs: list[dict[str, Any]], number: int) -> dict[str, list[float]]:
-    """The median of the repeats of a workload in every round."""
+    """Return the median of the repeats of a workload in every round."""
     return {part: [median(run["timings"][number][part]) for run in runs] for part in ("first", "later")}
 
 
@@ -251,7 +251,7 @@ def _spread(values: list[float]) -> Spread:
 
 
 def _remarks(models: dict[str, BenchedModel], timed: list[TimedWorkload], rounds: int) -> list[str]:
-    """What a reader should know of these figures."""
+    """Return remarks on how these figures can be read."""
     shown = dict(zip(models, short_names(models), strict=True))
     remarks = [
         f"{shown[name]}: widths such as {model.unaligned[0]:,} are no multiples of {ALIGNED}, "

@@ -133,7 +133,7 @@ def score_draws(
 def _cells(
     scores: dict[str, Scores], criteria: Sequence[str], ratios: Sequence[float], seed: int, round_to: int
 ) -> list[Cell]:
-    """What one draw decides at every ratio."""
+    """Yield what one draw decides at every ratio."""
     cells = []
     for ratio in ratios:
         for name in criteria:
@@ -144,7 +144,7 @@ def _cells(
 
 
 def _label(criterion: str, ratio: float) -> str:
-    """What scores are called: those that depend on the ratio by their presets have it in their name."""
+    """Return the name of scores: with the ratio, where presets make them depend on it."""
     return f"{criterion}-{ratio:g}" if find_criterion(criterion).two_stages else criterion
 
 
@@ -176,7 +176,7 @@ def _check(config: CompareConfig) -> None:
 
 
 def _overlap(first: str, second: str) -> bool:
-    """Whether two sources are one, or one is a file that is read with the other's folder, however they are spelled."""
+    """Return whether two sources are one, or one is a file in the other's folder, however they are spelled."""
     paths = [local_path(source).resolve() for source in (first, second)]
     if not all(path.exists() for path in paths):
         return first.removesuffix(":train") == second.removesuffix(":train")

@@ -61,7 +61,7 @@ class Workbench:
     compute: ComputeConfig
 
     def sample(self, calibration: Calibration) -> Int[Tensor, "windows positions"]:
-        """Calibration windows that the model itself writes, unless they are there from before."""
+        """Return calibration windows that the model itself writes, unless they are there from before."""
         path = self.resume_folder.path("windows", asdict(calibration))
         known = self.resume_folder.read_json(path)
         if known is None:
@@ -73,7 +73,7 @@ class Workbench:
     def score(
         self, windows: Int[Tensor, "windows positions"], requests: Sequence[Request], calibration: Calibration
     ) -> list[tuple[Scores, Path]]:
-        """Scores for each request and the file of them; made together unless they are there from before."""
+        """Return scores for each request and their file; made together unless they are there from before."""
         paths = [self._scores_path(request, windows) for request in requests]
         found = {path: known for path in paths if (known := self.resume_folder.read(path, self._read_scores))}
         missing = {path: request for path, request in zip(paths, requests, strict=True) if path not in found}
@@ -112,7 +112,7 @@ class Workbench:
         return self.resume_folder.path("scores", criterion.name, data, criterion.used(options), suffix=".safetensors")
 
     def measure(self, plans: Sequence[Plan | None], what: Sequence[Held | Tasks]) -> list[list[Measured]]:
-        """Every plan measured on every text and by every set of tasks, the dense model for None.
+        """Measure every plan on every text and by every set of tasks; None is the dense model.
 
         What is there from before is not made again, and equal plans are measured once.
         """
@@ -161,7 +161,7 @@ class Workbench:
         return {name: [found.accuracy.value] for name, found in answers.items()}
 
     def _path(self, plan: Plan | None, what: Held | Tasks) -> Path:
-        """Named by all that the measurement depends on."""
+        """Return a path named by all that the measurement depends on."""
         kept = [indices.tolist() for indices in plan.kept] if plan else None
         if isinstance(what, Held):
             facts: list[Any] = [hash_tokens(what.windows), what.fidelity]
@@ -170,6 +170,6 @@ class Workbench:
         return self.resume_folder.path("cells", *facts, kept)
 
     def _seconds(self, text: Held) -> float:
-        """Rough time of a measurement: a forward pass, and with every metric about half as much again."""
+        """Estimate the seconds of a measurement: a forward pass, half as much again for every metric."""
         one_pass = self._estimator.reading(text.windows.numel(), text.windows.shape[1])
         return one_pass * (1.5 if text.fidelity else 1.1)

@@ -25,7 +25,7 @@ from hifiprune.io.distributed import processes
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.mlp import count_parameters, find_blocks, seen_mlps
 from hifiprune.results import Cost
-from hifiprune.scoring.accumulate import Job, needs
+from hifiprune.scoring.accumulate import StatisticJob, needs
 from hifiprune.scoring.criteria import find_criterion
 from hifiprune.scoring.score import Request, passes_of
 
@@ -104,7 +104,7 @@ class Estimator(Trial):
         seconds = sum(self._sweeping(jobs, batches, ceil(batches / group), positions) for jobs in passes)
         return Cost("scoring", seconds, memory, inputs * self._spills)
 
-    def _sweeping(self, jobs: Sequence[Job], batches: int, groups: int, positions: int) -> float:
+    def _sweeping(self, jobs: Sequence[StatisticJob], batches: int, groups: int, positions: int) -> float:
         """Return the seconds of one pass over the batches for jobs, forward and, for objectives, back."""
         pace = self.pace(sweep, positions, tuple(jobs), self.recomputes(positions))
         objectives = len(needs(jobs)[0])

@@ -168,7 +168,7 @@ def run(output: str | Path, config: DemoConfig = DemoConfig()) -> RunRecord[Demo
 
 
 def _finished(output: Path, asked: dict[str, Any]) -> RunRecord[DemoResults] | None:
-    """The record of the demo in a folder, if it is finished.
+    """Return the record of the demo in a folder, if it is finished.
 
     Raises:
         UserError: its settings were others than those asked for.
@@ -186,7 +186,7 @@ def _finished(output: Path, asked: dict[str, Any]) -> RunRecord[DemoResults] | N
 
 
 def continuations(name: str, tokens: int = 32) -> list[str]:
-    """Greedy continuations of the prompts by the checkpoint `name`."""
+    """Return greedy continuations of the prompts by the checkpoint `name`."""
     checkpoint = find_checkpoint(name)
     model: Any = checkpoint.load(torch.float32)
     tokenizer = checkpoint.tokenizer()

@@ -1,4 +1,4 @@
-"""The story of `evaluate`: checkpoints measured on a text, beside the dense one, and by zero-shot tasks."""
+"""`evaluate`: measure checkpoints on a text, beside the dense one, and by zero-shot tasks."""
 
 import json
 import random
@@ -231,7 +231,7 @@ class Bench:
         return self.resume_folder.of(model, model_hash) if self.resume_folder else None
 
     def cost(self, first: Checkpoint, count: int) -> str:
-        """What all of it will take, judged by the first checkpoint."""
+        """Estimate the seconds of all measurements, judged by the first checkpoint."""
         estimator, seconds, what = Estimator(first, self.compute, loaded=True), 0.0, []
         if self.windows is not None:
             seconds += 2 * estimator.reading(self.windows.numel(), self.windows.shape[1])
@@ -247,7 +247,7 @@ class Bench:
         return f"Measuring {models} on {' and '.join(what)}: {about(count * seconds)}{condition(estimator.device)}."
 
     def results(self) -> EvaluateResults:
-        """All that was found, model by model; differences are to the dense model, or else to the first."""
+        """Return the results model by model; differences are to the dense model, or else to the first."""
         windows = self.windows
         items = {task: size for exam in self.exams.values() for task, size in exam.items.items()}
         return EvaluateResults(
@@ -276,6 +276,6 @@ class Bench:
 
 
 def _with_error(estimate: Estimate) -> Accuracy:
-    """With the standard error, of which the interval has 1.96 to each side."""
+    """Return the estimate with its standard error; the interval has 1.96 of it to each side."""
     error = None if estimate.high is None else (estimate.high - estimate.value) / 1.96
     return Accuracy(**vars(estimate), standard_error=error)

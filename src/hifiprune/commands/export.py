@@ -1,4 +1,4 @@
-"""The story of `export`: a checkpoint becomes a file for another engine, by that engine's own converter."""
+"""`export`: check, convert by llama.cpp's own converter, read the file back."""
 
 import json
 import re
@@ -142,7 +142,7 @@ def export(model: str, output: str | Path, config: ExportConfig = ExportConfig()
 
 
 def _sizes(checkpoint: Checkpoint) -> tuple[int, list[int], int]:
-    """Parameters, widths of MLPs (several beside experts) and hidden size of a model that GGUF can hold.
+    """Return parameters, MLP widths (several beside experts) and hidden size of a model that GGUF can hold.
 
     Raises:
         UserError: it is GGUF already, or its layers differ in width.
@@ -165,7 +165,7 @@ def _sizes(checkpoint: Checkpoint) -> tuple[int, list[int], int]:
 
 
 def _remarks(wanted: str, sizes: dict[str, int]) -> list[str]:
-    """What a type cannot do for a model, before the work starts."""
+    """Return what a type cannot do for a model, before the work starts."""
     block = TYPES[wanted].block
     return [
         f"The {what} {size:,} is no multiple of {block}, as {wanted} wants it: the tensors with such rows are kept in "
@@ -176,7 +176,7 @@ def _remarks(wanted: str, sizes: dict[str, int]) -> list[str]:
 
 
 def _opened(path: Path, mode: Any = "r") -> GGUFReader:
-    """A GGUF file's header and tensors.
+    """Open a GGUF file; return its header and tensors.
 
     Raises:
         RunError: it is none.

@@ -41,7 +41,7 @@ class InspectResults:
 
 
 def inspect(model: str, *, deploy: bool = False) -> InspectResults:
-    """Architecture, MLPs, parameters by part and the width at 10-50%, without loading weights.
+    """Return architecture, MLPs, parameters by part and the width at 10-50%, without loading weights.
 
     Args:
         model: local folder, hub id or GGUF file.
@@ -84,7 +84,7 @@ def inspect(model: str, *, deploy: bool = False) -> InspectResults:
 
 
 def shape_of(model: PreTrainedModel) -> ModelShape:
-    """The sizes that turn a budget into a width; `model` may be on the meta device.
+    """Return the sizes that turn a budget into a width; `model` may be on the meta device.
 
     Raises:
         UserError: its MLPs differ in size.

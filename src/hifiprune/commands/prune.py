@@ -26,7 +26,7 @@ from hifiprune.plan import Plan
 from hifiprune.progress import logger
 from hifiprune.pruning.allocate import allocate
 from hifiprune.pruning.cut import cut_
-from hifiprune.pruning.cut_checkpoint import output_maps, write_cut
+from hifiprune.pruning.cut_checkpoint import output_projections, write_cut
 from hifiprune.pruning.repair import cut_and_repair_
 from hifiprune.reports.model_card import write_card
 from hifiprune.results import Pair, PruneResults, Ratio, Refit
@@ -51,10 +51,10 @@ def prune(model: str, output: str | Path, config: PruneConfig, scores: Scores | 
         RunError: numbers, memory or disk failed.
     """
     job = resolve(model, output, config, scores)  # every check, no weights: budget, paths, space, families
-    windows = read_windows(job)  # [windows, positions]; none where the model has yet to write them
+    windows = read_windows(job)  # [windows, positions]; None if text is sampled from the model later
     dense = DenseModel(job)  # resident or streamed, and loaded when it is first needed
     if job.scores and not config.dry_run and job.checkpoint.is_here and dense.stored_plainly:
-        dense.check_scores(job.scores)  # before anything is said
+        dense.check_scores(job.scores)  # refused before costs are estimated
     estimator = estimate_costs(dense, job)
     if config.dry_run:
         return job.record
@@ -73,11 +73,11 @@ def prune(model: str, output: str | Path, config: PruneConfig, scores: Scores | 
 
 @dataclass(frozen=True)
 class Cut:
-    """What to write: a cut model in memory, or, without one, the checkpoint's files, cut on the way.
+    """What to write: `model` if it is there, else the checkpoint's files, cut on the way, with the `changed` tensors.
 
     Attributes:
         model: cut model in the checkpoint's own dtype, where the files cannot be cut.
-        changed: repaired output projections, written instead of those in the files.
+        changed: output projections that repair or compensation changed, in place of those in the files.
         refits: how each refit went, where the cut was repaired.
     """
 
@@ -104,7 +104,7 @@ def cut_and_repair(
         dense.check_scores(scores)
         return Cut()
     if dense.stored_plainly:
-        return Cut(changed=output_maps(model), refits=refits)
+        return Cut(changed=output_projections(model), refits=refits)
     return Cut(in_stored_dtype(dense, model, plan, job), refits=refits)
 
 

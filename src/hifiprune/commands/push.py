@@ -1,4 +1,4 @@
-"""The story of `push`: a checkpoint goes to the hub, once its owner has seen what would."""
+"""`push`: check a checkpoint's folder, show what would be uploaded, upload it."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The story of `recover`: a pruned checkpoint is trained, with labels or by the dense model, into a better one."""
+"""`recover`: check, read the data, train by labels or by the dense model, write the better checkpoint."""
 
 import json
 import math
@@ -232,7 +232,7 @@ def _explained(model: PreTrainedModel, training: TrainingConfig, folder: Path) -
 
 
 def _training_dtype(checkpoint: Checkpoint, training: TrainingConfig, compute: ComputeConfig) -> Any:
-    """Weights that are trained in full are float32, unless the optimizer says otherwise; none are float16."""
+    """Return the dtype to train in: float32 for all weights, unless the optimizer says otherwise; never float16."""
     if compute.dtype != "auto" or resolved_device(compute) == "cpu":
         return compute_dtype(compute, checkpoint)
     if training.method == "full":
@@ -241,12 +241,12 @@ def _training_dtype(checkpoint: Checkpoint, training: TrainingConfig, compute: C
 
 
 def _trainable(model: PreTrainedModel, training: TrainingConfig) -> nn.Module:
-    """The model, all of it to be trained or with an adapter."""
+    """Return the model, to be trained whole or with an adapter."""
     return model.requires_grad_(True) if training.method == "full" else with_adapter(model, training)
 
 
 def _merged(trained: nn.Module, checkpoint: Checkpoint) -> PreTrainedModel:
-    """The model itself, in the dtype and with the configuration of the checkpoint."""
+    """Return the model itself, adapter merged, in the dtype and with the configuration of the checkpoint."""
     whole: Any = trained.merge_and_unload() if isinstance(trained, PeftModel) else trained
     whole.config.__dict__.pop("use_cache", None)  # which is off while a model is trained
     whole.config.get_text_config().use_cache = checkpoint.config().get_text_config().use_cache
@@ -261,7 +261,7 @@ def _tokens_per_step(training: TrainingConfig) -> int:
 
 
 def _announce(training: TrainingConfig, rows: Packed, held: Packed, estimator: Estimator) -> str:
-    """What training will cost: passes of the model and its teacher, and gradients of activations or of all weights."""
+    """Announce the cost: passes of the model and its teacher, and gradients of activations or of all weights."""
     each = _tokens_per_step(training)
     steps = training.max_steps or math.ceil(len(rows) * training.seq_len / each) * training.epochs
     forwards = 2 if training.taught and not training.cache_teacher else 1
@@ -280,7 +280,7 @@ def _announce(training: TrainingConfig, rows: Packed, held: Packed, estimator: E
 
 
 def _as_it_was(checkpoint: Checkpoint, results: RecoverResults) -> nn.Module:
-    """The model that training did not make better."""
+    """Return the model as it was, which training did not make better."""
     why = results.trouble if not results.steps else None
     why = f"{why[0].upper()}{why[1:]}" if why else "Training did not lower the held-out perplexity"
     logger.warning(f"{why}: the checkpoint is written as it was.")

@@ -148,7 +148,7 @@ def check_tracker(name: str, target: Path) -> None:
 
 
 def find_dense(model: str, teacher: str | None, training: TrainingConfig, *, control: bool) -> Checkpoint | None:
-    """The dense model, where there is something for it to do, checked to fit where it teaches."""
+    """Return the dense model, where there is something for it to do, after checking that it can teach."""
     made_by = record_of(find_checkpoint(model))  # read in any case: what training makes tells of it too
     if not control and not training.taught:
         return None
@@ -175,7 +175,7 @@ def find_dense(model: str, teacher: str | None, training: TrainingConfig, *, con
 
 
 def needed_bytes(checkpoint: Checkpoint, training: TrainingConfig) -> int:
-    """Disk for the result and for three states, of which each has what is trained and two moments in float32."""
+    """Return the disk space for the result and three states: trained weights and two moments in float32 each."""
     skeleton = checkpoint.skeleton()
     total = trained = count_parameters(skeleton)
     if training.method == "lora":

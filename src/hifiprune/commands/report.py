@@ -1,4 +1,4 @@
-"""The story of `report`: one page that shows what runs did, with all that it needs inside."""
+"""`report`: read the folders of runs, write one self-contained page."""
 
 from collections.abc import Sequence
 from importlib.resources import files

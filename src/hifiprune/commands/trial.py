@@ -26,7 +26,7 @@ from hifiprune.models.detect import settled_family, stock_class
 from hifiprune.models.mlp import find_blocks, find_mlps
 from hifiprune.pruning.cut_checkpoint import stored_plainly
 from hifiprune.pruning.ridge import DAMPINGS, HeldOut, Moments
-from hifiprune.scoring.accumulate import Job, needs, serves
+from hifiprune.scoring.accumulate import StatisticJob, needs, serves
 
 TRIAL_SECONDS, TRIAL_ROUNDS = 0.5, 3
 """Seconds that one round of a trial should take at most, and the rounds, of which the fastest counts."""
@@ -159,7 +159,7 @@ class Trial:
         return seconds * len(DAMPINGS) / 2 * (width / kept) ** 3
 
 
-def sweep(model: PreTrainedModel, tokens: Tensor, jobs: Sequence[Job], recompute: bool) -> float:
+def sweep(model: PreTrainedModel, tokens: Tensor, jobs: Sequence[StatisticJob], recompute: bool) -> float:
     """Time a sweep for the jobs, after a warm-up."""
     kernels, projections = needs(jobs)
 

@@ -27,8 +27,8 @@ dry_run_option = partial(option, False, "Estimate time, memory and disk usage, t
 until_stable_option = partial(
     option,
     None,
-    "Stop scoring early once the estimated overlap with the neurons that all windows would keep reaches this value, "
-    "such as 0.99.",
+    "Stop scoring once the neurons selected so far are estimated to share this fraction with the selection by all "
+    "windows, such as 0.99.",
     panel=SCORING,
     bounds=INNER_SHARE,
 )
@@ -105,14 +105,14 @@ class AllocationConfig(Checked):
 
     method: str = option(
         "uniform",
-        "uniform: one width for all layers; global: one threshold on the scores of all layers (by 'fisher' unless "
-        "--criterion is given), so that the checkpoint loads with trust_remote_code=True.",
+        "uniform: one width for all layers; global: layers differ in width, by one threshold on all scores (by "
+        "'fisher' unless --criterion is given); better, but the checkpoint loads only with trust_remote_code=True.",
         flag="--allocation",
         choices=ALLOCATIONS,
     )
     floor: float = option(
         0.75,
-        "Fraction of the uniform width that every layer keeps where widths differ.",
+        "Fraction of the uniform width that every layer keeps, with --allocation global.",
         panel=WIDTHS,
         bounds=SHARE,
     )

@@ -6,7 +6,7 @@ from hifiprune.defaults import DEFAULT_CRITERION
 
 REPAIRS = ("none", "ridge")
 ACROSS_LAYERS = "fisher"
-"""Scores by which layers share out their neurons: they tell the divergence best from layer to layer."""
+"""Criterion whose scores are comparable between layers."""
 
 
 @dataclass(frozen=True)

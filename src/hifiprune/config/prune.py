@@ -27,7 +27,7 @@ criterion_option = partial(
 )
 
 
-BY_DEFAULT = f"{_DEFAULT.criterion}; {ACROSS_LAYERS} where widths differ; or the preset's"
+BY_DEFAULT = f"{_DEFAULT.criterion}; {ACROSS_LAYERS} with --allocation global; or the preset's"
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class TrainingConfig(Checked):
     )
     cache_teacher: int | None = option(
         None,
-        "Keep the dense model's logits of this many likeliest tokens on disk, and train without it in memory.",
+        "Keep the dense model's probabilities of this many likeliest tokens on disk; train without it in memory.",
         panel=LOSS,
         bounds=COUNT,
         shown_default="nothing is kept",

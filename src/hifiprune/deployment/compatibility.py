@@ -160,7 +160,7 @@ def deployment(checkpoint: Checkpoint) -> list[Answer]:
 
 
 def answer(facts: Facts, form: Form) -> Answer:
-    """Whether the engine of a format takes such a checkpoint in it."""
+    """Return whether the engine of a format takes such a checkpoint in it."""
     engine = ENGINES[form.engine]
     verdict, why, source = _at_all(facts, form.engine)
     sizes: tuple[int, ...] = ()

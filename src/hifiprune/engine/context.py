@@ -73,7 +73,7 @@ def memory_explained(model: PreTrainedModel, tokens: int) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no weight gradients within; both restored after."""
+    """Switch to evaluation mode without weight gradients within this context; both are restored afterwards."""
     modes = {module: module.training for module in model.modules()}
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:

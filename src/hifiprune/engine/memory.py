@@ -17,7 +17,7 @@ PER_NEURON, PER_FEATURE = 4, 14
 """Numbers that a block's graph keeps for each token, for each MLP neuron and each feature of the hidden state."""
 SLICES = 4
 """Slices of logits, gradients and scratch that the head needs at once."""
-MAPS = 3
+PROJECTIONS = 3
 """Weight gradients of an MLP that are held at once."""
 
 
@@ -37,7 +37,7 @@ def working_bytes(
     layers, state, graph = config.num_hidden_layers, state_bytes(model, tokens), graph_bytes(model, tokens)
     graphs = 2 * graph + 2 * layers * state if recompute else layers * graph
     gradients = (objectives - 1) * state
-    products = MAPS * FLOAT32 * width_of(model.config) * config.hidden_size if projections else 0
+    products = PROJECTIONS * FLOAT32 * width_of(model.config) * config.hidden_size if projections else 0
     return int(graphs + gradients + slice_bytes(model) + products)
 
 

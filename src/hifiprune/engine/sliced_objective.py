@@ -33,7 +33,7 @@ class Rows:
     positions: int
 
     def split(self, size: int) -> Iterator["Rows"]:
-        """Views of at most `size` rows."""
+        """Yield views of at most `size` rows."""
         for first in range(0, len(self.logits), size):
             part = slice(first, first + size)
             yield replace(
@@ -60,7 +60,7 @@ def mean_over_positions(
     first_window: int = 0,
     slice_rows: int | None = None,
 ) -> list[tuple[Float[Tensor, "windows"], Float[Tensor, "windows positions hidden"]]]:
-    """Mean of each kernel over the positions of each window, and its gradient with respect to `hidden`.
+    """Average each kernel over the positions of each window, and return its gradient at `hidden`.
 
     Same as `kernel(head.logits(hidden)).mean(-1)` and its autograd gradient, without storing the logits.
 

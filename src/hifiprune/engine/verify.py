@@ -36,7 +36,7 @@ def verified_chain(model: PreTrainedModel) -> BlockChain:
 
 def verify_head(chain: BlockChain) -> None:
     """Prove on a few tokens that the logits follow from the final hidden state as `Head` says."""
-    tokens = torch.arange(8, device=chain.model.device).unsqueeze(0) % chain.head.vocabulary
+    tokens = torch.arange(TOKENS, device=chain.model.device).unsqueeze(0) % chain.head.vocabulary
     whole = (lambda hidden: (hidden,)) if chain.family.returns_tuple else (lambda hidden: hidden)
     skipped = [(block, lambda hidden, *args, **kwargs: whole(hidden)) for block in chain.blocks if chain.shelf]
     hidden = chain.norm(chain.embed(tokens)[0])[0] if chain.shelf else chain.final_hidden(tokens)[0]
@@ -56,7 +56,7 @@ def verify_head(chain: BlockChain) -> None:
     errors = (ours - theirs).abs().amax(1)
     error = (errors.median() if chain.family.experts else errors.max()).item()  # a near tie is routed otherwise
     size = theirs.abs().max().item()
-    if not error <= 0.02 * size + 1e-4:
+    if not error <= TOLERANCE * size + 1e-4:
         raise UserError(
             f"the logits of {type(chain.model).__name__} cannot be rebuilt from its final hidden state: error "
             f"{error:.3g} where logits reach {size:.3g}; its head has a step that hifiprune does not know"
@@ -64,7 +64,7 @@ def verify_head(chain: BlockChain) -> None:
 
 
 def with_block_outputs(family: Family, model: PreTrainedModel) -> Family:
-    """The family, and whether its blocks give tuples, which is seen when the model runs."""
+    """Return the family with what its blocks return, tuples or tensors, as seen when the model runs."""
     seen: list[bool] = []
     hook = find_blocks(model)[0].register_forward_hook(lambda _, __, output: seen.append(isinstance(output, tuple)))
     try:
@@ -102,7 +102,7 @@ def _without(mlp: Mlp, removed: Tensor, number: int, activation: Tensor, tokens:
 
 
 def _cut(chain: BlockChain, index: int, hidden: Tensor, call: BlockCall, kept: Tensor) -> Tensor:
-    """Output of a block whose MLP is cut for that long."""
+    """Return the output of a block whose MLP is cut for this call."""
     mlp = chain.mlps[index]
     before = [part.parameter.data for part in parameter_slices(mlp)]
     try:

@@ -60,7 +60,7 @@ def _own_tasks() -> dict[str, Any]:
 
 
 def _with_members(names: Iterable[str], index: dict[str, Any]) -> Iterator[str]:
-    """Return the names, and those of the members of the groups among them."""
+    """Yield the names, and those of the members of the groups among them."""
     for name in names:
         yield name
         members = (index[name].cfg or {}).get("task") if name in index else None

@@ -62,7 +62,7 @@ def output_path(name: str | Path) -> Path:
 
 
 def real_path(path: Path) -> Path:
-    """Same as `path.resolve()`, but for links that lead in a circle: they stay as they are."""
+    """Resolve a path as `path.resolve()` does, but leave links that lead in a circle as they are."""
     return Path(os.path.realpath(path))
 
 

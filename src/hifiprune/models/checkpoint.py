@@ -325,7 +325,7 @@ class Checkpoint:
 
 
 def _configured(facts: dict[str, Any]) -> PretrainedConfig:
-    """The configuration that these facts make, where all of it can be used."""
+    """Return the configuration that these facts make, after checking that all of it can be used."""
     config: PretrainedConfig = CONFIG_MAPPING[facts["model_type"]].from_dict(facts)
     check_sizes("config.json", config)
     return config

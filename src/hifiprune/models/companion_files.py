@@ -71,7 +71,7 @@ def refuse_links(name: str, folder: Path) -> None:
 
 
 def has_vocabulary(folder: Path) -> bool:
-    """Whether a folder holds what a tokenizer can be made from."""
+    """Return whether a folder holds what a tokenizer can be made from."""
     names = [path.name for path in folder.iterdir() if path.is_file()]
     return any(True for _ in filter_repo_objects(names, allow_patterns=VOCABULARIES, ignore_patterns=NEVER))
 

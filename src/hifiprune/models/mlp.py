@@ -235,7 +235,7 @@ def _path(family: Family, index: int) -> str:
 
 
 def _mlps_of(block: nn.Module, name: str, family: Family) -> Iterator[Mlp]:
-    """Return the MLPs of a block: a plain one, or experts and the shared MLP."""
+    """Yield the MLPs of a block: a plain one, or experts and the shared MLP."""
     module, index = block.get_submodule(family.mlp), int(name.removeprefix(f"{family.blocks}.").split(".")[0])
     experts: Any = getattr(module, family.experts, None) if family.experts else None
     if experts is None:

@@ -251,7 +251,7 @@ def _more(names: list[str]) -> str:
 
 
 def _equal(one: Stored | Stacked, other: Stored | Stacked, dtype: torch.dtype) -> bool:
-    """Same as `torch.equal(one.whole().to(dtype), other.whole().to(dtype))`, read a few rows at a time."""
+    """Compare as `torch.equal(one.whole().to(dtype), other.whole().to(dtype))` does, a few rows at a time."""
     if one.shape != other.shape:
         return False
     step = max(1, CHUNK_BYTES // max(1, prod(one.shape[1:]) * 8))

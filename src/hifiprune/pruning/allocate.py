@@ -63,11 +63,11 @@ def allocate_widths(
         floor: fraction of the mean width that every MLP keeps.
     """
     step = 1 if width % round_to else round_to
-    falling = (each.double().sort(descending=True).values for each in values)
-    steps = [[gain.mean().item() for gain in each.split(step)] for each in falling]
+    ranked = (scores.double().sort(descending=True).values for scores in values)
+    step_values = [[part.mean().item() for part in scores.split(step)] for scores in ranked]
     mean = width // step
     least = max(1, int(floor * mean))
-    free = [(gain, layer) for layer, own in enumerate(steps) for gain in own[least:]]
-    chosen = sorted(free, key=lambda each: -each[0])[: (mean - least) * len(steps)]
+    above_floor = [(value, layer) for layer, steps in enumerate(step_values) for value in steps[least:]]
+    chosen = sorted(above_floor, key=lambda pair: -pair[0])[: (mean - least) * len(step_values)]
     counts = Counter(layer for _, layer in chosen)
-    return [min(len(own), (least + counts[layer]) * step) for layer, own in enumerate(values)]
+    return [min(len(scores), (least + counts[layer]) * step) for layer, scores in enumerate(values)]

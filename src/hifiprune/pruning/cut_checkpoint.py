@@ -108,7 +108,7 @@ def write_cut(
 def _pieces(
     checkpoint: Checkpoint, skeleton: PreTrainedModel, plan: Plan, changed: dict[str, Spilled]
 ) -> dict[str, Piece]:
-    """Yield every tensor of the output, in the order of the dense model's bytes."""
+    """Return every tensor of the output by name, in the order of the dense model's bytes."""
     cuts, known = cuts_of(skeleton, plan), skeleton.state_dict().keys()
     pieces = {}
     for name, stored in checkpoint.tensors().items():
@@ -136,7 +136,7 @@ def _piece(stored: Stored, cut: Places | None, changed: Spilled | None) -> Piece
 
 
 def _shares(cut: Places | None, expert: int, parts: dict[str, Stored]) -> Iterator[Places | None]:
-    """Return the rows kept of each stored matrix of an expert."""
+    """Yield the rows kept of each stored matrix of an expert."""
     first = 0
     for part in parts.values():
         if cut is None:
@@ -155,7 +155,7 @@ def _matrix(values: Spilled, expert: int) -> Tensor:
 
 
 def _changed(values: Spilled, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Return a tensor that replaces a stored one."""
+    """Yield a tensor that replaces a stored one."""
     yield values().to("cpu", dtype)
 
 
@@ -175,7 +175,7 @@ def _kept_rows(stored: Stored, cut: Places) -> Iterator[Tensor]:
             yield rows.index_select(1, kept)
 
 
-def output_maps(model: PreTrainedModel) -> dict[str, Spilled]:
+def output_projections(model: PreTrainedModel) -> dict[str, Spilled]:
     """Return the output projection's tensors of every MLP, by name; for a streamed model those that were changed."""
     if shelf := offload_of(model):
         return shelf.changed

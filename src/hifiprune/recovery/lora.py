@@ -82,7 +82,7 @@ def _names_as_given() -> Iterator[None]:
 
 
 def linears_of(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
-    """Return path and module of each projection in the decoder blocks."""
+    """Yield path and module of each projection in the decoder blocks."""
     for name, module in find_blocks(model).named_modules(prefix=family_of(model.config).blocks):
         if isinstance(module, (nn.Linear, Conv1D)):
             yield name, module

@@ -44,7 +44,7 @@ class TimedTrainer(Trainer):
     watch: Watch
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """A cosine over the steps, or over the time where that is limited and spent sooner."""
+        """Create a cosine over the steps, or over the time where that is limited and spent sooner."""
         if self.watch.limit.minutes is None or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
 
@@ -131,7 +131,7 @@ def train(
 
 
 def gathered(trainer: Trainer) -> dict[str, Tensor] | None:
-    """All weights, in the first process, where FSDP or DeepSpeed share them out; every process must ask."""
+    """Return all weights, in the first process, where FSDP shares them out; every process must call it."""
     accelerator = trainer.accelerator
     shared_out = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     state: dict[str, Tensor] | None = accelerator.get_state_dict(trainer.model_wrapped) if shared_out else None
@@ -139,12 +139,12 @@ def gathered(trainer: Trainer) -> dict[str, Tensor] | None:
 
 
 def mean_of_labels(found: EvalPrediction) -> dict[str, float]:
-    """Loss over all labels, from the sum and the number of each row."""
+    """Return the loss over all labels, from the sum and the number of each row."""
     sums = torch.as_tensor(found.predictions).double().sum(0)
     return {"loss": float(sums[0] / sums[1])}
 
 
 def last_state(folder: Path) -> Path | None:
-    """The newest state that is whole."""
+    """Return the newest complete state."""
     whole = [path.parent for path in folder.glob(f"checkpoint-*/{CLOCK}")]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

@@ -118,7 +118,7 @@ def encode_pieces(pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerBase, *
 
 
 def _plain_text(text: Iterable[str], ends: tuple[str, str]) -> Iterator[Piece]:
-    """Return a text in pieces, all learned, with special tokens written out; empty for an empty text."""
+    """Yield a text in pieces, all learned, with special tokens written out; nothing for an empty text."""
     filled = (piece for piece in text if piece)
     first = next(filled, None)
     if first is not None:
@@ -128,7 +128,7 @@ def _plain_text(text: Iterable[str], ends: tuple[str, str]) -> Iterator[Piece]:
 
 
 def _texts(row: Row, ends: tuple[str, str], template: ChatTemplate, text_column: str | None) -> Iterator[list[Piece]]:
-    """Return the text of a row in pieces, with special tokens written out; several texts for some conversations."""
+    """Yield the text of a row in pieces, with special tokens written out; several texts for some conversations."""
     start, end = ends
     answer = next((name for name in ANSWERS if name in row), None)
     column = text_column or next((name for name in TEXT_COLUMNS if name in row), None)

@@ -46,7 +46,7 @@ def quality(runs: Sequence[Run]) -> Section:
 
 
 def _measured(results: EvaluateResults) -> Iterator[tuple[str, Measured]]:
-    """Return parameters and metrics of every model by name, and of the dense reference."""
+    """Yield parameters and metrics of every model by name, and of the dense reference."""
     rows = {name: row for name, row in results.models.items() if row.metrics}
     if results.dense:
         (first, *_) = (row.metrics for row in rows.values() if row.metrics)

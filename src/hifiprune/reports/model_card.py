@@ -118,7 +118,7 @@ def for_repository(card: ModelCard, repository: str) -> str:
 
 
 def is_measured(card: ModelCard) -> bool:
-    """Whether the card of a checkpoint of ours holds results."""
+    """Return whether the card of one of our checkpoints holds results."""
     return UNMEASURED not in card.text
 
 
@@ -239,7 +239,7 @@ def _use(folder: Path, name: str) -> str:
 
 
 def _listed(row: Measured, results: EvaluateResults, source: str) -> Iterator[EvalResult]:
-    """Return results in the form of the hub's index."""
+    """Yield results in the form of the hub's index."""
     for metric, estimate in (row.metrics or {}).items():
         if metric != "dense_perplexity":  # another model's
             yield EvalResult(
@@ -263,7 +263,7 @@ def _listed(row: Measured, results: EvaluateResults, source: str) -> Iterator[Ev
 
 
 def _tables(row: Measured, results: EvaluateResults, source: str) -> Iterator[tuple[str, str]]:
-    """Return result tables, by kind."""
+    """Yield result tables with their kind."""
     if row.metrics:
         lines = [f"On {results.windows} windows of {results.positions} tokens of {source}, with 95% intervals:\n"]
         lines += ["| metric | value | |\n|---|---|---|"]

@@ -22,7 +22,7 @@ from hifiprune.scoring.neuron_statistics import Statistic
 
 
 @dataclass(frozen=True)
-class Job:
+class StatisticJob:
     """One statistic to accumulate, and what it needs."""
 
     statistic: Statistic
@@ -33,7 +33,7 @@ class Job:
         return f"{self.statistic.__name__} of {', '.join(map(repr, self.kernels))}"
 
 
-def needs(jobs: Sequence[Job]) -> tuple[list[Kernel], list[int]]:
+def needs(jobs: Sequence[StatisticJob]) -> tuple[list[Kernel], list[int]]:
     """Return the kernels that a sweep for these jobs differentiates, and indices of those that need the projections."""
     kernels = list(dict.fromkeys(kernel for job in jobs for kernel in job.kernels))
     return kernels, [
@@ -41,7 +41,7 @@ def needs(jobs: Sequence[Job]) -> tuple[list[Kernel], list[int]]:
     ]
 
 
-def serves(job: Job, kernels: Sequence[Kernel], seen: Activations) -> bool:
+def serves(job: StatisticJob, kernels: Sequence[Kernel], seen: Activations) -> bool:
     """Return whether a job uses these activations: of the forward pass, or of one of its kernels."""
     return not job.kernels if seen.kernel is None else kernels[seen.kernel] in job.kernels
 
@@ -81,10 +81,10 @@ class Pass:
     windows: Int[Tensor, "windows positions"]
     config: PassConfig
     keeper: PassCheckpoint | None = None
-    totals: dict[Job, dict[int, Tensor]] = field(default_factory=dict)
+    totals: dict[StatisticJob, dict[int, Tensor]] = field(default_factory=dict)
     sums: dict[Kernel, float] = field(default_factory=dict)
     hidden: list[Tensor] = field(default_factory=list)
-    halves: dict[Job, dict[int, Tensor]] = field(default_factory=dict)
+    halves: dict[StatisticJob, dict[int, Tensor]] = field(default_factory=dict)
     done: int = 0
 
     @property
@@ -94,7 +94,7 @@ class Pass:
 
     def run(
         self,
-        jobs: Iterable[Job],
+        jobs: Iterable[StatisticJob],
         teacher: Sequence[Tensor] = (),
         *,
         keep_hidden: bool = False,
@@ -152,14 +152,14 @@ class Pass:
         return self
 
     def _groups(self, first: int, last: int, stops: Sequence[int] = ()) -> list[range]:
-        """Yield the indices of the batches that take turns at each block; a group ends at a stop at the latest."""
+        """Return the batches that take turns at each block, as ranges; a group ends at a stop at the latest."""
         edges = [*range(first, last, self.config.group), *(stop for stop in stops if first < stop < last)]
         return [range(one, other) for one, other in pairwise(sorted({*edges, last}))]
 
     def _placed(self, batch: Tensor) -> Int[Tensor, "windows positions"]:
         return batch.to(self.chain.model.device, torch.int64)
 
-    def _keeper(self, jobs: Sequence[Job]) -> PassCheckpoint | None:
+    def _keeper(self, jobs: Sequence[StatisticJob]) -> PassCheckpoint | None:
         """Return the checkpoint for exactly this pass and this process's part of it."""
         part = rank(), processes(), self.config.batch_size, self.config.recompute, bool(self.halves)
         return self.keeper.of(hash_tokens(self.windows), [*map(str, jobs)], *part) if self.keeper else None
@@ -196,7 +196,7 @@ class Pass:
             torch.distributed.all_reduce(tensor)
         self.sums = dict(zip(self.sums, sums.tolist(), strict=True))
 
-    def _add(self, job: Job, seen: Activations) -> None:
+    def _add(self, job: StatisticJob, seen: Activations) -> None:
         """Add to the sum in float64 on the model's device, so that no GPU is waited for."""
         found, tables = job.statistic(seen).double(), [self.totals[job]]
         if self.halves and seen.windows // self.config.batch_size % 2:

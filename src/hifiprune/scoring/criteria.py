@@ -49,9 +49,9 @@ class Criterion:
         name: what it is called.
         summary: one line on what it measures.
         reference: its source.
-        objective: kernels that one pass differentiates for it, if any, by the options.
+        objective: makes the kernels that a pass differentiates from the options; None without a gradient.
         statistic: what is collected; None needs no data.
-        finish: makes scores of it.
+        finish: turns the sums into scores.
         uses_projections: whether the statistic reads inputs and output gradients of the projections.
         two_stages: whether a light cut by cross-entropy comes first.
         options: names of the options that matter to it.
@@ -75,7 +75,7 @@ class Criterion:
         return self.statistic is st.moments
 
     def used(self, options: CriterionOptions) -> dict[str, Any]:
-        """The options that matter to it."""
+        """Return the options that matter to it."""
         return {name: getattr(options, name) for name in self.options}
 
 
@@ -179,7 +179,7 @@ CRITERIA: dict[str, Criterion] = {
 
 
 def describe_criteria() -> list[dict[str, str]]:
-    """Name, what it needs, summary and source of every criterion; the default says that it is."""
+    """Return name, needs, summary and source of every criterion; the default is marked."""
     load_plugins()
     return [
         {

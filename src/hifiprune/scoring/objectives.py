@@ -15,7 +15,7 @@ from hifiprune.engine.sliced_objective import Rows
 
 
 def entropy_(logits: Float[Tensor, "rows vocabulary"]) -> Float[Tensor, "rows"]:
-    """Entropy of each row's distribution, in nats; overwrites `logits` with its gradient.
+    """Compute the entropy of each row's distribution, in nats; overwrites `logits` with its gradient.
 
     Same as `H = -(p * p.log()).sum(-1)` with `p = logits.softmax(-1)`, and `logits <- dH/dlogits = -p * (p.log() + H)`,
     with one exponential and one scratch matrix. Source: arXiv 2603.08083, eq. 3.
@@ -33,7 +33,7 @@ def entropy_(logits: Float[Tensor, "rows vocabulary"]) -> Float[Tensor, "rows"]:
 def cross_entropy_(
     logits: Float[Tensor, "rows vocabulary"], labels: Int[Tensor, "rows"], weights: Float[Tensor, "rows"]
 ) -> Float[Tensor, "rows"]:
-    """Weighted cross-entropy of each row, in nats; overwrites `logits` with its gradient.
+    """Compute the weighted cross-entropy of each row, in nats; overwrites `logits` with its gradient.
 
     Same as `weights * F.cross_entropy(logits, labels, reduction="none")`, and `logits <- weights * (p - onehot(y))`.
     """

@@ -26,7 +26,7 @@ from hifiprune.models.mlp import Mlp, by_block, count_parameters, find_mlps
 from hifiprune.models.unsupported import refuse_altered
 from hifiprune.plan import Plan, proportional_width, top_indices
 from hifiprune.scores import Scores
-from hifiprune.scoring.accumulate import Job, Pass, PassConfig, needs
+from hifiprune.scoring.accumulate import Pass, PassConfig, StatisticJob, needs
 from hifiprune.scoring.criteria import Criterion, find_criterion
 from hifiprune.scoring.early_stopping import Stability, looks
 from hifiprune.scoring.neuron_statistics import WITHOUT_WEIGHTS, Sample, mean_activation, weight_absolute
@@ -34,7 +34,7 @@ from hifiprune.scoring.objectives import CrossEntropy
 
 Request = tuple[str, CriterionOptions]
 """Name of a criterion, and its options."""
-LIGHT = Job(weight_absolute, (CrossEntropy(),), uses_projections=True)
+LIGHT = StatisticJob(weight_absolute, (CrossEntropy(),), uses_projections=True)
 """Job whose scores decide the light cut of self-distillation."""
 
 
@@ -149,19 +149,19 @@ class Asked:
     options: CriterionOptions
 
     @property
-    def job(self) -> Job | None:
+    def job(self) -> StatisticJob | None:
         """Return the job for a pass; None if the criterion uses the weights alone."""
         if self.criterion.statistic is None:
             return None
         kernels = self.criterion.objective(self.options) if self.criterion.objective else ()
-        return Job(self.criterion.statistic, kernels, self.criterion.uses_projections)
+        return StatisticJob(self.criterion.statistic, kernels, self.criterion.uses_projections)
 
 
 @dataclass(frozen=True)
 class Schedule:
     """The jobs of the pass over the dense model, and of the pass over each lightly cut model, by the fraction cut."""
 
-    first: list[Job]
+    first: list[StatisticJob]
     later: dict[float, list[Asked]]
 
     @classmethod
@@ -181,7 +181,7 @@ def count_passes(requests: Sequence[Request]) -> tuple[int, int]:
     return len(passes), sum(len(needs(jobs)[0]) for jobs in passes)
 
 
-def passes_of(requests: Sequence[Request]) -> list[list[Job]]:
+def passes_of(requests: Sequence[Request]) -> list[list[StatisticJob]]:
     """Return the jobs of each pass over the windows that `score_all` will make."""
     schedule = Schedule.of([Asked(find_criterion(name), options) for name, options in requests])
     passes = [schedule.first, *([each.job for each in group if each.job] for group in schedule.later.values())]
