@@ -10,7 +10,7 @@ LEAST_PROMISE = 1.02
 """Theoretical speed-up below which a share of it is not reported."""
 
 
-def megabytes(count: float) -> str:
+def megabytes(count: int | float) -> str:
     """Format bytes as megabytes."""
     return f"{count / 1e6:,.1f} MB"
 
