@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hifiprune.engine.offload import offload_of
+from hifiprune.engine.products import add_product, multiply
 from hifiprune.errors import UserError
 from hifiprune.io.safetensors_stream import Stored
 
@@ -75,10 +76,10 @@ class Head:
 
     def logits(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocabulary"]:
         """Compute the logits of a few positions, in float32 or better."""
-        hidden = at_least_float32(hidden)
-        logits = hidden.new_empty(len(hidden), self.vocabulary)
-        for columns, weight in self._weight(hidden):
-            torch.mm(hidden, weight.T, out=logits[:, columns])
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        logits = hidden.new_empty(len(hidden), self.vocabulary, dtype=dtype)
+        for columns, weight in self._weight(hidden.device):
+            multiply(hidden, weight.T, logits[:, columns])
         if self.linear.bias is not None:
             logits += self.linear.bias
         if self.scale != 1.0:
@@ -90,19 +91,19 @@ class Head:
     def pull_back(self, gradient: Float[Tensor, "rows vocabulary"]) -> Float[Tensor, "rows hidden"]:
         """Return the gradient with respect to the hidden rows, given the gradient at the logits before soft-capping."""
         hidden = gradient.new_zeros(len(gradient), self.linear.in_features)
-        for columns, weight in self._weight(gradient):
-            hidden.addmm_(gradient[:, columns], weight, alpha=self.scale)
+        for columns, weight in self._weight(gradient.device):
+            add_product(hidden, gradient[:, columns], weight, self.scale)
         return hidden
 
-    def _weight(self, like: Tensor) -> Iterator[tuple[slice, Float[Tensor, "columns hidden"]]]:
-        """Yield the weight on the device and in the dtype of `like`, a part of the vocabulary at a time."""
+    def _weight(self, device: torch.device) -> Iterator[tuple[slice, Float[Tensor, "columns hidden"]]]:
+        """Yield the weight on a device, a part of the vocabulary at a time."""
         if self.stored is not None and self.held is None:
             parts = self.stored.chunks(PART)
         else:
             parts = iter((self.linear.weight.detach() if self.held is None else self.held).split(PART))
         start = 0
         for part in parts:
-            yield slice(start, start + len(part)), part.to(like)
+            yield slice(start, start + len(part)), part.to(device)
             start += len(part)
 
 

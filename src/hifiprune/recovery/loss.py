@@ -18,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from hifiprune.engine.hooks import overridden
 from hifiprune.engine.lm_head import Head, at_least_float32
+from hifiprune.engine.products import add_product
 from hifiprune.engine.sliced_objective import Rows, through_cap
 from hifiprune.recovery.distillation import LikeliestTarget, Target, Teacher, WholeTarget, guided, hidden_states
 from hifiprune.scoring.objectives import SoftLabels
@@ -137,7 +138,7 @@ class SlicedLoss(torch.autograd.Function):
                 total += values.sum()
                 slopes[here] = head.pull_back(gradient)
                 if steep is not None:
-                    steep.addmm_(gradient.T, hidden[here].to(dtype), alpha=head.scale)
+                    add_product(steep, gradient.T, hidden[here], head.scale)
                 if lean is not None:
                     lean.add_(gradient.sum(0), alpha=head.scale)
         ctx.save_for_backward(slopes.to(hidden), *(each for each in (steep, lean) if each is not None))
