@@ -36,7 +36,8 @@ def add_product(
 
 def by_tensor_cores(left: Tensor, right: Tensor, out: Tensor) -> bool:
     """Return whether tensor cores compute the product as exactly as it is asked for."""
-    return right.is_cuda and right.dtype == torch.bfloat16 and left.dtype != torch.float64 and out.dtype == torch.float32
+    narrow = right.dtype == torch.bfloat16 and left.dtype != torch.float64
+    return right.is_cuda and narrow and out.dtype == torch.float32
 
 
 def split(values: Tensor, dtype: torch.dtype) -> list[Tensor]:
