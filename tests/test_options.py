@@ -345,7 +345,7 @@ def test_help_shows_what_matters_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(panels)[:3] == ["Arguments", "Options", "Widths"]
     assert "<bool>" not in long
     assert re.search(r"--num-samples.*\[default: 128\]", long)
-    assert "entropy-square; fisher where widths differ; or the preset's" in long
+    assert "entropy-square; fisher with --allocation global; or the preset's" in long
 
 
 @pytest.mark.parametrize("command", COMMANDS)
