@@ -550,6 +550,29 @@ def test_importing_the_command_line_loads_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_the_list_of_commands_needs_no_large_library() -> None:
+    large = {"torch", "transformers", "numpy", "datasets", "pyarrow", "rich", "httpx", "httpx2", "pydantic"}
+    code = f"""
+import sys
+from hifiprune.cli.app import main
+sys.argv = ["hifiprune", "--help"]
+try:
+    main()
+finally:
+    print(sorted({{name.partition(".")[0] for name in sys.modules}} & {large}))
+"""
+    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    *text, imported = shown.splitlines()
+    assert imported == "[]"
+    assert any(line.startswith("  prune ") for line in text)
+
+
+def test_without_a_command_the_list_of_commands_is_shown(cli: Cli) -> None:
+    shown = cli()
+    assert (shown.code, shown.err) == (2, "")
+    assert shown.out == cli("--help").out
+
+
 def test_nothing_is_imported_before_signals_are_handled() -> None:
     code = "import sys; before = {*sys.modules}; import hifiprune.cli.start; print(sorted({*sys.modules} - before))"
     found = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)

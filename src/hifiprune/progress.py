@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import length_hint
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+if TYPE_CHECKING:
+    from rich.console import Console
 
 T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 20
@@ -40,7 +40,7 @@ class Display:
         busy: whether a sequence is being tracked; inner ones are not shown.
     """
 
-    console: Console | None = None
+    console: "Console | None" = None
     label: str = ""
     busy: bool = False
 
@@ -60,8 +60,10 @@ def about(seconds: float) -> str:
     return f"about {duration(seconds)}" if seconds >= 1 else "under 1 s"
 
 
-def console(**how: Any) -> Console:
+def console(**how: Any) -> "Console":
     """Create the console for messages and tables, without emoji codes."""
+    from rich.console import Console  # which `--help` of all commands does without
+
     return Console(emoji=False, **how)
 
 
@@ -78,7 +80,7 @@ def note(message: str) -> None:
 class ConsoleHandler(logging.Handler):
     """Prints each message on a line of its own, and notes with the message that follows them."""
 
-    def __init__(self, console: Console):
+    def __init__(self, console: "Console"):
         super().__init__()
         self.console = console
         self.notes: list[str] = []
@@ -97,7 +99,7 @@ class ConsoleHandler(logging.Handler):
 
 
 @contextmanager
-def shown(console: Console, level: int = logging.INFO) -> Iterator[None]:
+def shown(console: "Console", level: int = logging.INFO) -> Iterator[None]:
     """Show messages of a level and above on a console, and progress from `logging.INFO` on; afterwards as before."""
     handler, before = ConsoleHandler(console), (_display.console, logger.level, logger.propagate)
     logger.addHandler(handler)
@@ -141,7 +143,16 @@ def track(items: Iterable[T], what: str) -> Iterator[T]:
         _display.busy = False
 
 
-def _with_bar(items: Iterable[T], what: str, console: Console) -> Iterator[T]:
+def _with_bar(items: Iterable[T], what: str, console: "Console") -> Iterator[T]:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     columns = (
         TextColumn(what, markup=False),
         BarColumn(),

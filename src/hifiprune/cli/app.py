@@ -7,7 +7,7 @@ from io import TextIOWrapper
 from typing import Annotated
 
 import typer
-from typer import Option
+from typer import Context, Option
 from typer.exceptions import TyperException
 
 from hifiprune.cli import commands
@@ -23,17 +23,19 @@ app = typer.Typer(
     name="hifiprune",
     cls=Commands,
     help="Make a large language model smaller by removing the MLP neurons that its predictions depend on least.",
-    no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, Option("--version", help="Show the version.")] = False) -> None:
+def _root(context: Context, version: Annotated[bool, Option("--version", help="Show the version.")] = False) -> None:
     if version:
         typer.echo(f"hifiprune {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(2)
 
 
 for command in (
@@ -41,7 +43,7 @@ for command in (
     commands.compare, commands.ablate, commands.recover, commands.bench, commands.report, commands.export,
     commands.push,
 ):  # fmt: skip
-    app.command(cls=Command)(command)
+    app.command(cls=Command, short_help=command.__doc__)(command)
 
 
 UNWRITABLE = (errno.ENOSPC, errno.EPIPE, errno.EIO)

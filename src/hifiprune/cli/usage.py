@@ -14,6 +14,11 @@ NUMBERS = {"int": "whole number", "float": "number"}
 class Commands(TyperGroup):
     """All commands."""
 
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the list of all commands as plain text: rich takes longer to import than all else together."""
+        self.rich_markup_mode = None
+        super().format_help(ctx, formatter)
+
     def get_params(self, ctx: Any) -> list[Any]:
         """Return the parameters; switches are shown without a type."""
         return plain_switches(super().get_params(ctx))

@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
-from huggingface_hub import constants
-from huggingface_hub.utils import get_session
-
 from hifiprune.errors import UserError
 from hifiprune.io.atomic import local_path
 from hifiprune.io.text_files import COMPRESSIONS, LONGEST_ROW, PIECE, format_suffix, is_pipe, lines_of, read_pieces
@@ -227,6 +224,8 @@ READERS: dict[str, Callable[[Path], Iterator[Row]] | None] = {
 
 def _hub_rows(source: str, seed: int, most: int | None) -> Iterator[Row]:
     from datasets import load_dataset  # likewise
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
 
     name, *rest = source.split(":")
     if len(rest) > 2:
