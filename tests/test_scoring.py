@@ -1,8 +1,12 @@
 """What the scores mean, and how scoring refuses what it cannot do."""
 
 import copy
+import hashlib
+from collections.abc import Iterator
+from threading import Event
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hifiprune import RunError, UserError, score
 from hifiprune.engine.context import check_windows
 from hifiprune.engine.hooks import Activations
-from hifiprune.io.hashing import hash_model
+from hifiprune.io import hashing as hashing_module
+from hifiprune.io.hashing import hash_chunks, hash_model, hashing
 from hifiprune.models.mlp import find_mlps
 from hifiprune.scoring.neuron_statistics import absolute, moments, square
 from tests.families import tiny_model, tiny_tokens
@@ -171,3 +176,29 @@ def test_model_hashes_follow_the_values_not_the_dtype() -> None:
     with torch.no_grad():
         find_mlps(half)[0].inputs[1].weight[0, 0] += 1e-3
     assert before != hash_model(half)
+
+
+def test_a_hash_is_that_of_all_bits_whatever_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.cat([torch.ones(20), torch.rand(30)])  # of the first, the lower halves are 0
+    bits = values.numpy().view(np.uint32)
+    upper = hashlib.sha256(b"a [50]\n" + (bits >> 16).astype(np.uint16).tobytes()).digest()
+    lower = hashlib.sha256((bits & 0xFFFF).astype(np.uint16).tobytes()).digest()
+    expected = hashlib.sha256(upper + lower).hexdigest()
+    for size in (1, 7, 64):
+        monkeypatch.setattr(hashing_module, "CHUNK", size)
+        for chunks in ([values], values.split(13)):
+            assert hash_chunks([("a", [50], chunks)]) == expected
+    rounded = values.bfloat16()
+    assert hash_chunks([("a", [50], [rounded])]) == hash_chunks([("a", [50], [rounded.double()])]) != expected
+
+
+def test_weights_are_hashed_while_others_work() -> None:
+    started = Event()
+
+    def chunks() -> Iterator[torch.Tensor]:
+        started.set()
+        yield torch.ones(3)
+
+    with hashing([("a", [3], chunks())]) as result:
+        assert started.wait(10)
+        assert result() == hash_chunks([("a", [3], [torch.ones(3)])])

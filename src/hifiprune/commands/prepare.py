@@ -26,7 +26,7 @@ from hifiprune.models.find_checkpoint import find_checkpoint
 from hifiprune.models.lineage import read_with
 from hifiprune.models.mlp import count_parameters, find_mlps
 from hifiprune.progress import logger
-from hifiprune.pruning.cut_checkpoint import hash_stored, stored_plainly
+from hifiprune.pruning.cut_checkpoint import hash_stored, hashing_stored, stored_plainly
 from hifiprune.run_record import RunRecord
 
 FITS = 0.8
@@ -130,8 +130,11 @@ def load_hashed(
             return stream(checkpoint, dtype, device, compute.attention, scratch), model_hash or hash_stored(checkpoint)
         if may_stream and compute.scratch:
             logger.info("The weights are in memory: --scratch is not used.")
+        if model_hash:
+            return checkpoint.load(dtype, device, compute.attention), model_hash
         if plainly:
-            return checkpoint.load(dtype, device, compute.attention), model_hash or hash_stored(checkpoint)
+            with hashing_stored(checkpoint) as hashed:
+                return checkpoint.load(dtype, device, compute.attention), hashed()
         model = checkpoint.load(device=device, attention=compute.attention)
         model_hash = hash_model(model)
         if dtype != model.dtype:

@@ -1,7 +1,8 @@
 """Cut a checkpoint on disk, shard by shard, without loading the model."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hifiprune.engine.offload import offload_of
 from hifiprune.engine.spill import Spilled, spill
 from hifiprune.errors import UserError
 from hifiprune.io.atomic import check_shard_size, check_space, replacing
-from hifiprune.io.hashing import hash_chunks
+from hifiprune.io.hashing import hashing
 from hifiprune.io.output_paths import check_target, exclusive
 from hifiprune.io.safetensors_stream import DTYPES, Piece, Stacked, Stored, write_shard
 from hifiprune.models.checkpoint import Checkpoint
@@ -183,13 +184,23 @@ def output_projections(model: PreTrainedModel) -> dict[str, Spilled]:
     return {name: spill(None, values) for each in projections.values() for name, values in each.state().items()}
 
 
+@contextmanager
+def hashing_stored(checkpoint: Checkpoint) -> Iterator[Callable[[], str]]:
+    """Compute `hash_model` of a checkpoint from its files, which must be `stored_plainly`, while the context runs.
+
+    What it yields waits for the hash, and raises `UserError` where a weight is NaN or infinite.
+    """
+    stored = checkpoint.tensors()
+    names = [name for name, _ in checkpoint.skeleton().named_parameters()]
+    with hashing((name, stored[name].shape, stored[name].chunks()) for name in names) as result:
+        yield result
+
+
 def hash_stored(checkpoint: Checkpoint) -> str:
-    """Compute `hash_model` of a checkpoint from its files, which must be `stored_plainly`.
+    """Compute the same hash at once.
 
     Raises:
         UserError: a weight is NaN or infinite.
     """
-    stored = checkpoint.tensors()
-    return hash_chunks(
-        (name, stored[name].shape, stored[name].chunks()) for name, _ in checkpoint.skeleton().named_parameters()
-    )
+    with hashing_stored(checkpoint) as result:
+        return result()
