@@ -41,7 +41,7 @@ def test_every_expert_is_refitted_to_what_it_wrote_by_itself(variant: str) -> No
         hook.remove()
     mlps, plan = find_mlps(model), random_plan(model, 29)
     before = [mlp.output.weight.detach().clone() for mlp in mlps]
-    refits = cut_and_repair_(model, plan, tokens, batch_size=5)
+    refits = cut_and_repair_(model, plan, tokens, batch_size=5).refits
     assert [refit.name for refit in refits] == [mlp.name for mlp in mlps]
     solved = 0
     for mlp, weight, activation, kept, refit in zip(mlps, before, activations, plan.kept, refits, strict=True):
@@ -67,7 +67,7 @@ def test_an_expert_that_saw_too_little_stays_as_it_is() -> None:
     plan = random_plan(model, 30)
     first = next(number for number, mlp in enumerate(find_mlps(model)) if mlp.name.endswith("1.mlp.experts.0"))
     weight = find_mlps(model)[first].output.weight.detach().clone()
-    refit = cut_and_repair_(model, plan, tokens)[first]
+    refit = cut_and_repair_(model, plan, tokens).refits[first]
     assert refit.damping is None
     assert torch.equal(find_mlps(model)[first].output.weight, weight[:, plan.kept[first]])
 

@@ -47,6 +47,7 @@ UNUSUAL = PruneConfig(
     CriterionOptions(0.1, 2.0, 0.05, 3, 4),
     0.99,
     bias_compensation=True,
+    repair_steps=7,
     compute=ComputeConfig("cpu", "float64", 3, True, "eager", False, "/scratch"),
     shard_size="1GB",
     overwrite=True,

@@ -84,7 +84,7 @@ def test_the_parallel_form_is_least_squares_on_the_dense_model(variant: str, wei
     plan = plan_of(model, 29)
     activations, outputs = run(model, tokens)
     before = copy.deepcopy([mlp.output for mlp in find_mlps(model)])
-    refits = cut_and_repair_(model, plan, tokens, sequential=False, weighted=weighted, batch_size=3)
+    refits = cut_and_repair_(model, plan, tokens, sequential=False, weighted=weighted, batch_size=3).refits
     solved = 0
     for layer, (mlp, refit, kept) in enumerate(zip(find_mlps(model), refits, plan.kept, strict=True)):
         weight, bias = before[layer].weight.detach(), before[layer].bias
@@ -125,7 +125,7 @@ def test_the_sequential_form_closes_the_difference_of_the_residual_streams(varia
     """Each projection in turn: earlier ones are repaired, this one is cut, and least squares say what it should be."""
     dense, model, checked = (tiny_model(variant) for _ in range(3))
     tokens, plan = tiny_tokens(WINDOWS), plan_of(model, 29)
-    refits = cut_and_repair_(model, plan, tokens, batch_size=3)
+    refits = cut_and_repair_(model, plan, tokens, batch_size=3).refits
     hp.cut_(checked, plan)
     ends, true_ends = ([*each.model.layers[1:], each.model.norm] for each in (checked, dense))
     solved = 0
@@ -152,7 +152,7 @@ def test_the_sequential_form_closes_the_difference_of_the_residual_streams(varia
 def test_keeping_all_changes_nothing(variant: str, sequential: bool) -> None:
     model, tokens = tiny_model(variant), tiny_tokens(4)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    refits = cut_and_repair_(model, plan_of(model, 40), tokens, sequential=sequential)
+    refits = cut_and_repair_(model, plan_of(model, 40), tokens, sequential=sequential).refits
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert [refit.damping for refit in refits] == [None] * 3
 
@@ -206,7 +206,7 @@ def test_bad_moments_stay_finite_and_never_end_worse_than_the_plain_cut(
     spoil_(model, plan.kept, how)
     fresh = torch.randint(0, 61, (16, 24), generator=torch.Generator().manual_seed(5))
     dense, plain = logits_of(model, fresh), masked_logits(model, plan, fresh)
-    refits = cut_and_repair_(model, plan, tokens, sequential=sequential)
+    refits = cut_and_repair_(model, plan, tokens, sequential=sequential).refits
     assert all(weight.isfinite().all() for weight in model.parameters())
     repaired = logits_of(model, fresh)
     if how == "dead layer":  # of which nothing can be made
@@ -225,7 +225,8 @@ def test_a_token_without_embedding_does_not_switch_repair_off(sequential: bool, 
     with torch.no_grad():
         model.model.embed_tokens.weight[50] = 0
     tokens[window, 0] = 50
-    assert any(refit.damping for refit in cut_and_repair_(model, plan_of(model, 29), tokens, sequential=sequential))
+    refits = cut_and_repair_(model, plan_of(model, 29), tokens, sequential=sequential).refits
+    assert any(refit.damping for refit in refits)
 
 
 @pytest.mark.parametrize("window", [0, HELD_OUT - 1])
@@ -253,7 +254,7 @@ def test_what_is_held_out_decides() -> None:
     plan = plan_of(model, 29)
     dense = tiny_model("llama")
     activations, outputs = run(dense, tokens)
-    refits = cut_and_repair_(model, plan, tokens, sequential=False)
+    refits = cut_and_repair_(model, plan, tokens, sequential=False).refits
     for layer, refit in enumerate(refits):
         weight = find_mlps(dense)[layer].output.weight.detach()
         rest = torch.tensor([i for i in range(40) if i not in plan.kept[layer].tolist()])
@@ -316,7 +317,7 @@ def test_the_command_saves_the_repaired_model_in_the_checkpoints_dtype(world: Pa
     plan = hp.Plan.load(tmp_path / "out" / "hifiprune" / "plan.json")
     windows = hp.load_windows(hp.Calibration(str(text), 9, 24), AutoTokenizer.from_pretrained(dense))
     expected = model.float()
-    refits = cut_and_repair_(expected, plan, windows)
+    refits = cut_and_repair_(expected, plan, windows).refits
     for name, weight in expected.state_dict().items():
         torch.testing.assert_close(saved.state_dict()[name], weight.to(saved.dtype), rtol=1e-2, atol=1e-4)
     recorded = json.loads((tmp_path / "out" / "run.json").read_text())["results"]["repair"]

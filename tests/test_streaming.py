@@ -16,7 +16,7 @@ from hifiprune.engine.spill import Scratch
 from hifiprune.engine.verify import verified_chain
 from hifiprune.models.find_checkpoint import find_checkpoint
 from hifiprune.models.mlp import find_blocks
-from hifiprune.pruning.cut_checkpoint import output_projections
+from hifiprune.pruning.repair import changed_tensors
 from hifiprune.scoring.early_stopping import Stability
 from hifiprune.scoring.score import Request, score_all
 from tests.commands import refused, run
@@ -93,9 +93,9 @@ def test_streamed_repair_equals_resident_repair(variant: str, both: Callable[...
     theirs = hp.cut_and_repair_(resident, plan, windows)
     ours = hp.cut_and_repair_(streamed, plan, windows)
     assert ours == theirs
-    projections = output_projections(resident)
-    assert output_projections(streamed).keys() == projections.keys()
-    for name, values in output_projections(streamed).items():
+    projections = changed_tensors(resident, None)
+    assert changed_tensors(streamed, None).keys() == projections.keys()
+    for name, values in changed_tensors(streamed, None).items():
         assert torch.equal(values(), projections[name]().to(torch.bfloat16))
 
 

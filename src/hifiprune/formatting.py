@@ -60,3 +60,9 @@ def width_range(widths: int | list[int]) -> str:
     """Format one width, or the range from the narrowest to the widest."""
     ends = [widths] if isinstance(widths, int) else sorted({min(widths), max(widths)})
     return " to ".join(f"{width:,}" for width in ends)
+
+
+def repaired(repair: str) -> str:
+    """Say what a repair did."""
+    done = {"ridge": "output projections refitted", "local": "output projections refitted and every block trained"}
+    return done.get(repair, "as cut")

@@ -88,6 +88,16 @@ class Refit:
     error: float
 
 
+@dataclass(frozen=True)
+class Reconstruction:
+    """Held-out error of a block before and after its training, and the step whose state stayed; 0 for none."""
+
+    name: str
+    before: float
+    error: float
+    step: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScoreResults:
     """Results of `score`: the criterion, its mean objective, and what was scored on what."""
@@ -111,6 +121,7 @@ class PruneResults(ScoreResults):
     neuron_ratio_reached: float
     weight_bytes: Pair[int]
     repair: list[Refit] | None = None
+    reconstruction: list[Reconstruction] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,8 @@ from hifiprune.engine.offload import LEAST_ROOM, return_what_is_freed
 from hifiprune.io.distributed import processes
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.mlp import count_parameters, find_blocks, seen_mlps
+from hifiprune.pruning.reconstruct import LOOKS, Training
+from hifiprune.pruning.repair import HELD_OUT
 from hifiprune.results import Cost
 from hifiprune.scoring.accumulate import StatisticJob, needs
 from hifiprune.scoring.criteria import find_criterion
@@ -31,6 +33,10 @@ from hifiprune.scoring.score import Request, passes_of
 
 REPAIR_PASSES = 2.3
 """Forward passes of a block that its repair takes: dense, cut, and what the change of its output projection adds."""
+TRAINING_PASSES = 3
+"""Forward passes of a block that one training step on a batch takes: forward, and back to activations and weights."""
+TRAINING_COPIES = 6
+"""Times that training holds the weights of a block: as they were, best, in training, gradient, and two moments."""
 GRAMS, CROSSES = 8, 4
 """Matrices that a repair holds for each projection in float64: `[neurons, neurons]`, and `[hidden, neurons]`."""
 
@@ -113,17 +119,26 @@ class Estimator(Trial):
         heads = self._reading_of_heads(groups, batches * self.compute.batch_size * positions, objectives)
         return self._streamed(computing, sweeps) + heads
 
-    def repair(self, windows: int, positions: int, width: int) -> Cost:
-        """Return the cost of refitting output projections of about `width` neurons: two forwards, moments, solving."""
+    def repair(self, windows: int, positions: int, width: int, training: Training | None = None) -> Cost:
+        """Return the cost of refitting output projections of about `width` neurons, and of training every block.
+
+        A refit takes two forward passes, moments and solving.
+        """
         hidden, tokens = self.config.hidden_size, self.compute.batch_size * positions
         batches = ceil(windows / self.compute.batch_size)
         forward = self.pace(sweep, positions, (), False).block
         block = batches * (REPAIR_PASSES * forward + self.seen * self.moments(tokens, width))
         block += self.mlps * self.solution(width)
+        trained = 0
+        if training:
+            taken = training.steps * training.batches_of(batches, tokens)
+            block += forward * (TRAINING_PASSES * taken + (LOOKS + 2) * ceil(batches / HELD_OUT))
+            trained = self._stored_blocks // self.layers // self.checkpoint.dtype().itemsize
         states = windows * positions * (2 * hidden + width) * self.dtype.itemsize
         projections = self.layers * self.mlps * width * hidden * self.checkpoint.dtype().itemsize
         memory = self.base + self.mlps * torch.float64.itemsize * (GRAMS * width * width + CROSSES * width * hidden)
         memory += self._two_blocks * self.streamed + graph_bytes(self.skeleton, tokens)
+        memory += torch.float32.itemsize * TRAINING_COPIES * trained
         memory += states * (self.on_cpu and not self._spills)
         seconds = self._streamed(self.layers * block, sweeps=1)
         return Cost("cutting and repairing", seconds, memory, (states + projections) * self._spills)

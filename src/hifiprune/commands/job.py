@@ -19,6 +19,7 @@ from hifiprune.io.resume import ResumeFolder
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.plan import ModelShape
 from hifiprune.pruning.cut_checkpoint import hash_stored, stored_plainly
+from hifiprune.pruning.reconstruct import Training
 from hifiprune.reports.model_card import Base
 from hifiprune.run_record import RunRecord
 from hifiprune.scores import Scores
@@ -92,6 +93,11 @@ class PruneJob(Job):
     def repairs(self) -> bool:
         """Return whether the cut is repaired."""
         return self.system.repair != "none"
+
+    @property
+    def training(self) -> Training | None:
+        """Return how blocks are trained after their refits, if they are."""
+        return Training(self.config.repair_steps) if self.system.repair == "local" else None
 
 
 @dataclass

@@ -12,6 +12,7 @@ from hifiprune.commands.cost_model import Estimator, total_disk
 from hifiprune.config.groups import AllocationConfig, Budget, ComputeConfig, CriterionOptions
 from hifiprune.config.prune import PruneConfig
 from hifiprune.config.texts import Calibration
+from hifiprune.defaults import REPAIR_STEPS
 from hifiprune.deployment.engines import K_BLOCK
 from hifiprune.engine.machine import condition
 from hifiprune.io.atomic import disk_size
@@ -19,6 +20,7 @@ from hifiprune.io.distributed import processes
 from hifiprune.io.tokenization import special_tokens
 from hifiprune.plan import EXPERT, ModelShape
 from hifiprune.progress import about, logger, note
+from hifiprune.pruning.reconstruct import Training
 from hifiprune.results import Cost
 from hifiprune.scores import Scores
 from hifiprune.scoring.criteria import CRITERIA, find_criterion
@@ -72,9 +74,11 @@ def announce_costs(costs: Sequence[Cost], device: torch.device) -> str:
     return f"In all {about(seconds)}, {memory / 1e9:.1f} GB of memory{each}{written}{condition(device)}."
 
 
-def announce_repair(windows: Int[Tensor, "windows positions"], width: int, estimator: Estimator) -> str:
+def announce_repair(
+    windows: Int[Tensor, "windows positions"], width: int, estimator: Estimator, training: Training | None
+) -> str:
     """Return a message on the expected cost of repair."""
-    cost = estimator.repair(len(windows), windows.shape[1], width)
+    cost = estimator.repair(len(windows), windows.shape[1], width, training)
     return (
         f"Repairing on {len(windows)} windows of {windows.shape[1]} tokens, {estimator.dtype} on {estimator.device}: "
         f"{about(cost.seconds)} and {cost.memory / 1e9:.1f} GB of memory."
@@ -119,9 +123,9 @@ def remark_on_unseen(scores: Scores) -> None:
         )
 
 
-def remark_on_unused(options: CriterionOptions | None, criterion: str, allocation: AllocationConfig) -> None:
+def remark_on_unused(options: CriterionOptions | None, settled: PruneConfig) -> None:
     """Remark on options that are set but have no effect."""
-    unused = []
+    criterion, allocation, unused = settled.criterion or "", settled.allocation, []
     if options:
         others = [name for name in asdict(options) if name not in (*find_criterion(criterion).options, "seed")]
         unused += [name for name in others if getattr(options, name) != getattr(CriterionOptions(), name)]
@@ -130,6 +134,8 @@ def remark_on_unused(options: CriterionOptions | None, criterion: str, allocatio
     if unused:
         names = ", ".join(name.replace("_", "-") for name in unused)
         note(f"Unused with criterion '{criterion}' and {allocation.method} allocation: {names}.")
+    if settled.repair != "local" and settled.repair_steps != REPAIR_STEPS:
+        note(f"Unused with --repair {settled.repair}: repair-steps.")
 
 
 def remark_on_ignored(config: PruneConfig) -> None:

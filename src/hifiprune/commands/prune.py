@@ -20,16 +20,16 @@ from hifiprune.io.atomic import replacing
 from hifiprune.io.distributed import rank
 from hifiprune.io.output_paths import exclusive
 from hifiprune.models.checkpoint import Checkpoint
-from hifiprune.models.mlp import find_mlps
 from hifiprune.models.save_model import save_model
 from hifiprune.plan import Plan
 from hifiprune.progress import logger
 from hifiprune.pruning.allocate import allocate
 from hifiprune.pruning.cut import cut_
-from hifiprune.pruning.cut_checkpoint import output_projections, write_cut
-from hifiprune.pruning.repair import cut_and_repair_
+from hifiprune.pruning.cut_checkpoint import write_cut
+from hifiprune.pruning.finished_blocks import Repair
+from hifiprune.pruning.repair import changed_tensors, cut_and_repair_
 from hifiprune.reports.model_card import write_card
-from hifiprune.results import Pair, PruneResults, Ratio, Refit
+from hifiprune.results import Pair, PruneResults, Ratio
 from hifiprune.run_record import RunRecord
 from hifiprune.scores import Scores
 
@@ -77,26 +77,33 @@ class Cut:
 
     Attributes:
         model: cut model in the checkpoint's own dtype, where the files cannot be cut.
-        changed: output projections that repair or compensation changed, in place of those in the files.
-        refits: how each refit went, where the cut was repaired.
+        changed: repaired tensors, written instead of those in the files.
+        repair: how each refit and each reconstruction went, where the cut was repaired.
     """
 
     model: PreTrainedModel | None = None
     changed: dict[str, Spilled] | None = None
-    refits: list[Refit] | None = None
+    repair: Repair | None = None
 
 
 def cut_and_repair(
     dense: DenseModel, scores: Scores, plan: Plan, windows: Windows | None, job: PruneJob, estimator: Estimator
 ) -> Cut:
     """Cut the dense model, and repair it or put mean outputs into its biases where that is asked for."""
-    refits = None
+    repair = None
     if job.repairs:
         assert windows is not None
         model = dense.load_scored(scores)
-        logger.info(announce_repair(windows, sum(plan.widths) // len(plan.widths), estimator))
+        logger.info(announce_repair(windows, sum(plan.widths) // len(plan.widths), estimator, job.training))
         with job.record.stage("cutting and repairing"):
-            refits = cut_and_repair_(model, plan, windows, batch_size=job.compute.batch_size)
+            repair = cut_and_repair_(
+                model,
+                plan,
+                windows,
+                training=job.training,
+                batch_size=job.compute.batch_size,
+                resume_folder=job.resume_folder.of(model, dense.hash),
+            )
     elif job.config.bias_compensation or not dense.stored_plainly:
         model = dense.load_scored(scores, job.checkpoint.dtype())
         cut_(model, plan, scores.means if job.config.bias_compensation else None)
@@ -104,21 +111,21 @@ def cut_and_repair(
         dense.check_scores(scores)
         return Cut()
     if dense.stored_plainly:
-        return Cut(changed=output_projections(model), refits=refits)
-    return Cut(in_stored_dtype(dense, model, plan, job), refits=refits)
+        return Cut(changed=changed_tensors(model, job.training), repair=repair)
+    return Cut(in_stored_dtype(dense, model, plan, job), repair=repair)
 
 
 def in_stored_dtype(dense: DenseModel, repaired: PreTrainedModel, plan: Plan, job: PruneJob) -> PreTrainedModel:
-    """Return the repaired model in the checkpoint's dtype; all but its output projections is exactly as stored."""
+    """Return the repaired model in the checkpoint's dtype; all that repair did not change is exactly as stored."""
     dtype = job.checkpoint.dtype()
     if torch.promote_types(repaired.dtype, dtype) == repaired.dtype:  # no less precise: casting back is exact
         return repaired.type(dtype)
-    projections = {name: values for mlp in find_mlps(repaired) for name, values in mlp.output.state().items()}
+    changed = changed_tensors(repaired, job.training)
     model = dense.load(dtype)
     cut_(model, plan)
     with torch.no_grad():
-        for name, values in projections.items():
-            model.get_parameter(name).copy_(values)
+        for name, values in changed.items():
+            model.get_parameter(name).copy_(values())
     return model
 
 
@@ -140,7 +147,8 @@ def write(cut: Cut, plan: Plan, scores: Scores, job: PruneJob) -> RunRecord[Prun
             **describe_plan(plan),
             asked=str(job.budget),
             weight_bytes=Pair(job.checkpoint.weight_bytes, after),
-            repair=cut.refits,
+            repair=cut.repair.refits if cut.repair else None,
+            reconstruction=(cut.repair.reconstructions or None) if cut.repair else None,
         )
         record.save(folder / "run.json")
         write_card(folder, job.base, target.name)

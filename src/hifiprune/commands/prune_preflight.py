@@ -69,7 +69,7 @@ def resolve(model: str, output: str | Path, config: PruneConfig, scores: Scores 
         round_to=system.round_to,
         options=options,
     )
-    remark_on_unused(None if scores else options, system.criterion, config.allocation)
+    remark_on_unused(None if scores else options, settled)
     if scores:
         remark_on_ignored(settled)
     check_shard_size(config.shard_size)

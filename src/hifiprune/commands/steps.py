@@ -77,7 +77,7 @@ def costs_of(dense: DenseModel, job: Job, estimator: Estimator) -> list[Cost]:
     if job.request:
         costs.append(estimator.scoring([job.request], *sizes))
     if prunes and prunes.repairs:
-        costs.append(estimator.repair(*sizes, prunes.width))
+        costs.append(estimator.repair(*sizes, prunes.width, prunes.training))
     if prunes:
         costs.append(estimator.writing(1 - prunes.shape.ratio_at(prunes.width)))
     return costs

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from hifiprune.defaults import DEFAULT_CRITERION
 
-REPAIRS = ("none", "ridge")
+REPAIRS = ("none", "ridge", "local")
 ACROSS_LAYERS = "fisher"
 """Criterion whose scores are comparable between layers."""
 
@@ -15,7 +15,7 @@ class Preset:
 
     Attributes:
         criterion: how neurons are scored.
-        repair: what is refitted after the cut.
+        repair: what is refitted, or trained as well, after the cut.
         round_to: widths are multiples of it.
         bos: whether windows of the calibration text begin as the tokenizer begins a text.
     """

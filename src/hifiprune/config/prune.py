@@ -17,7 +17,7 @@ from hifiprune.config.groups import (
 from hifiprune.config.options import CALIBRATION, OUTPUT, PRESET, SCORING, WIDTHS, Checked, group, option
 from hifiprune.config.presets import ACROSS_LAYERS, PRESETS, REPAIRS
 from hifiprune.config.texts import Calibration
-from hifiprune.defaults import DEFAULT_CRITERION
+from hifiprune.defaults import DEFAULT_CRITERION, REPAIR_STEPS
 
 _DEFAULT = PRESETS["default"]
 criterion_option = partial(
@@ -45,7 +45,8 @@ class PruneConfig(Checked):
     allocation: AllocationConfig = AllocationConfig()
     repair: str | None = option(
         None,
-        "ridge: refit each MLP's output projection to what the dense model computes, in closed form; or none.",
+        "ridge: refit each MLP's output projection to what the dense model computes, in closed form; local: then train "
+        "each block toward it, better and slower; or none.",
         choices=REPAIRS,
         shown_default=f"{_DEFAULT.repair}, or the preset's; none without --calibration",
     )
@@ -74,6 +75,9 @@ class PruneConfig(Checked):
         False,
         "Add the mean output of the removed neurons to biases, as FLAP does; needs its criterion, flap.",
         panel=PRESET,
+    )
+    repair_steps: int = option(
+        REPAIR_STEPS, "Optimizer steps of each block, with --repair local.", panel=PRESET, bounds=COUNT
     )
     compute: ComputeConfig = ComputeConfig()
     shard_size: str = option("5GB", "Largest weight file.", panel=OUTPUT)

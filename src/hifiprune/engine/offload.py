@@ -7,7 +7,7 @@ blocks at most: the one that runs, and the next one in the dtype of the file, wh
 
 import ctypes
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ from hifiprune.engine.spill import Scratch, Spilled, spill
 from hifiprune.io.safetensors_stream import Stacked, Stored
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.detect import family_of
-from hifiprune.models.mlp import Mlp, find_blocks
+from hifiprune.models.mlp import find_blocks
 from hifiprune.models.neuron_slices import Places
 
 Weights = dict[str, Tensor]
@@ -92,12 +92,11 @@ class WeightOffload:
         values = self.stored[name].whole()
         return self.cuts[name].of(values) if name in self.cuts else values
 
-    def keep(self, mlp: Mlp, cuts: dict[str, Places]) -> None:
-        """Record an MLP's cut and its present output projection, which are applied whenever its block is read again."""
-        ours = {name for each in mlp.inputs for name in each.state()}
-        self.cuts.update({name: cuts[name] for name in ours & cuts.keys()})
-        for name, values in mlp.output.state().items():
-            own = values.to("cpu", self.stored[name].dtype, copy=True)
+    def keep(self, cuts: Mapping[str, Places], changed: Mapping[str, Tensor]) -> None:
+        """Record the cut and the changed tensors of a block, by name, which are applied whenever it is read again."""
+        self.cuts.update(cuts)
+        for name, values in changed.items():
+            own = values.detach().to("cpu", self.stored[name].dtype, copy=True)
             self.changed[name] = spill(self.scratch, own)
 
     @contextmanager

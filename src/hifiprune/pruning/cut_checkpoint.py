@@ -12,8 +12,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hifiprune.engine.offload import offload_of
-from hifiprune.engine.spill import Spilled, spill
+from hifiprune.engine.spill import Spilled
 from hifiprune.errors import UserError
 from hifiprune.io.atomic import check_shard_size, check_space, replacing
 from hifiprune.io.hashing import hashing
@@ -24,7 +23,6 @@ from hifiprune.models.detect import family_of
 from hifiprune.models.edit import cuts_of, matching_mlps
 from hifiprune.models.find_checkpoint import find_checkpoint
 from hifiprune.models.lineage import read_with
-from hifiprune.models.mlp import find_mlps
 from hifiprune.models.modeling_pruned import MixedWidths
 from hifiprune.models.neuron_slices import Places
 from hifiprune.models.save_model import save_model
@@ -118,9 +116,11 @@ def _pieces(
         cut, other = cuts.get(name), changed.get(name)
         if isinstance(stored, Stacked):
             for expert, parts in enumerate(stored.parts):
-                own = other and partial(_matrix, other, expert)
-                for (part, each), rows in zip(parts.items(), _shares(cut, expert, parts), strict=True):
-                    pieces[part] = _piece(each, rows, own)
+                start = 0
+                for (part, matrix), rows in zip(parts.items(), _shares(cut, expert, parts), strict=True):
+                    stop = start + (matrix.shape[0] if rows is None or rows.dim else len(rows.rows[0]))
+                    values = other and partial(_matrix, other, expert, slice(start, stop))
+                    pieces[part], start = _piece(matrix, rows, values), stop
         else:
             pieces[name] = _piece(stored, cut, other)
     return pieces
@@ -150,9 +150,9 @@ def _shares(cut: Places | None, expert: int, parts: dict[str, Stored]) -> Iterat
         first = last
 
 
-def _matrix(values: Spilled, expert: int) -> Tensor:
-    """Return one expert's matrix of a stack."""
-    return values()[expert]
+def _matrix(values: Spilled, expert: int, rows: slice) -> Tensor:
+    """Return some rows of an expert's matrix of a stack."""
+    return values()[expert, rows]
 
 
 def _changed(values: Spilled, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -174,14 +174,6 @@ def _kept_rows(stored: Stored, cut: Places) -> Iterator[Tensor]:
             yield rows.index_select(0, here)
         else:
             yield rows.index_select(1, kept)
-
-
-def output_projections(model: PreTrainedModel) -> dict[str, Spilled]:
-    """Return the output projection's tensors of every MLP, by name; for a streamed model those that were changed."""
-    if shelf := offload_of(model):
-        return shelf.changed
-    projections = {mlp.output.module: mlp.output for mlp in find_mlps(model)}
-    return {name: spill(None, values) for each in projections.values() for name, values in each.state().items()}
 
 
 @contextmanager

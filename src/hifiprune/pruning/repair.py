@@ -10,27 +10,32 @@ the whole difference to the dense model's residual stream, including errors of e
 damping, and whether the change is used at all, is decided for each projection on held-out windows.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from hifiprune.engine.block_chain import BlockChain
 from hifiprune.engine.context import check_windows, frozen, memory_explained
 from hifiprune.engine.hooks import BlockCall
-from hifiprune.engine.offload import walk
+from hifiprune.engine.offload import offload_of, walk
 from hifiprune.engine.spill import Spilled, spill
 from hifiprune.engine.verify import verified_chain
 from hifiprune.errors import UserError
+from hifiprune.io.hashing import hash_tokens
+from hifiprune.io.resume import ResumeFolder
+from hifiprune.models.detect import family_of
 from hifiprune.models.edit import cuts_of, forget_gradients_, keep_, matching_mlps, others, state_widths
-from hifiprune.models.mlp import Projection, group_by_parameters
+from hifiprune.models.mlp import Projection, find_blocks, locate_mlps
 from hifiprune.plan import Plan
 from hifiprune.progress import track
+from hifiprune.pruning.finished_blocks import FinishedBlocks, Repair
+from hifiprune.pruning.reconstruct import Example, Training, reconstruct_, trained_parameters
 from hifiprune.pruning.ridge import HeldOut
-from hifiprune.results import Refit
+from hifiprune.results import Reconstruction, Refit
 
 HELD_OUT = 8
 """One window in this many is held out."""
@@ -44,9 +49,11 @@ def cut_and_repair_(
     *,
     sequential: bool = True,
     weighted: bool = True,
+    training: Training | None = None,
     dense: Float[Tensor, "blocks windows positions hidden"] | None = None,
     batch_size: int = 1,
-) -> list[Refit]:
+    resume_folder: ResumeFolder | None = None,
+) -> Repair:
     """Cut `model` by `plan`, and refit each output projection to reproduce the dense model's hidden states.
 
     Args:
@@ -57,11 +64,13 @@ def cut_and_repair_(
             as always in families with experts, or whose MLPs do not add to the stream directly.
         weighted: weight each token by the inverse square norm of the dense residual stream, as the norms that
             follow do.
+        training: how to train every block after its refits, if at all; see `pruning.reconstruct`.
         dense: result of `residual_stream` for the dense model and these windows, if several plans are tried.
         batch_size: windows per step; the result depends on it only by rounding.
+        resume_folder: folder to keep trained blocks in, from which an interrupted repair resumes.
 
     Returns:
-        how each refit went.
+        how each refit went, and the training of each block.
 
     Raises:
         UserError: the plan or the windows do not fit the model.
@@ -75,19 +84,57 @@ def cut_and_repair_(
         chain = verified_chain(model)
         streams = _start(chain, windows, batch_size, dense)
         form = _sequential_ if sequential and chain.family.additive and not chain.family.experts else _parallel_
-        refits: list[Refit] = []
+        repair, finished = Repair(), None
+        if resume_folder and training:
+            facts = hash_tokens(windows), plan.to_json(), asdict(training), batch_size, sequential, weighted
+            finished = FinishedBlocks(resume_folder, facts)
         cuts, blocks = cuts_of(model, plan), range(len(chain.blocks))
-        kept = [each.to(model.device) for each in plan.kept]
+        kept = [chosen.to(model.device) for chosen in plan.kept]
         for block, _ in zip(walk(model, blocks), track(blocks, "repairing"), strict=True):
             own = chain.of_block[block]
+            chosen, inputs = kept[own.start : own.stop], [stream.cut for stream in streams]
+            changed = changed_parameters(model, block, trained=training)
             with memory_explained(model, windows[:batch_size].numel()):
-                refits += form(chain, block, kept[own.start : own.stop], streams, weighted)
+                known = finished.read(block) if finished else None
+                if known:
+                    _pass_dense_stream(chain, block, streams)
+                    keep_(mlps[own.start : own.stop], chosen)
+                    known.restore_(changed)
+                    done = known.repair
+                else:
+                    done = Repair(form(chain, block, chosen, streams, weighted))
+                    if training:
+                        done.reconstructions.append(_reconstruct_(chain, block, inputs, streams, training))
+                    if finished:
+                        finished.write(block, changed, done)
+                if training:
+                    _pass_cut_stream(chain, block, inputs, streams)
+                repair.add(done)
                 if chain.shelf:
-                    for _, group in group_by_parameters(mlps[own.start : own.stop]):
-                        chain.shelf.keep(group[0], cuts)
+                    chain.shelf.keep({name: cut for name, cut in cuts.items() if name in changed}, changed)
     forget_gradients_(mlps)
     state_widths(model, plan.widths)
-    return refits
+    return repair
+
+
+def changed_parameters(model: PreTrainedModel, block: int, *, trained: Training | None) -> dict[str, nn.Parameter]:
+    """Return the parameters of a block that a repair changes, by name: of output projections, and all trained ones."""
+    module, path = find_blocks(model)[block], f"{family_of(model.config).blocks}.{block}"
+    mlps = [mlp for mlp in locate_mlps(model) if mlp.block == block]
+    names = {name: parameter for mlp in mlps for name, parameter in mlp.output.parameters().items()}
+    if trained:
+        own = trained_parameters(module, mlps, whole=trained.whole)
+        names |= {f"{path}.{name}": parameter for name, parameter in own.items()}
+    return names
+
+
+def changed_tensors(model: PreTrainedModel, trained: Training | None) -> dict[str, Spilled]:
+    """Return every tensor of a repaired model that a repair may have changed, by name."""
+    if shelf := offload_of(model):
+        return shelf.changed
+    blocks = range(len(find_blocks(model)))
+    changed = [changed_parameters(model, block, trained=trained) for block in blocks]
+    return {name: spill(None, values.detach()) for names in changed for name, values in names.items()}
 
 
 @torch.no_grad()
@@ -150,8 +197,7 @@ def _sequential_(
 ) -> list[Refit]:
     """Fit the difference between the dense and the cut stream after this block, which has one MLP."""
     device, moments, activations = chain.model.device, HeldOut(weighted), []
-    for stream in streams:
-        stream.dense = spill(chain.scratch, _dense_output(chain, block, stream))
+    _pass_dense_stream(chain, block, streams)
     mlp = chain.mlps[chain.of_block[block].start]
     keep_([mlp], kept)
     linear = mlp.output
@@ -202,6 +248,34 @@ def _parallel_(
     return refits
 
 
+def _reconstruct_(
+    chain: BlockChain, block: int, inputs: list[Spilled], streams: list[Stream], training: Training
+) -> Reconstruction:
+    """Train this block to turn the cut stream before it into the dense one after it."""
+    examples = [
+        Example(before, stream.dense, stream.calls[block], stream.held)
+        for before, stream in zip(inputs, streams, strict=True)
+    ]
+    return reconstruct_(chain, block, examples, training)
+
+
+def _pass_cut_stream(chain: BlockChain, block: int, inputs: list[Spilled], streams: list[Stream]) -> None:
+    """Move the cut stream through the block as it is now."""
+    for stream, before in zip(streams, inputs, strict=True):
+        output, _ = chain.run(block, before().to(chain.model.device), stream.calls[block])
+        stream.cut = spill(chain.scratch, output.cpu())
+
+
+def _pass_dense_stream(chain: BlockChain, block: int, streams: list[Stream]) -> None:
+    """Move the dense stream through the block, which is not cut yet."""
+    for stream in streams:
+        if stream.known is not None:
+            output = stream.known[block]
+        else:
+            output, _ = chain.run(block, stream.dense().to(chain.model.device), stream.calls[block])
+        stream.dense = spill(chain.scratch, output.cpu())
+
+
 def with_one(activation: Float[Tensor, "*batch kept"], linear: Projection) -> Float[Tensor, "*batch kept_and_one"]:
     """Append a 1 to the input of a projection that has a bias."""
     return activation if linear.bias is None else functional.pad(activation, (0, 1), value=1.0)
@@ -212,10 +286,3 @@ def _add_(linear: Projection, change: Float[Tensor, "hidden kept"]) -> None:
     linear.weight.add_(change[:, : linear.in_features])
     if linear.bias is not None:
         linear.bias.add_(change[:, -1])
-
-
-def _dense_output(chain: BlockChain, layer: int, stream: Stream) -> Tensor:
-    """Return the dense model's stream after the block."""
-    if stream.known is not None:
-        return stream.known[layer]
-    return chain.run(layer, stream.dense().to(chain.model.device), stream.calls[layer])[0].cpu()

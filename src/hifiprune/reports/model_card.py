@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hifiprune.errors import UserError
 from hifiprune.evaluation.fidelity import METRICS
-from hifiprune.formatting import format_accuracy, format_interval, format_items, width_range
+from hifiprune.formatting import format_accuracy, format_interval, format_items, repaired, width_range
 from hifiprune.io.atomic import replacing, update_manifest
 from hifiprune.io.manifest import is_unchanged
 from hifiprune.models.checkpoint import Checkpoint
@@ -201,8 +201,8 @@ def _pruned(record: PruneRun, name: str) -> Story:
         f"{results.width.before:,} became {width_range(results.width.after)}.",
         (
             f"neurons scored by `{plain(results.criterion)}` {read}, widths {plain(arguments.method)}",
-            f"output projections refitted on {text.num_samples:,} windows of {text.seq_len:,} tokens"
-            if arguments.repair == "ridge" and text
+            f"{repaired(arguments.repair)} on {text.num_samples:,} windows of {text.seq_len:,} tokens"
+            if arguments.repair != "none" and text
             else "no repair",
         ),
     )

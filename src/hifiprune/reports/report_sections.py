@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from hifiprune.deployment.compatibility import remark_on_mixed
-from hifiprune.formatting import megabytes, short_names, width_range
+from hifiprune.formatting import megabytes, repaired, short_names, width_range
 from hifiprune.plan import Plan
 from hifiprune.records import PruneRun, RecoverRun
 from hifiprune.recovery.callback import perplexity
@@ -37,7 +37,7 @@ def sections_of(runs: Sequence[Run]) -> list[Section]:
 
 def summary(runs: Sequence[Run]) -> Section:
     """List the checkpoints, one row each."""
-    rows = [["checkpoint", "parameters", "removed", "MLP width", "criterion", "output projections", "trained"]]
+    rows = [["checkpoint", "parameters", "removed", "MLP width", "criterion", "repair", "trained"]]
     for run in runs:
         if pruning := run.made:
             results, record, trained = pruning.results, run.record, "no"
@@ -50,7 +50,7 @@ def summary(runs: Sequence[Run]) -> Section:
                     f"{results.ratio.reached:.1%}",
                     f"{width_range(results.width.after)} of {results.width.before:,}",
                     results.criterion,
-                    "refitted" if pruning.arguments.repair == "ridge" else "as cut",
+                    repaired(pruning.arguments.repair),
                     trained,
                 ]
             )
