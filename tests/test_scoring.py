@@ -102,9 +102,12 @@ def test_infinite_activations_stop_the_run_and_name_the_block(layer: int) -> Non
         score(model, tiny_tokens())
 
 
-def test_overflow_late_in_the_data_is_found_too() -> None:
-    model, tokens = tiny_model("llama", torch.float32), tiny_tokens(windows=2)
-    tokens[0], tokens[1, 3] = tokens[0].clamp(max=59), 60
+@pytest.mark.parametrize("waits", [False, True], ids=["asked at once", "asked at the end"])
+@pytest.mark.parametrize("window", [0, 2])
+def test_overflow_anywhere_in_the_data_is_found(window: int, waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hifiprune.scoring.accumulate.waits", lambda _: waits)
+    model, tokens = tiny_model("llama", torch.float32), tiny_tokens().clamp(max=59)
+    tokens[window, 3] = 60
     with torch.no_grad():
         model.get_parameter("model.embed_tokens.weight")[60] = float("nan")
         with pytest.raises(RunError, match="decoder block 0"):

@@ -16,6 +16,7 @@ from hifiprune.engine.memory import (
     choose_recompute,
     free_bytes,
     graph_bytes,
+    keeps_states,
     slice_bytes,
     state_bytes,
     working_bytes,
@@ -94,7 +95,7 @@ class Estimator(Trial):
         inputs = group * self.layers * state
         memory = self.base
         if any(find_criterion(name).two_stages for name, _ in requests):
-            memory += batches * state * self.on_cpu  # the teacher's final states
+            memory += batches * state * (self.on_cpu or keeps_states(batches * state, self._free))  # the teacher's
         if self.streamed:
             memory += group * (2 + objectives) * state + inputs * (not self._spills)
             head = self._head_bytes * self._head_is_held + slice_bytes(self.skeleton)

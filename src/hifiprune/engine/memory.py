@@ -19,6 +19,8 @@ SLICES = 4
 """Slices of logits, gradients and scratch that the head needs at once."""
 PROJECTIONS = 3
 """Weight gradients of an MLP that are held at once."""
+STATES_SHARE = 0.125
+"""Share of a GPU's free memory that a teacher's final hidden states may take."""
 
 
 def choose_recompute(model: PreTrainedModel, tokens: int, free: int) -> bool:
@@ -50,6 +52,11 @@ def graph_bytes(model: PreTrainedModel, tokens: int) -> int:
     """Return the bytes that the graph of one block keeps for `tokens` positions."""
     hidden = model.config.get_text_config().hidden_size
     return int(tokens * (PER_NEURON * width_of(model.config) + PER_FEATURE * hidden) * model.dtype.itemsize)
+
+
+def keeps_states(size: int, free: int) -> bool:
+    """Return whether a GPU keeps a teacher's final hidden states of `size` bytes, or sends them to the host."""
+    return size <= free * STATES_SHARE
 
 
 def slice_bytes(model: PreTrainedModel) -> int:

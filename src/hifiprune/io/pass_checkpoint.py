@@ -50,16 +50,20 @@ class PassCheckpoint:
 
         return self.resume_folder.read(self._path, load)
 
+    @property
+    def due(self) -> bool:
+        """Return whether it is time to write a state."""
+        return time.monotonic() - self.last >= max(SECONDS_BETWEEN, self.took / COST)
+
     def write(self, state: dict[str, Tensor]) -> None:
-        """Write a state, if it is time to."""
+        """Write a state."""
         start = time.monotonic()
-        if start - self.last >= max(SECONDS_BETWEEN, self.took / COST):
-            try:
-                self.resume_folder.write(self._path, lambda path: save_file(state, path))
-            except RunError as error:
-                logger.warning(f"Scoring goes on, but could not be resumed from here: {error}")
-            self.last = time.monotonic()
-            self.took = self.last - start
+        try:
+            self.resume_folder.write(self._path, lambda path: save_file(state, path))
+        except RunError as error:
+            logger.warning(f"Scoring goes on, but could not be resumed from here: {error}")
+        self.last = time.monotonic()
+        self.took = self.last - start
 
     @property
     def _path(self) -> Path:

@@ -148,7 +148,7 @@ class SampledLabel:
         """Same as `cross_entropy_` with `labels = torch.multinomial(p, 1)`."""
         noise = torch.Generator().manual_seed(self.seed * 1_000_003 + rows.window)
         draws = torch.rand(rows.positions, generator=noise, dtype=torch.float64)[rows.start :][: len(rows.logits)]
-        draws = ((draws + self.sample / self.samples) % 1).to(rows.logits)
+        draws = ((draws + self.sample / self.samples) % 1).to(rows.logits, non_blocking=True)
         draws.clamp_(max=1 - torch.finfo(draws.dtype).eps)  # float32 rounds up to 1, where no label is
         reached = rows.logits.clone()
         softmax_(reached)
