@@ -344,8 +344,8 @@ def test_batch_sizes_beyond_the_data_are_cut_down_and_told(
 ) -> None:
     tried: list[int] = []
 
-    def keep(trial: Trial, *_: object) -> Pace:
-        tried.append(trial.compute.batch_size)
+    def keep(trial: Trial, work: object, size: int, *_: object) -> Pace:
+        tried.append(size)
         return Pace(1e-3, 1e-3)
 
     monkeypatch.setattr(Trial, "_tried", keep)

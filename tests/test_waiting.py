@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from hifiprune.config.groups import CriterionOptions
 from hifiprune.engine.block_chain import BlockChain
 from hifiprune.engine.hooks import places_of
+from hifiprune.engine.memory import Graphs
 from hifiprune.engine.offload import place
 from hifiprune.engine.verify import verified_chain
 from hifiprune.io.pass_checkpoint import PassCheckpoint
@@ -69,7 +70,7 @@ def test_a_pass_waits_for_no_batch(
     chain = BlockChain(model, settled_family(model.config))
     first: list[Tensor] = []
     for jobs in passes_of([(criterion, CriterionOptions(alpha=0.5, temperature=1.0))]):
-        run = Unread(chain, tiny_tokens(7), PassConfig(2, recompute))
+        run = Unread(chain, tiny_tokens(7), PassConfig(2, Graphs(recompute)))
         run.reads = []
         run.run(jobs, first, keep_hidden=not first)
         assert run.reads == [4], "once, at the end, for all batches"
@@ -120,7 +121,7 @@ def test_experts_wait_once_a_block(variant: str, recompute: bool, monkeypatch: p
     monkeypatch.setattr("hifiprune.scoring.accumulate.waits", lambda _: True)
     monkeypatch.setattr(Tensor, "tolist", to_list)
     with Reads() as reads:
-        Pass(chain, tiny_tokens(batches), PassConfig(1, recompute)).run(jobs)
+        Pass(chain, tiny_tokens(batches), PassConfig(1, Graphs(recompute))).run(jobs)
     assert reads.names == {"aten._local_scalar_dense.default": 1}, "whether all sums are finite"
     experts = [sum(chain.mlps[number].is_expert for number in own) for own in chain.of_block]
     routing = [count for count in experts if count]

@@ -90,7 +90,7 @@ def ablate(model: str, output: str | Path, config: AblateConfig) -> RunRecord[Ab
         f"{condition(estimator.device)}. Interrupted, the same command goes on where it stopped."
     )
     with record.stage("ablating"):
-        bench = Bench(dense, windows, {layer for layer, _ in trials}, compute.batch_size)
+        bench = Bench(dense, windows, {layer for layer, _ in trials}, compute.batch)
         for trial in track(missing, "ablating"):
             measured[trial] = {"kl": bench.divergence(trial)}
             resume_folder.write_json(paths[trial], measured[trial])

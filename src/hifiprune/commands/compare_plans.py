@@ -133,7 +133,7 @@ class Workbench:
             f"{condition(resolved_device(self.compute))}. Interrupted, the same command goes on where it stopped."
         )
         references = {
-            source: Reference.of(self.model, texts[source].windows, self.compute.batch_size)
+            source: Reference.of(self.model, texts[source].windows, self.compute.batch)
             for source in missing
             if texts[source].fidelity
         }
@@ -151,13 +151,11 @@ class Workbench:
         return [[found[path] for path in row] for row in table]
 
     def _read(self, text: Held, references: dict[str, Reference]) -> Measured:
-        values = measure_windows(
-            self.model, text.windows, references.get(text.source), batch_size=self.compute.batch_size
-        )
+        values = measure_windows(self.model, text.windows, references.get(text.source), batch_size=self.compute.batch)
         return {name: each.tolist() for name, each in values.items()}
 
     def _take(self, exam: TaskRunner) -> Measured:
-        answers = exam.ask(self.model, self.tokenizer, batch_size=self.compute.batch_size)
+        answers = exam.ask(self.model, self.tokenizer, batch_size=self.compute.batch)
         return {name: [found.accuracy.value] for name, found in answers.items()}
 
     def _path(self, plan: Plan | None, what: Held | Tasks) -> Path:

@@ -12,8 +12,10 @@ from hifiprune.commands.trial import Trial, read, sweep
 from hifiprune.config.groups import ComputeConfig
 from hifiprune.engine.lm_head import rows_of_slice
 from hifiprune.engine.memory import (
+    Graphs,
+    choose_batch,
+    choose_graphs,
     choose_group,
-    choose_recompute,
     free_bytes,
     graph_bytes,
     keeps_states,
@@ -87,8 +89,8 @@ class Estimator(Trial):
         passes = passes_of(requests)
         if not passes:  # the weights alone are looked at
             return Cost("scoring", self._streamed(0.0, sweeps=1), self.base + self._two_blocks * self.streamed)
-        size, tokens = self.compute.batch_size, self.compute.batch_size * positions
-        batches = ceil(ceil(windows / size) / processes())
+        size = self.batch(windows, positions)
+        tokens, batches = size * positions, ceil(ceil(windows / size) / processes())
         objectives = max([1, *(len(needs(jobs)[0]) for jobs in passes)])
         group = min(batches, self._group(tokens, objectives))
         state = state_bytes(self.skeleton, tokens)
@@ -101,23 +103,24 @@ class Estimator(Trial):
             head = self._head_bytes * self._head_is_held + slice_bytes(self.skeleton)
             memory += max(self._two_blocks + 2 * graph_bytes(self.skeleton, tokens), head)
         else:
-            recompute, projections = (
-                self.recomputes(positions),
-                any(job.uses_projections for jobs in passes for job in jobs),
-            )
-            memory += working_bytes(
-                self.skeleton, tokens, recompute=recompute, objectives=objectives, projections=projections
-            )
-        seconds = sum(self._sweeping(jobs, batches, ceil(batches / group), positions) for jobs in passes)
+            projections = any(job.uses_projections for jobs in passes for job in jobs)
+            graphs = self.graphs(tokens)
+            memory += working_bytes(self.skeleton, tokens, graphs, objectives=objectives, projections=projections)
+        seconds = sum(self._sweeping(jobs, batches, ceil(batches / group), size, positions) for jobs in passes)
         return Cost("scoring", seconds, memory, inputs * self._spills)
 
-    def _sweeping(self, jobs: Sequence[StatisticJob], batches: int, groups: int, positions: int) -> float:
+    def _sweeping(self, jobs: Sequence[StatisticJob], batches: int, groups: int, size: int, positions: int) -> float:
         """Return the seconds of one pass over the batches for jobs, forward and, for objectives, back."""
-        pace = self.pace(sweep, positions, tuple(jobs), self.recomputes(positions))
+        graphs = self.graphs(size * positions)
+        pace = self.pace(sweep, size, positions, tuple(jobs), graphs.recompute)
         objectives = len(needs(jobs)[0])
-        computing = batches * (self.layers * pace.block + pace.rest)
+        blocks = self.layers * pace.block
+        if graphs.recompute and graphs.kept > 1:
+            kept = self.pace(sweep, size, positions, tuple(jobs), False).block
+            blocks += graphs.kept * (kept - pace.block)
+        computing = batches * (blocks + pace.rest)
         sweeps = (2 if objectives else 1) * groups
-        heads = self._reading_of_heads(groups, batches * self.compute.batch_size * positions, objectives)
+        heads = self._reading_of_heads(groups, batches * size * positions, objectives)
         return self._streamed(computing, sweeps) + heads
 
     def repair(self, windows: int, positions: int, width: int, training: Training | None = None) -> Cost:
@@ -125,9 +128,9 @@ class Estimator(Trial):
 
         A refit takes two forward passes, moments and solving.
         """
-        hidden, tokens = self.config.hidden_size, self.compute.batch_size * positions
-        batches = ceil(windows / self.compute.batch_size)
-        forward = self.pace(sweep, positions, (), False).block
+        hidden, size = self.config.hidden_size, self.batch(windows, positions)
+        tokens, batches = size * positions, ceil(windows / size)
+        forward = self.pace(sweep, size, positions, (), False).block
         block = batches * (REPAIR_PASSES * forward + self.seen * self.moments(tokens, width))
         block += self.mlps * self.solution(width)
         trained = 0
@@ -149,14 +152,21 @@ class Estimator(Trial):
 
         A backward pass takes as long again for the gradients of activations, and once more for those of all weights.
         """
-        pace = self.pace(read, positions)
-        return tokens / (self.compute.batch_size * positions) * (self.layers * pace.block + pace.rest)
+        pace = self.pace(read, self.compute.batch, positions)
+        return tokens / (self.compute.batch * positions) * (self.layers * pace.block + pace.rest)
 
-    def recomputes(self, positions: int) -> bool:
-        """Return whether blocks will be recomputed instead of keeping their graphs."""
+    def batch(self, windows: int, positions: int) -> int:
+        """Return how many of these windows a step has: what was asked for, or what the device has room for."""
+        if self.compute.batch_size:
+            return self.compute.batch_size
+        chosen = choose_batch(self.skeleton, positions, self.device, self._free)
+        return max(1, min(chosen, ceil(windows / processes())))
+
+    def graphs(self, tokens: int) -> Graphs:
+        """Return of which blocks the graphs will be kept in steps of so many tokens."""
         if self.compute.recompute is not None or self.streamed:
-            return self.streamed or bool(self.compute.recompute)
-        return choose_recompute(self.skeleton, self.compute.batch_size * positions, self._free)
+            return Graphs(self.streamed or bool(self.compute.recompute))
+        return choose_graphs(self.skeleton, tokens, self.device, self._free)
 
     def _group(self, tokens: int, objectives: int) -> int:
         if not self.streamed:

@@ -207,7 +207,7 @@ class Bench:
     def _measure(self, checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Any]:
         assert self.windows is not None
         with labelled(f"measuring {checkpoint.name}"):
-            metrics = measure(model, self.windows, self.dense, batch_size=self.compute.batch_size)
+            metrics = measure(model, self.windows, self.dense, batch_size=self.compute.batch)
         return {name: asdict(estimate) for name, estimate in metrics.items()}
 
     def _ask(self, checkpoint: Checkpoint, model: PreTrainedModel, parts: ResumeFolder | None) -> None:
@@ -222,7 +222,7 @@ class Bench:
             )
 
     def _answers(self, name: str, checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Any]:
-        size = PROMPTS * self.compute.batch_size
+        size = PROMPTS * self.compute.batch
         with labelled(f"asking {checkpoint.name}: {name}"):
             answers = self.exams[name].ask(model, checkpoint.tokenizer(), batch_size=size)
         return {task: asdict(answer) for task, answer in answers.items()}

@@ -57,7 +57,9 @@ def announce_scoring(
     cost, (forwards, backwards) = estimator.scoring(requests, len(windows), windows.shape[1]), count_passes(requests)
     criteria = ", ".join(dict.fromkeys(f"'{name}'" for name, _ in requests))
     shared = f", shared out among {processes()} processes" if processes() > 1 else ""
-    how = " (recomputing)" if estimator.recomputes(windows.shape[1]) else ""
+    size = estimator.batch(*windows.shape)
+    how = ", recomputing" * estimator.graphs(size * windows.shape[1]).recompute
+    how = f" ({size} windows a step{how})" if size > 1 else " (recomputing)" * bool(how)
     return (
         f"Scoring {estimator.checkpoint.name} by {criteria} on {len(windows)} windows of {windows.shape[1]} tokens"
         f"{shared}, {estimator.dtype} on {estimator.device}: {forwards} forward and "

@@ -101,7 +101,7 @@ def cut_and_repair(
                 plan,
                 windows,
                 training=job.training,
-                batch_size=job.compute.batch_size,
+                batch_size=estimator.batch(*windows.shape),
                 resume_folder=job.resume_folder.of(model, dense.hash),
             )
     elif job.config.bias_compensation or not dense.stored_plainly:

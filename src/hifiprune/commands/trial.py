@@ -86,16 +86,16 @@ class Trial:
         again = _seconds(lambda: part.whole().to(self.dtype))
         return read / part.bytes, hashed / part.bytes, again / part.bytes
 
-    def pace(self, work: Callable[..., float], positions: int, *details: object) -> Pace:
-        """Return the pace of work on batches of windows, tried once."""
-        key = work, positions, details
+    def pace(self, work: Callable[..., float], size: int, positions: int, *details: object) -> Pace:
+        """Return the pace of work on batches of `size` windows, tried once."""
+        key = work, size, positions, details
         if key not in self._paces:
-            self._paces[key] = self._tried(work, positions, *details)
+            self._paces[key] = self._tried(work, size, positions, *details)
         return self._paces[key]
 
-    def _tried(self, work: Callable[..., float], positions: int, *details: object) -> Pace:
+    def _tried(self, work: Callable[..., float], size: int, positions: int, *details: object) -> Pace:
         """Measure a pace by differences between models of one and two blocks, and of one and two vocabularies."""
-        size, vocabulary = self.compute.batch_size, min(VOCABULARY, self.config.vocab_size)
+        vocabulary = min(VOCABULARY, self.config.vocab_size)
         weights = sum(each.numel() for each in find_blocks(self.skeleton)[0].parameters())
         speed = product_speed(self.config.hidden_size, max(self.widths), str(self.device), self.dtype)
         tried = min(positions, max(LEAST_ROWS, int(TRIAL_SECONDS * speed / (OPERATIONS * weights * size))))

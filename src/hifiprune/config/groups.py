@@ -130,7 +130,13 @@ class ComputeConfig(Checked):
         panel=COMPUTE,
         choices=("auto", *DTYPE_NAMES),
     )
-    batch_size: int = option(1, "Windows per step; results do not depend on it.", panel=COMPUTE, bounds=COUNT)
+    batch_size: int | None = option(
+        None,
+        "Windows per step; results do not depend on it.",
+        panel=COMPUTE,
+        bounds=COUNT,
+        shown_default="1 on a CPU, by size and free memory on a GPU",
+    )
     recompute: bool | None = option(
         None,
         "Recompute activations in the backward pass (less memory), or keep them (less time).",
@@ -155,6 +161,11 @@ class ComputeConfig(Checked):
         metavar="DIR",
         shown_default="kept in memory",
     )
+
+    @property
+    def batch(self) -> int:
+        """Return the windows per step where none were asked for and nothing else decides."""
+        return self.batch_size or 1
 
     def __post_init__(self) -> None:
         """Check what can be checked without torch; the rest is checked where the device is used."""

@@ -170,18 +170,20 @@ class BlockChain:
         visit: ActivationHook,
         *,
         recompute: bool = False,
+        kept: int = 1,
         projections: Sequence[int] = (),
     ) -> None:
         """Sweep several batches, all of which go through a block before the next block runs.
 
         Weights on disk are then read once for all batches, and only a block's input is kept. With weights in memory one
-        batch at a time needs the least memory.
+        batch at a time needs the least memory. Where blocks are recomputed, the last `kept` are not: their graphs are
+        used first.
         """
         last = len(self.blocks) - 1
         for batch in batches:
             batch.hidden, batch.calls = self.embed(batch.tokens)
         for index in walk(self.model, range(len(self.blocks))):
-            whole = bool(kernels) and not self.shelf and not (recompute and index < last)
+            whole = bool(kernels) and not self.shelf and not (recompute and index <= last - kept)
             for batch in batches:
                 state = batch.hidden
                 for each in self._forwards(
@@ -314,7 +316,8 @@ class BlockChain:
             else:
                 output = KnownProduct.apply(activation, linear.weight, mlp_output)  # type: ignore[no-untyped-call]
             passes[number].tokens = tokens
-            passes[number].projections.append(ProjectionPass(linear, activation, output))
+            shown = output if projections else output.new_empty(0)  # or its memory would be held for nothing
+            passes[number].projections.append(ProjectionPass(linear, activation, shown))
             return output
 
         taps = overrides_on(self._mlps(index), own.start, hidden, write, read if projections else None)

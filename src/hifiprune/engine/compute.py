@@ -62,7 +62,7 @@ def compute_dtype(compute: ComputeConfig, checkpoint: Checkpoint) -> torch.dtype
 
 def limit_batch(compute: ComputeConfig, rows: int, what: str) -> ComputeConfig:
     """Return the same with a batch size of no more than all `rows`, such as windows, and tell if it was more."""
-    if compute.batch_size <= rows:
+    if compute.batch_size is None or compute.batch_size <= rows:
         return compute
     note(f"There are {rows} {what}: --batch-size {compute.batch_size} is cut down to {rows}.")
     return replace(compute, batch_size=rows)

@@ -13,7 +13,7 @@ from hifiprune.engine.batch import Batch
 from hifiprune.engine.block_chain import BlockChain
 from hifiprune.engine.context import memory_explained
 from hifiprune.engine.hooks import Activations
-from hifiprune.engine.memory import free_bytes, keeps_states, state_bytes
+from hifiprune.engine.memory import Graphs, free_bytes, keeps_states, state_bytes
 from hifiprune.engine.sliced_objective import Kernel
 from hifiprune.errors import RunError
 from hifiprune.io.distributed import meet, processes, rank
@@ -59,12 +59,12 @@ class PassConfig:
 
     Attributes:
         batch_size: windows per step.
-        recompute: see `BlockChain.sweep`.
+        graphs: of which blocks the graphs are kept.
         group: batches that take turns at each block; more than one if weights are streamed from disk.
     """
 
     batch_size: int = 1
-    recompute: bool = False
+    graphs: Graphs = Graphs(recompute=False)
     group: int = 1
 
 
@@ -125,7 +125,7 @@ class Pass:
         """
         wanted = list(dict.fromkeys(jobs))
         kernels, projections = needs(wanted)
-        device = self.chain.model.device
+        device, graphs = self.chain.model.device, self.config.graphs
         self.totals = {job: {} for job in wanted}
         self.sums = {kernel: torch.zeros((), dtype=torch.float64, device=device) for kernel in kernels}
         self.halves = {job: {} for job in wanted} if settled else {}
@@ -149,7 +149,9 @@ class Pass:
                 for place, (first, tokens) in zip(places, own[places.start : places.stop], strict=True)
             ]
             with memory_explained(self.chain.model, self.windows[: self.config.batch_size].numel()):
-                self.chain.sweep_all(batches, kernels, visit, recompute=self.config.recompute, projections=projections)
+                self.chain.sweep_all(
+                    batches, kernels, visit, recompute=graphs.recompute, kept=graphs.kept, projections=projections
+                )
             self.hidden += [batch.final.to(store) for batch in batches if store]
             for kernel, value in (pair for batch in batches for pair in zip(kernels, batch.values, strict=True)):
                 self.sums[kernel] += value.double().sum()
@@ -183,7 +185,7 @@ class Pass:
 
     def _keeper(self, jobs: Sequence[StatisticJob]) -> PassCheckpoint | None:
         """Return the checkpoint for exactly this pass and this process's part of it."""
-        part = rank(), processes(), self.config.batch_size, self.config.recompute, bool(self.halves)
+        part = rank(), processes(), self.config.batch_size, self.config.graphs.recompute, bool(self.halves)
         return self.keeper.of(hash_tokens(self.windows), [*map(str, jobs)], *part) if self.keeper else None
 
     def _state(self) -> dict[str, Tensor]:

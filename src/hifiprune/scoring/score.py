@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 from hifiprune.config.groups import SDMPRUNE_SETTINGS, CriterionOptions
 from hifiprune.defaults import DEFAULT_CRITERION
 from hifiprune.engine.context import check_windows, frozen
-from hifiprune.engine.memory import choose_recompute, free_bytes, group_of
+from hifiprune.engine.memory import Graphs, choose_batch, choose_graphs, free_bytes, group_of
 from hifiprune.engine.offload import walk
 from hifiprune.engine.temporary_cut import cut
 from hifiprune.engine.verify import verified_chain
 from hifiprune.errors import UserError
-from hifiprune.io.distributed import check_share
+from hifiprune.io.distributed import check_share, processes
 from hifiprune.io.hashing import hash_model, hash_tokens
 from hifiprune.io.pass_checkpoint import PassCheckpoint
 from hifiprune.models.mlp import Mlp, by_block, count_parameters, find_mlps
@@ -44,7 +44,7 @@ def score(
     criterion: str = DEFAULT_CRITERION,
     options: CriterionOptions = CriterionOptions(),
     *,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     recompute: bool | None = None,
 ) -> Scores:
     """Score every MLP neuron of `model` on `windows`; the model is not changed.
@@ -54,7 +54,8 @@ def score(
         windows: integer token ids; None for criteria that need no data.
         criterion: name of the criterion, see `hifiprune.scoring.criteria.CRITERIA`.
         options: options of the criterion.
-        batch_size: windows per step; scores do not depend on it.
+        batch_size: windows per step; scores do not depend on it. By default one on a CPU, on a GPU as many as keep it
+            busy and have room.
         recompute: run each block twice instead of keeping its graph; by default only where memory is short.
 
     Returns:
@@ -72,7 +73,7 @@ def score_all(
     windows: Int[Tensor, "windows positions"] | None,
     requests: Sequence[Request],
     *,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     recompute: bool | None = None,
     settings: Mapping[str, object] | None = None,
     model_hash: str | None = None,
@@ -90,9 +91,10 @@ def score_all(
         model: as in `score`.
         windows: as in `score`.
         requests: criteria with their options.
-        batch_size: windows per step; scores do not depend on it, since every window's mean is taken by itself.
+        batch_size: windows per step, by default chosen as in `score`; scores do not depend on it, since every window's
+            mean is taken by itself.
         recompute: run each block twice instead of keeping its graph, for a fraction of the memory; by default only
-            where the graphs would not fit into half of the free memory.
+            where the graphs would not fit into half of the free memory, or on a GPU into 8 GB, and for no more blocks.
         settings: further facts to store with the scores.
         model_hash: hash of the stored weights, if known; otherwise it is computed.
         keeper: saves the sums on disk from time to time, so that an interrupted call resumes to the same scores.
@@ -108,6 +110,7 @@ def score_all(
         stability.check([each.criterion.name for each in asked])
     if windows is None and needing:
         raise UserError(f"criterion '{needing[0]}' needs calibration data")
+    config = PassConfig()
     facts: dict[str, Any] = {
         "compute_dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
@@ -115,16 +118,12 @@ def score_all(
         "hifiprune": version("hifiprune"),
     }
     if windows is not None and needing:
-        check_windows(model, windows, batch_size)
-        check_share(-(-len(windows) // batch_size))
-        if recompute is None:
-            recompute = choose_recompute(model, batch_size * windows.shape[1], free_bytes(model.device))
+        config = _configure(model, windows, requests, batch_size, recompute)
         facts |= {"windows": len(windows), "positions": windows.shape[1]}
-        facts |= {"batch_size": batch_size, "recompute": recompute}
+        facts |= {"batch_size": config.batch_size, "recompute": config.graphs.recompute}
+        if config.graphs.recompute and config.graphs.kept > 1:
+            facts |= {"kept_graphs": config.graphs.kept}
     with frozen(model):
-        objectives = max([len(needs(jobs)[0]) for jobs in passes_of(requests)], default=0)
-        group = group_of(model, batch_size * windows.shape[1], objectives) if windows is not None else 1
-        config = PassConfig(batch_size, bool(recompute), group)
         outcomes = _run(model, windows, asked, config, keeper, stability)
         model_hash = model_hash or hash_model(model)
     if stability and windows is not None and outcomes[0].windows < len(windows):
@@ -139,6 +138,24 @@ def score_all(
         )
         for each, outcome in zip(asked, outcomes, strict=True)
     ]
+
+
+def _configure(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "windows positions"],
+    requests: Sequence[Request],
+    batch_size: int | None,
+    recompute: bool | None,
+) -> PassConfig:
+    """Return the settings of a pass: those that are given, and the others by the free memory of the device."""
+    check_windows(model, windows, batch_size or 1)
+    device, free, positions = model.device, free_bytes(model.device), windows.shape[1]
+    most = -(-len(windows) // processes())
+    size = batch_size or min(most, choose_batch(model, positions, device, free))
+    check_share(-(-len(windows) // size))
+    graphs = choose_graphs(model, size * positions, device, free) if recompute is None else Graphs(recompute)
+    objectives = max([len(needs(jobs)[0]) for jobs in passes_of(requests)], default=0)
+    return PassConfig(size, graphs, group_of(model, size * positions, objectives))
 
 
 @dataclass(frozen=True)
