@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+from transformers import LlamaConfig
 
 import hifiprune as hp
 from hifiprune.commands import cost_model, trial
@@ -239,3 +240,61 @@ def test_scoring_and_repair_follow_from_the_pace_of_a_block(world: Path, tmp_pat
     seconds = {cost["step"]: cost["seconds"] for cost in found}
     assert seconds["cutting and repairing"] == pytest.approx(3 * 4 * 2.3)
     assert seconds["scoring"] == pytest.approx(3 * 4)
+
+
+class Figures(Estimator):
+    """What was measured of the pace of an H100 with the shape of Llama-2-7B, windows of 1,024 tokens one by one."""
+
+    rates = 1 / 1.43e9, 1 / 0.4407e9, 1 / 6.618e9
+
+    def _tried(self, work: Any, size: int, positions: int, *details: Any) -> Pace:
+        if details and details[0]:
+            return Pace((0.1351 - 0.0207) / 32, 0.0207)
+        return Pace(3.463 / 2048, 0.0)
+
+    def moments(self, tokens: int, width: int) -> float:
+        return 5.868 / 1024
+
+    def moving(self, tokens: int, width: int) -> float:
+        return 12.35 / 1024
+
+    def solution(self, width: int) -> float:
+        return (2.363 + 0.5505) / 32
+
+
+def test_a_run_on_an_h100_is_foretold_within_a_third(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32, vocab_size=32_000, dtype=torch.bfloat16
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    compute = hp.ComputeConfig(device="cpu", dtype="bfloat16", batch_size=1, recompute=False)
+    estimator = Figures(find_checkpoint(str(tmp_path)), compute)
+    estimator.device = torch.device("cuda")
+    took = {"loading": 39.09, "scoring": 3.846, "repair": 21.25, "writing": 7.506}  # hifiprune prune, 32 windows
+    foretold = {
+        "loading": estimator.loading(),
+        "scoring": estimator.scoring([("entropy-square", CriterionOptions())], 32, 1024),
+        "repair": estimator.repair(32, 1024, 7552),
+        "writing": estimator.writing(1 - 0.2017),
+    }
+    assert {step: cost.seconds for step, cost in foretold.items()} == {
+        step: pytest.approx(seconds, rel=0.3) for step, seconds in took.items()
+    }
+    assert estimator.repair(32, 1024, 7552).seconds == pytest.approx(25.05, rel=0.3), "by itself, as it was timed too"
+
+
+def test_a_gpu_is_tried_with_what_it_will_do(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    estimator = estimator_of(checkpoint)
+    shapes: list[Any] = []
+    monkeypatch.setattr(trial.HeldOut, "add", lambda _, *values: shapes.append(values[0].shape))
+    monkeypatch.setattr(trial.Moments, "solve", lambda moments, _: shapes.append(moments.gram.shape))
+    monkeypatch.setattr(trial.Moments, "error", lambda *_: 0.0)
+    for on_cpu in (True, False):
+        monkeypatch.setattr(Estimator, "on_cpu", on_cpu)
+        shapes.clear()
+        estimator.moments(1024, 7552)
+        estimator.solution(7552)
+        wanted = {(1, 298, 4096), (1024, 1024)} if on_cpu else {(1, 1024, 7552), (7552, 7552)}
+        assert {*map(tuple, shapes)} == wanted
+        assert (estimator.moving(64, 32) > 0) != on_cpu

@@ -131,7 +131,8 @@ class Estimator(Trial):
         hidden, size = self.config.hidden_size, self.batch(windows, positions)
         tokens, batches = size * positions, ceil(windows / size)
         forward = self.pace(sweep, size, positions, (), False).block
-        block = batches * (REPAIR_PASSES * forward + self.seen * self.moments(tokens, width))
+        moving = self.moving(tokens, width)
+        block = batches * (REPAIR_PASSES * forward + moving + self.seen * self.moments(tokens, width))
         block += self.mlps * self.solution(width)
         trained = 0
         if training:
@@ -172,11 +173,6 @@ class Estimator(Trial):
         if not self.streamed:
             return 1
         return choose_group(self.skeleton, tokens, objectives, self.device, self.compute.scratch)
-
-    @property
-    def on_cpu(self) -> bool:
-        """Return whether the counted memory is that of the CPU."""
-        return self.device.type == "cpu"
 
     @property
     def _spills(self) -> bool:

@@ -35,7 +35,9 @@ LEAST_ROWS = 32
 VOCABULARY = 2048
 """Tokens of the smaller of the two vocabularies of a trial."""
 SOLVED, ADDED = 1024, 4096
-"""Neurons that a trial of repair has at most: to solve for, and to add a batch to the moments of."""
+"""Neurons that a trial of repair has at most on a CPU: to solve for, and to add a batch to the moments of."""
+ON_GPU = 8192
+"""Neurons that it has at most on a GPU, where small products take no less time than larger ones."""
 PROBE_BYTES = 2**26
 """Bytes of weights that are read and hashed on trial."""
 OPERATIONS = 6
@@ -71,6 +73,11 @@ class Trial:
         self.widths = [mlp.neurons for mlp in find_mlps(self.skeleton)]
         self.layers = len(find_blocks(self.skeleton))
         self._paces: dict[Any, Pace] = {}
+
+    @property
+    def on_cpu(self) -> bool:
+        """Return whether the model runs on the CPU, and memory that is counted is the CPU's."""
+        return self.device.type == "cpu"
 
     @cached_property
     def rates(self) -> tuple[float, float, float]:
@@ -140,22 +147,30 @@ class Trial:
 
     def moments(self, tokens: int, width: int) -> float:
         """Measure the seconds to add a batch to the moments of a projection of `width` neurons."""
-        kept = min(width, ADDED)
-        rows = min(tokens, max(LEAST_ROWS, int(TRIAL_SECONDS * SLOWEST / kept**2)))
+        kept = min(width, ADDED if self.on_cpu else ON_GPU)
+        rows = min(tokens, max(LEAST_ROWS, int(TRIAL_SECONDS * SLOWEST / kept**2))) if self.on_cpu else tokens
         activation = torch.full((1, rows, kept), 0.01, dtype=self.dtype, device=self.device)
         state = torch.full((1, rows, self.config.hidden_size), 0.01, dtype=self.dtype, device=self.device)
         moments, held = HeldOut(weighted=True), torch.zeros(1, dtype=torch.bool)
-        seconds = _fastest(lambda: moments.add(activation, state, state, held))
+        seconds = _fastest(lambda: moments.add(activation, state, state, held), warm_up=not self.on_cpu)
         return seconds * tokens / rows * (width / kept) ** 2
+
+    def moving(self, tokens: int, width: int) -> float:
+        """Measure the seconds to send the states of a batch, and its activations, to the host and back; 0 on a CPU."""
+        if self.on_cpu:
+            return 0.0
+        numbers = tokens * (3 * self.config.hidden_size + width)  # the dense and the cut stream, and the latter again
+        values = torch.zeros(numbers, dtype=self.dtype, device=self.device)
+        return _fastest(lambda: values.cpu().to(self.device), warm_up=not self.on_cpu)
 
     def solution(self, width: int) -> float:
         """Measure the seconds to solve for a projection of `width` neurons, with about half of the dampings tried."""
-        kept, moments = min(width, SOLVED), Moments()
+        kept, moments = min(width, SOLVED if self.on_cpu else ON_GPU), Moments()
         moments.gram = torch.eye(kept, dtype=torch.float64, device=self.device)
         hidden = max(1, self.config.hidden_size * kept // max(self.widths))
         moments.cross = torch.ones(hidden, kept, dtype=torch.float64, device=self.device)
         moments.output = 1.0
-        seconds = _fastest(lambda: moments.error(moments.solve(DAMPINGS[0])))
+        seconds = _fastest(lambda: moments.error(moments.solve(DAMPINGS[0])), warm_up=not self.on_cpu)
         return seconds * len(DAMPINGS) / 2 * (width / kept) ** 3
 
 
@@ -206,8 +221,10 @@ def product_speed(hidden: int, width: int, device: str, dtype: torch.dtype) -> f
     return 2 * 512 * hidden * width / _fastest(multiply)
 
 
-def _fastest(work: Callable[[], object]) -> float:
-    """Return the seconds of the fastest of a few rounds, of fewer where they take long."""
+def _fastest(work: Callable[[], object], *, warm_up: bool = False) -> float:
+    """Return the seconds of the fastest of a few rounds, of fewer where they take long; one more is not counted."""
+    if warm_up:
+        work()
     seconds: list[float] = []
     while len(seconds) < TRIAL_ROUNDS and sum(seconds) < TRIAL_ROUNDS * TRIAL_SECONDS:
         seconds.append(_seconds(work))
