@@ -21,6 +21,7 @@ from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.families import FAMILIES
 from hifiprune.models.find_checkpoint import find_checkpoint
 from hifiprune.models.mlp import find_blocks
+from hifiprune.pruning.ridge import HeldOut, Moments
 from tests.commands import refused, run
 from tests.families import FORMS, ROUTED, VARIANTS, VOCABULARY, family_name, load, tiny_tokens
 from tests.naive import mean_entropy, recorded_activations
@@ -287,9 +288,9 @@ def test_a_run_on_an_h100_is_foretold_within_a_third(tmp_path: Path) -> None:
 def test_a_gpu_is_tried_with_what_it_will_do(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     estimator = estimator_of(checkpoint)
     shapes: list[Any] = []
-    monkeypatch.setattr(trial.HeldOut, "add", lambda _, *values: shapes.append(values[0].shape))
-    monkeypatch.setattr(trial.Moments, "solve", lambda moments, _: shapes.append(moments.gram.shape))
-    monkeypatch.setattr(trial.Moments, "error", lambda *_: 0.0)
+    monkeypatch.setattr(HeldOut, "add", lambda _, *values: shapes.append(values[0].shape))
+    monkeypatch.setattr(Moments, "solve", lambda moments, _: shapes.append(moments.gram.shape))
+    monkeypatch.setattr(Moments, "error", lambda *_: 0.0)
     for on_cpu in (True, False):
         monkeypatch.setattr(Estimator, "on_cpu", on_cpu)
         shapes.clear()
