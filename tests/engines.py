@@ -36,9 +36,11 @@ def forms_table() -> str:
 
 
 def mixed_table() -> str:
-    """What engines do with checkpoints that come with code of their own, as Markdown."""
-    lines = ["| engine | supported | reason | source |", "|---|---|---|---|"]
-    lines += [f"| {each.name} | {each.mixed} | {each.why} | {_link(each.code)} |" for each in ENGINES.values()]
+    """What engines do with checkpoints whose layers differ in width, as Markdown."""
+    lines = ["| engine | layout deci | layout remote | reason | source |", "|---|---|---|---|---|"]
+    for each in ENGINES.values():
+        deci = f"yes: {_link(each.deci)}" if each.deci else "no"
+        lines.append(f"| {each.name} | {deci} | {each.mixed} | {each.why} | {_link(each.code)} |")
     return "\n".join(lines)
 
 

@@ -60,7 +60,8 @@ def test_every_family_differs_in_its_widths_alone(variant: str, tmp_path: Path) 
     plan = cut_plainly(dense, tmp_path / "cut", 24)
     found = difference(facts_of(dense), facts_of(tmp_path / "cut"))
     if variant == "bloom":  # whose configuration has no place for a width
-        assert {*found} == {"architectures", "auto_map.AutoModelForCausalLM", "mlp_widths", "mlp_maps"}
+        maps = {"auto_map.AutoModel", "auto_map.AutoModelForCausalLM"}
+        assert {*found} == {"architectures", *maps, "mlp_widths", "mlp_maps"}
         assert found["mlp_widths"] == (None, [24] * 3)
     else:
         stated = {key: value for key, value in flat(facts_of(dense)).items() if key.rpartition(".")[2] in WIDTH_KEYS}
@@ -181,8 +182,12 @@ def test_mixed_widths_come_and_go(tmp_path: Path, world: Path) -> None:
     projections = [f"model.layers.{{}}.mlp.{name}_proj" for name in ("gate", "up", "down")]
     widths = found.pop("mlp_widths")[1]
     assert len(set(widths)) > 1
+    for layer, width in enumerate(widths):
+        assert found.pop(f"per_layer_config.{layer}.intermediate_size") == (None, width)
     assert found == {
         "architectures": (["LlamaForCausalLM"], ["PrunedLlamaForCausalLM"]),
+        "allow_global_per_layer_attribute_access": (None, True),
+        "auto_map.AutoModel": (None, "modeling_pruned.PrunedLlamaModel"),
         "auto_map.AutoModelForCausalLM": ("modeling_theirs.Theirs", "modeling_pruned.PrunedLlamaForCausalLM"),
         "intermediate_size": (40, max(widths)),
         "mlp_maps": (None, projections),

@@ -182,21 +182,38 @@ def test_a_dense_model_of_the_usual_width_is_not_refused(variant: str, engine: s
 
 
 @pytest.mark.parametrize("variant", ["llama", "bloom"])
-def test_own_code_is_refused_or_not_known(variant: str, tmp_path: Path) -> None:
+def test_own_code_runs_through_transformers_backends_alone(variant: str, tmp_path: Path) -> None:
     model = tiny_model(variant, torch.float32)
     kept = [torch.arange(width) for width in ((7, 40, 23) if variant == "llama" else (16, 16, 16))]
     cut_(model, plan_keeping(model, kept))
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
-    assert [*saved["auto_map"]] == ["AutoModelForCausalLM"], "what vLLM and SGLang ask for is not there"
+    assert {*saved["auto_map"]} == {"AutoModel", "AutoModelForCausalLM"}, "vLLM and SGLang ask for the first"
     assert saved["architectures"][0].startswith("Pruned")
     for engine in ENGINES.values():
-        assert whys(tmp_path, engine.name) == {(engine.mixed, engine.why)}
-        assert all(
-            engine.code in row["sources"] for (name, _), row in answers_of(tmp_path).items() if name == engine.name
-        )
-    assert f"not in {', '.join(['vLLM', 'SGLang', 'MLX (mlx-lm)'])} and llama.cpp" in remark_on_mixed()
-    assert "TensorRT-LLM is unknown" in remark_on_mixed()
+        row = next(row for (name, _), row in answers_of(tmp_path).items() if name == engine.name)
+        told = (engine.mixed, engine.why)
+        if variant == "bloom" and engine.mixed == "yes":
+            told = ("no", "its Transformers backend does not take models of type 'bloom'")
+        assert (row["verdict"], row["why"]) == told
+        assert engine.code in row["sources"]
+    assert "vLLM, TensorRT-LLM, SGLang and MLX (mlx-lm) have an implementation" in remark_on_mixed()
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen2"])
+def test_deci_runs_where_it_is_implemented(variant: str, tmp_path: Path) -> None:
+    tiny_model(variant, torch.float32, intermediate_size=768, head_dim=6).save_pretrained(tmp_path / "dense")
+    model = tiny_model(variant, intermediate_size=768, head_dim=6)
+    plan = plan_keeping(model, [torch.arange(width) for width in (256, 768, 512)])
+    cut_checkpoint(str(tmp_path / "dense"), tmp_path / "cut", plan)
+    for engine in ENGINES.values():
+        rows = [row for (name, _), row in answers_of(tmp_path / "cut").items() if name == engine.name]
+        runs = engine.deci and not (variant == "qwen2" and engine.name == "TensorRT-LLM")
+        assert rows[0]["verdict"] == ("yes" if runs else "no"), engine.name
+        assert rows[0]["sources"][0] == (engine.deci or engine.code)
+        if variant == "qwen2" and engine.name == "TensorRT-LLM":
+            assert "has no biases in attention" in rows[0]["why"]
+        assert not [row["why"] for row in rows if "MLP width" in row["why"]], "all are multiples of 256"
 
 
 ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 5e5}

@@ -49,6 +49,7 @@ UNUSUAL = PruneConfig(
     bias_compensation=True,
     repair_steps=7,
     compute=ComputeConfig("cpu", "float64", 3, True, "eager", False, "/scratch"),
+    layout="remote",
     shard_size="1GB",
     overwrite=True,
     dry_run=True,

@@ -135,9 +135,9 @@ def write(cut: Cut, plan: Plan, scores: Scores, job: PruneJob) -> RunRecord[Prun
     with replacing(target, overwrite=job.config.overwrite) as folder:
         with record.stage("writing"):
             if cut.model:
-                save_model(cut.model, job.checkpoint, folder, shard_size)
+                save_model(cut.model, job.checkpoint, folder, shard_size, layout=job.config.layout)
             else:
-                write_cut(job.checkpoint, plan, folder, shard_size, cut.changed)
+                write_cut(job.checkpoint, plan, folder, shard_size, cut.changed, layout=job.config.layout)
         (folder / "hifiprune").mkdir()
         scores.save(folder / "hifiprune" / "scores.safetensors")
         plan.save(folder / "hifiprune" / "plan.json")

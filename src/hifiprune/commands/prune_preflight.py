@@ -18,6 +18,7 @@ from hifiprune.commands.messages import (
 from hifiprune.commands.prepare import prepare
 from hifiprune.commands.score import SAMPLED, batches_of, check_data, check_resident, options_of
 from hifiprune.config.files import to_dict
+from hifiprune.config.groups import AUTO, DECI
 from hifiprune.config.presets import ACROSS_LAYERS, PRESETS, Preset
 from hifiprune.config.prune import PruneConfig
 from hifiprune.config.texts import Calibration
@@ -25,7 +26,9 @@ from hifiprune.errors import UserError
 from hifiprune.io.atomic import check_shard_size, check_space
 from hifiprune.io.resume import ResumeFolder
 from hifiprune.models.checkpoint import Checkpoint
+from hifiprune.models.configuration_deci import MULTIPLE
 from hifiprune.models.detect import family_of
+from hifiprune.models.layouts import deci_obstacle, settled_layout
 from hifiprune.models.lineage import commits_of
 from hifiprune.models.mlp import find_mlps
 from hifiprune.plan import ModelShape
@@ -82,6 +85,7 @@ def resolve(model: str, output: str | Path, config: PruneConfig, scores: Scores 
         check_compensation(checkpoint, scores, system.criterion)
     base = describe_base(checkpoint)
     shape, width = width_for(skeleton, config, system, scores)
+    check_output_layout(skeleton, settled, width)
     check_space(target, int(checkpoint.dtype().itemsize * shape.total_parameters * (1 - shape.ratio_at(width))))
     note(announce_plan(config.budget, shape, width, system.round_to, config.allocation.method))
     remark_on_blocks(config.budget, shape, width, config.allocation)
@@ -116,11 +120,12 @@ def settle_system(config: PruneConfig, *, scored: bool) -> Preset:
         if config.calibration is None and preset.repair != "none":
             note("No --calibration: repair is skipped.")
     compares_layers = config.preset == "default" and config.allocation.method != "uniform"
+    round_to = MULTIPLE if config.layout == DECI else preset.round_to
     system = replace(
         preset,
         criterion=config.criterion or (ACROSS_LAYERS if compares_layers else preset.criterion),
         repair=repair or preset.repair,
-        round_to=preset.round_to if config.round_to is None else config.round_to,
+        round_to=round_to if config.round_to is None else config.round_to,
     )
     check_texts(system, config, scored=scored)
     return system
@@ -201,6 +206,28 @@ def width_for(
     if config.allocation.method != "uniform" and (reason := family_of(skeleton.config).one_width_reason):
         raise UserError(f"{reason}; use --allocation uniform")
     return shape, width
+
+
+def check_output_layout(skeleton: PreTrainedModel, config: PruneConfig, width: int) -> None:
+    """Refuse a layout that cannot hold the widths that are possible; tell where other multiples would fit better.
+
+    Layers keep multiples of `round_to`, or all that they have; of `width` if that is none.
+
+    Raises:
+        UserError: the layout cannot.
+    """
+    assert config.round_to
+    mlps = {mlp.neurons for mlp in find_mlps(skeleton) if not mlp.is_expert}
+    step = config.round_to if width % config.round_to == 0 else 1
+    possible = sorted({width} if config.allocation.method == "uniform" else {width, width + step, *mlps})
+    if config.layout == AUTO and len(possible) > 1:
+        fitting = [size // MULTIPLE * MULTIPLE for size in possible]
+        if deci_obstacle(skeleton.config, possible) and not deci_obstacle(skeleton.config, [*fitting, *mlps]):
+            note(
+                f"Widths are not multiples of {MULTIPLE}: the checkpoint gets a modeling file (layout remote). With "
+                f"--round-to {MULTIPLE} it gets the layout deci, which vLLM, SGLang, TensorRT-LLM and mlx-lm implement."
+            )
+    settled_layout(config.layout, skeleton.config, possible)
 
 
 def check_compensation(checkpoint: Checkpoint, scores: Scores | None, criterion: str) -> None:

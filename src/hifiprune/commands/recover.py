@@ -213,7 +213,8 @@ def write(job: RecoverJob, outcome: Outcome) -> None:
         with job.record.stage("writing"):
             if job.config.keep_adapter and isinstance(trained, PeftModel):
                 trained.save_pretrained(str(folder / "adapter"))
-            save_model(_merged(trained, job.started), job.started, folder, job.config.shard_size)
+            merged, config = _merged(trained, job.started), job.config
+            save_model(merged, job.started, folder, config.shard_size, layout=config.layout)
         job.record.save(folder / "run.json")
         write_card(folder, job.base, job.target.name)
     job.resume_folder.remove()

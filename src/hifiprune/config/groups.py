@@ -18,12 +18,22 @@ from hifiprune.errors import UserError
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")
 ALLOCATIONS = ("uniform", "global")
+AUTO, STOCK, DECI, REMOTE = LAYOUTS = ("auto", "stock", "deci", "remote")
 SDMPRUNE_SETTINGS = {0.2: (0.4, 0.2), 0.3: (0.42, 0.5), 0.4: (0.1, 0.2)}
 """Alpha and temperature of self-distillation that arXiv 2506.11120 uses at each ratio."""
 BY_RATIO = "the paper's for the nearest ratio"
 
 overwrite_option = partial(option, False, "Replace an existing output.", panel=OUTPUT)
 dry_run_option = partial(option, False, "Estimate time, memory and disk usage, then stop.", panel=OUTPUT)
+layout_option = partial(
+    option,
+    AUTO,
+    "How MLP widths are stored. stock: one for all layers. If they differ, deci: as vLLM, SGLang, TensorRT-LLM and "
+    "mlx-lm read them, for Llama, Mistral and Qwen 2.5, in multiples of 256; or remote: by a modeling file, for any "
+    "family. auto: stock, or deci if it fits, or remote.",
+    panel=OUTPUT,
+    choices=LAYOUTS,
+)
 until_stable_option = partial(
     option,
     None,
@@ -106,7 +116,8 @@ class AllocationConfig(Checked):
     method: str = option(
         "uniform",
         "uniform: one width for all layers; global: layers differ in width, by one threshold on all scores (by "
-        "'fisher' unless --criterion is given); better, but the checkpoint loads only with trust_remote_code=True.",
+        "'fisher' unless --criterion is given); better, but transformers loads the checkpoint only with "
+        "trust_remote_code=True; see --layout.",
         flag="--allocation",
         choices=ALLOCATIONS,
     )

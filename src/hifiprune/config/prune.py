@@ -11,6 +11,7 @@ from hifiprune.config.groups import (
     ComputeConfig,
     CriterionOptions,
     dry_run_option,
+    layout_option,
     overwrite_option,
     until_stable_option,
 )
@@ -55,7 +56,7 @@ class PruneConfig(Checked):
         "Round widths to the nearest multiple; 1 for exact widths.",
         panel=WIDTHS,
         bounds=COUNT,
-        shown_default=f"{_DEFAULT.round_to}, or the preset's",
+        shown_default=f"{_DEFAULT.round_to}, or the preset's; 256 with --layout deci",
     )
     scores: Path | None = option(
         None,
@@ -80,6 +81,7 @@ class PruneConfig(Checked):
         REPAIR_STEPS, "Optimizer steps of each block, with --repair local.", panel=PRESET, bounds=COUNT
     )
     compute: ComputeConfig = ComputeConfig()
+    layout: str = layout_option()
     shard_size: str = option("5GB", "Largest weight file.", panel=OUTPUT)
     overwrite: bool = overwrite_option()
     dry_run: bool = dry_run_option()

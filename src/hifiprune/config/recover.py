@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 from hifiprune.bounds import COUNT, INNER_SHARE, NOT_NEGATIVE, PAIR, POSITIVE, SEED, SHARE
-from hifiprune.config.groups import ComputeConfig, overwrite_option
+from hifiprune.config.groups import ComputeConfig, layout_option, overwrite_option
 from hifiprune.config.options import (
     ADAPTER,
     COMPUTE,
@@ -171,5 +171,6 @@ class RecoverConfig(Checked):
         "none", "Experiment tracker: tensorboard, trackio, wandb, swanlab and others; or none.", panel=OUTPUT
     )
     compute: ComputeConfig = group(ComputeConfig(), only=("device", "dtype", "attention"))
+    layout: str = layout_option()
     shard_size: str = option("5GB", "Largest weight file.", panel=OUTPUT)
     overwrite: bool = overwrite_option()

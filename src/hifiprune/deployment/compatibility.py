@@ -2,10 +2,12 @@
 
 import json
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 from transformers import PretrainedConfig
 
+from hifiprune.config.groups import REMOTE, STOCK
 from hifiprune.deployment.engines import (
     BLOCK,
     BLOCKS,
@@ -41,7 +43,9 @@ class Facts:
         key_heads: number of key-value heads.
         head: head dimension.
         gated: whether MLPs have a gate.
-        own_code: whether the checkpoint contains code.
+        layout: how the configuration states MLP widths: stock, deci or remote.
+        biased: whether attention has biases.
+        backend: whether Transformers backends of engines can give the model an attention of theirs.
         keys: keys of its `config.json`, in the text model's section if there is one.
         values: values of the keys that engines read, defaults filled in.
         section: name of that section.
@@ -55,7 +59,9 @@ class Facts:
     key_heads: int
     head: int
     gated: bool = True
-    own_code: bool = False
+    layout: str = STOCK
+    biased: bool = False
+    backend: bool = True
     keys: frozenset[str] = frozenset()
     values: tuple[tuple[str, Any], ...] = ()
     section: str = ""
@@ -85,7 +91,9 @@ class Facts:
             getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
             _head(config),
             len(family.inputs) > 1,
-            hasattr(config, "mlp_widths"),
+            checkpoint.layout,
+            bool(getattr(config, "attention_bias", False)),
+            type(skeleton).is_backend_compatible(),
             frozenset(stated[section] if section else stated),
             tuple(_values(skeleton.config).items()),
             section,
@@ -176,8 +184,8 @@ def _at_all(facts: Facts, key: str) -> tuple[str, str, str]:
     """Return the verdict that holds for all formats, its reason and its sources."""
     engine, kind = ENGINES[key], dict(zip(ENGINES, SUPPORT.get(facts.model_type, ()), strict=False)).get(key, "unknown")
     name = f"'{facts.model_type}'"
-    if facts.own_code:
-        return engine.mixed, engine.why, engine.code
+    if facts.layout != STOCK:
+        return _of_mixed(facts, key)
     if kind == "no":
         return "no", f"has no implementation of model type {name}", engine.models
     if kind == "unknown":
@@ -196,6 +204,21 @@ def _at_all(facts: Facts, key: str) -> tuple[str, str, str]:
         return "no", why, engine.models
     how = {"backend": "through its Transformers backend", "autodeploy": "through AutoDeploy"}
     return "yes", how.get(kind, ""), engine.models
+
+
+def _of_mixed(facts: Facts, key: str) -> tuple[str, str, str]:
+    """Return the verdict for a checkpoint in the layout deci or remote, its reason and its source."""
+    engine = ENGINES[key]
+    if facts.layout == REMOTE:
+        if engine.mixed == "yes" and not facts.backend:
+            return "no", f"its Transformers backend does not take models of type '{facts.model_type}'", engine.code
+        return engine.mixed, engine.why, engine.code
+    if not engine.deci:
+        return "no", f"{engine.why}; hifiprune export writes a file that it reads", engine.code
+    if key == "tensorrt-llm" and facts.biased:
+        return "no", "its DeciLMForCausalLM has no biases in attention, and this model has", engine.deci
+    code = " with --trust-remote-code" if engine.splits else ""
+    return "yes", f"as DeciLMForCausalLM{code}", engine.deci
 
 
 def missing_keys(facts: Facts, key: str) -> dict[str, Any]:
@@ -235,7 +258,7 @@ def _by_sizes(facts: Facts, form: Form) -> tuple[str, str, tuple[int, ...]]:
 def _obstacles(facts: Facts, form: Form, gpus: int) -> dict[str, int]:
     """Return the sizes, per GPU, that are not multiples of what a format needs."""
     heads, keys = facts.heads // gpus * facts.head, max(1, facts.key_heads // gpus) * facts.head
-    sizes = {"MLP width": facts.widths[0] // gpus}  # of all layers, or the engine has refused by now
+    sizes = {"MLP width": gcd(*facts.widths) // gpus}  # what that is a multiple of, all layers' widths are
     if form.name == BLOCKS:  # of matrices laid together, and of shares; what reads the hidden size is neither
         others = {"query width": heads, "key width": keys}
         sizes = sizes if facts.gated or gpus > 1 else {}
@@ -246,10 +269,9 @@ def _obstacles(facts: Facts, form: Form, gpus: int) -> dict[str, int]:
 
 def remark_on_mixed() -> str:
     """Return a sentence on who runs checkpoints whose MLPs differ in width."""
-    by = {verdict: [each.name for each in ENGINES.values() if each.mixed == verdict] for verdict in ("yes", "no")}
-    runs, not_by = (" and ".join(filter(None, (", ".join(names[:-1]), names[-1]))) for names in (
-        ["transformers (trust_remote_code=True)", *by["yes"]], by["no"],
-    ))  # fmt: skip
-    unknown = ", ".join(each.name for each in ENGINES.values() if each.mixed == "unknown")
-    rest = f"; {unknown} is unknown" if unknown else ""
-    return f"Checkpoints with layers of different widths run in {runs}, not in {not_by}{rest}."
+    names = [engine.name for engine in ENGINES.values() if engine.deci]
+    return (
+        "Checkpoints with layers of different widths load in transformers with trust_remote_code=True. In the layout "
+        f"deci {', '.join(names[:-1])} and {names[-1]} have an implementation of them; hifiprune inspect --deploy "
+        "tells who runs a checkpoint."
+    )

@@ -22,9 +22,10 @@ class Engine:
         models: address of its list of architectures.
         fixed: address of an example of a model with a hard-coded MLP width of four times the hidden size.
         splits: address of its tensor parallelism over the MLP width; empty if it has none.
-        mixed: verdict for MLPs that differ in width, as `prune` saves them.
+        mixed: verdict for MLPs that differ in width in the layout remote, with a modeling file of ours.
         why: reason of that verdict.
         code: address of the source of that verdict.
+        deci: address of its implementation of the layout deci; empty without one.
         mend: remedy for a hard-coded width, with a placeholder for the checkpoint's width.
     """
 
@@ -36,6 +37,7 @@ class Engine:
     mixed: str
     why: str
     code: str
+    deci: str = ""
     mend: str = ""
 
 
@@ -46,9 +48,10 @@ ENGINES = {
         f"{VLLM}/vllm/model_executor/models/registry.py",
         f"{VLLM}/vllm/model_executor/models/falcon.py",
         f"{VLLM}/vllm/model_executor/layers/linear.py",
-        "no",
-        "loads a checkpoint's own code only from auto_map.AutoModel; pruned checkpoints name the causal model only",
-        f"{VLLM}/docs/models/supported_models.md#custom-models",
+        "yes",
+        "through its Transformers backend, by auto_map.AutoModel, with --trust-remote-code",
+        f"{VLLM}/vllm/model_executor/models/registry.py",
+        f"{VLLM}/vllm/model_executor/models/nemotron_nas.py",
     ),
     "tensorrt-llm": Engine(
         "TensorRT-LLM",
@@ -59,6 +62,7 @@ ENGINES = {
         "unknown",
         "the PyTorch backend has no such architecture; AutoDeploy was not tried",
         f"{TENSORRT}/01bffee125e24ebe5b4a63437840a9422eb70868/tensorrt_llm/_torch/models/modeling_auto.py",
+        f"{TENSORRT}/0193dbd4189221d0fd5e9f20cdb384d3da8dbc24/tensorrt_llm/_torch/models/modeling_nemotron_nas.py",
     ),
     "sglang": Engine(
         "SGLang",
@@ -66,9 +70,10 @@ ENGINES = {
         f"{SGLANG.replace('blob', 'tree', 1)}/models",
         f"{SGLANG}/models/phi.py",
         f"{SGLANG}/layers/linear.py",
-        "no",
-        "loads a checkpoint's own code only from auto_map.AutoModel; pruned checkpoints name the causal model only",
+        "yes",
+        "through its Transformers backend, by auto_map.AutoModel, with --trust-remote-code",
         f"{SGLANG}/model_loader/utils.py",
+        f"{SGLANG}/models/nemotron_nas.py",
     ),
     "mlx": Engine(
         "MLX (mlx-lm)",
@@ -79,6 +84,7 @@ ENGINES = {
         "no",
         "its own implementation has one width for all layers",
         f"{MLX}/utils.py",
+        f"{MLX}/models/nemotron-nas.py",
     ),
     "llama.cpp": Engine(
         "llama.cpp",
@@ -89,7 +95,7 @@ ENGINES = {
         "no",
         "the converter has no such architecture; GGUF can store a width a layer, but most architectures read one",
         f"{LLAMA_CPP}/conversion/base.py",
-        "after the conversion, set feed_forward_length to {} in the file with gguf_set_metadata",
+        mend="after the conversion, set feed_forward_length to {} in the file with gguf_set_metadata",
     ),
 }
 

@@ -23,6 +23,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from hifiprune.config.groups import STOCK
 from hifiprune.errors import UserError
 from hifiprune.io.hub import at_revision, download
 from hifiprune.io.json_files import check_objects
@@ -32,6 +33,7 @@ from hifiprune.models.companion_files import has_vocabulary
 from hifiprune.models.config_checks import check_sizes, configuration_explained, read_configuration
 from hifiprune.models.detect import family_of, stock_class
 from hifiprune.models.families import known_family
+from hifiprune.models.layouts import layout_of, plain_facts
 from hifiprune.models.library_errors import explained
 from hifiprune.models.modeling_pruned import pruned_class
 from hifiprune.models.tokenizer_files import read_tokenizer
@@ -124,9 +126,13 @@ class Checkpoint:
             refuse_kernels(self.name, facts)
             self._check_generation()
         with configuration_explained(self.name, facts, lambda facts: _configured(facts)):
-            config: PretrainedConfig = AutoConfig.from_pretrained(
-                self.folder, gguf_file=self.gguf, trust_remote_code=False
-            )
+            if self.layout == STOCK:
+                config: PretrainedConfig = AutoConfig.from_pretrained(
+                    self.folder, gguf_file=self.gguf, trust_remote_code=False
+                )
+            else:
+                config = _configured(self.stated)
+                config.name_or_path = str(self.folder)
             check_sizes(self.name, config)
             family_of(config)
         if getattr(config, "quantization_config", None) is not None:  # a GGUF file's, whose weights are dequantized
@@ -141,12 +147,21 @@ class Checkpoint:
 
     @cached_property
     def stated(self) -> dict[str, Any]:
-        """Return the contents of `config.json`; not available for a GGUF file.
+        """Return the contents of `config.json`, as in the layout stock but for `mlp_widths`; not for a GGUF file.
 
         Raises:
             UserError: it cannot be read, or states something of a wrong type or size.
         """
+        return plain_facts(self._written)
+
+    @cached_property
+    def _written(self) -> dict[str, Any]:
         return read_configuration(self.folder)
+
+    @property
+    def layout(self) -> str:
+        """Return how its configuration states widths: `stock`, `deci` or `remote`."""
+        return STOCK if self.gguf else layout_of(self._written)
 
     def dtype(self) -> torch.dtype:
         """Return the dtype of the stored weights; float32 for GGUF, whose blocks are dequantized."""

@@ -8,19 +8,22 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from hifiprune.models.layouts import OVERRIDES, in_layout, plain_facts
 from hifiprune.models.mlp import locate_mlps, stated_width
 from hifiprune.models.modeling_pruned import MixedWidths
 
 CONFIG = "config.json"
 FURTHER = ("num_nextn_predict_layers", "num_mtp_layers")
 """Numbers of layers that predict further tokens, which transformers does not load and no output holds."""
-MIXED = ("architectures", "auto_map", "mlp_widths", "mlp_maps")
+MIXED = ("architectures", "auto_map", "mlp_widths", "mlp_maps", *OVERRIDES)
 """Keys of configurations whose MLPs differ in width."""
 WIDTH_NAME = re.compile(r"intermediate|inner|ffn|feed_forward|mlp")
 BLANK = re.compile(r"[ \t\r\n]*")
 
 
-def config_text(source: str, dense: PretrainedConfig, model: PreTrainedModel, saved: dict[str, Any]) -> str:
+def config_text(
+    source: str, dense: PretrainedConfig, model: PreTrainedModel, saved: dict[str, Any], layout: str
+) -> str:
     """Return the text of a `config.json` for `model`: that of its source, but for the widths.
 
     Every key that states a width is changed, at the top and in the text model's section alike. On top of the source's
@@ -31,8 +34,9 @@ def config_text(source: str, dense: PretrainedConfig, model: PreTrainedModel, sa
         dense: that configuration, as transformers reads it.
         model: the model that is written; its own configuration holds the new widths.
         saved: what transformers writes for it.
+        layout: how it states widths, see `hifiprune.models.layouts`.
     """
-    facts = json.loads(source)
+    facts = plain_facts(json.loads(source))
     sections = [facts]
     text = model.config.get_text_config()
     sections += [facts[name] for name, value in vars(model.config).items() if value is text and name in facts]
@@ -47,7 +51,7 @@ def config_text(source: str, dense: PretrainedConfig, model: PreTrainedModel, sa
         _state_twins(facts, sections, _spellings(text, name), before, after, model)
     for section in sections:
         section |= {name: 0 for name in FURTHER if section.get(name)}
-    return with_members(source, facts)
+    return with_members(source, in_layout(facts, model, layout))
 
 
 def _changed_widths(dense: PretrainedConfig, model: PreTrainedModel) -> dict[str, tuple[int, int]]:

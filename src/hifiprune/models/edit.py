@@ -108,10 +108,11 @@ def state_sizes(mlp: Mlp) -> None:
             module.out_features, module.in_features = module.weight.shape
 
 
-def state_widths(model: PreTrainedModel, widths: Sequence[int]) -> None:
+def state_widths(model: PreTrainedModel, widths: Sequence[int], *, mixed: bool = False) -> None:
     """Write the MLP widths into the configuration; a model of several widths gets a class that reads them from there.
 
-    A stock configuration holds one width for all layers, so a model of several widths is saved with its own code.
+    A stock configuration holds one width for all layers, so a model of several widths is saved with its own code; so is
+    any if `mixed`.
 
     Raises:
         UserError: they differ where one width must be stated for all, as with experts.
@@ -130,7 +131,7 @@ def state_widths(model: PreTrainedModel, widths: Sequence[int]) -> None:
         if getattr(config, "auto_map", {}).get("AutoModelForCausalLM", "").startswith("modeling_pruned."):
             del config.auto_map
     config = model.config.get_text_config()
-    mixed = any(stated_width(config, mlp.stated) != width for mlp, width in zip(mlps, widths, strict=True))
+    mixed = mixed or any(stated_width(config, mlp.stated) != width for mlp, width in zip(mlps, widths, strict=True))
     family = family_of(model.config)
     if mixed and family.one_width_reason:
         raise UserError(f"MLPs of {sorted({*widths})} neurons cannot be saved together: {family.one_width_reason}")

@@ -2,7 +2,7 @@
 
 This file is saved with such checkpoints and needs only transformers. `config.mlp_widths` holds the widths in layer
 order, `config.mlp_maps` the paths of the projections of that width; everything else is the architecture's own, whose
-class `X` is available here as `PrunedX`.
+class `X`, causal or base model, is available here as `PrunedX`.
 """
 
 from functools import cache
@@ -20,10 +20,16 @@ class MixedWidths(PreTrainedModel):
     """Gives every MLP the width that the configuration states for its layer."""
 
     mixed_widths = True
+    base_name = ""
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any):
+        overrides = config.to_dict().get("per_layer_config")
+        if overrides:  # or transformers warns of every width that is read
+            config.per_layer_config = None
         super().__init__(config, *args, **kwargs)
-        *inputs, output = getattr(config, "mlp_maps", MAPS)
+        whole = self.base_model is not self
+        paths = getattr(config, "mlp_maps", MAPS)
+        *inputs, output = (path if whole else path.removeprefix(f"{self.base_model_prefix}.") for path in paths)
         for layer, width in enumerate(config.mlp_widths):
             last = self.get_submodule(output.format(layer))
             dense = _sizes(last)[1]
@@ -33,11 +39,14 @@ class MixedWidths(PreTrainedModel):
                 _resize(module, outputs // dense * width, hidden)
             _resize(last, _sizes(last)[0], width)
         self.post_init()  # type: ignore[no-untyped-call]
+        if overrides:
+            config.per_layer_config = overrides
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save by the names that this class loads, and without mention of code that is not saved with it."""
         self.__dict__.pop("_weight_conversions", None)
-        self.config.__dict__.pop("auto_map", None)
+        base = self.base_name or PREFIX + type(self.base_model).__name__.removeprefix(PREFIX)
+        self.config.auto_map = {"AutoModel": f"{type(self).__module__.rpartition('.')[2]}.{base}"}
         super().save_pretrained(*args, **kwargs)
 
 
@@ -79,5 +88,5 @@ def pruned_class(model_class: type[PreTrainedModel], *, mixed: bool) -> type[Pre
 def _mixed(stock: Any) -> Any:
     """Return a class that saves this file with its weights."""
     made: Any = type(PREFIX + stock.__name__, (MixedWidths, stock), {"__module__": __name__, "__doc__": stock.__doc__})
-    made.register_for_auto_class("AutoModelForCausalLM")
+    made.register_for_auto_class("AutoModelForCausalLM" if hasattr(stock, "generate") else "AutoModel")
     return made

@@ -12,6 +12,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hifiprune.config.groups import AUTO, DECI
 from hifiprune.engine.spill import Spilled
 from hifiprune.errors import UserError
 from hifiprune.io.atomic import check_shard_size, check_space, replacing
@@ -22,6 +23,7 @@ from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.detect import family_of
 from hifiprune.models.edit import cuts_of, matching_mlps
 from hifiprune.models.find_checkpoint import find_checkpoint
+from hifiprune.models.layouts import zero_biases
 from hifiprune.models.lineage import read_with
 from hifiprune.models.modeling_pruned import MixedWidths
 from hifiprune.models.neuron_slices import Places
@@ -35,7 +37,13 @@ PATTERN = "model{suffix}.safetensors"
 
 @exclusive
 def cut_checkpoint(
-    model: str, output: str | Path, plan: Plan, *, shard_size: str = "5GB", overwrite: bool = False
+    model: str,
+    output: str | Path,
+    plan: Plan,
+    *,
+    layout: str = AUTO,
+    shard_size: str = "5GB",
+    overwrite: bool = False,
 ) -> None:
     """Prune a checkpoint as `hifiprune.cut_` prunes a model, in its own dtype, with one chunk of a tensor in memory.
 
@@ -43,11 +51,13 @@ def cut_checkpoint(
         model: local folder or hub id.
         output: folder to write, an ordinary checkpoint.
         plan: which neurons to keep.
+        layout: how the configuration states widths; see `PruneConfig`.
         shard_size: largest weight file.
         overwrite: replace an existing output.
 
     Raises:
-        UserError: the plan is for a model of another shape, or the checkpoint stores its MLPs in another way.
+        UserError: the plan is for a model of another shape, the checkpoint stores its MLPs in another way, or the
+            layout cannot hold the widths.
         RunError: the disk is full.
     """
     check_shard_size(shard_size)
@@ -57,7 +67,7 @@ def cut_checkpoint(
     if not stored_plainly(checkpoint):
         raise UserError(f"{model} does not store its tensors as the model has them: load it, and use cut_")
     with replacing(target, overwrite=overwrite) as folder:
-        write_cut(checkpoint, plan, folder, shard_size)
+        write_cut(checkpoint, plan, folder, shard_size, layout=layout)
 
 
 def stored_plainly(checkpoint: Checkpoint) -> bool:
@@ -73,7 +83,13 @@ def stored_plainly(checkpoint: Checkpoint) -> bool:
 
 
 def write_cut(
-    checkpoint: Checkpoint, plan: Plan, folder: Path, shard_size: str = "5GB", changed: dict[str, Spilled] | None = None
+    checkpoint: Checkpoint,
+    plan: Plan,
+    folder: Path,
+    shard_size: str = "5GB",
+    changed: dict[str, Spilled] | None = None,
+    *,
+    layout: str = AUTO,
 ) -> None:
     """Write the part of a checkpoint that `plan` keeps into a folder.
 
@@ -83,13 +99,16 @@ def write_cut(
         folder: folder to create.
         shard_size: largest weight file.
         changed: tensors that replace those of the same names, after the cut.
+        layout: how the configuration states widths.
     """
     skeleton: Any = checkpoint.new_skeleton()
     matching_mlps(skeleton, plan)
     pieces = _pieces(checkpoint, skeleton, plan, changed or {})
     check_space(folder, sum(piece.bytes for piece in pieces.values()))
     cut_(skeleton.to(checkpoint.dtype()), plan)  # of the meta device: sizes alone
-    save_model(skeleton, checkpoint, folder, state_dict={})
+    save_model(skeleton, checkpoint, folder, layout=layout, state_dict={})
+    if Checkpoint(str(folder), folder).layout == DECI:
+        pieces |= {name: _zeros(values) for name, values in zero_biases(skeleton).items()}
     if not isinstance(skeleton, MixedWidths):
         family = family_of(skeleton.config)
         pieces = {family.in_files(name): piece for name, piece in pieces.items()}
@@ -134,6 +153,12 @@ def _piece(stored: Stored, cut: Places | None, changed: Spilled | None) -> Piece
     if changed is not None:
         rows = partial(_changed, changed, stored.dtype)
     return Piece(stored.kind, shape, rows)
+
+
+def _zeros(values: Tensor) -> Piece:
+    """Return a tensor of the output that is zero."""
+    kind = next(name for name, dtype in DTYPES.items() if dtype == values.dtype)
+    return Piece(kind, tuple(values.shape), lambda: iter([values]))
 
 
 def _shares(cut: Places | None, expert: int, parts: dict[str, Stored]) -> Iterator[Places | None]:
