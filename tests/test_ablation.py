@@ -584,7 +584,7 @@ def test_every_option_arrives(world: Path, scored: Path, tmp_path: Path) -> None
             "text_column": "b",
         },
         "compute": {"device": "cpu", "dtype": "float64", "batch_size": 2, "recompute": None,
-            "attention": "eager", "stream": None, "scratch": None},
+            "attention": "eager", "stream": None, "scratch": None, "deterministic": False},
         "neurons": 4,
         "groups": 3,
         "group_size": 7,

@@ -774,7 +774,7 @@ def test_every_option_arrives(world: Path, tmp_path: Path) -> None:
         "options": {"alpha": 0.3, "temperature": 0.7, "light_cut": 0.1, "label_samples": 2, "seed": 7},
         "round_to": 3,
         "compute": {"device": "cpu", "dtype": "float64", "batch_size": 2, "recompute": True,
-            "attention": "eager", "stream": None, "scratch": None},
+            "attention": "eager", "stream": None, "scratch": None, "deterministic": False},
         "overwrite": False,
     }  # fmt: skip
     results = result.json["results"]

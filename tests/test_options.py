@@ -48,7 +48,7 @@ UNUSUAL = PruneConfig(
     0.99,
     bias_compensation=True,
     repair_steps=7,
-    compute=ComputeConfig("cpu", "float64", 3, True, "eager", False, "/scratch"),
+    compute=ComputeConfig("cpu", "float64", 3, True, "eager", False, "/scratch", deterministic=True),
     layout="remote",
     shard_size="1GB",
     overwrite=True,

@@ -21,6 +21,7 @@ from hifiprune.config.groups import Budget, CriterionOptions
 from hifiprune.config.study import CompareConfig
 from hifiprune.config.texts import Calibration
 from hifiprune.engine.compute import limit_batch
+from hifiprune.engine.reproducible import reproducible
 from hifiprune.errors import UserError
 from hifiprune.evaluation.criteria_comparison import Cell, contrast
 from hifiprune.evaluation.text import Held, held_windows
@@ -42,6 +43,7 @@ from hifiprune.study_results import CompareResults, HeldText
 
 
 @exclusive
+@reproducible
 def compare(model: str, output: str | Path, config: CompareConfig) -> RunRecord[CompareResults]:
     """Prune by every criterion, at every ratio, with several draws of the calibration windows, and measure.
 

@@ -15,6 +15,7 @@ from hifiprune.commands.prune_preflight import resolve
 from hifiprune.commands.score import describe_scores
 from hifiprune.commands.steps import Windows, estimate_costs, read_windows, sampled_windows, score_dense
 from hifiprune.config.prune import PruneConfig
+from hifiprune.engine.reproducible import reproducible
 from hifiprune.engine.spill import Spilled
 from hifiprune.io.atomic import replacing
 from hifiprune.io.distributed import rank
@@ -35,6 +36,7 @@ from hifiprune.scores import Scores
 
 
 @exclusive
+@reproducible
 def prune(model: str, output: str | Path, config: PruneConfig, scores: Scores | None = None) -> RunRecord[PruneResults]:
     """Prune a checkpoint into the new folder `output`, from calibration data or from scores made before.
 

@@ -13,6 +13,7 @@ from hifiprune.config.groups import Budget, ComputeConfig, CriterionOptions
 from hifiprune.config.prune import PruneConfig, ScoreConfig
 from hifiprune.config.texts import Calibration
 from hifiprune.engine.compute import limit_batch
+from hifiprune.engine.reproducible import reproducible
 from hifiprune.errors import UserError
 from hifiprune.io.distributed import rank
 from hifiprune.io.output_paths import exclusive
@@ -30,6 +31,7 @@ SAMPLED = "text is sampled from the model"
 
 
 @exclusive
+@reproducible
 def score_checkpoint(model: str, output: str | Path, config: ScoreConfig = ScoreConfig()) -> RunRecord[ScoreResults]:
     """Score a checkpoint and write the scores, from which it can be pruned at any ratio in seconds.
 

@@ -172,6 +172,9 @@ class ComputeConfig(Checked):
         metavar="DIR",
         shown_default="kept in memory",
     )
+    deterministic: bool = option(
+        False, "Get bit-identical scores from every run on one GPU, in more time; on a CPU they are.", panel=COMPUTE
+    )
 
     @property
     def batch(self) -> int:

@@ -35,7 +35,9 @@ class CompareConfig(Checked):
     tasks: Tasks | None = None
     options: CriterionOptions | None = None
     round_to: int = option(128, "Round widths to the nearest multiple; 1 for exact widths.", panel=WIDTHS, bounds=COUNT)
-    compute: ComputeConfig = group(ComputeConfig(), only=("device", "dtype", "batch_size", "recompute", "attention"))
+    compute: ComputeConfig = group(
+        ComputeConfig(), only=("device", "dtype", "batch_size", "recompute", "attention", "deterministic")
+    )
     overwrite: bool = overwrite_option()
 
 

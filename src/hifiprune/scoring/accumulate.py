@@ -185,7 +185,9 @@ class Pass:
 
     def _keeper(self, jobs: Sequence[StatisticJob]) -> PassCheckpoint | None:
         """Return the checkpoint for exactly this pass and this process's part of it."""
-        part = rank(), processes(), self.config.batch_size, self.config.graphs.recompute, bool(self.halves)
+        config = self.config
+        part: list[object] = [rank(), processes(), config.batch_size, config.graphs.recompute, bool(self.halves)]
+        part += ["deterministic"] * torch.are_deterministic_algorithms_enabled()
         return self.keeper.of(hash_tokens(self.windows), [*map(str, jobs)], *part) if self.keeper else None
 
     def _state(self) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hifiprune.engine.reproducible import cumulative
 from hifiprune.engine.sliced_objective import Rows
 
 
@@ -152,7 +153,7 @@ class SampledLabel:
         draws.clamp_(max=1 - torch.finfo(draws.dtype).eps)  # float32 rounds up to 1, where no label is
         reached = rows.logits.clone()
         softmax_(reached)
-        reached.cumsum_(-1)
+        reached = cumulative(reached)
         labels = torch.searchsorted(reached, (draws * reached[:, -1]).unsqueeze(1), right=True).squeeze(1)
         return cross_entropy_(rows.logits, labels, torch.ones_like(draws))
 

@@ -16,6 +16,7 @@ from hifiprune.defaults import DEFAULT_CRITERION
 from hifiprune.engine.context import check_windows, frozen
 from hifiprune.engine.memory import Graphs, choose_batch, choose_graphs, free_bytes, group_of
 from hifiprune.engine.offload import walk
+from hifiprune.engine.reproducible import repeatability
 from hifiprune.engine.temporary_cut import cut
 from hifiprune.engine.verify import verified_chain
 from hifiprune.errors import UserError
@@ -117,6 +118,7 @@ def score_all(
         "attention": model.config._attn_implementation,
         "hifiprune": version("hifiprune"),
     }
+    facts |= repeatability(model.device)
     if windows is not None and needing:
         config = _configure(model, windows, requests, batch_size, recompute)
         facts |= {"windows": len(windows), "positions": windows.shape[1]}
