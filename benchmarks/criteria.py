@@ -1,19 +1,21 @@
-"""Twelve criteria on SmolLM2-135M-Instruct: compared by quality after the cut, and tested against true removals.
+"""Twelve criteria on SmolLM2-135M-Instruct, or `--model gemma3-270m`: compared by quality, tested by true removals.
 
 Calibrated on C4, perplexity on WikiText-2 test, fidelity on other documents of C4, 3 draws of the calibration windows.
-Writes `results/criteria.json` and `results/ablation.json`. Takes about three hours on 2 cores; interrupted, it goes on
-where it stopped. What it made is kept in `.cache/criteria` and `.cache/ablation`: remove these to make it anew.
+Writes `results/criteria.json` and `results/ablation.json`, with the model's name for Gemma. Takes about three hours on
+2 cores; interrupted, it goes on where it stopped. What it made is kept in `.cache/criteria` and `.cache/ablation`:
+remove these to make it anew.
 """
 
+import argparse
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality import MODELS
 from hifiprune.cli.console import speaking
 from hifiprune.commands.ablate import ablate
 from hifiprune.commands.compare import compare
-from hifiprune.commands.demo import fetch_smollm2
 from hifiprune.config.study import AblateConfig, CompareConfig
 from hifiprune.config.texts import Calibration, Text
 
@@ -32,8 +34,12 @@ HELD_OUT = Text(str(DATA / "c4" / "c4_short.jsonl"), 512, 8)
 
 def main() -> None:
     """Run or go on with both; keep the figures without the values by window."""
-    model = str(fetch_smollm2(ROOT / ".cache" / "smollm2"))
-    compared, ablated = ROOT / ".cache" / "criteria", ROOT / ".cache" / "ablation"
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2", choices=list(MODELS))
+    name = parser.parse_args().model
+    suffix = "" if name == "smollm2" else f"-{name}"
+    model = str(MODELS[name](ROOT / ".cache" / name))
+    compared, ablated = ROOT / ".cache" / f"criteria{suffix}", ROOT / ".cache" / f"ablation{suffix}"
     if not compared.exists():
         calibration = Calibration(str(DATA / "c4" / "c4_documents.jsonl"), WINDOWS, 1024)
         texts = (Text(str(DATA / "wikitext-2" / "wiki.test.raw"), 1024, 24, fidelity=False), HELD_OUT)
@@ -46,7 +52,9 @@ def main() -> None:
     for name, file in (("criteria", compared / "compare.json"), ("ablation", ablated / "ablate.json")):
         record = json.loads(file.read_text().replace(f"{ROOT.parent}/", ""))
         record["results"] = {key: value for key, value in record["results"].items() if key not in ("cells", "trials")}
-        (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        (RESULTS / f"{name}{suffix}.json").write_text(json.dumps(record, indent=1) + "\n")
+    if suffix:
+        return
     for plot, name in (("perplexity-1", "perplexity"), ("kl", "kl")):
         shutil.copy(compared / f"{plot}.svg", ROOT / "docs" / "figures" / f"criteria-{name}.svg")
 

@@ -1,10 +1,10 @@
-"""What each idea beyond the papers is worth on SmolLM2-135M-Instruct, without any training.
+"""What each idea beyond the papers is worth on SmolLM2-135M-Instruct or Gemma 3 270M, without training end to end.
 
-HFPrune's exact method against other scores, widths that differ, repair in its forms, and the best of them together:
-calibrated on C4, measured on WikiText-2 test (perplexity) and other documents of C4 (KL divergence), over draws of
-calibration windows.
-Writes `results/quality.json`. Takes hours on 2 cores; interrupted, it goes on where it stopped. What the parts cost is
-measured by `repair.py` and `scoring.py`, zero-shot accuracy by `zero_shot.py`.
+HFPrune's exact method against other scores, widths that differ, repair in its forms, text of the target's domain, and
+the best of them together: calibrated on C4, measured on WikiText-2 test (perplexity) and other documents of C4 (KL
+divergence), over draws of calibration windows.
+Writes `results/quality.json`, with the model's name for Gemma. Takes hours on 2 cores; interrupted, it goes on where it
+stopped. What the parts cost is measured by `repair.py` and `scoring.py`, zero-shot accuracy by `zero_shot.py`.
 """
 
 import argparse
@@ -23,12 +23,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import hifiprune as hp
+from benchmarks.gemma import fetch_gemma
 from hifiprune.commands.demo import fetch_smollm2
 from hifiprune.config import AllocationConfig, CriterionOptions
 from hifiprune.evaluation.fidelity import Reference, measure_windows
 from hifiprune.evaluation.text import held_windows
 from hifiprune.io.atomic import replacing
 from hifiprune.models.find_checkpoint import find_checkpoint
+from hifiprune.pruning.reconstruct import Training
 from hifiprune.pruning.repair import cut_and_repair_, residual_stream
 from hifiprune.scoring.score import score_all
 
@@ -36,6 +38,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DATA = ROOT.parent / "shared" / "data"
 RATIOS, SEEDS = (0.2, 0.3, 0.4), 3
+MODELS = {"smollm2": fetch_smollm2, "gemma3-270m": fetch_gemma}
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Variant:
 
     Attributes:
         texts: how many times as many windows are repaired on as are scored on.
+        target: whether half of the windows are of WikiText-2's training text.
         alone: one idea by itself, looked at in one draw and at the lowest ratio only.
     """
 
@@ -51,14 +55,20 @@ class Variant:
     allocation: str = "uniform"
     repair: dict[str, Any] | None = None
     texts: int = 1
+    target: bool = False
     alone: bool = False
 
 
 SEQUENTIAL: dict[str, Any] = {}
+LOCAL: dict[str, Any] = {"training": Training()}
 VARIANTS = {
     "hfprune": Variant("hfprune"),
     "entropy-square, repaired": Variant("entropy-square", repair=SEQUENTIAL),
     "fisher, global, repaired": Variant("fisher", "global", SEQUENTIAL),
+    "entropy-square, local": Variant("entropy-square", repair=LOCAL),
+    "fisher, global, local": Variant("fisher", "global", LOCAL),
+    "entropy-square, local, target text": Variant("entropy-square", repair=LOCAL, target=True),
+    "fisher, global, local, target text": Variant("fisher", "global", LOCAL, target=True),
     "entropy-square": Variant("entropy-square", alone=True),
     "hfprune, repaired": Variant("hfprune", repair=SEQUENTIAL, alone=True),
     "fisher, repaired": Variant("fisher", repair=SEQUENTIAL, alone=True),
@@ -80,9 +90,14 @@ class Bench:
     c4: Int[Tensor, "windows positions"]
     folder: Path
 
-    def calibration(self, seed: int, count: int, sampler: str = "documents") -> Int[Tensor, "windows positions"]:
-        """A draw of windows of C4."""
-        source = hp.Calibration(str(DATA / "c4" / "c4_documents.jsonl"), count, 1024, seed, sampler=sampler)
+    def calibration(
+        self, seed: int, count: int, sampler: str = "documents", *, target: bool = False
+    ) -> Int[Tensor, "windows positions"]:
+        """A draw of windows of C4, half of them of WikiText-2's training text if that is asked for."""
+        mixed = ((str(DATA / "wikitext-2" / "wiki.train.head.txt"), 0.5),) if target else ()
+        source = hp.Calibration(
+            str(DATA / "c4" / "c4_documents.jsonl"), count, 1024, seed, sampler=sampler, mixed=mixed
+        )
         return hp.load_windows(source, find_checkpoint(str(self.model)).tokenizer())
 
     def dense(self) -> PreTrainedModel:
@@ -97,16 +112,22 @@ class Bench:
 
 @dataclass(frozen=True)
 class Draw:
-    """One draw of the calibration windows."""
+    """One draw of the calibration windows, of C4 alone or with text of the target's domain."""
 
     bench: Bench
     seed: int
-    windows: Int[Tensor, "windows positions"]
+    count: int
+    target: bool = False
+
+    @cached_property
+    def windows(self) -> Int[Tensor, "windows positions"]:
+        """The windows."""
+        return self.bench.calibration(self.seed, self.count, target=self.target)
 
     def path(self, what: str) -> Path:
         """A file of this draw."""
         stem, dot, suffix = what.rpartition(".")
-        return self.bench.folder / f"{stem}-{len(self.windows)}-{self.seed}{dot}{suffix}"
+        return self.bench.folder / f"{stem}{'-target' * self.target}-{self.count}-{self.seed}{dot}{suffix}"
 
     @cached_property
     def stream(self) -> tuple[Float[Tensor, "blocks windows positions hidden"], float]:
@@ -118,7 +139,8 @@ class Draw:
         """By a criterion, made with all that are looked at in several draws or by itself, and the seconds it took."""
         path = self.path(f"scores-{criterion}.safetensors")
         if not path.is_file():
-            names = list(dict.fromkeys(each.criterion for each in VARIANTS.values() if not each.alone))
+            own = [each for each in VARIANTS.values() if not each.alone and each.target == self.target]
+            names = list(dict.fromkeys(each.criterion for each in own))
             names = names if criterion in names else [criterion]
             start = time.perf_counter()
             made = score_all(
@@ -139,7 +161,7 @@ class Draw:
         windows, dense, before = self.windows, None, 0.0
         if variant.texts > 1:
             windows = self.bench.calibration(self.seed, variant.texts * len(windows), "stream")
-        elif variant.repair == SEQUENTIAL:
+        elif variant.repair in (SEQUENTIAL, LOCAL):
             dense, before = self.stream
         start = time.perf_counter()
         if variant.repair is None:
@@ -179,24 +201,26 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--model", default="smollm2", choices=list(MODELS))
     parser.add_argument("--wikitext", type=int, default=24, help="windows of 1,024 tokens to measure on")
     asked = parser.parse_args()
-    model = fetch_smollm2(ROOT / ".cache" / "smollm2")
+    model = MODELS[asked.model](ROOT / ".cache" / asked.model)
     tokenizer = find_checkpoint(str(model)).tokenizer()
     wikitext = held_windows(hp.Text(str(DATA / "wikitext-2" / "wiki.test.raw"), 1024, asked.wikitext), tokenizer)
     c4 = held_windows(hp.Text(str(DATA / "c4" / "c4_short.jsonl"), 512, 8), tokenizer)
-    folder = ROOT / ".cache" / f"quality-{asked.wikitext}"
+    suffix = "" if asked.model == "smollm2" else f"-{asked.model}"
+    folder = ROOT / ".cache" / f"quality-{asked.wikitext}{suffix}"
     folder.mkdir(exist_ok=True)
     bench = Bench(model, wikitext, c4, folder)
 
     cells: dict[tuple[str, float], list[dict[str, float]]] = {}
     console = Console(width=140)
     for seed in range(asked.seeds):
-        draw = Draw(bench, seed, bench.calibration(seed, asked.windows))
+        draws = [Draw(bench, seed, asked.windows, target) for target in (False, True)]
         for ratio in asked.ratios:
             for name in asked.variants:
                 if not VARIANTS[name].alone or (seed, ratio) == (0, min(asked.ratios)):
-                    cells.setdefault((name, ratio), []).append(draw.cell(name, ratio))
+                    cells.setdefault((name, ratio), []).append(draws[VARIANTS[name].target].cell(name, ratio))
                     console.print(f"draw {seed}, {ratio:g}, {name}: {cells[name, ratio][-1]}", highlight=False)
     rows = [summary(name, ratio, own) for (name, ratio), own in cells.items()]
     papers = {ratio: own for (name, ratio), own in cells.items() if name == "hfprune"}
@@ -207,7 +231,7 @@ def main() -> None:
             row[f"{metric}_to_hfprune"] = row[metric] / paper[metric]
     dense = float(measure_windows(bench.dense(), wikitext)["perplexity"].mean())
     facts: dict[str, Any] = {"arguments": vars(asked), "dense_perplexity": math.exp(dense), "results": rows}
-    (RESULTS / "quality.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (RESULTS / f"quality{suffix}.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def summary(name: str, ratio: float, cells: list[dict[str, float]]) -> dict[str, Any]:
