@@ -23,8 +23,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hifiprune as hp
 from hifiprune.commands import ablate
-from hifiprune.commands.ablate import Bench, sample, small_divergence
+from hifiprune.commands.ablate import Bench, sample
 from hifiprune.config import CriterionOptions
+from hifiprune.engine.divergence import small_divergence
 from hifiprune.engine.lm_head import Head
 from hifiprune.evaluation.ranks import correlation, spearman
 from hifiprune.models.checkpoint import Checkpoint

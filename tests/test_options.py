@@ -39,7 +39,7 @@ UNUSUAL = PruneConfig(
     Budget(neuron_ratio=0.3),
     Calibration("a.txt", 7, 33, 5, "stream", "body", (("b.txt", 0.25),), bos=False),
     "fisher",
-    AllocationConfig("global", 0.5),
+    AllocationConfig("table", 0.5, Path("widths.json")),
     "none",
     16,
     Path("scores.safetensors"),
@@ -358,6 +358,7 @@ def test_no_help_is_cut_off_at_80_columns(command: str, monkeypatch: pytest.Monk
     assert max(map(len, shown.splitlines())) <= 80
     starred = set(re.findall(r"^│ \*  (--[\w-]+)", shown, re.MULTILINE))
     needed = {"compare": {"--output", "--calibration"}, "ablate": {"--scores"}, "recover": {"--data"}}
+    needed["table"] = {"--output", "--scores", "--calibration"}
     outputs = {"--output"} if command in ("prune", "score", "export") else set()
     assert starred == needed.get(command, outputs)
 

@@ -1,182 +1,174 @@
-"""Widths that differ, by one threshold over all layers; presets, and settings without effect."""
+"""The table of widths, against cuts that are repaired by themselves, and its exact budget, against brute force."""
 
-import json
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
 
 import hifiprune as hp
-from hifiprune.config import AllocationConfig
-from hifiprune.defaults import DEFAULT_CRITERION
-from hifiprune.models.checkpoint import Checkpoint
-from hifiprune.pruning.allocate import allocate_widths
-from tests.commands import Result, refused, run
-from tests.families import tiny_tokens
-from tests.naive import logits_of
-from tests.test_allocation import make_scores
+from hifiprune.io.resume import ResumeFolder
+from hifiprune.models.mlp import find_mlps
+from hifiprune.plan import top_indices
+from hifiprune.pruning import measure_widths as measuring
+from hifiprune.pruning.measure_widths import measure_widths
+from hifiprune.width_table import WidthTable, cheapest
+from tests.commands import run
+from tests.families import tiny_model, tiny_tokens
+from tests.test_repair import plan_of
+
+WINDOWS = 16
+HELD = [7, 15]
+
+
+def scored(variant: str = "llama") -> tuple[PreTrainedModel, hp.Scores, Tensor]:
+    """A model in float64, its scores, and the windows."""
+    model, tokens = tiny_model(variant).double(), tiny_tokens(WINDOWS)
+    return model, hp.score(model, tokens, "wanda-sp"), tokens
+
+
+@pytest.mark.parametrize("variant", ["llama", "gemma2", "opt", "phi3"])
+def test_a_cost_is_the_divergence_of_that_cut_alone_repaired(variant: str) -> None:
+    model, scores, tokens = scored(variant)
+    table = measure_widths(model, scores, tokens, choices=4, probes=2)
+    dense = tiny_model(variant).double()
+    assert table.widths == [[mlp.neurons * part // 4 for part in (1, 2, 3, 4)] for mlp in find_mlps(dense)]
+    with torch.no_grad():
+        truth = dense(input_ids=tokens[HELD]).logits.log_softmax(-1)
+    for block, place in [(0, 0), (1, 2), (2, 1)]:
+        narrow = tiny_model(variant).double()
+        plan = plan_of(narrow, find_mlps(narrow)[0].neurons)
+        plan.kept[block] = top_indices(scores.values[block], table.widths[block][place])
+        hp.cut_and_repair_(narrow, plan, tokens, sequential=False)
+        with torch.no_grad():
+            logits = narrow(input_ids=tokens[HELD]).logits.log_softmax(-1)
+        expected = functional.kl_div(logits, truth, log_target=True, reduction="sum") / truth[..., 0].numel()
+        assert table.costs[block][place] == pytest.approx(float(expected), rel=1e-6)
+    assert [costs[-1] for costs in table.costs] == [0.0] * len(table.costs)
+
+
+def test_the_model_stays_as_it_was_and_batches_do_not_matter() -> None:
+    model, scores, tokens = scored()
+    before = {name: values.clone() for name, values in model.state_dict().items()}
+    one = measure_widths(model, scores, tokens, choices=3)
+    other = measure_widths(model, scores, tokens, choices=3, batch_size=5)
+    assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())
+    np.testing.assert_allclose(one.costs, other.costs, rtol=1e-9)
+
+
+def test_an_interrupted_table_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, scores, tokens = scored()
+    whole = measure_widths(model, scores, tokens, choices=3)
+    folder, blocks = ResumeFolder(tmp_path / "parts", ["model"]), []
+    costs = measuring._costs
+
+    def stop_at_second(chain: object, block: int, *more: object) -> list[float]:
+        blocks.append(block)
+        if blocks == [0, 1]:
+            raise KeyboardInterrupt
+        return costs(chain, block, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(measuring, "_costs", stop_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        measure_widths(model, scores, tokens, choices=3, resume_folder=folder)
+    assert measure_widths(model, scores, tokens, choices=3, resume_folder=folder) == whole
+    assert blocks == [0, 1, 1, 2]
 
 
 @given(
-    gains=st.lists(st.lists(st.floats(0, 9), min_size=4, max_size=4), min_size=2, max_size=3),
-    width=st.integers(1, 4),
-    floor=st.sampled_from([0.0, 0.5, 1.0]),
+    costs=st.lists(st.lists(st.floats(0, 10), min_size=1, max_size=5), min_size=1, max_size=5),
+    share=st.floats(0, 1),
 )
-def test_shares_have_the_largest_sum_of_all(gains: list[list[float]], width: int, floor: float) -> None:
-    total = width * len(gains)
-    sums = [sorted(each, reverse=True) for each in gains]
-    widths = allocate_widths([torch.tensor(each).double() for each in gains], width, round_to=1, floor=floor)
-    least = max(1, int(floor * width))
-    possible = [each for each in product(range(least, 5), repeat=len(gains)) if sum(each) == total]
-    assert tuple(widths) in possible
-    worth = [sum(sum(own[:width]) for own, width in zip(sums, each, strict=True)) for each in (widths, *possible)]
-    assert worth[0] == pytest.approx(max(worth[1:]))
+def test_the_budget_is_solved_as_by_brute_force(costs: list[list[float]], share: float) -> None:
+    units = round(share * sum(len(values) - 1 for values in costs))
+    chosen = cheapest([np.array(values) for values in costs], units)
+    assert sum(chosen) == units
+    every = product(*(range(len(values)) for values in costs))
+    totals = [
+        sum(values[count] for values, count in zip(costs, counts, strict=True))
+        for counts in every
+        if sum(counts) == units
+    ]
+    reached = sum(values[count] for values, count in zip(costs, chosen, strict=True))
+    assert reached == pytest.approx(min(totals), abs=1e-9)
 
 
-def test_a_global_threshold_keeps_the_highest_scores_of_all_layers() -> None:
-    scores = make_scores()
-    scores.values[1] *= 3
-    plan = hp.allocate(scores, hp.Budget(width=20), round_to=1, allocation=AllocationConfig("global", floor=0.25))
-    assert sum(plan.widths) == 60
-    assert min(plan.widths) >= 5
-    flat = torch.cat(scores.values).sort(descending=True).values
-    expected = [int((values >= flat[59]).sum()) for values in scores.values]
-    assert min(expected) >= 5, "the floor is not what decides"
-    assert plan.widths == expected
-    assert len(set(plan.widths)) > 1
-    assert plan.parameters_after == plan.parameters_before - (3 * 64 - 60) * 30
-    assert (
-        hp.allocate(scores, hp.Budget(width=20), round_to=1, allocation=AllocationConfig("global", floor=1.0)).widths
-        == [20] * 3
-    )
+def test_best_widths_of_five_layers_are_those_of_brute_force() -> None:
+    chance = np.random.default_rng(0)
+    widths = [[16, 32, 48, 64]] * 5
+    costs = [[*np.sort(chance.random(3))[::-1].tolist(), 0.0] for _ in widths]
+    table = WidthTable(list("abcde"), widths, costs, "fisher", "", "")
+    found = table.best_widths(40, round_to=8, floor=0.5)
+    choices = range(24 - 8, 65, 8)  # half of 40 in steps of 8 is 16
 
-
-def test_a_width_that_is_asked_for_is_the_exact_mean() -> None:
-    scores = make_scores()
-    scores.values[1] *= 3
-    for width, round_to in ((20, 16), (32, 16), (20, 128)):
-        plan = hp.allocate(
-            scores, hp.Budget(width=width), round_to=round_to, allocation=AllocationConfig("global", floor=0.25)
+    def total(chosen: tuple[int, ...]) -> float:
+        return sum(
+            float(np.interp(width, *pair)) for width, pair in zip(chosen, zip(widths, costs, strict=True), strict=True)
         )
-        assert sum(plan.widths) == 3 * width
-        assert len(set(plan.widths)) > 1
-        if width == 32:
-            assert not any(each % 16 for each in plan.widths)
+
+    best = min((chosen for chosen in product(choices, repeat=5) if sum(chosen) == 200), key=total)
+    assert sum(found) == 200
+    assert total(tuple(found)) == pytest.approx(total(best))
 
 
-def test_rounded_widths_are_multiples_and_keep_the_budget() -> None:
-    scores = make_scores()
-    scores.values[1] *= 3
-    plan = hp.allocate(scores, hp.Budget(neuron_ratio=0.5), round_to=16, allocation=AllocationConfig("global"))
-    assert sum(plan.widths) == 96
-    assert all(width % 16 == 0 and width >= 16 for width in plan.widths)
-    assert plan.widths[1] == max(plan.widths) > 32
+def test_experts_are_refused() -> None:
+    model, tokens = tiny_model("mixtral"), tiny_tokens(4)
+    with pytest.raises(hp.UserError, match="experts have one width"):
+        measure_widths(model, hp.score(model, tokens, "wanda-sp"), tokens)
 
 
-def prune(dense: Path, output: Path, *more: object) -> Result:
-    return run("prune", dense, "--neuron-ratio", 0.4, "--round-to", 1, "--seq-len", 16, "--output", output, *more)
-
-
-def test_the_command_writes_mixed_widths_that_load_with_and_without_us(world: Path, tmp_path: Path) -> None:
-    dense, text, output = world / "dense", world / "calibration.txt", tmp_path / "out"
-    more = ("--calibration", text, "--num-samples", 8, "--allocation", "global")
-    result = prune(dense, output, *more, "--repair", "ridge", "--json")
-    assert result.code == 0, result.err
-    widths = json.loads((output / "config.json").read_text())["mlp_widths"]
-    assert result.json["results"]["width"] == {"before": 40, "after": widths}
-    assert result.json["results"]["criterion"] == "fisher"
-    assert sum(widths) == 3 * 24
-    assert len(set(widths)) > 1
-    alone = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)
-    ours = Checkpoint("pruned", output).load()
-    torch.testing.assert_close(logits_of(alone, tiny_tokens()), logits_of(ours, tiny_tokens()))
-    assert run("inspect", output, "--json").json["neurons_per_mlp"] == widths
-    assert f"{min(widths)} to {max(widths)}" in run("inspect", output).out
-    measured = run("evaluate", output, "--against", dense, "--text", world / "held.txt", "--seq-len", 16, "--json")
-    assert measured.code == 0, measured.err
-    refused(
-        prune(output, tmp_path / "again", "--calibration", text), "a budget needs equal ones: prune the dense model"
+def test_from_the_table_to_a_pruned_model(world: Path, tmp_path: Path) -> None:
+    text = ("--calibration", world / "calibration.txt", "--num-samples", 8, "--seq-len", 16)
+    scores, table, out = tmp_path / "s.safetensors", tmp_path / "widths.json", tmp_path / "out"
+    assert run("score", world / "dense", "--output", scores, "--criterion", "fisher", *text).code == 0
+    made = run("table", world / "dense", "--output", table, "--scores", scores, "--choices", 4, *text)
+    assert made.code == 0, made.err
+    assert f"--table {table}" in " ".join(made.out.replace("\\\n", " ").split())
+    streamed = run(
+        "table", world / "dense", "--output", tmp_path / "b.json", "--scores", scores, "--choices", 4, *text, "--stream"
     )
-    second = prune(dense, tmp_path / "two", *more, "--repair", "ridge")
-    assert "24" in second.err
-    plans = [(folder / "hifiprune" / "plan.json").read_bytes() for folder in (output, tmp_path / "two")]
-    assert plans[0] == plans[1]
-
-
-@pytest.mark.parametrize(
-    ("preset", "repair", "flags"),
-    [
-        ("hfprune", "none", ("--criterion", "hfprune", "--round-to", 1)),
-        ("sdmprune", "none", ("--criterion", "self-distillation", "--round-to", 1)),
-        ("default", "ridge", ("--criterion", DEFAULT_CRITERION, "--round-to", 128, "--allocation", "uniform")),
-    ],
-)
-def test_presets_are_what_their_flags_say(
-    world: Path, tmp_path: Path, preset: str, repair: str, flags: tuple[object, ...]
-) -> None:
-    plans = []
-    for name, more in (("preset", ("--preset", preset)), ("flags", (*flags, "--repair", repair))):
-        start = ("prune", world / "dense", "--width", 21, "--calibration", world / "calibration.txt", "--seq-len", 16)
-        result = run(*start, "--num-samples", 4, "--output", tmp_path / name, *more)
-        assert result.code == 0, result.err
-        plans.append((tmp_path / name / "hifiprune" / "plan.json").read_bytes())
-        arguments = json.loads((tmp_path / name / "run.json").read_text())["arguments"]
-        assert arguments["repair"] == repair
-    assert plans[0] == plans[1]
-    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("preset", "flags"))
-    assert all(torch.equal(weight, two[name]) for name, weight in one.items())
-
-
-def test_what_was_asked_for_is_what_scores_were_made_by(world: Path, tmp_path: Path) -> None:
-    dense = world / "dense"
-    assert prune(dense, tmp_path / "one", "--criterion", "random").code == 0
-    scores = ("--scores", tmp_path / "one" / "hifiprune" / "scores.safetensors")
-    for flags, name in ((("--preset", "hfprune"), "hfprune"), (("--criterion", "magnitude"), "magnitude")):
-        refused(prune(dense, tmp_path / "two", *scores, *flags), f"made by 'random', and '{name}' is asked for")
-    assert prune(dense, tmp_path / "two", *scores, "--criterion", "random").code == 0
-
-
-def test_settings_without_effect_are_told(world: Path, tmp_path: Path) -> None:
-    text = ("--calibration", world / "calibration.txt", "--num-samples", 4)
-    result = prune(world / "dense", tmp_path / "a", *text, "--alpha", 0.3, "--floor", 0.1)
-    assert "Unused with criterion 'entropy-square' and uniform allocation: alpha, floor." in result.err
-    used = ("--criterion", "fisher", "--label-samples", 2, "--allocation", "global", "--floor", 0.1)
-    result = prune(world / "dense", tmp_path / "b", *text, *used)
+    assert streamed.code == 0, streamed.err
+    one, other = (WidthTable.load(path).costs for path in (table, tmp_path / "b.json"))
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+    words = ("--scores", scores, "--table", table, "--width", 32, "--round-to", 8, "--repair", "none")
+    result = run("prune", world / "dense", "--output", out, *words)
     assert result.code == 0, result.err
-    assert "Unused with" not in result.err
-    result = prune(world / "dense", tmp_path / "c", *text, "--criterion", "magnitude", "--repair", "none")
-    assert "--calibration is ignored" in result.err
-    assert json.loads((tmp_path / "c" / "run.json").read_text())["arguments"]["calibration"] is None
-    refused(prune(world / "dense", tmp_path / "d", *text, "--repair", "rigde"), "did you mean 'ridge'?")
+    plan = hp.Plan.load(out / "hifiprune" / "plan.json")
+    assert plan.widths == WidthTable.load(table).best_widths(32, round_to=8, floor=0.75)
+    assert len({*plan.widths}) > 1
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--allocation", "golbal"), "allocation 'golbal' is not known; known are uniform, global; did you mean"),
-        (("--allocation", "searched"), "allocation 'searched' is not known; known are uniform, global"),
-        (("--steps", 2), "there is no option --steps"),
-        (("--criterion", "obs"), "criterion 'obs' is not known; known are hfprune,"),
-        (("--criterion", "self-distillation-square"), "is not known; known are hfprune,"),
-        (("--allocation", "global", "--floor", 1.5), "floor 1.5 must lie in [0, 1]"),
-        (("--preset", "hfprun"), "preset 'hfprun' is not known; known are default, hfprune, sdmprune; did you mean"),
-    ],
-)
-def test_impossible_allocations_are_refused_before_anything_is_loaded(
-    world: Path, tmp_path: Path, flags: tuple[object, ...], message: str
-) -> None:
-    refused(prune(world / "dense", tmp_path / "out", "--calibration", world / "calibration.txt", *flags), message)
+def test_a_table_that_does_not_fit_is_refused(world: Path, tmp_path: Path) -> None:
+    scores, table = tmp_path / "s.safetensors", tmp_path / "widths.json"
+    assert run("score", world / "dense", "--output", scores, "--criterion", "magnitude").code == 0
+    mlps = hp.Scores.load(scores)
+    sizes = [[len(values)] for values in mlps.values]
+    words = (
+        "prune",
+        world / "dense",
+        "--output",
+        tmp_path / "out",
+        "--scores",
+        scores,
+        "--table",
+        table,
+        "--width",
+        32,
+    )
+    WidthTable(mlps.names, sizes, [[0.0]] * len(sizes), "fisher", mlps.model_hash, "").save(table)
+    result = run(*words)
+    assert result.code == 2
+    assert "chosen by 'fisher', these scores are by 'magnitude'" in result.err
+    WidthTable(mlps.names, sizes, [[0.0]] * len(sizes), "magnitude", "another", "").save(table)
+    assert "belongs to another model" in run(*words).err
+    table.write_text(table.read_text().replace("0.0", "NaN"))
+    assert "was changed since" in run(*words).err
+    table.write_text("{}")
+    assert "holds no widths" in run(*words).err
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(("criterion", "said"), [("random", True), ("magnitude", False)])
-def test_a_threshold_over_scores_of_no_common_scale_is_remarked_on(
-    world: Path, tmp_path: Path, criterion: str, said: bool
-) -> None:
-    result = prune(world / "dense", tmp_path / "out", "--criterion", criterion, "--allocation", "global")
-    assert result.code == 0, result.err
-    assert ("not on one scale" in result.err) == said

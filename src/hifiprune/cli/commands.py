@@ -16,7 +16,7 @@ from hifiprune.config.bench import BenchConfig
 from hifiprune.config.demo import DemoConfig
 from hifiprune.config.evaluate import EvaluateConfig
 from hifiprune.config.export import ExportConfig
-from hifiprune.config.prune import PruneConfig, ScoreConfig
+from hifiprune.config.prune import PruneConfig, ScoreConfig, TableConfig
 from hifiprune.config.recover import TRAININGS, RecoverConfig
 from hifiprune.config.study import AblateConfig, CompareConfig
 from hifiprune.config.texts import Text
@@ -75,6 +75,16 @@ def score(model: Model, output: Output, config: ScoreConfig, *, as_json: bool) -
     if not config.dry_run:
         told = partial(tables.scored, record, model, local_path(output))
     show(record.to_dict(), as_json, told)
+
+
+@with_config
+def table(model: Model, output: Output, config: TableConfig, *, as_json: bool) -> None:
+    """Measure what every width of every MLP costs; then prune by the best widths at any ratio."""
+    from hifiprune.cli import tables
+    from hifiprune.commands.width_table import table_checkpoint
+
+    record = table_checkpoint(model, output, config)
+    show(record.to_dict(), as_json, partial(tables.widths_measured, record, model, local_path(output)))
 
 
 @with_config

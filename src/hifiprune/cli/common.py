@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 Model = Annotated[str, Argument(metavar="MODEL", help="Local folder, hub id or .gguf file.")]
 Output = Annotated[
-    str, Option(metavar="PATH", help="File (score, export) or folder to create; it appears only when it is complete.")
+    str,
+    Option(
+        metavar="PATH", help="File (score, table, export) or folder to create; it appears only when it is complete."
+    ),
 ]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing output.", metavar="")]
 

@@ -22,7 +22,7 @@ from hifiprune.io.atomic import disk_size
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.lineage import dense_of, pruning_of, record_of
 from hifiprune.progress import console, duration
-from hifiprune.results import DemoResults, PruneResults, RecoverResults, ScoreResults
+from hifiprune.results import DemoResults, PruneResults, RecoverResults, ScoreResults, TableResults
 from hifiprune.run_record import RunRecord
 
 
@@ -62,6 +62,19 @@ def scored(record: RunRecord[ScoreResults], model: str, output: Path) -> None:
     console().print(table)
     show_costs(record)
     next_is_pruning(model, scores=output, calibration=record.arguments["calibration"])
+
+
+def widths_measured(record: RunRecord[TableResults], model: str, output: Path) -> None:
+    """Print the result of `table`: KL divergences in nats, by share of an MLP's own width."""
+    results = record.results
+    shares = [width / results.widths[0][-1] for width in results.widths[0][:-1]]
+    table = new_table("MLP", *(f"{share:.0%}" for share in shares))
+    for name, costs in zip(results.names, results.costs, strict=True):
+        table.add_row(name, *(f"{cost:.3g}" for cost in costs[:-1]))
+    console().print(table)
+    console().print("KL divergence in nats where one MLP alone has this share of its width, refitted.")
+    source, scores = record.arguments["calibration"], record.arguments["scores"]
+    next_is_pruning(model, scores=scores, calibration=source, more=["--table", output])
 
 
 def foreseen(record: RunRecord[Any]) -> None:

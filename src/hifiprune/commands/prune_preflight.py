@@ -78,7 +78,13 @@ def resolve(model: str, output: str | Path, config: PruneConfig, scores: Scores 
     check_shard_size(config.shard_size)
     record: RunRecord[PruneResults] = RunRecord("prune", {"model": model, "output": str(output), **to_dict(settled)})
     checkpoint, target, skeleton = prepare(
-        model, output, [calibration], [config.scores], compute=config.compute, folder=True, overwrite=config.overwrite
+        model,
+        output,
+        [calibration],
+        [config.scores, config.allocation.table],
+        compute=config.compute,
+        folder=True,
+        overwrite=config.overwrite,
     )
     record.commits = commits_of(checkpoint)
     if config.bias_compensation:

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from hifiprune.bounds import COUNT, FEW, INNER_SHARE, POSITIVE, SEED, SHARE
 from hifiprune.config.options import (
@@ -17,7 +18,7 @@ from hifiprune.config.options import (
 from hifiprune.errors import UserError
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")
-ALLOCATIONS = ("uniform", "global")
+ALLOCATIONS = ("uniform", "global", "table")
 AUTO, STOCK, DECI, REMOTE = LAYOUTS = ("auto", "stock", "deci", "remote")
 SDMPRUNE_SETTINGS = {0.2: (0.4, 0.2), 0.3: (0.42, 0.5), 0.4: (0.1, 0.2)}
 """Alpha and temperature of self-distillation that arXiv 2506.11120 uses at each ratio."""
@@ -117,16 +118,30 @@ class AllocationConfig(Checked):
         "uniform",
         "uniform: one width for all layers; global: layers differ in width, by one threshold on all scores (by "
         "'fisher' unless --criterion is given); better, but transformers loads the checkpoint only with "
-        "trust_remote_code=True; see --layout.",
+        "trust_remote_code=True; see --layout; table: the widths that cost least by --table.",
         flag="--allocation",
         choices=ALLOCATIONS,
     )
     floor: float = option(
         0.75,
-        "Fraction of the uniform width that every layer keeps, with --allocation global.",
+        "Fraction of the uniform width that every layer keeps, where layers differ in width.",
         panel=WIDTHS,
         bounds=SHARE,
     )
+    table: Path | None = option(
+        None,
+        "Table of widths written by 'hifiprune table': layers differ in width, as costs least by this table.",
+        panel=WIDTHS,
+        metavar="PATH",
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values; a table alone says how widths are decided."""
+        super().__post_init__()
+        if self.table and self.method == "uniform":
+            object.__setattr__(self, "method", "table")
+        if (self.method == "table") != (self.table is not None):
+            raise UserError("--allocation table and --table go together: 'hifiprune table' writes one")
 
 
 @dataclass(frozen=True)

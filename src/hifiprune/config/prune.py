@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from hifiprune.bounds import COUNT, INNER_SHARE
+from hifiprune.bounds import COUNT, INNER_SHARE, PAIR
 from hifiprune.config.groups import (
     AllocationConfig,
     Budget,
@@ -105,3 +105,17 @@ class ScoreConfig(Checked):
     compute: ComputeConfig = ComputeConfig()
     overwrite: bool = overwrite_option()
     dry_run: bool = dry_run_option()
+
+
+@dataclass(frozen=True)
+class TableConfig(Checked):
+    """Options of `table`."""
+
+    scores: Path = option(
+        help="Scores written by 'hifiprune score', by which each width keeps its neurons.", metavar="PATH"
+    )
+    calibration: Calibration = group()
+    choices: int = option(8, "Widths measured of each MLP, equally far apart; its own is the last.", bounds=PAIR)
+    probes: int = option(4, "Held-out windows that divergences are measured on, at most.", bounds=COUNT)
+    compute: ComputeConfig = group(ComputeConfig(), only=("device", "dtype", "batch_size", "attention", "stream"))
+    overwrite: bool = overwrite_option()

@@ -9,6 +9,7 @@ from torch import Tensor
 from hifiprune.config.groups import AllocationConfig, Budget
 from hifiprune.plan import ModelShape, Plan, top_indices
 from hifiprune.scores import Scores
+from hifiprune.width_table import WidthTable
 
 
 def allocate(
@@ -34,6 +35,11 @@ def allocate(
     if allocation.method == "global":
         shape.check_experts("global", width)
         widths = allocate_widths(scores.values, width, round_to=round_to, floor=allocation.floor)
+    elif allocation.table:
+        shape.check_experts("table", width)
+        table = WidthTable.load(allocation.table)
+        table.require_scores(scores)
+        widths = table.best_widths(width, round_to=round_to, floor=allocation.floor)
     neurons = [len(values) for values in scores.values]
     gone = [count - width for count, width in zip(neurons, widths, strict=True)]
     removed = sum(count * each for count, each in zip(gone, scores.parameters_per_neuron, strict=True))
