@@ -48,6 +48,7 @@ UNUSUAL = PruneConfig(
     0.99,
     bias_compensation=True,
     repair_steps=7,
+    repair_minutes=2.5,
     compute=ComputeConfig("cpu", "float64", 3, True, "eager", False, "/scratch", deterministic=True),
     layout="remote",
     shard_size="1GB",

@@ -114,6 +114,42 @@ def test_training_that_does_not_help_changes_nothing() -> None:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Record the block of every step."""
+    steps, backward = [], reconstruct._backward
+
+    def count(chain: BlockChain, index: int, *more: Any) -> None:
+        steps.append(index)
+        backward(chain, index, *more)
+
+    monkeypatch.setattr(reconstruct, "_backward", count)
+    return steps
+
+
+def test_training_ends_where_the_held_out_error_falls_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, steps = tiny_model("llama"), counted(monkeypatch)
+    cut_and_repair_(model, plan_of(model, 32), tiny_tokens(WINDOWS), training=Training(steps=120, learning_rate=1e3))
+    looks = 120 // reconstruct.LOOKS
+    assert [steps.count(block) for block in range(3)] == [reconstruct.PATIENCE * looks] * 3
+
+
+def test_minutes_are_shared_by_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, steps, clock = tiny_model("llama"), counted(monkeypatch), [0.0]
+
+    def tick() -> float:
+        clock[0] += 1.0
+        return clock[0]
+
+    for module in ("reconstruct", "repair"):
+        monkeypatch.setattr(f"hifiprune.pruning.{module}.monotonic", tick)
+    training = Training(steps=1000, learning_rate=1e-4, minutes=1.0)
+    repair = cut_and_repair_(model, plan_of(model, 32), tiny_tokens(WINDOWS), training=training)
+    taken = [steps.count(block) for block in range(3)]
+    assert 50 <= sum(taken) <= 60  # a step takes a second here
+    assert max(taken) - min(taken) <= 2
+    assert all(block.error <= block.before for block in repair.reconstructions)
+
+
 def test_a_cut_of_nothing_changes_nothing() -> None:
     model = tiny_model("llama")
     before = copy.deepcopy(model.state_dict())

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cached_property
-from math import ceil
+from math import ceil, inf
 from typing import Any
 
 import psutil
@@ -137,7 +137,8 @@ class Estimator(Trial):
         trained = 0
         if training:
             taken = training.steps * training.batches_of(batches, tokens)
-            block += forward * (TRAINING_PASSES * taken + (LOOKS + 2) * ceil(batches / HELD_OUT))
+            longest = 60 * training.minutes / self.layers if training.minutes else inf
+            block += min(longest, forward * (TRAINING_PASSES * taken + (LOOKS + 2) * ceil(batches / HELD_OUT)))
             trained = self._stored_blocks // self.layers // self.checkpoint.dtype().itemsize
         states = windows * positions * (2 * hidden + width) * self.dtype.itemsize
         projections = self.layers * self.mlps * width * hidden * self.checkpoint.dtype().itemsize

@@ -97,7 +97,9 @@ class PruneJob(Job):
     @property
     def training(self) -> Training | None:
         """Return how blocks are trained after their refits, if they are."""
-        return Training(self.config.repair_steps) if self.system.repair == "local" else None
+        if self.system.repair != "local":
+            return None
+        return Training(self.config.repair_steps, minutes=self.config.repair_minutes)
 
 
 @dataclass

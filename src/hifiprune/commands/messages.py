@@ -136,8 +136,9 @@ def remark_on_unused(options: CriterionOptions | None, settled: PruneConfig) -> 
     if unused:
         names = ", ".join(name.replace("_", "-") for name in unused)
         note(f"Unused with criterion '{criterion}' and {allocation.method} allocation: {names}.")
-    if settled.repair != "local" and settled.repair_steps != REPAIR_STEPS:
-        note(f"Unused with --repair {settled.repair}: repair-steps.")
+    idle = {"repair-steps": settled.repair_steps != REPAIR_STEPS, "repair-minutes": settled.repair_minutes is not None}
+    if settled.repair != "local" and any(idle.values()):
+        note(f"Unused with --repair {settled.repair}: {', '.join(name for name, given in idle.items() if given)}.")
 
 
 def remark_on_ignored(config: PruneConfig) -> None:

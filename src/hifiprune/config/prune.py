@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from hifiprune.bounds import COUNT, INNER_SHARE, PAIR
+from hifiprune.bounds import COUNT, INNER_SHARE, PAIR, POSITIVE
 from hifiprune.config.groups import (
     AllocationConfig,
     Budget,
@@ -78,7 +78,14 @@ class PruneConfig(Checked):
         panel=PRESET,
     )
     repair_steps: int = option(
-        REPAIR_STEPS, "Optimizer steps of each block, with --repair local.", panel=PRESET, bounds=COUNT
+        REPAIR_STEPS, "Optimizer steps of each block at most, with --repair local.", panel=PRESET, bounds=COUNT
+    )
+    repair_minutes: float | None = option(
+        None,
+        "Minutes at most for all blocks, with --repair local; each may take its share. Runs then differ.",
+        panel=PRESET,
+        bounds=POSITIVE,
+        shown_default="no limit",
     )
     compute: ComputeConfig = ComputeConfig()
     layout: str = layout_option()

@@ -13,7 +13,8 @@ arXiv 2510.14444, and used for distillation in arXiv 2411.19146.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import cos, pi
+from math import cos, inf, pi
+from time import monotonic
 
 import torch
 from jaxtyping import Float
@@ -31,8 +32,10 @@ from hifiprune.results import Reconstruction
 WARMUP = 0.1
 """Share of the steps over which the learning rate rises."""
 BETAS = (0.9, 0.95)
-LOOKS = 6
+LOOKS = 12
 """How often the held-out error is measured."""
+PATIENCE = 3
+"""Looks without a smaller error after which a block is done."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Training:
         tokens: tokens of a step, at least those of one batch.
         whole: train attention too, not only the MLP and the norms.
         seed: of the order of the windows.
+        minutes: most time for all blocks, each of which may take its share of what is left.
     """
 
     steps: int = REPAIR_STEPS
@@ -52,6 +56,14 @@ class Training:
     tokens: int = 8192
     whole: bool = False
     seed: int = 0
+    minutes: float | None = None
+
+    def share(self, start: float, blocks: int) -> float:
+        """Return when the next of so many blocks must be done, on the monotonic clock, if all began at `start`."""
+        if self.minutes is None:
+            return inf
+        now = monotonic()
+        return now + max(0.0, start + 60 * self.minutes - now) / blocks
 
     def batches_of(self, batches: int, tokens: int) -> int:
         """Return how many of all `batches`, each of `tokens` tokens, make a step."""
@@ -75,8 +87,12 @@ class Example:
     held: Tensor
 
 
-def reconstruct_(chain: BlockChain, index: int, examples: Sequence[Example], training: Training) -> Reconstruction:
+def reconstruct_(
+    chain: BlockChain, index: int, examples: Sequence[Example], training: Training, until: float = inf
+) -> Reconstruction:
     """Train a block toward the dense stream; keep the state with the least held-out error.
+
+    Training ends early where that error has not fallen for a while, and at `until` on the monotonic clock.
 
     Raises:
         RunError: the error is not finite.
@@ -89,7 +105,7 @@ def reconstruct_(chain: BlockChain, index: int, examples: Sequence[Example], tra
     first = best = held_out_error(chain, index, examples)
     if not torch.isfinite(torch.tensor(first)):
         raise RunError(f"activations of {name} are not finite; check the checkpoint, or compute in --dtype float32")
-    state, best_step = start, 0
+    state, best_step, looks = start, 0, 0
     block.to(torch.promote_types(dtype, torch.float32))
     for parameter in parameters:
         parameter.requires_grad_()
@@ -104,11 +120,15 @@ def reconstruct_(chain: BlockChain, index: int, examples: Sequence[Example], tra
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % max(1, steps // LOOKS) == 0 or step == steps:
+        over = monotonic() >= until
+        if step % max(1, steps // LOOKS) == 0 or step == steps or over:
             error = held_out_error(chain, index, examples)
+            looks += 1
             if error < best:
-                best, best_step = error, step
+                best, best_step, looks = error, step, 0
                 state = [parameter.detach().clone() for parameter in parameters]
+        if over or looks == PATIENCE:
+            break
     for parameter in parameters:
         parameter.requires_grad_(False)
     block.to(dtype)

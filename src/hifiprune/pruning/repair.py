@@ -11,6 +11,7 @@ damping, and whether the change is used at all, is decided for each projection o
 """
 
 from dataclasses import asdict, dataclass
+from time import monotonic
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -88,7 +89,7 @@ def cut_and_repair_(
         if resume_folder and training:
             facts = hash_tokens(windows), plan.to_json(), asdict(training), batch_size, sequential, weighted
             finished = FinishedBlocks(resume_folder, facts)
-        cuts, blocks = cuts_of(model, plan), range(len(chain.blocks))
+        cuts, blocks, begun = cuts_of(model, plan), range(len(chain.blocks)), monotonic()
         kept = [chosen.to(model.device) for chosen in plan.kept]
         for block, _ in zip(walk(model, blocks), track(blocks, "repairing"), strict=True):
             own = chain.of_block[block]
@@ -104,7 +105,8 @@ def cut_and_repair_(
                 else:
                     done = Repair(form(chain, block, chosen, streams, weighted))
                     if training:
-                        done.reconstructions.append(_reconstruct_(chain, block, inputs, streams, training))
+                        until = training.share(begun, len(blocks) - block)
+                        done.reconstructions.append(_reconstruct_(chain, block, inputs, streams, training, until))
                     if finished:
                         finished.write(block, changed, done)
                 if training:
@@ -249,14 +251,14 @@ def _parallel_(
 
 
 def _reconstruct_(
-    chain: BlockChain, block: int, inputs: list[Spilled], streams: list[Stream], training: Training
+    chain: BlockChain, block: int, inputs: list[Spilled], streams: list[Stream], training: Training, until: float
 ) -> Reconstruction:
     """Train this block to turn the cut stream before it into the dense one after it."""
     examples = [
         Example(before, stream.dense, stream.calls[block], stream.held)
         for before, stream in zip(inputs, streams, strict=True)
     ]
-    return reconstruct_(chain, block, examples, training)
+    return reconstruct_(chain, block, examples, training, until)
 
 
 def _pass_cut_stream(chain: BlockChain, block: int, inputs: list[Spilled], streams: list[Stream]) -> None:
