@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import hifiprune as hp
 from hifiprune import Calibration, UserError
 from hifiprune.calibration import (
     check_source,
@@ -159,7 +160,7 @@ def test_hub_data_sets_are_streamed_by_id_config_and_split(monkeypatch: pytest.M
         asked.append((name, config, split, streaming, trust_remote_code))
         return Dataset.from_dict({"text": DOCUMENTS}).to_iterable_dataset()
 
-    monkeypatch.setattr("hifiprune.io.text_sources.get_session", Hub)
+    monkeypatch.setattr("huggingface_hub.utils.get_session", Hub)
     monkeypatch.setattr("datasets.load_dataset", load)
     for source in ("org/data", "org/data:validation", "org/data:en:test"):
         assert sorted(texts_of(source)) == sorted(DOCUMENTS)
@@ -176,7 +177,7 @@ def test_a_hub_that_gives_no_data_is_said_in_one_line(monkeypatch: pytest.Monkey
     def fail(*_: object, **__: object) -> None:
         raise ConnectionError("no route\nlong story")
 
-    monkeypatch.setattr("hifiprune.io.text_sources.get_session", Hub)
+    monkeypatch.setattr("huggingface_hub.utils.get_session", Hub)
     monkeypatch.setattr("datasets.load_dataset", fail)
     with pytest.raises(
         UserError, match=r"there is no file org/data here, and the data hub could not give it: no route$"
@@ -212,6 +213,24 @@ def test_text_sampled_from_the_model_follows_its_distribution(make_checkpoint: C
     assert entropy < 0.95 * torch.tensor(float(model.config.vocab_size)).log().item()
 
 
+def test_text_from_the_model_is_mixed_with_other_sources(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(make_checkpoint(initializer_range=0.5), dtype=torch.float32)
+    (tmp_path / "z.txt").write_text("z" * 1000)
+    mixed = Calibration(**mixture(["self:0.3", str(tmp_path / "z.txt")]), num_samples=10, seq_len=16)  # type: ignore[arg-type]
+    windows = hp.load_windows(mixed, byte_tokenizer(), model)
+    read = (windows == byte_tokenizer()("z")["input_ids"][0]).all(1)
+    assert int(read.sum()) == 7
+    assert not read[3:].all(), "what is held out for repair is of all sources"
+    assert rows(windows[~read]) == rows(sample_windows(model, Calibration("self", 3, 16)))
+    assert torch.equal(windows, hp.load_windows(mixed, byte_tokenizer(), model))
+    with pytest.raises(UserError, match="'self' is sampled from the model: load_windows needs it"):
+        hp.load_windows(mixed, byte_tokenizer())
+
+
+def rows(windows: torch.Tensor) -> set[tuple[int, ...]]:
+    return {tuple(window.tolist()) for window in windows}
+
+
 def test_sources_are_mixed_by_their_shares(tmp_path: Path) -> None:
     for letter in "abc":
         (tmp_path / f"{letter}.txt").write_text(letter * 1000)
@@ -245,7 +264,6 @@ def test_shares_are_read_from_the_command_line(words: list[str], expected: objec
     ("words", "samples", "message"),
     [
         (["a", "b:1.2"], 10, "the shares of --calibration add up to 1.2 and leave nothing for the others"),
-        (["a", "self:0.5"], 10, "'self' cannot be mixed with other sources"),
         (["a", "b:0.01"], 10, "num-samples 10 leaves a source without a window"),
     ],
 )

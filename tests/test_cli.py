@@ -413,7 +413,7 @@ def test_a_disk_that_fills_up_leaves_nothing(
 
 STAGES = [
     "commands.prune_preflight.prepare",
-    "commands.steps.load_windows",
+    "commands.steps.read_texts",
     "models.checkpoint.Checkpoint.load",
     "commands.steps.score_all",
     "commands.prune.allocate",

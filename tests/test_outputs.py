@@ -36,7 +36,7 @@ def wait_while_reading() -> None:
         sys.stdout.write("reading\n")
         time.sleep(99)
 
-    pytest.MonkeyPatch().setattr("hifiprune.commands.steps.load_windows", wait)
+    pytest.MonkeyPatch().setattr("hifiprune.commands.steps.read_texts", wait)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -16,7 +16,7 @@ from hifiprune.errors import UserError
 from hifiprune.io.distributed import processes
 from hifiprune.io.spool import Documents, stored_tokens
 from hifiprune.io.text_files import is_pipe
-from hifiprune.io.text_sources import check_there, read_documents
+from hifiprune.io.text_sources import SELF, check_there, read_documents
 from hifiprune.io.tokenization import encode_pieces, special_tokens
 from hifiprune.progress import track
 
@@ -37,15 +37,46 @@ def check_source(source: str, seq_len: int, longest: int | None) -> None:
         raise UserError(f"seq-len {seq_len} exceeds the model's {longest} positions; use --seq-len {longest}")
 
 
-def load_windows(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, "windows positions"]:
-    """Draw token windows from any source but `self`; the same arguments give the same windows.
+def load_windows(
+    calibration: Calibration, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None
+) -> Int[Tensor, "windows positions"]:
+    """Draw token windows; the same arguments give the same windows.
+
+    Args:
+        calibration: sources, and how windows are drawn from them.
+        tokenizer: tokenizer of the model.
+        model: dense model, which the source `self` is sampled from.
 
     Raises:
-        UserError: the source cannot be read, or has too little text.
+        UserError: a source cannot be read, or has too little text.
     """
-    if calibration.mixed:
-        windows = torch.cat([load_windows(part, tokenizer) for part in calibration.parts])
-        return windows[torch.tensor(random.Random(calibration.seed).sample(range(len(windows)), len(windows)))]
+    read = read_texts(calibration, tokenizer)
+    if not calibration.is_sampled:
+        return read
+    if model is None:
+        raise UserError(f"the source '{SELF}' is sampled from the model: load_windows needs it")
+    return sample_windows(model, calibration, read)
+
+
+def read_texts(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, "windows positions"]:
+    """Draw the windows of every source but `self`, of which there are none before the model is loaded.
+
+    Raises:
+        UserError: a source cannot be read, or has too little text.
+    """
+    drawn = [_draw(part, tokenizer) for part in calibration.parts if not part.is_sampled]
+    return _mixed(drawn, calibration.seed) if drawn else torch.empty(0, calibration.seq_len, dtype=torch.int64)
+
+
+def _mixed(parts: list[Int[Tensor, "_ positions"]], seed: int) -> Int[Tensor, "windows positions"]:
+    """Return the windows of all parts in random order, so that what repair holds out is of each; one part as it is."""
+    windows = torch.cat(parts)
+    order = random.Random(seed).sample(range(len(windows)), len(windows))
+    return windows[torch.tensor(order)] if len(parts) > 1 else windows
+
+
+def _draw(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, "windows positions"]:
+    """Draw the windows of a single source of text."""
     read = read_documents(calibration.source, calibration.text_column, calibration.seed)
     if calibration.sampler == "stream":
         return draw_stream(read, tokenizer, calibration)
@@ -200,17 +231,24 @@ def with_start(start: Int[Tensor, "start"], windows: Int[Tensor, "windows rest"]
 def sample_windows(
     model: PreTrainedModel,
     calibration: Calibration,
+    read: Int[Tensor, "_ positions"] | None = None,
 ) -> Int[Tensor, "windows positions"]:
     """Sample windows from the model's own distribution, at temperature 1 from its start token, with the KV cache.
 
     Entropy pruning needs no labels and no teacher; with this it needs no data either.
+
+    Args:
+        model: dense model.
+        calibration: how many windows, and with which share of them the model is mixed with other sources.
+        read: windows of the other sources, with which the sampled ones are mixed.
 
     Raises:
         UserError: the model names no start or end token to begin with.
     """
     start = start_token(model.config)
     generator = torch.Generator(model.device).manual_seed(calibration.seed)
-    windows = list(torch.full((calibration.num_samples, 1), start, device=model.device).split(GENERATED_TOGETHER))
+    count = calibration.num_samples - (0 if read is None else len(read))
+    windows = list(torch.full((count, 1), start, device=model.device).split(GENERATED_TOGETHER))
     steps = calibration.seq_len - 1
     cache = None
     for step in track(range(len(windows) * steps), "sampling text from the model"):
@@ -220,7 +258,8 @@ def sample_windows(
         cache = output.past_key_values
         likely = output.logits[:, -1].float().softmax(-1)
         windows[group] = torch.cat((windows[group], torch.multinomial(likely, 1, generator=generator)), 1)
-    return torch.cat(windows).cpu()
+    sampled = torch.cat(windows).cpu()
+    return sampled if read is None or not len(read) else _mixed([sampled, read], calibration.seed)
 
 
 def _too_little(calibration: Calibration, possible: int, sampler: str, streamed: int = 0) -> UserError:

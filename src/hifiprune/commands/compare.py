@@ -12,7 +12,7 @@ from pathlib import Path
 from jaxtyping import Int
 from torch import Tensor
 
-from hifiprune.calibration import load_windows
+from hifiprune.calibration import read_texts
 from hifiprune.commands.compare_plans import Workbench
 from hifiprune.commands.inspect import shape_of
 from hifiprune.commands.prepare import check_tokens, load_hashed, prepare
@@ -82,7 +82,7 @@ def compare(model: str, output: str | Path, config: CompareConfig) -> RunRecord[
     tokenizer = checkpoint.tokenizer()
     with record.stage("reading the texts"), labelled("reading the texts, pieces"):
         held = [Held(text.source, text.fidelity, held_windows(text, tokenizer)) for text in config.texts]
-        drawn = [] if calibration.is_sampled else [load_windows(draw, tokenizer) for draw in draws]
+        drawn = [read_texts(draw, tokenizer) for draw in draws]
     most = max(calibration.num_samples, *(len(text.windows) for text in held))
     compute = limit_batch(config.compute, most, "windows")
     check_tokens(checkpoint, *drawn, *(text.windows for text in held))
@@ -90,7 +90,8 @@ def compare(model: str, output: str | Path, config: CompareConfig) -> RunRecord[
     loaded, model_hash = load_hashed(checkpoint, compute, record)
     bench = Workbench(loaded, model, model_hash, tokenizer, resume_folder.of(loaded, model_hash), compute)
     with record.stage("scoring"):
-        drawn = drawn or [bench.sample(draw) for draw in draws]
+        if calibration.is_sampled:
+            drawn = [bench.sample(draw, read) for draw, read in zip(draws, drawn, strict=True)]
         cells, files = score_draws(bench, draws, drawn, config)
     with record.stage("measuring"):
         dense, *measured = bench.measure([None, *(cell.plan for cell in cells)], [*held, *([tasks] if tasks else [])])

@@ -60,13 +60,13 @@ class Workbench:
     resume_folder: ResumeFolder
     compute: ComputeConfig
 
-    def sample(self, calibration: Calibration) -> Int[Tensor, "windows positions"]:
-        """Return calibration windows that the model itself writes, unless they are there from before."""
-        path = self.resume_folder.path("windows", asdict(calibration))
+    def sample(self, calibration: Calibration, read: Int[Tensor, "_ positions"]) -> Int[Tensor, "windows positions"]:
+        """Return windows that the model itself writes, mixed with others, unless they are there from before."""
+        path = self.resume_folder.path("windows", asdict(calibration), hash_tokens(read))
         known = self.resume_folder.read_json(path)
         if known is None:
             with labelled(f"sampling text from the model, seed {calibration.seed}"):
-                known = {"windows": sample_windows(self.model, calibration).tolist()}
+                known = {"windows": sample_windows(self.model, calibration, read).tolist()}
             self.resume_folder.write_json(path, known)
         return torch.tensor(known["windows"])
 

@@ -55,7 +55,7 @@ class Job:
 
     @property
     def samples(self) -> bool:
-        """Return whether the calibration text is sampled from the model."""
+        """Return whether calibration text is sampled from the model."""
         return self.calibration is not None and self.calibration.is_sampled
 
 

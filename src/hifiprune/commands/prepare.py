@@ -91,7 +91,7 @@ def check_tokens(checkpoint: Checkpoint, *texts: Int[Tensor, "_ _"]) -> None:
     """
     vocabulary = checkpoint.config().get_text_config().vocab_size
     for windows in texts:
-        check_vocabulary(int(windows.max()), vocabulary)
+        check_vocabulary(int(windows.max()) if len(windows) else 0, vocabulary)
 
 
 def _parts(source: Calibration | Text | None) -> Sequence[Calibration | Text]:

@@ -53,7 +53,7 @@ def prune(model: str, output: str | Path, config: PruneConfig, scores: Scores | 
         RunError: numbers, memory or disk failed.
     """
     job = resolve(model, output, config, scores)  # every check, no weights: budget, paths, space, families
-    windows = read_windows(job)  # [windows, positions]; None if text is sampled from the model later
+    windows = read_windows(job)  # [windows, positions]; None if all text is sampled from the model later
     dense = DenseModel(job)  # resident or streamed, and loaded when it is first needed
     if job.scores and not config.dry_run and job.checkpoint.is_here and dense.stored_plainly:
         dense.check_scores(job.scores)  # refused before costs are estimated
@@ -63,7 +63,7 @@ def prune(model: str, output: str | Path, config: PruneConfig, scores: Scores | 
     if job.scores and job.samples:
         dense.load_scored(job.scores)  # refuses scores of another model before text is sampled
     if job.samples:
-        windows = sampled_windows(dense, job)
+        windows = sampled_windows(dense, job, windows)
     neuron_scores = job.scores or score_dense(dense, windows, job, estimator)
     if rank() > 0:
         return job.record  # the first process does the rest

@@ -51,7 +51,7 @@ def score_checkpoint(model: str, output: str | Path, config: ScoreConfig = Score
     if config.dry_run:
         return job.record
     if job.samples:
-        windows = sampled_windows(dense, job)
+        windows = sampled_windows(dense, job, windows)
     scores = score_dense(dense, windows, job, estimator)
     if rank() > 0:
         return job.record  # the first process writes

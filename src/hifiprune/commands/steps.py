@@ -5,7 +5,7 @@ from dataclasses import asdict
 from jaxtyping import Int
 from torch import Tensor
 
-from hifiprune.calibration import load_windows, sample_windows
+from hifiprune.calibration import read_texts, sample_windows
 from hifiprune.commands.cost_model import Estimator
 from hifiprune.commands.job import DenseModel, Job, PruneJob
 from hifiprune.commands.messages import announce_costs, announce_scoring, remark_on_start, remark_on_unseen
@@ -21,23 +21,23 @@ Windows = Int[Tensor, "windows positions"]
 
 
 def read_windows(job: Job) -> Windows | None:
-    """Draw windows from the calibration text, unless there is none or the model has yet to write it."""
-    if job.calibration is None or job.samples:
+    """Draw windows from the calibration text, unless there is none or the model has yet to write all of it."""
+    if job.calibration is None or not job.calibration.texts:
         return None
     with job.record.stage("reading the calibration data"), labelled("reading the calibration text, pieces"):
         tokenizer = job.checkpoint.tokenizer()
-        windows = load_windows(job.calibration, tokenizer)
+        windows = read_texts(job.calibration, tokenizer)
     remark_on_start(job.calibration, tokenizer)
     check_tokens(job.checkpoint, windows)
     return windows
 
 
-def sampled_windows(dense: DenseModel, job: Job) -> Windows:
-    """Sample windows from the dense model itself."""
+def sampled_windows(dense: DenseModel, job: Job, read: Windows | None) -> Windows:
+    """Sample windows from the dense model itself, and mix them with those read from texts, if any were."""
     assert job.calibration
     model = dense.load()
     with job.record.stage("sampling text from the model"):
-        return sample_windows(model, job.calibration)
+        return sample_windows(model, job.calibration, read)
 
 
 def estimator_of(dense: DenseModel, job: Job) -> Estimator:

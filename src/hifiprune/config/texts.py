@@ -80,8 +80,6 @@ class Calibration(Checked):
             )
         for source in self._sources:
             check_named(source)
-        if self.mixed and SELF in self._sources:
-            raise UserError(f"'{SELF}' cannot be mixed with other sources")
         for source, share in self.mixed:
             if not 0 < share < 1:
                 raise UserError(f"the share {share:g} of {source} must lie in (0, 1)")
@@ -92,8 +90,13 @@ class Calibration(Checked):
 
     @property
     def is_sampled(self) -> bool:
-        """Return whether the text is sampled from the model itself."""
-        return self.source == SELF
+        """Return whether text is sampled from the model itself, all of it or a part."""
+        return SELF in self._sources
+
+    @property
+    def texts(self) -> list[str]:
+        """Return the sources that are read, not sampled."""
+        return [source for source in self._sources if source != SELF]
 
     @property
     def _sources(self) -> list[str]:
