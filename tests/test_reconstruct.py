@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def test_the_gradient_is_that_of_the_mean_relative_error(chain: BlockChain, size
     tokens = tiny_tokens(6)
     examples = examples_of(chain, tokens, size)
     weight = chain.mlps[LAYER].inputs[0].weight.requires_grad_()
-    reconstruct._backward(chain, LAYER, examples)
+    run = partial(chain.run_block, LAYER)
+    reconstruct._backward(chain, run, examples, torch.float64)
     found, weight.grad = weight.grad, None
     hidden, calls = chain.embed(tokens)
     with torch.enable_grad():
@@ -66,9 +68,27 @@ def test_the_gradient_is_that_of_the_mean_relative_error(chain: BlockChain, size
         errors[fitted].mean().backward()
     assert found is not None
     torch.testing.assert_close(found, weight.grad)
-    held = reconstruct.held_out_error(chain, LAYER, examples)
+    held = reconstruct.held_out_error(chain, run, examples, torch.float64)
     assert held == pytest.approx(errors[~fitted].mean().item(), rel=1e-9)
     assert held == pytest.approx((0.1 / 1.1) ** 2, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("variant", "behind"),
+    [("llama", True), ("phi3", True), ("qwen3", True), ("gemma2", False), ("cohere", False), ("falcon", False)],
+)
+def test_what_follows_attention_is_run_alone_where_it_is_all(variant: str, behind: bool) -> None:
+    model, tokens = tiny_model(variant).double(), tiny_tokens(6)
+    with frozen(model):
+        chain = verified_chain(model)
+        examples = examples_of(chain, tokens)
+        tail = reconstruct.find_tail(chain, LAYER, examples[0])
+        assert (tail is not None) == behind
+        if tail:
+            whole = reconstruct.held_out_error(chain, partial(chain.run_block, LAYER), examples, torch.float64)
+            after = tail.examples(chain, LAYER, examples)
+            assert reconstruct.held_out_error(chain, tail, after, torch.float64) == pytest.approx(whole, rel=1e-12)
+            assert not torch.equal(after[0].input(), examples[0].input())
 
 
 def test_what_can_be_reconstructed_is() -> None:
@@ -116,12 +136,17 @@ def test_training_that_does_not_help_changes_nothing() -> None:
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Record the block of every step."""
-    steps, backward = [], reconstruct._backward
+    steps, train, backward, block = [], reconstruct_, reconstruct._backward, [0]
 
-    def count(chain: BlockChain, index: int, *more: Any) -> None:
-        steps.append(index)
-        backward(chain, index, *more)
+    def begin(chain: BlockChain, index: int, *more: Any) -> Any:
+        block[0] = index
+        return train(chain, index, *more)
 
+    def count(*arguments: Any) -> None:
+        steps.append(block[0])
+        backward(*arguments)
+
+    monkeypatch.setattr("hifiprune.pruning.repair.reconstruct_", begin)
     monkeypatch.setattr(reconstruct, "_backward", count)
     return steps
 

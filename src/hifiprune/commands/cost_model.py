@@ -140,7 +140,7 @@ class Estimator(Trial):
             longest = 60 * training.minutes / self.layers if training.minutes else inf
             block += min(longest, forward * (TRAINING_PASSES * taken + (LOOKS + 2) * ceil(batches / HELD_OUT)))
             trained = self._stored_blocks // self.layers // self.checkpoint.dtype().itemsize
-        states = windows * positions * (2 * hidden + width) * self.dtype.itemsize
+        states = windows * positions * ((3 if training else 2) * hidden + width) * self.dtype.itemsize
         projections = self.layers * self.mlps * width * hidden * self.checkpoint.dtype().itemsize
         memory = self.base + self.mlps * torch.float64.itemsize * (GRAMS * width * width + CROSSES * width * hidden)
         memory += self._two_blocks * self.streamed + graph_bytes(self.skeleton, tokens)
