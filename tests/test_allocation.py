@@ -63,7 +63,7 @@ def test_the_best_neurons_are_kept_in_order_and_ties_keep_the_lower_index() -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "give exactly one of --ratio, --neuron-ratio, --width; given: none"),
+        ({}, "give exactly one of --ratio, --neuron-ratio, --width, --max-size; given: none"),
         ({"ratio": 0.2, "width": 5}, "given: ratio, width"),
         ({"ratio": 0.0}, r"ratio 0 must lie in \(0, 1\)"),
         ({"ratio": 1.0}, r"ratio 1 must lie in \(0, 1\)"),

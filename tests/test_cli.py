@@ -163,7 +163,10 @@ BUDGETS = [
     (("--ratio", "20"), "did you mean 0.2?"),
     (("--ratio", "nan"), "ratio nan must lie in (0, 1)"),
     (("--ratio", "0.9"), "the largest possible --ratio is"),
-    (("--ratio", "0.2", "--width", "10"), "give exactly one of --ratio, --neuron-ratio, --width; given: ratio, width"),
+    (
+        ("--ratio", "0.2", "--width", "10"),
+        "--width, --max-size; given: ratio, width",
+    ),
     ((), "given: none"),
     (("--width", "40"), "width 40 must be below the model's own width 40"),
 ]

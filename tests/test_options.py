@@ -18,7 +18,7 @@ from hifiprune.config.evaluate import EvaluateConfig
 from hifiprune.config.files import from_dict, read_config, to_dict
 from hifiprune.config.groups import AllocationConfig, Budget, ComputeConfig, CriterionOptions
 from hifiprune.config.options import declared_options
-from hifiprune.config.prune import PruneConfig, ScoreConfig
+from hifiprune.config.prune import PruneConfig, ScoreConfig, TableConfig
 from hifiprune.config.recover import TRAININGS, RecoverConfig, TrainingConfig
 from hifiprune.config.study import AblateConfig, CompareConfig
 from hifiprune.config.texts import Calibration, Text
@@ -29,6 +29,7 @@ COMMANDS = [command.callback.__name__ for command in app.registered_commands if 
 CONFIGS: list[type] = [
     PruneConfig,
     ScoreConfig,
+    TableConfig,
     RecoverConfig,
     AblateConfig,
     BenchConfig,
@@ -63,7 +64,7 @@ def test_unusual_is_unusual_in_every_option() -> None:
         one, two = UNUSUAL, usual
         for name in option.path:
             one, two = getattr(one, name), getattr(two, name)
-        assert one != two or option.name == "width", option.path
+        assert one != two or option.name in ("width", "max_size"), option.path  # one budget at a time
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_every_number_has_bounds_and_every_option_says_what_it_is(config: type) 
     [
         ({"budget": {"ratio": 20}}, "ratio 20 must lie in (0, 1); did you mean 0.2?"),
         ({"budget": {"ratio": "0.2"}}, "budget.ratio: Input should be a valid number, not '0.2'"),
-        ({"budget": {}}, "give exactly one of --ratio, --neuron-ratio, --width; given: none"),
+        ({"budget": {}}, "give exactly one of --ratio, --neuron-ratio, --width, --max-size; given: none"),
         ({"budget": {"ratio": 0.2, "width": 9}}, "given: ratio, width"),
         ({"budgte": {}}, "'budgte' is not an option; known are budget, calibration"),
         ({"budgte": {}}, "did you mean 'budget'?"),
@@ -220,7 +221,7 @@ def test_a_part_of_a_group_changes_the_default_of_the_config_and_not_of_the_grou
 def test_what_must_be_given_is_named_as_a_flag() -> None:
     with pytest.raises(UserError, match=r"^'--scores' is missing: give it on the command line"):
         from_dict(AblateConfig, {})
-    with pytest.raises(UserError, match=r"^give exactly one of --ratio, --neuron-ratio, --width"):
+    with pytest.raises(UserError, match=r"^give exactly one of --ratio, --neuron-ratio, --width, --max-size"):
         from_dict(PruneConfig, {})
 
 
@@ -304,7 +305,7 @@ def test_a_whole_command_in_a_file(world: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("prune", "m", "--output", "o"), "give exactly one of --ratio, --neuron-ratio, --width; given: none"),
+        (("prune", "m", "--output", "o"), "--ratio, --neuron-ratio, --width, --max-size; given: none"),
         (("prune", "--output", "o", "--ratio", "0.2"), "missing argument 'MODEL'"),
         (("prune", "m", "--ratio", "0.2"), "missing option '--output'"),
         (("prune", "--config", "c.yaml", "--output", "o"), "'MODEL' is missing: give it on the command line, or in"),

@@ -13,6 +13,7 @@ _MODULES = {
     # functions on checkpoints, and their configs
     "prune": "commands.prune",
     "score_checkpoint": "commands.score",
+    "table_checkpoint": "commands.width_table",
     "recover": "commands.recover",
     "evaluate": "commands.evaluate",
     "compare": "commands.compare",
@@ -24,6 +25,7 @@ _MODULES = {
     "push": "commands.push",
     "PruneConfig": "config",
     "ScoreConfig": "config",
+    "TableConfig": "config",
     "RecoverConfig": "config",
     "EvaluateConfig": "config",
     "CompareConfig": "config",

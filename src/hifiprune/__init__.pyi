@@ -10,6 +10,7 @@ from hifiprune.commands.push import push as push
 from hifiprune.commands.recover import recover as recover
 from hifiprune.commands.report import report as report
 from hifiprune.commands.score import score_checkpoint as score_checkpoint
+from hifiprune.commands.width_table import table_checkpoint as table_checkpoint
 from hifiprune.config import AblateConfig as AblateConfig
 from hifiprune.config import BenchConfig as BenchConfig
 from hifiprune.config import Budget as Budget
@@ -21,6 +22,7 @@ from hifiprune.config import ExportConfig as ExportConfig
 from hifiprune.config import PruneConfig as PruneConfig
 from hifiprune.config import RecoverConfig as RecoverConfig
 from hifiprune.config import ScoreConfig as ScoreConfig
+from hifiprune.config import TableConfig as TableConfig
 from hifiprune.config import Text as Text
 from hifiprune.errors import RunError as RunError
 from hifiprune.errors import UserError as UserError

@@ -86,3 +86,19 @@ def meant(text: str) -> str:
     if (match := re.fullmatch(r"(\d+)/(\d+)", text)) and int(match[2]):
         return f"; write {int(match[1]) / int(match[2]):g}"
     return ""
+
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+"""As transformers counts them."""
+
+
+def size_in_bytes(option: str, size: str) -> int:
+    """Return the bytes of a size such as 500MB.
+
+    Raises:
+        UserError: it is not a number and a unit.
+    """
+    match = re.fullmatch(r"([1-9]\d*)(KB|MB|GB|TB)", size)
+    if not match:
+        raise UserError(f"{option} '{size}' must be a number and a unit, such as 500MB or 5GB")
+    return int(match[1]) * UNITS[match[2]]

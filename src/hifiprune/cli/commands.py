@@ -81,9 +81,8 @@ def score(model: Model, output: Output, config: ScoreConfig, *, as_json: bool) -
 def table(model: Model, output: Output, config: TableConfig, *, as_json: bool) -> None:
     """Measure what every width of every MLP costs; then prune by the best widths at any ratio."""
     from hifiprune.cli import tables
-    from hifiprune.commands.width_table import table_checkpoint
 
-    record = table_checkpoint(model, output, config)
+    record = hp.table_checkpoint(model, output, config)
     show(record.to_dict(), as_json, partial(tables.widths_measured, record, model, local_path(output)))
 
 

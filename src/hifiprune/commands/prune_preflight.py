@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from hifiprune.bounds import size_in_bytes
 from hifiprune.commands.inspect import shape_of
 from hifiprune.commands.job import PruneJob
 from hifiprune.commands.messages import (
@@ -18,12 +19,12 @@ from hifiprune.commands.messages import (
 from hifiprune.commands.prepare import prepare
 from hifiprune.commands.score import SAMPLED, batches_of, check_data, check_resident, options_of
 from hifiprune.config.files import to_dict
-from hifiprune.config.groups import AUTO, DECI
+from hifiprune.config.groups import AUTO, DECI, Budget
 from hifiprune.config.presets import ACROSS_LAYERS, PRESETS, Preset
 from hifiprune.config.prune import PruneConfig
 from hifiprune.config.texts import Calibration
 from hifiprune.errors import UserError
-from hifiprune.io.atomic import check_shard_size, check_space
+from hifiprune.io.atomic import check_space, disk_size
 from hifiprune.io.resume import ResumeFolder
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.configuration_deci import MULTIPLE
@@ -75,7 +76,7 @@ def resolve(model: str, output: str | Path, config: PruneConfig, scores: Scores 
     remark_on_unused(None if scores else options, settled)
     if scores:
         remark_on_ignored(settled)
-    check_shard_size(config.shard_size)
+    size_in_bytes("shard size", config.shard_size)
     record: RunRecord[PruneResults] = RunRecord("prune", {"model": model, "output": str(output), **to_dict(settled)})
     checkpoint, target, skeleton = prepare(
         model,
@@ -87,6 +88,9 @@ def resolve(model: str, output: str | Path, config: PruneConfig, scores: Scores 
         overwrite=config.overwrite,
     )
     record.commits = commits_of(checkpoint)
+    if config.budget.max_size:
+        budget = budget_of_size(config.budget.max_size, checkpoint, shape_of(skeleton), system.round_to)
+        config, settled = replace(config, budget=budget), replace(settled, budget=budget)
     if config.bias_compensation:
         check_compensation(checkpoint, scores, system.criterion)
     base = describe_base(checkpoint)
@@ -180,6 +184,8 @@ def stability_of(config: PruneConfig, system: Preset, *, scored: bool) -> Stabil
     """Return what ends scoring early, where that is asked for."""
     if config.until_stable is None:
         return None
+    if config.budget.max_size:
+        raise UserError("until-stable needs a --ratio, --neuron-ratio or --width, in place of --max-size")
     if scored:
         raise UserError("until-stable cannot be combined with --scores: drop one")
     select = partial(allocate, budget=config.budget, round_to=system.round_to, allocation=config.allocation)
@@ -193,6 +199,29 @@ def resident_for(config: PruneConfig, calibration: Calibration | None) -> str:
     if calibration and calibration.is_sampled:
         return SAMPLED
     return "biases are compensated" if config.bias_compensation else ""
+
+
+def budget_of_size(max_size: str, checkpoint: Checkpoint, shape: ModelShape, round_to: int) -> Budget:
+    """Return the largest width, a multiple of `round_to`, whose weight files take no more than a size.
+
+    Raises:
+        UserError: the dense model takes no more, or none does.
+    """
+    most, dense = size_in_bytes("max-size", max_size), checkpoint.weight_bytes
+    if dense <= most:
+        raise UserError(f"max-size {max_size}: the dense model's weight files take no more, {disk_size(dense)}")
+    removable = checkpoint.dtype().itemsize * shape.total_parameters
+    sizes = {
+        width: dense - round(removable * shape.ratio_at(width)) for width in range(round_to, shape.neurons, round_to)
+    }
+    width = max((width for width, size in sizes.items() if size <= most), default=None)
+    if width is None:
+        least = min(sizes.values(), default=dense)
+        raise UserError(
+            f"max-size {max_size} is less than is left where every MLP keeps {round_to} neurons: {disk_size(least)}"
+        )
+    note(f"For weight files of {disk_size(sizes[width])}, at most {max_size}: --width {width}.")
+    return Budget(width=width)
 
 
 def width_for(

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+from hifiprune.bounds import size_in_bytes
 from hifiprune.commands.prepare import prepare
 from hifiprune.config.files import to_dict
 from hifiprune.config.groups import ComputeConfig
 from hifiprune.config.recover import RecoverConfig, TrainingConfig
 from hifiprune.config.texts import Text
 from hifiprune.errors import UserError, unknown
-from hifiprune.io.atomic import check_shard_size, check_space
+from hifiprune.io.atomic import check_space
 from hifiprune.io.distributed import check_launcher
 from hifiprune.io.resume import ResumeFolder
 from hifiprune.models.checkpoint import Checkpoint
@@ -75,7 +76,7 @@ def resolve(model: str, output: str | Path, data: str, config: RecoverConfig) ->
     record: RunRecord[RecoverResults] = RunRecord(
         "recover", {"model": model, "output": str(output), "data": data, **settled}
     )
-    check_shard_size(config.shard_size)
+    size_in_bytes("shard size", config.shard_size)
     dense = find_dense(model, config.teacher, training, control=config.control)
     texts, read = [Text(data, training.seq_len)], [dense.path] if dense else []
     checkpoint, target, skeleton = prepare(

@@ -4,7 +4,7 @@ from hifiprune.config.bench import BenchConfig
 from hifiprune.config.evaluate import EvaluateConfig, Tasks
 from hifiprune.config.export import ExportConfig
 from hifiprune.config.groups import AllocationConfig, Budget, ComputeConfig, CriterionOptions
-from hifiprune.config.prune import PruneConfig, ScoreConfig
+from hifiprune.config.prune import PruneConfig, ScoreConfig, TableConfig
 from hifiprune.config.recover import RecoverConfig, TrainingConfig
 from hifiprune.config.study import AblateConfig, CompareConfig
 from hifiprune.config.texts import Calibration, Text
@@ -23,6 +23,7 @@ __all__ = [
     "PruneConfig",
     "RecoverConfig",
     "ScoreConfig",
+    "TableConfig",
     "Tasks",
     "Text",
     "TrainingConfig",

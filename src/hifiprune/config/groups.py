@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from hifiprune.bounds import COUNT, FEW, INNER_SHARE, POSITIVE, SEED, SHARE
+from hifiprune.bounds import COUNT, FEW, INNER_SHARE, POSITIVE, SEED, SHARE, size_in_bytes
 from hifiprune.config.options import (
     CALIBRATION,
     COMPUTE,
@@ -47,25 +47,30 @@ until_stable_option = partial(
 
 @dataclass(frozen=True)
 class Budget(Checked):
-    """How much to remove; exactly one of the three."""
+    """How much to remove; exactly one of the four."""
 
     ratio: float | None = option(None, "Fraction of all parameters to remove, such as 0.2.", bounds=INNER_SHARE)
     neuron_ratio: float | None = option(
         None, "Fraction of the MLP neurons to remove, in place of --ratio.", panel=WIDTHS, bounds=INNER_SHARE
     )
     width: int | None = option(None, "Neurons that every MLP keeps, in place of --ratio.", panel=WIDTHS, bounds=COUNT)
+    max_size: str | None = option(
+        None, "Size that the weight files may have, such as 600MB or 6GB, in place of --ratio.", panel=WIDTHS
+    )
 
     def __post_init__(self) -> None:
         """Check that there is one, and its value."""
         given = [name for name, value in vars(self).items() if value is not None]
         if len(given) != 1:
-            flags = "--ratio, --neuron-ratio, --width"
+            flags = "--ratio, --neuron-ratio, --width, --max-size"
             raise UserError(f"give exactly one of {flags}; given: {', '.join(given) or 'none'}")
+        if self.max_size is not None:
+            size_in_bytes("max-size", self.max_size)
         super().__post_init__()
 
     def __str__(self) -> str:
         name, value = next((name, value) for name, value in vars(self).items() if value is not None)
-        return f"{name.replace('_', '-')} {value:g}"
+        return f"{name.replace('_', '-')} {value if isinstance(value, str) else f'{value:g}'}"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import errno
 import glob
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -72,12 +71,6 @@ def disk_size(count: int) -> str:
         if count >= scale:
             return f"{count / scale:,.{1 if unit == 'kB' else 2}f} {unit}"
     return f"{count} byte{'s' * (count != 1)}"
-
-
-def check_shard_size(shard_size: str) -> None:
-    """Raise `UserError` if transformers cannot read a size."""
-    if not re.fullmatch(r"[1-9]\d*(KB|MB|GB|TB)", shard_size):
-        raise UserError(f"shard size '{shard_size}' must be a number and a unit, such as 500MB or 5GB")
 
 
 def check_space(target: str | Path, needed_bytes: int) -> None:

@@ -12,10 +12,11 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hifiprune.bounds import size_in_bytes
 from hifiprune.config.groups import AUTO, DECI
 from hifiprune.engine.spill import Spilled
 from hifiprune.errors import UserError
-from hifiprune.io.atomic import check_shard_size, check_space, replacing
+from hifiprune.io.atomic import check_space, replacing
 from hifiprune.io.hashing import hashing
 from hifiprune.io.output_paths import check_target, exclusive
 from hifiprune.io.safetensors_stream import DTYPES, Piece, Stacked, Stored, write_shard
@@ -60,7 +61,7 @@ def cut_checkpoint(
             layout cannot hold the widths.
         RunError: the disk is full.
     """
-    check_shard_size(shard_size)
+    size_in_bytes("shard size", shard_size)
     checkpoint = find_checkpoint(model)
     target = check_target(output, folder=True, overwrite=overwrite, inputs=read_with(checkpoint))
     checkpoint.fetch()
