@@ -39,8 +39,7 @@ def mixed_table() -> str:
     """What engines do with checkpoints whose layers differ in width, as Markdown."""
     lines = ["| engine | layout deci | layout remote | reason | source |", "|---|---|---|---|---|"]
     for each in ENGINES.values():
-        deci = f"yes: {_link(each.deci)}" if each.deci else "no"
-        lines.append(f"| {each.name} | {deci} | {each.mixed} | {each.why} | {_link(each.code)} |")
+        lines.append(f"| {each.name} | {_link(each.deci)} | {each.mixed} | {each.why} | {_link(each.code)} |")
     return "\n".join(lines)
 
 

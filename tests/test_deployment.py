@@ -195,9 +195,11 @@ def test_own_code_runs_through_transformers_backends_alone(variant: str, tmp_pat
         told = (engine.mixed, engine.why)
         if variant == "bloom" and engine.mixed == "yes":
             told = ("no", "its Transformers backend does not take models of type 'bloom'")
+        if variant == "llama" and engine.name == "llama.cpp":
+            told = ("yes", "as architecture deci, by hifiprune export")
         assert (row["verdict"], row["why"]) == told
-        assert engine.code in row["sources"]
-    assert "vLLM, TensorRT-LLM, SGLang and MLX (mlx-lm) have an implementation" in remark_on_mixed()
+        assert (engine.deci if "export" in told[1] else engine.code) in row["sources"]
+    assert "vLLM, TensorRT-LLM, SGLang, MLX (mlx-lm) and llama.cpp have an implementation" in remark_on_mixed()
 
 
 @pytest.mark.parametrize("variant", ["llama", "qwen2"])
@@ -208,9 +210,9 @@ def test_deci_runs_where_it_is_implemented(variant: str, tmp_path: Path) -> None
     cut_checkpoint(str(tmp_path / "dense"), tmp_path / "cut", plan)
     for engine in ENGINES.values():
         rows = [row for (name, _), row in answers_of(tmp_path / "cut").items() if name == engine.name]
-        runs = engine.deci and not (variant == "qwen2" and engine.name == "TensorRT-LLM")
+        runs = not (variant == "qwen2" and engine.name == "TensorRT-LLM")
         assert rows[0]["verdict"] == ("yes" if runs else "no"), engine.name
-        assert rows[0]["sources"][0] == (engine.deci or engine.code)
+        assert rows[0]["sources"][0] == engine.deci
         if variant == "qwen2" and engine.name == "TensorRT-LLM":
             assert "has no biases in attention" in rows[0]["why"]
         assert not [row["why"] for row in rows if "MLP width" in row["why"]], "all are multiples of 256"

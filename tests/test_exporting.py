@@ -24,7 +24,9 @@ import hifiprune as hp
 from benchmarks.llama import fetch_converter
 from hifiprune.deployment import llama_cpp
 from hifiprune.errors import RunError
+from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.mlp import find_mlps
+from hifiprune.pruning.cut_checkpoint import cut_checkpoint
 from tests.commands import Interruption, leftovers, refused, run
 from tests.conftest import fetching, save_checkpoint
 from tests.families import VOCABULARY, load
@@ -107,6 +109,97 @@ def fake(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return made
+
+
+def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of queries or keys as llama.cpp's rotary embedding wants them: halves of a head interleaved."""
+    halves = weight.reshape(heads, 2, len(weight) // heads // 2, -1)
+    return halves.transpose(1, 2).reshape(weight.shape)
+
+
+DIFFERING: dict[str, dict[str, Any]] = {
+    "llama": {"head_dim": 8},
+    "qwen2": {"head_dim": 8},
+    "qwen3": {"head_dim": 16, "tie_word_embeddings": True},
+}
+
+
+@pytest.mark.parametrize(("layout", "kind"), [("remote", "f32"), ("deci", "f32"), ("remote", "q8_0")])
+@pytest.mark.parametrize("family", DIFFERING)
+def test_layers_of_their_own_widths_are_one_file(
+    family: str, layout: str, kind: str, converter: Path, any_tokenizer: None, tmp_path: Path
+) -> None:
+    wide = 768 if layout == "deci" else 96
+    sizes: Any = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": wide, **DIFFERING[family]}
+    dense = save_checkpoint(tmp_path / "dense", family, **sizes)
+    widths = [wide // 3, wide, 2 * wide // 3]
+    mlps = find_mlps(Checkpoint("dense", dense).skeleton())
+    kept = [torch.arange(wide - width, wide) for width in widths]
+    if (family, layout) == ("qwen3", "deci"):
+        return  # which it does not fit
+    cut_checkpoint(
+        str(dense),
+        tmp_path / "cut",
+        hp.Plan(kept, [wide] * 3, [mlp.name for mlp in mlps], None, 0.0, 0, 0),
+        layout=layout,
+    )
+    hp.export(str(tmp_path / "cut"), tmp_path / "x.gguf", hp.ExportConfig(type=kind, converter=str(converter)))
+    reader = GGUFReader(tmp_path / "x.gguf")
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    architecture = "openelm" if family == "qwen3" else "deci"
+    assert fields["general.architecture"] == architecture
+    assert fields[f"{architecture}.feed_forward_length"] == widths
+    assert not [name for name in fields if name.startswith(("llama.", "qwen"))]
+    found = {tensor.name: torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)) for tensor in reader.tensors}
+    state = Checkpoint("cut", tmp_path / "cut").load(torch.float32).state_dict()
+    close: Any = {"rtol": 0.02, "atol": 0.02} if kind == "q8_0" else {"rtol": 0.0, "atol": 0.0}
+    for layer in range(3):
+        for ours, theirs in (("gate", "gate"), ("up", "up"), ("down", "down")):
+            weight = state[f"model.layers.{layer}.mlp.{theirs}_proj.weight"]
+            torch.testing.assert_close(found[f"blk.{layer}.ffn_{ours}.weight"], weight, **close)
+        q, k, v = (state[f"model.layers.{layer}.self_attn.{part}_proj.weight"] for part in "qkv")
+        if family == "qwen3":
+            torch.testing.assert_close(found[f"blk.{layer}.attn_qkv.weight"], torch.cat([q, k, v]), **close)
+        else:
+            torch.testing.assert_close(found[f"blk.{layer}.attn_q.weight"], permuted(q, 4), **close)
+            torch.testing.assert_close(found[f"blk.{layer}.attn_k.weight"], permuted(k, 2), **close)
+        if family == "qwen2":
+            bias = state[f"model.layers.{layer}.self_attn.q_proj.bias"]
+            assert torch.equal(found[f"blk.{layer}.attn_q.bias"], permuted(bias, 4))
+            assert not found[f"blk.{layer}.attn_output.bias"].any()
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("family", "options"), [("gpt2", {}), ("qwen3", {}), ("mistral", {}), ("bloom", {"hidden_size": 10})]
+)
+def test_layers_of_different_widths_are_refused_before_the_converter(
+    family: str, options: Any, fake: Callable[..., Path], tmp_path: Path
+) -> None:
+    dense = save_checkpoint(tmp_path / "dense", family, **options)
+    mlps = find_mlps(Checkpoint("dense", dense).skeleton())
+    kept = [torch.arange(width) for width in (7, 9, 8)]
+    plan = hp.Plan(kept, [mlp.neurons for mlp in mlps], [mlp.name for mlp in mlps], None, 0.0, 0, 0)
+    cut_checkpoint(str(dense), tmp_path / "cut", plan)
+    result = run("export", tmp_path / "cut", "--output", tmp_path / "x.gguf", "--converter", fake())
+    refused(
+        result, "has no place for a width" if family == "bloom" else f"one width for all layers of a {family} model"
+    )
+    assert not (tmp_path / "told.json").exists()
+
+
+def test_a_type_that_stores_more_neurons_together_is_refused(
+    converter: Path, any_tokenizer: None, tmp_path: Path
+) -> None:
+    dense = save_checkpoint(tmp_path / "dense", "llama", vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64)
+    mlps = find_mlps(Checkpoint("dense", dense).skeleton())
+    plan = hp.Plan(
+        [torch.arange(width) for width in (64, 40, 32)], [64] * 3, [mlp.name for mlp in mlps], None, 0.0, 0, 0
+    )
+    cut_checkpoint(str(dense), tmp_path / "cut", plan)
+    words = ("--output", tmp_path / "x.gguf", "--type", "q8_0", "--converter", converter)
+    refused(run("export", tmp_path / "cut", *words), "q8_0 stores 32 neurons together, and a layer has 40")
+    assert not (tmp_path / "x.gguf").exists()
 
 
 @pytest.mark.exhaustive  # a real tokenizer and a process of its own, which take a minute
@@ -277,12 +370,10 @@ def test_what_cannot_be_exported_is_refused_before_the_converter_runs(
     refused(run("export", world / "dense", *words, "--type", "q4_k"), "type 'q4_k' is not known")
     refused(run("export", world / "dense", *words, "--to", "gguff"), "did you mean 'gguf'?")
     refused(run("export", world / "dense", *words, "--to", "onnx"), "optimum-onnx")
-    how = ("--neuron-ratio", 0.4, "--round-to", 1, "--criterion", "magnitude", "--allocation", "global")
-    assert run("prune", world / "dense", "--output", tmp_path / "mixed", *how).code == 0
-    refused(run("export", tmp_path / "mixed", *words), "reads one width for all layers of a llama model")
     refused(run("export", smollm2_gguf, *words), "is a GGUF file already; llama-quantize changes its type")
     save_checkpoint(tmp_path / "bloom", "bloom")
-    assert run("prune", tmp_path / "bloom", "--output", tmp_path / "cut", "--width", 16, *how[2:6]).code == 0
+    how = ("--round-to", 1, "--criterion", "magnitude")
+    assert run("prune", tmp_path / "bloom", "--output", tmp_path / "cut", "--width", 16, *how).code == 0
     refused(run("export", tmp_path / "cut", *words), "the configuration of a bloom model has no place for a width")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1000))
     refused(run("export", world / "dense", *words), "has 1.0 kB free", code=1)

@@ -5,13 +5,16 @@ import re
 import time
 from collections import Counter
 from dataclasses import dataclass
+from math import gcd
 from pathlib import Path
 from typing import Any
 
 from gguf import GGUFReader
 
 from hifiprune.config.export import ExportConfig
+from hifiprune.config.groups import STOCK
 from hifiprune.deployment.engines import BLOCK, K_BLOCK
+from hifiprune.deployment.gguf_widths import cut_padding, differing_architecture, write_padded
 from hifiprune.deployment.llama_cpp import find_converter, find_quantizer, run
 from hifiprune.errors import RunError, UserError, unknown
 from hifiprune.io.atomic import check_space, replacing
@@ -106,10 +109,11 @@ def export(model: str, output: str | Path, config: ExportConfig = ExportConfig()
     read = [*read_with(checkpoint), config.converter]
     target = check_target(output, folder=False, overwrite=config.overwrite, inputs=read)
     parameters, widths, hidden = _sizes(checkpoint)
+    architecture = _differing(checkpoint)
     command = find_converter(config.converter)
     quantizer = find_quantizer(command, wanted) if kind.quantized else None
     check_space(target, int(parameters * (kind.bits + 16 * kind.quantized) / 8))
-    remarks = _remarks(wanted, {"MLP width": widths[0], "hidden size": hidden})
+    remarks = _remarks(wanted, {"MLP width": gcd(*widths) if architecture else min(widths), "hidden size": hidden})
     for remark in remarks:
         logger.info(remark)
     checkpoint.fetch()
@@ -120,8 +124,14 @@ def export(model: str, output: str | Path, config: ExportConfig = ExportConfig()
         maker = new.with_name("metadata.json")
         maker.write_text(json.dumps({GGUF_FIELD: f"{GENERATOR} {__version__}"}), encoding="utf-8")
         words = ["--outfile", str(made), "--metadata", str(maker), "--outtype", stated]
-        run([*command, str(checkpoint.folder), *words], "converting")
-        remarks += _check(made, widths)
+        source = checkpoint.folder
+        if architecture:
+            write_padded(checkpoint, source := new.with_name("padded"))
+        run([*command, str(source), *words], "converting")
+        remarks += _check(made, [max(widths)] if architecture else sorted({*widths}))
+        if architecture:
+            made.rename(padded := new.with_name("padded.gguf"))
+            cut_padding(padded, made, architecture, widths)
         if quantizer:
             run([*quantizer, str(made), str(new), wanted.upper()], "quantizing")
             made.unlink()
@@ -142,26 +152,36 @@ def export(model: str, output: str | Path, config: ExportConfig = ExportConfig()
 
 
 def _sizes(checkpoint: Checkpoint) -> tuple[int, list[int], int]:
-    """Return parameters, MLP widths (several beside experts) and hidden size of a model that GGUF can hold.
+    """Return parameters, the widths of all MLPs and the hidden size of a model.
 
     Raises:
-        UserError: it is GGUF already, or its layers differ in width.
+        UserError: it is GGUF already.
     """
     if checkpoint.gguf:
         raise UserError(f"{checkpoint.name} is a GGUF file already; llama-quantize changes its type")
     config, skeleton = checkpoint.config(), checkpoint.skeleton()
-    widths = sorted({mlp.neurons for mlp in find_mlps(skeleton)})
-    if hasattr(config, "mlp_widths"):
-        reason = (
-            f"its MLPs are {widths[0]:,} to {widths[-1]:,} neurons wide, and llama.cpp reads one width for all layers "
-            f"of a {config.model_type} model; prune with --allocation uniform"
-            if family_of(config).width
-            else f"the configuration of a {config.model_type} model has no place for a width"
-        )
-        raise UserError(
-            f"{checkpoint.name} loads with code of its own, which llama.cpp's converter does not know: {reason}"
-        )
+    widths = [mlp.neurons for mlp in find_mlps(skeleton)]
     return count_parameters(skeleton), widths, config.get_text_config().hidden_size
+
+
+def _differing(checkpoint: Checkpoint) -> str | None:
+    """Return the architecture that a model whose layers differ in width gets; None where they are alike.
+
+    Raises:
+        UserError: llama.cpp has none for it.
+    """
+    config = checkpoint.config()
+    if checkpoint.layout == STOCK:
+        return None
+    if not family_of(config).width:
+        raise UserError(
+            f"{checkpoint.name} loads with code of its own, which llama.cpp's converter does not know: the "
+            f"configuration of a {config.model_type} model has no place for a width"
+        )
+    try:
+        return differing_architecture(config)
+    except UserError as error:
+        raise UserError(f"{checkpoint.name} cannot be a GGUF file: {error}") from error
 
 
 def _remarks(wanted: str, sizes: dict[str, int]) -> list[str]:

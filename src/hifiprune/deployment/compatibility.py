@@ -22,6 +22,7 @@ from hifiprune.deployment.engines import (
     Form,
     shown,
 )  # fmt: skip
+from hifiprune.deployment.gguf_widths import differing_architecture
 from hifiprune.errors import UserError
 from hifiprune.formatting import width_range
 from hifiprune.models.checkpoint import Checkpoint
@@ -46,6 +47,7 @@ class Facts:
         layout: how the configuration states MLP widths: stock, deci or remote.
         biased: whether attention has biases.
         backend: whether Transformers backends of engines can give the model an attention of theirs.
+        gguf: architecture of llama.cpp that reads a width for every layer, if there is one.
         keys: keys of its `config.json`, in the text model's section if there is one.
         values: values of the keys that engines read, defaults filled in.
         section: name of that section.
@@ -62,6 +64,7 @@ class Facts:
     layout: str = STOCK
     biased: bool = False
     backend: bool = True
+    gguf: str = ""
     keys: frozenset[str] = frozenset()
     values: tuple[tuple[str, Any], ...] = ()
     section: str = ""
@@ -94,11 +97,19 @@ class Facts:
             checkpoint.layout,
             bool(getattr(config, "attention_bias", False)),
             type(skeleton).is_backend_compatible(),
+            _differing(config),
             frozenset(stated[section] if section else stated),
             tuple(_values(skeleton.config).items()),
             section,
             config.model_type,
         )
+
+
+def _differing(config: PretrainedConfig) -> str:
+    try:
+        return differing_architecture(config)
+    except UserError:
+        return ""
 
 
 def _values(whole: PretrainedConfig) -> dict[str, Any]:
@@ -209,12 +220,12 @@ def _at_all(facts: Facts, key: str) -> tuple[str, str, str]:
 def _of_mixed(facts: Facts, key: str) -> tuple[str, str, str]:
     """Return the verdict for a checkpoint in the layout deci or remote, its reason and its source."""
     engine = ENGINES[key]
+    if key == "llama.cpp" and facts.gguf:
+        return "yes", f"as architecture {facts.gguf}, by hifiprune export", engine.deci
     if facts.layout == REMOTE:
         if engine.mixed == "yes" and not facts.backend:
             return "no", f"its Transformers backend does not take models of type '{facts.model_type}'", engine.code
         return engine.mixed, engine.why, engine.code
-    if not engine.deci:
-        return "no", f"{engine.why}; hifiprune export writes a file that it reads", engine.code
     if key == "tensorrt-llm" and facts.biased:
         return "no", "its DeciLMForCausalLM has no biases in attention, and this model has", engine.deci
     code = " with --trust-remote-code" if engine.splits else ""
@@ -269,7 +280,7 @@ def _obstacles(facts: Facts, form: Form, gpus: int) -> dict[str, int]:
 
 def remark_on_mixed() -> str:
     """Return a sentence on who runs checkpoints whose MLPs differ in width."""
-    names = [engine.name for engine in ENGINES.values() if engine.deci]
+    names = [engine.name for engine in ENGINES.values()]
     return (
         "Checkpoints with layers of different widths load in transformers with trust_remote_code=True. In the layout "
         f"deci {', '.join(names[:-1])} and {names[-1]} have an implementation of them; hifiprune inspect --deploy "

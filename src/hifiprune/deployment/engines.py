@@ -25,7 +25,7 @@ class Engine:
         mixed: verdict for MLPs that differ in width in the layout remote, with a modeling file of ours.
         why: reason of that verdict.
         code: address of the source of that verdict.
-        deci: address of its implementation of the layout deci; empty without one.
+        deci: address of its implementation of the layout deci.
         mend: remedy for a hard-coded width, with a placeholder for the checkpoint's width.
     """
 
@@ -37,7 +37,7 @@ class Engine:
     mixed: str
     why: str
     code: str
-    deci: str = ""
+    deci: str
     mend: str = ""
 
 
@@ -93,9 +93,10 @@ ENGINES = {
         f"{LLAMA_CPP}/conversion/gpt2.py",
         "",
         "no",
-        "the converter has no such architecture; GGUF can store a width a layer, but most architectures read one",
+        "the converter has no such architecture, and most architectures read one width for all layers",
         f"{LLAMA_CPP}/conversion/base.py",
-        mend="after the conversion, set feed_forward_length to {} in the file with gguf_set_metadata",
+        f"{LLAMA_CPP}/src/models/deci.cpp",
+        "after the conversion, set feed_forward_length to {} in the file with gguf_set_metadata",
     ),
 }
 

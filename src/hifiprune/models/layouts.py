@@ -108,23 +108,32 @@ def deci_facts(facts: Facts, config: PretrainedConfig, widths: Sequence[int]) ->
         config: the same, as transformers reads it.
         widths: MLP widths in layer order.
     """
-    rope, size = config.rope_parameters, config.hidden_size
     named = {name: f"{made.__module__.rpartition('.')[2]}.{made.__name__}" for name, made in CLASSES.items()}
+    group, size = config.num_attention_heads // config.num_key_value_heads, config.hidden_size
+    return {
+        **llama_facts(facts, config),
+        **per_layer("intermediate_size", widths),
+        "architectures": [DeciLMForCausalLM.__name__],
+        "auto_map": {**(facts.get("auto_map") or {}), **named},
+        "block_configs": [_block(group, width, size) for width in widths],
+        "intermediate_size": max(widths),
+        "model_type": DeciConfig.model_type,
+    }
+
+
+def llama_facts(facts: Facts, config: PretrainedConfig) -> Facts:
+    """Return the contents of a `config.json` of Llama's for a model that computes the same, of Mistral or Qwen 2."""
+    rope = config.rope_parameters
     known = {name: value for name, value in facts.items() if name not in ("mlp_widths", "mlp_maps", *OF_FAMILIES)}
-    blocks = [_block(config.num_attention_heads // config.num_key_value_heads, width, size) for width in widths]
     return {
         **known,
         **{name: getattr(config, name) for name in READ},
-        **per_layer("intermediate_size", widths),
-        "architectures": [DeciLMForCausalLM.__name__],
+        "architectures": ["LlamaForCausalLM"],
         "attention_bias": has_zero_biases(config) or bool(getattr(config, "attention_bias", False)),
-        "auto_map": {**(facts.get("auto_map") or {}), **named},
-        "block_configs": blocks,
-        "intermediate_size": max(widths),
-        "mlp_bias": False,
-        "model_type": DeciConfig.model_type,
+        "mlp_bias": bool(getattr(config, "mlp_bias", False)),
+        "model_type": "llama",
         "rope_theta": rope["rope_theta"],
-        "rope_scaling": {**rope} if rope.get("rope_type", "default") != "default" else None,
+        **({"rope_scaling": {**rope}} if rope.get("rope_type", "default") != "default" else {}),
         "tie_word_embeddings": config.tie_word_embeddings,
     }
 
