@@ -94,7 +94,7 @@ def measure_widths(
         finals = chain.final_states([part.to(model.device, torch.int64) for part in windows[held][:probes].split(1)])
         for block in track(range(len(chain.blocks)), "measuring widths"):
             mlp = chain.mlps[block]
-            widths = [mlp.neurons * number // choices for number in range(1, choices)]
+            widths = sorted({max(1, mlp.neurons * number // choices) for number in range(1, choices)})
             orders = [top_indices(scores.values[block], width) for width in widths]
 
             def measure() -> dict[str, list[float]]:
