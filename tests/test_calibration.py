@@ -1,6 +1,7 @@
 """Sources, samplers, seeds, and what is said when there is too little text."""
 
 import json
+import logging
 import re
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import hifiprune as hp
 from hifiprune import Calibration, UserError
 from hifiprune.calibration import (
+    Texts,
     check_source,
     cut_windows,
     join_documents,
@@ -22,6 +24,7 @@ from hifiprune.calibration import (
     sample_windows,
 )
 from hifiprune.config.texts import mixture
+from hifiprune.io.prompts import read_prompts
 from hifiprune.io.text_sources import python_docs, read_documents
 from tests.conftest import byte_tokenizer
 
@@ -225,6 +228,88 @@ def test_text_from_the_model_is_mixed_with_other_sources(make_checkpoint: Callab
     assert torch.equal(windows, hp.load_windows(mixed, byte_tokenizer(), model))
     with pytest.raises(UserError, match="'self' is sampled from the model: load_windows needs it"):
         hp.load_windows(mixed, byte_tokenizer())
+
+
+def test_windows_hold_prompts_and_what_the_model_answers(make_checkpoint: Callable[..., Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(make_checkpoint(initializer_range=0.5), dtype=torch.float32)
+    model.generation_config.eos_token_id = ends = list(range(200, 250))
+    prompts = [[1, 2, 3], [4, 5], [6]]
+    calibration = Calibration("self", 40, 30, seed=3, prompts="x.txt")
+    windows = sample_windows(model, calibration, Texts(torch.empty(0, 30), prompts))
+    assert windows.shape == (40, 30)
+    assert torch.equal(windows, sample_windows(model, calibration, Texts(torch.empty(0, 30), prompts)))
+    answered = torch.zeros(40, 30, dtype=torch.bool)
+    asked: set[tuple[int, ...]] = set()
+    for row, window in enumerate(windows.tolist()):
+        place = 0
+        while place < 30:
+            prompt = next(each for each in prompts if window[place : place + len(each)] == each[: 30 - place])
+            asked.add(tuple(prompt))
+            start = place + len(prompt)
+            place = next((number + 1 for number in range(start, 30) if window[number] in ends), 30)
+            answered[row, start:place] = True
+    assert len(asked) == 3
+    assert (~answered).sum() > 2 * 40, "windows have several prompts"
+    with torch.no_grad():
+        log_probs = model(input_ids=windows).logits[:, :-1].log_softmax(-1)
+    likelihood = log_probs.gather(-1, windows[:, 1:, None])[..., 0][answered[:, 1:]].mean().item()
+    entropy = -(log_probs.exp() * log_probs).sum(-1)[answered[:, 1:]].mean().item()
+    assert -likelihood == pytest.approx(entropy, rel=0.08)  # in view of all tokens before
+
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+PROMPTS: list[tuple[dict[str, object], str]] = [
+    ({"instruction": "add", "input": "1 1", "output": "2"}, "add\n\n1 1"),
+    ({"instruction": "add", "input": ""}, "add"),
+    ({"prompt": "why?", "response": "so"}, "why?"),
+    ({"text": "words"}, "words"),
+]
+
+
+def test_prompts_are_rows_without_their_answers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "hifiprune")
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}]
+    chat = {"messages": [*turns, {"role": "assistant", "content": "ho"}]}
+    path, lines = tmp_path / "a.jsonl", tmp_path / "b.txt"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*(row for row, _ in PROMPTS), chat, {"text": " "}]))
+    lines.write_text("one\n\ntwo\n" + "x" * 40)
+    plain, tokenizer = byte_tokenizer(), byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    expected = [f"<user>{text}</><assistant>" for _, text in PROMPTS] + ["<system>s</><user>hi</><assistant>"]
+    assert [tokenizer.decode(prompt) for prompt in read_prompts(str(path), tokenizer, 99)] == expected
+    assert "chat template" not in caplog.text
+    texts = [*(text for _, text in PROMPTS), "s\n\nhi"]
+    assert [plain.decode(prompt) for prompt in read_prompts(str(path), plain, 99)] == texts
+    assert "The tokenizer has no chat template: the prompts are plain text." in caplog.text
+    assert [plain.decode(prompt) for prompt in read_prompts(str(lines), plain, 40)] == ["one", "two"]
+    assert "1 of 3 prompts are left out: they have 40 tokens or more" in caplog.text
+    with pytest.raises(UserError, match=r"shortest prompt of .* has 3 tokens, .* a window of 3; use --seq-len 6"):
+        read_prompts(str(lines), plain, 3)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": ""}\n', "holds no prompts"),
+        ('{"text": "a"}\n{"label": "x"}\n', "row 2: the columns are label; needed are messages, instruction, prompt"),
+        ('{"messages": []}\n', "row 1: 'messages' must be a list of turns"),
+        ('{"prompt": 3}\n', "row 1: column 'prompt' holds no text"),
+    ],
+)
+def test_rows_that_are_no_prompts(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_prompts(str(tmp_path / "a.jsonl"), byte_tokenizer(), 99)
+
+
+def test_prompts_are_for_text_from_the_model() -> None:
+    with pytest.raises(UserError, match="--prompts are answered by the model, which --calibration self asks for"):
+        Calibration("a.txt", prompts="b.txt")
+    mixed = Calibration("a.txt", 10, mixed=(("self", 0.5),), prompts="b.txt")
+    assert [part.prompts for part in mixed.parts] == [None, "b.txt"]
 
 
 def rows(windows: torch.Tensor) -> set[tuple[int, ...]]:

@@ -38,7 +38,7 @@ CONFIGS: list[type] = [
 ]
 UNUSUAL = PruneConfig(
     Budget(neuron_ratio=0.3),
-    Calibration("a.txt", 7, 33, 5, "stream", "body", (("b.txt", 0.25),), bos=False),
+    Calibration("a.txt", 7, 33, 5, "stream", "body", (("self", 0.25),), bos=False, prompts="c.txt"),
     "fisher",
     AllocationConfig("table", 0.5, Path("widths.json")),
     "none",

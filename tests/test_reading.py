@@ -29,12 +29,12 @@ from hifiprune import Calibration, Text, UserError
 from hifiprune.calibration import check_source, load_windows
 from hifiprune.commands.trial import Pace, Trial
 from hifiprune.evaluation.text import held_windows
+from hifiprune.io.chat_templates import ChatTemplate, Piece
 from hifiprune.io.spool import stored_tokens
 from hifiprune.io.text_files import lines_of
 from hifiprune.io.text_sources import python_docs, read_documents
 from hifiprune.io.tokenization import encode_pieces
 from hifiprune.models.find_checkpoint import find_checkpoint
-from hifiprune.recovery.chat_templates import ChatTemplate, Piece
 from hifiprune.recovery.training_data import read_examples
 from tests.commands import Result, refused, run
 from tests.conftest import byte_tokenizer
@@ -397,7 +397,7 @@ def test_templates_that_fail_or_compute_for_ever_are_refused(kind: str, monkeypa
     template, message = TEMPLATES[kind]
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
-    monkeypatch.setattr("hifiprune.recovery.chat_templates.LONGEST", 1000)
+    monkeypatch.setattr("hifiprune.io.chat_templates.LONGEST", 1000)
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     start = time.monotonic()
     with ChatTemplate(tokenizer, 0.5 if "0.5 s" in message else 20.0) as chat, pytest.raises(UserError, match=message):
@@ -409,7 +409,7 @@ def test_templates_that_fail_or_compute_for_ever_are_refused(kind: str, monkeypa
 def test_templates_run_where_a_process_cannot_be_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    monkeypatch.setattr("hifiprune.recovery.chat_templates.COPIED", False)
+    monkeypatch.setattr("hifiprune.io.chat_templates.COPIED", False)
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with ChatTemplate(tokenizer, 1.0) as chat:  # a second is too little for its imports
         assert chat.texts(turns) == [[Piece("a", False), Piece("b", True)]]

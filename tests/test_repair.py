@@ -380,9 +380,11 @@ def test_repair_is_on_by_default_where_there_is_a_text(world: Path, tmp_path: Pa
     assert "repair" not in paper.json["results"]
 
 
-@pytest.mark.parametrize("mixed", [(), ("--calibration", "TEXT")])
+@pytest.mark.parametrize("mixed", [(), ("--calibration", "TEXT"), ("--prompts", "ASKED")])
 def test_repair_on_text_from_the_model_itself(world: Path, tmp_path: Path, mixed: tuple[str, ...]) -> None:
-    more = [str(world / "calibration.txt") if word == "TEXT" else word for word in mixed]
+    (tmp_path / "asked.txt").write_text("why?\nhow?\n")
+    files = {"TEXT": str(world / "calibration.txt"), "ASKED": str(tmp_path / "asked.txt")}
+    more = [files.get(word, word) for word in mixed]
     own = ("--calibration", "self", *more, "--repair", "ridge", "--json")
     result = prune(world / "dense", tmp_path / "out", *own)
     assert result.code == 0, result.err

@@ -1,8 +1,10 @@
 """Calibration data: token windows drawn from any text, or sampled from the model."""
 
 import random
+from collections import deque
 from collections.abc import Iterable, Iterator
-from itertools import groupby
+from dataclasses import dataclass, field
+from itertools import cycle, groupby
 from operator import itemgetter
 
 import torch
@@ -14,6 +16,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from hifiprune.config.texts import Calibration
 from hifiprune.errors import UserError
 from hifiprune.io.distributed import processes
+from hifiprune.io.prompts import read_prompts
 from hifiprune.io.spool import Documents, stored_tokens
 from hifiprune.io.text_files import is_pipe
 from hifiprune.io.text_sources import SELF, check_there, read_documents
@@ -21,6 +24,19 @@ from hifiprune.io.tokenization import encode_pieces, special_tokens
 from hifiprune.progress import track
 
 GENERATED_TOGETHER = 16  # sequences sampled from the model at a time
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is read before the model is loaded.
+
+    Attributes:
+        windows: windows of all sources but `self`.
+        prompts: token ids of every prompt that the model answers.
+    """
+
+    windows: Int[Tensor, "_ positions"]
+    prompts: list[list[int]] = field(default_factory=list)
 
 
 def check_source(source: str, seq_len: int, longest: int | None) -> None:
@@ -50,22 +66,25 @@ def load_windows(
     Raises:
         UserError: a source cannot be read, or has too little text.
     """
-    read = read_texts(calibration, tokenizer)
+    texts = read_texts(calibration, tokenizer)
     if not calibration.is_sampled:
-        return read
+        return texts.windows
     if model is None:
         raise UserError(f"the source '{SELF}' is sampled from the model: load_windows needs it")
-    return sample_windows(model, calibration, read)
+    return sample_windows(model, calibration, texts)
 
 
-def read_texts(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, "windows positions"]:
-    """Draw the windows of every source but `self`, of which there are none before the model is loaded.
+def read_texts(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Texts:
+    """Draw the windows of every source but `self`, and read the prompts, if there are any.
 
     Raises:
-        UserError: a source cannot be read, or has too little text.
+        UserError: a source cannot be read, has too little text, or no prompt.
     """
     drawn = [_draw(part, tokenizer) for part in calibration.parts if not part.is_sampled]
-    return _mixed(drawn, calibration.seed) if drawn else torch.empty(0, calibration.seq_len, dtype=torch.int64)
+    windows = _mixed(drawn, calibration.seed) if drawn else torch.empty(0, calibration.seq_len, dtype=torch.int64)
+    if calibration.prompts is None:
+        return Texts(windows)
+    return Texts(windows, read_prompts(calibration.prompts, tokenizer, calibration.seq_len, calibration.seed))
 
 
 def _mixed(parts: list[Int[Tensor, "_ positions"]], seed: int) -> Int[Tensor, "windows positions"]:
@@ -222,6 +241,14 @@ def start_token(config: PretrainedConfig) -> int:
     return int(start)
 
 
+def end_tokens(model: PreTrainedModel) -> set[int]:
+    """Return the tokens that end an answer, as the generation settings and the configuration of a model name them."""
+    named = [getattr(model.generation_config, "eos_token_id", None), model.config.get_text_config().eos_token_id]
+    return {
+        token for tokens in named for token in (tokens if isinstance(tokens, list) else [tokens]) if token is not None
+    }
+
+
 def with_start(start: Int[Tensor, "start"], windows: Int[Tensor, "windows rest"]) -> Int[Tensor, "windows positions"]:
     """Begin every window with the same tokens."""
     return torch.cat((start.expand(len(windows), -1), windows), 1) if len(start) else windows
@@ -231,24 +258,28 @@ def with_start(start: Int[Tensor, "start"], windows: Int[Tensor, "windows rest"]
 def sample_windows(
     model: PreTrainedModel,
     calibration: Calibration,
-    read: Int[Tensor, "_ positions"] | None = None,
+    texts: Texts | None = None,
 ) -> Int[Tensor, "windows positions"]:
-    """Sample windows from the model's own distribution, at temperature 1 from its start token, with the KV cache.
+    """Sample windows from the model's own distribution, at temperature 1, with the KV cache.
 
+    Each begins with the model's start token. With prompts it is one conversation after another, in random order: a
+    prompt, the model's answer up to a token that ends it, and the next prompt; the last answer is cut at the end.
     Entropy pruning needs no labels and no teacher; with this it needs no data either.
 
     Args:
         model: dense model.
         calibration: how many windows, and with which share of them the model is mixed with other sources.
-        read: windows of the other sources, with which the sampled ones are mixed.
+        texts: windows of the other sources, with which the sampled ones are mixed, and prompts.
 
     Raises:
         UserError: the model names no start or end token to begin with.
     """
-    start = start_token(model.config)
     generator = torch.Generator(model.device).manual_seed(calibration.seed)
-    count = calibration.num_samples - (0 if read is None else len(read))
-    windows = list(torch.full((count, 1), start, device=model.device).split(GENERATED_TOGETHER))
+    read, prompts = (texts.windows, texts.prompts) if texts else (torch.empty(0, calibration.seq_len), [])
+    beginnings = cycle(random.Random(calibration.seed).sample(prompts, len(prompts)) or [[start_token(model.config)]])
+    given = [deque(next(beginnings)) for _ in range(calibration.num_samples - len(read))]  # tokens that are not sampled
+    first = torch.tensor([[tokens.popleft()] for tokens in given], device=model.device)
+    windows, ends = list(first.split(GENERATED_TOGETHER)), end_tokens(model)
     steps = calibration.seq_len - 1
     cache = None
     for step in track(range(len(windows) * steps), "sampling text from the model"):
@@ -257,9 +288,16 @@ def sample_windows(
         output = model(input_ids=windows[group][:, -1:], past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         likely = output.logits[:, -1].float().softmax(-1)
-        windows[group] = torch.cat((windows[group], torch.multinomial(likely, 1, generator=generator)), 1)
+        tokens = torch.multinomial(likely, 1, generator=generator)
+        if prompts:
+            for row, prompt in enumerate(given[group * GENERATED_TOGETHER :][: len(tokens)]):
+                if prompt:
+                    tokens[row] = prompt.popleft()
+                elif int(tokens[row]) in ends:
+                    prompt.extend(next(beginnings))
+        windows[group] = torch.cat((windows[group], tokens), 1)
     sampled = torch.cat(windows).cpu()
-    return sampled if read is None or not len(read) else _mixed([sampled, read], calibration.seed)
+    return _mixed([sampled, read], calibration.seed) if len(read) else sampled
 
 
 def _too_little(calibration: Calibration, possible: int, sampler: str, streamed: int = 0) -> UserError:

@@ -82,16 +82,15 @@ def compare(model: str, output: str | Path, config: CompareConfig) -> RunRecord[
     tokenizer = checkpoint.tokenizer()
     with record.stage("reading the texts"), labelled("reading the texts, pieces"):
         held = [Held(text.source, text.fidelity, held_windows(text, tokenizer)) for text in config.texts]
-        drawn = [read_texts(draw, tokenizer) for draw in draws]
+        texts = [read_texts(draw, tokenizer) for draw in draws]
     most = max(calibration.num_samples, *(len(text.windows) for text in held))
     compute = limit_batch(config.compute, most, "windows")
-    check_tokens(checkpoint, *drawn, *(text.windows for text in held))
+    check_tokens(checkpoint, *(text.windows for text in texts), *(text.windows for text in held))
     checkpoint.fetch()
     loaded, model_hash = load_hashed(checkpoint, compute, record)
     bench = Workbench(loaded, model, model_hash, tokenizer, resume_folder.of(loaded, model_hash), compute)
     with record.stage("scoring"):
-        if calibration.is_sampled:
-            drawn = [bench.sample(draw, read) for draw, read in zip(draws, drawn, strict=True)]
+        drawn = [bench.windows(draw, read) for draw, read in zip(draws, texts, strict=True)]
         cells, files = score_draws(bench, draws, drawn, config)
     with record.stage("measuring"):
         dense, *measured = bench.measure([None, *(cell.plan for cell in cells)], [*held, *([tasks] if tasks else [])])
@@ -171,10 +170,10 @@ def _check(config: CompareConfig) -> None:
             raise UserError(f"{what} {', '.join(values)}: each may be given once")
     for name in criteria:
         find_criterion(name)
-    if seeds > 1 and any(is_pipe(part.source) for part in calibration.parts):
+    if seeds > 1 and any(map(is_pipe, calibration.texts)):
         raise UserError(f"a pipe is read only once, and {seeds} draws read it anew: write it to a file, or --seeds 1")
     for text in texts:
-        if any(_overlap(part.source, text.source) for part in calibration.parts):
+        if any(_overlap(source, text.source) for source in calibration.texts):
             raise UserError(f"{text.source} is in both calibration and held-out text; measure on another one")
 
 

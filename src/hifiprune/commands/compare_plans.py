@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from hifiprune.calibration import sample_windows
+from hifiprune.calibration import Texts, sample_windows
 from hifiprune.commands.cost_model import Estimator
 from hifiprune.commands.messages import announce_scoring
 from hifiprune.config.evaluate import Tasks
@@ -60,13 +60,15 @@ class Workbench:
     resume_folder: ResumeFolder
     compute: ComputeConfig
 
-    def sample(self, calibration: Calibration, read: Int[Tensor, "_ positions"]) -> Int[Tensor, "windows positions"]:
-        """Return windows that the model itself writes, mixed with others, unless they are there from before."""
-        path = self.resume_folder.path("windows", asdict(calibration), hash_tokens(read))
+    def windows(self, calibration: Calibration, texts: Texts) -> Int[Tensor, "windows positions"]:
+        """Return calibration windows; those that the model itself writes are kept in the resume folder."""
+        if not calibration.is_sampled:
+            return texts.windows
+        path = self.resume_folder.path("windows", asdict(calibration), hash_tokens(texts.windows), texts.prompts)
         known = self.resume_folder.read_json(path)
         if known is None:
             with labelled(f"sampling text from the model, seed {calibration.seed}"):
-                known = {"windows": sample_windows(self.model, calibration, read).tolist()}
+                known = {"windows": sample_windows(self.model, calibration, texts).tolist()}
             self.resume_folder.write_json(path, known)
         return torch.tensor(known["windows"])
 

@@ -129,11 +129,12 @@ def calibration_flags(calibration: dict[str, Any] | None) -> list[object]:
     if not calibration:
         return []
     mixed = [f"{source}:{share:g}" for source, share in calibration["mixed"]]
-    if any(source != SELF and source.startswith(("-", "/dev/", "/proc/")) for source in sources_of(calibration)):
+    read = (*sources_of(calibration), calibration.get("prompts") or SELF)
+    if any(source != SELF and source.startswith(("-", "/dev/", "/proc/")) for source in read):
         return []
     flags: list[object] = [word for source in (calibration["source"], *mixed) for word in ("--calibration", source)]
-    for name in ("num_samples", "seq_len", "seed", "sampler", "text_column"):
-        if calibration[name] not in (None, 0, "auto"):
+    for name in ("prompts", "num_samples", "seq_len", "seed", "sampler", "text_column"):
+        if calibration.get(name) not in (None, 0, "auto"):
             flags += [f"--{name.replace('_', '-')}", calibration[name]]
     return flags
 

@@ -1,6 +1,7 @@
 """Common preparation of all commands: check the request, and load the model."""
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def prepare(
     """
     check_compute(compute)
     checkpoint = find_checkpoint(model)
-    inputs = [*read_with(checkpoint), *(each.source for source in sources for each in _parts(source)), *files]
+    texts = [each.texts if isinstance(each, Calibration) else [each.source] for each in sources if each]
+    inputs = [*read_with(checkpoint), *chain(*texts), *files]
     target = check_target(output, folder=folder, overwrite=overwrite, inputs=inputs)
     return checkpoint, target, check_model(checkpoint, compute, *sources)
 
@@ -78,8 +80,10 @@ def check_model(checkpoint: Checkpoint, compute: ComputeConfig, *sources: Calibr
     for source in sources:
         for each in _parts(source):
             check_source(each.source, each.seq_len, longest)
-            if isinstance(each, Calibration) and each.is_sampled:
-                start_token(checkpoint.config())
+        if isinstance(source, Calibration) and source.prompts is not None:
+            check_source(source.prompts, source.seq_len, longest)
+        elif isinstance(source, Calibration) and source.is_sampled:
+            start_token(checkpoint.config())
     return skeleton
 
 

@@ -13,7 +13,7 @@ from hifiprune.commands.job import DenseModel, PruneJob
 from hifiprune.commands.messages import announce_repair, remark_on_scale
 from hifiprune.commands.prune_preflight import resolve
 from hifiprune.commands.score import describe_scores
-from hifiprune.commands.steps import Windows, estimate_costs, read_windows, sampled_windows, score_dense
+from hifiprune.commands.steps import Windows, calibration_windows, estimate_costs, read_calibration, score_dense
 from hifiprune.config.prune import PruneConfig
 from hifiprune.engine.reproducible import reproducible
 from hifiprune.engine.spill import Spilled
@@ -53,7 +53,7 @@ def prune(model: str, output: str | Path, config: PruneConfig, scores: Scores | 
         RunError: numbers, memory or disk failed.
     """
     job = resolve(model, output, config, scores)  # every check, no weights: budget, paths, space, families
-    windows = read_windows(job)  # [windows, positions]; None if all text is sampled from the model later
+    texts = read_calibration(job)  # windows of texts, and prompts
     dense = DenseModel(job)  # resident or streamed, and loaded when it is first needed
     if job.scores and not config.dry_run and job.checkpoint.is_here and dense.stored_plainly:
         dense.check_scores(job.scores)  # refused before costs are estimated
@@ -62,8 +62,7 @@ def prune(model: str, output: str | Path, config: PruneConfig, scores: Scores | 
         return job.record
     if job.scores and job.samples:
         dense.load_scored(job.scores)  # refuses scores of another model before text is sampled
-    if job.samples:
-        windows = sampled_windows(dense, job, windows)
+    windows = calibration_windows(dense, job, texts)  # [windows, positions], read or sampled; None without a text
     neuron_scores = job.scores or score_dense(dense, windows, job, estimator)
     if rank() > 0:
         return job.record  # the first process does the rest

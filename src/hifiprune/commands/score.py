@@ -7,7 +7,7 @@ from typing import cast
 from hifiprune.commands.inspect import shape_of
 from hifiprune.commands.job import DenseModel, Job
 from hifiprune.commands.prepare import prepare
-from hifiprune.commands.steps import estimate_costs, read_windows, sampled_windows, score_dense
+from hifiprune.commands.steps import calibration_windows, estimate_costs, read_calibration, score_dense
 from hifiprune.config.files import to_dict
 from hifiprune.config.groups import Budget, ComputeConfig, CriterionOptions
 from hifiprune.config.prune import PruneConfig, ScoreConfig
@@ -45,13 +45,12 @@ def score_checkpoint(model: str, output: str | Path, config: ScoreConfig = Score
         RunError: numbers, memory or disk failed.
     """
     job = resolve(model, output, config)  # every check, no weights
-    windows = read_windows(job)
+    texts = read_calibration(job)
     dense = DenseModel(job)
     estimator = estimate_costs(dense, job)
     if config.dry_run:
         return job.record
-    if job.samples:
-        windows = sampled_windows(dense, job, windows)
+    windows = calibration_windows(dense, job, texts)
     scores = score_dense(dense, windows, job, estimator)
     if rank() > 0:
         return job.record  # the first process writes

@@ -2,10 +2,11 @@
 
 from dataclasses import asdict
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hifiprune.calibration import read_texts, sample_windows
+from hifiprune.calibration import Texts, read_texts, sample_windows
 from hifiprune.commands.cost_model import Estimator
 from hifiprune.commands.job import DenseModel, Job, PruneJob
 from hifiprune.commands.messages import announce_costs, announce_scoring, remark_on_start, remark_on_unseen
@@ -20,24 +21,26 @@ from hifiprune.scoring.score import score_all
 Windows = Int[Tensor, "windows positions"]
 
 
-def read_windows(job: Job) -> Windows | None:
-    """Draw windows from the calibration text, unless there is none or the model has yet to write all of it."""
+def read_calibration(job: Job) -> Texts | None:
+    """Draw windows from the calibration text and read prompts, unless the model writes all without any."""
     if job.calibration is None or not job.calibration.texts:
         return None
     with job.record.stage("reading the calibration data"), labelled("reading the calibration text, pieces"):
         tokenizer = job.checkpoint.tokenizer()
-        windows = read_texts(job.calibration, tokenizer)
+        texts = read_texts(job.calibration, tokenizer)
     remark_on_start(job.calibration, tokenizer)
-    check_tokens(job.checkpoint, windows)
-    return windows
+    check_tokens(job.checkpoint, texts.windows, *(torch.tensor([prompt]) for prompt in texts.prompts))
+    return texts
 
 
-def sampled_windows(dense: DenseModel, job: Job, read: Windows | None) -> Windows:
-    """Sample windows from the dense model itself, and mix them with those read from texts, if any were."""
+def calibration_windows(dense: DenseModel, job: Job, texts: Texts | None) -> Windows | None:
+    """Return all windows, those that are sampled from the dense model itself among them; None if nothing reads any."""
+    if not job.samples:
+        return texts.windows if texts else None
     assert job.calibration
     model = dense.load()
     with job.record.stage("sampling text from the model"):
-        return sample_windows(model, job.calibration, read)
+        return sample_windows(model, job.calibration, texts)
 
 
 def estimator_of(dense: DenseModel, job: Job) -> Estimator:

@@ -69,6 +69,13 @@ class Calibration(Checked):
         "Begin every window with what the tokenizer writes before a text, such as a start token, where it does.",
         in_files_only=True,
     )
+    prompts: str | None = option(
+        None,
+        "Prompts that the model answers, with --calibration self: a text with one a line, or rows as 'recover' takes "
+        "them, whose answers are not read; written by the chat template, if the tokenizer has one.",
+        panel=CALIBRATION,
+        metavar="SOURCE",
+    )
 
     def __post_init__(self) -> None:
         """Check the sizes, the names of sources and their shares."""
@@ -78,8 +85,10 @@ class Calibration(Checked):
                 f"num-samples {self.num_samples} of seq-len {self.seq_len} are {self.num_samples * self.seq_len:.3g} "
                 f"tokens, more than the {MOST_TOKENS:.3g} that are taken; use fewer"
             )
-        for source in self._sources:
+        for source in (*self._sources, *self.texts):
             check_named(source)
+        if self.prompts is not None and not self.is_sampled:
+            raise UserError(f"--prompts are answered by the model, which --calibration {SELF} asks for; leave them out")
         for source, share in self.mixed:
             if not 0 < share < 1:
                 raise UserError(f"the share {share:g} of {source} must lie in (0, 1)")
@@ -95,8 +104,9 @@ class Calibration(Checked):
 
     @property
     def texts(self) -> list[str]:
-        """Return the sources that are read, not sampled."""
-        return [source for source in self._sources if source != SELF]
+        """Return the sources that are read, not sampled, and that of the prompts."""
+        read = [source for source in self._sources if source != SELF]
+        return read if self.prompts is None else [*read, self.prompts]
 
     @property
     def _sources(self) -> list[str]:
@@ -113,7 +123,7 @@ class Calibration(Checked):
     def parts(self) -> list["Calibration"]:
         """Return the calibration of each source by itself, with its number of windows."""
         return [
-            replace(self, source=source, num_samples=count, mixed=())
+            replace(self, source=source, num_samples=count, mixed=(), prompts=self.prompts if source == SELF else None)
             for source, count in zip(self._sources, self._counts, strict=True)
         ]
 

@@ -9,10 +9,10 @@ from typing import TypeVar
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hifiprune.errors import UserError
+from hifiprune.io.chat_templates import ChatTemplate, Piece
 from hifiprune.io.text_sources import TEXT_COLUMNS, Row, check_text, read_parts
 from hifiprune.io.tokenization import encode_plainly, special_tokens
 from hifiprune.progress import track
-from hifiprune.recovery.chat_templates import ChatTemplate, Piece
 from hifiprune.recovery.time_limit import TimeLimit
 
 T = TypeVar("T")

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -32,6 +32,10 @@ LONGEST = 64 << 20
 """Characters that a template may write of one conversation."""
 
 
+Writing = Callable[[Sequence[dict[str, Any]], PreTrainedTokenizerBase], Iterator[list[tuple[str, bool]]]]
+"""Makes texts of a conversation, in pieces with whether each is learned: `write` or `cue`."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """A part of an example's text.
@@ -51,8 +55,8 @@ class ChatTemplate:
     The process works ahead: what several conversations come to is asked for at once, and taken one by one.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, seconds: float = SECONDS):
-        self._tokenizer, self._seconds, self._asked = tokenizer, seconds, 0
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, seconds: float = SECONDS, writing: Writing | None = None):
+        self._tokenizer, self._seconds, self._asked, self._writing = tokenizer, seconds, 0, writing or write
         self._process: Any = None
         self._connection: Connection | None = None
 
@@ -68,10 +72,15 @@ class ChatTemplate:
             self._process.join()
             self._connection.close()
 
+    @property
+    def is_there(self) -> bool:
+        """Return whether the tokenizer has a template."""
+        return self._tokenizer.chat_template is not None
+
     def ask(self, conversations: Sequence[Any]) -> None:
         """Have conversations written that `texts` will be asked for next, in this order."""
         wanted = [messages for messages in conversations if is_conversation(messages)]
-        if self._tokenizer.chat_template is None or not wanted:
+        if not self.is_there or not wanted:
             return
         connection = self._connection or self._start()
         try:
@@ -81,12 +90,12 @@ class ChatTemplate:
         self._asked += len(wanted)
 
     def texts(self, messages: Any) -> list[list[Piece]]:
-        """Return a conversation as text in pieces, of which the assistant's are learned; see `write`.
+        """Return a conversation as text in pieces, as `write` or `cue` makes them.
 
         Raises:
             UserError: the conversation is none, or the template refuses it, fails, or goes beyond a limit.
         """
-        if self._tokenizer.chat_template is None:
+        if not self.is_there:
             raise UserError("it is a conversation, but the tokenizer has no chat template")
         if not is_conversation(messages):
             raise UserError("'messages' must be a list of turns, each with 'role' and 'content'")
@@ -109,7 +118,8 @@ class ChatTemplate:
         """Start the process, and wait until it has imported what it needs, which counts for no conversation."""
         context: Any = multiprocessing.get_context("fork" if COPIED else "spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._connection, self._tokenizer), daemon=True)
+        served = (theirs, self._connection, self._tokenizer, self._writing)
+        self._process = context.Process(target=_serve, args=served, daemon=True)
         self._process.start()
         theirs.close()
         assert self._connection
@@ -155,6 +165,11 @@ def write(messages: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
         yield pieces
 
 
+def cue(messages: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[tuple[str, bool]]]:
+    """Yield a conversation up to where the assistant answers, as the tokenizer's own template writes it."""
+    yield [(_applied(messages, tokenizer, cue=True), False)]
+
+
 def _applied(messages: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *, cue: bool) -> str:
     try:
         text = str(tokenizer.apply_chat_template([*messages], tokenize=False, add_generation_prompt=cue))
@@ -168,7 +183,7 @@ def _applied(messages: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerB
     return text
 
 
-def _serve(connection: Connection, other: Connection, tokenizer: PreTrainedTokenizerBase) -> None:
+def _serve(connection: Connection, other: Connection, tokenizer: PreTrainedTokenizerBase, writing: Writing) -> None:
     """Answer conversations by their texts, or by a message, until the other end is closed."""
     other.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -183,7 +198,7 @@ def _serve(connection: Connection, other: Connection, tokenizer: PreTrainedToken
         for messages in conversations:
             _limit_time()
             try:
-                answer: Any = list(write(messages, tokenizer))
+                answer: Any = list(writing(messages, tokenizer))
             except UserError as error:
                 answer = str(error)
             connection.send(answer)
