@@ -1,5 +1,5 @@
 # Targets: demo, test, test-exhaustive, test-browser, test-llama-cpp, test-readers, chromium, check, docs, notebook, figures,
-# bench, wheel-test, dist, publish. Those that need an environment make it first.
+# bench, bench-gpu, test-gpu, wheel-test, dist, publish. Those that need an environment make it first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -13,8 +13,8 @@ TYPES := --jaxtyping-packages=hifiprune,beartype.beartype
 TYPED := $(addprefix tests/test_,$(addsuffix .py,allocation calibration criteria cut cutting evaluation experts families fisher \
 	objectives repair scoring scratch streaming training_loss))
 
-.PHONY: demo test test-exhaustive test-browser test-llama-cpp test-readers chromium check docs notebook figures bench wheel-test \
-	dist publish
+.PHONY: demo test test-exhaustive test-browser test-llama-cpp test-readers chromium check docs notebook figures bench bench-gpu \
+	test-gpu wheel-test dist publish
 
 demo: $(VENV)/.installed
 	@$(BIN)/hifiprune demo --output demo-out
@@ -58,6 +58,12 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/scoring.py
 	$(BIN)/hifiprune demo --output demo-out --overwrite
 	cp demo-out/demo.json benchmarks/results/demo.json
+
+bench-gpu: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.gpu
+
+test-gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/test_gpu.py -m "not exhaustive"
 
 wheel-test: $(VENV)/.dev
 	rm -rf dist build/lib build/bdist.* build/env build/pruned

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from hifiprune.config.groups import CriterionOptions
+from hifiprune.config.groups import Budget, CriterionOptions
 from hifiprune.engine.block_chain import BlockChain
 from hifiprune.engine.hooks import places_of
 from hifiprune.engine.memory import Graphs
@@ -23,8 +23,13 @@ from hifiprune.engine.verify import verified_chain
 from hifiprune.io.pass_checkpoint import PassCheckpoint
 from hifiprune.io.resume import ResumeFolder
 from hifiprune.models.detect import settled_family
+from hifiprune.pruning import repair
+from hifiprune.pruning.allocate import allocate
+from hifiprune.pruning.repair import cut_and_repair_
+from hifiprune.pruning.ridge import HeldOut
+from hifiprune.results import Refit
 from hifiprune.scoring.accumulate import Pass, PassConfig
-from hifiprune.scoring.score import passes_of
+from hifiprune.scoring.score import passes_of, score
 from tests.families import ROUTED, tiny_model, tiny_tokens
 
 CRITERIA = ("hfprune", "entropy-square", "cross-entropy", "fisher", "self-distillation", "flap", "minitron")
@@ -133,3 +138,52 @@ def test_places_of_experts() -> None:
     chosen = torch.tensor([[2, 0], [0, 3], [5, 2]])  # 5 is no expert, as another process's are
     found = places_of(chosen, 5)
     assert [places.tolist() for places in found] == [[1, 2], [], [0, 5], [3], []]
+
+
+@pytest.mark.parametrize("variant", ["llama", "gpt2"])
+def test_a_repair_waits_for_no_batch(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the moments come to: how many dampings are tried is left out."""
+    without_waiting(monkeypatch)
+
+    def refit(moments: HeldOut, name: str) -> tuple[Tensor, Refit]:
+        return torch.zeros(moments.fit.cross.shape), Refit(name, 1.0, 1.0, 0.5)
+
+    monkeypatch.setattr(HeldOut, "refit", refit)
+
+    def reads(windows: int) -> Counter[str]:
+        model = tiny_model(variant, torch.float32)
+        plan = allocate(score(model, tiny_tokens(2)), Budget(neuron_ratio=0.3), round_to=8)
+        found = Reads()
+        with found:
+            cut_and_repair_(model, plan, tiny_tokens(windows), batch_size=2)
+        assert found.names.pop("aten.nonzero.default", 0) == 2 * 3 * -(-windows // 2), "of masks on the CPU alone"
+        return found.names
+
+    assert reads(4) == reads(12)
+
+
+def test_moments_are_gathered_on_the_device() -> None:
+    moments = HeldOut(weighted=True)
+    for held in ([False, True], [False, False], [True, True]):
+        values = [torch.empty(2, 5, size, device="meta") for size in (8, 6, 6)]
+        moments.add(values[0], values[1], values[2], torch.tensor(held))
+    for sums in (moments.fit, moments.held):
+        assert all(total.is_meta and total.dtype == torch.float64 for total in vars(sums).values())
+
+
+@pytest.mark.parametrize(
+    ("free", "stays"), [(2 * 4 * 55 * (2 * 24 + 40), True), (2 * 4 * 55 * (2 * 24 + 40) - 1, False)]
+)
+def test_streams_stay_on_a_device_with_room(free: int, stays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hifiprune.pruning.repair.free_bytes", lambda _: free)
+    chain = verified_chain(tiny_model("llama", torch.float32))
+    there = torch.empty(3, device="meta")
+    keep = repair._keeper(chain, tiny_tokens(5, 11), 40)
+    assert keep(torch.ones(3))().device.type == "cpu"
+    monkeypatch.setattr(PreTrainedModel, "device", torch.device("cuda"))
+    keep = repair._keeper(chain, tiny_tokens(5, 11), 40)
+    if stays:
+        assert keep(there)() is there
+    else:
+        with pytest.raises(NotImplementedError, match="meta"):
+            keep(there)  # which is copied to the host

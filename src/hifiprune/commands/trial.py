@@ -152,7 +152,12 @@ class Trial:
         activation = torch.full((1, rows, kept), 0.01, dtype=self.dtype, device=self.device)
         state = torch.full((1, rows, self.config.hidden_size), 0.01, dtype=self.dtype, device=self.device)
         moments, held = HeldOut(weighted=True), torch.zeros(1, dtype=torch.bool)
-        seconds = _fastest(lambda: moments.add(activation, state, state, held), warm_up=not self.on_cpu)
+
+        def add() -> None:
+            moments.add(activation, state, state, held)
+            float(moments.fit.output)  # which waits for a GPU
+
+        seconds = _fastest(add, warm_up=not self.on_cpu)
         return seconds * tokens / rows * (width / kept) ** 2
 
     def moving(self, tokens: int, width: int) -> float:
@@ -169,7 +174,7 @@ class Trial:
         moments.gram = torch.eye(kept, dtype=torch.float64, device=self.device)
         hidden = max(1, self.config.hidden_size * kept // max(self.widths))
         moments.cross = torch.ones(hidden, kept, dtype=torch.float64, device=self.device)
-        moments.output = 1.0
+        moments.output = torch.ones((), dtype=torch.float64)
         seconds = _fastest(lambda: moments.error(moments.solve(DAMPINGS[0])), warm_up=not self.on_cpu)
         return seconds * len(DAMPINGS) / 2 * (width / kept) ** 3
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     GenerationConfig,
-    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -312,7 +312,9 @@ class Checkpoint:
         self.fetch()
         arguments: dict[str, Any] = {"config": config}
         if self.gguf:
-            arguments = {"gguf_file": self.gguf, "quantization_config": GgufConfig(dequantize=True)}
+            arguments = {"gguf_file": self.gguf}
+            if gguf := getattr(transformers, "GgufConfig", None):  # without it, before 5.18, blocks are dequantized too
+                arguments["quantization_config"] = gguf(dequantize=True)
         if family_of(config).experts and dtype == torch.float64:
             arguments["experts_implementation"] = "eager"  # the others do not know it
         with explained(self.name, "the weights"), quiet():

@@ -178,8 +178,8 @@ def _narrowed(
     moments = HeldOut(weighted=True)
     for part, sums in zip((moments.fit, moments.held), grams, strict=True):
         part.gram, part.cross = sums[chosen][:, chosen], weight[:, rest] @ sums[rest][:, chosen]
-        part.residual = float(((weight[:, rest] @ sums[rest][:, rest]) * weight[:, rest]).sum())
-        part.output = float(((weight @ sums) * weight).sum())
+        part.residual = ((weight[:, rest] @ sums[rest][:, rest]) * weight[:, rest]).sum()
+        part.output = ((weight @ sums) * weight).sum()
     change, _ = moments.refit(mlp.name)
     narrowed = torch.zeros_like(weight)
     narrowed[:, chosen] = weight[:, chosen] if change is None else weight[:, chosen] + change

@@ -10,7 +10,9 @@ the whole difference to the dense model's residual stream, including errors of e
 damping, and whether the change is used at all, is decided for each projection on held-out windows.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from time import monotonic
 
 import torch
@@ -22,6 +24,7 @@ from transformers import PreTrainedModel
 from hifiprune.engine.block_chain import BlockChain
 from hifiprune.engine.context import check_windows, frozen, memory_explained
 from hifiprune.engine.hooks import BlockCall
+from hifiprune.engine.memory import free_bytes
 from hifiprune.engine.offload import offload_of, walk
 from hifiprune.engine.spill import Spilled, spill
 from hifiprune.engine.verify import verified_chain
@@ -40,6 +43,9 @@ from hifiprune.results import Reconstruction, Refit
 
 HELD_OUT = 8
 """One window in this many is held out."""
+STREAMS_SHARE = 0.5
+"""Share of a GPU's free memory that streams and activations may take; else they are in the machine's."""
+Keep = Callable[[Tensor], Spilled]
 
 
 @torch.no_grad()
@@ -83,7 +89,7 @@ def cut_and_repair_(
     mlps = matching_mlps(model, plan)
     with frozen(model):
         chain = verified_chain(model)
-        streams = _start(chain, windows, batch_size, dense)
+        streams = _start(chain, windows, max(plan.widths), batch_size, dense)
         form = _sequential_ if sequential and chain.family.additive and not chain.family.experts else _parallel_
         repair, finished = Repair(), None
         if resume_folder and training:
@@ -159,9 +165,10 @@ def residual_stream(
 
 @dataclass
 class Stream:
-    """A batch of windows on its way through the blocks, kept on the CPU or on disk.
+    """A batch of windows on its way through the blocks.
 
     Attributes:
+        keep: sets a tensor aside, where there is room for those of all batches.
         calls: arguments of the blocks.
         held: mask of held-out windows.
         dense: residual stream of the dense model, `[windows, positions, hidden]`.
@@ -169,6 +176,7 @@ class Stream:
         cut: residual stream of the cut and repaired model; in the parallel form the dense one.
     """
 
+    keep: Keep
     calls: list[BlockCall]
     held: Bool[Tensor, "windows"]
     dense: Spilled
@@ -177,9 +185,10 @@ class Stream:
 
 
 def _start(
-    chain: BlockChain, windows: Int[Tensor, "windows positions"], batch_size: int, dense: Tensor | None
+    chain: BlockChain, windows: Int[Tensor, "windows positions"], width: int, batch_size: int, dense: Tensor | None
 ) -> list[Stream]:
     """Return all batches before the first block; the blocks' arguments depend only on a batch's shape."""
+    keep = _keeper(chain, windows, width)
     streams: list[Stream] = []
     shape = None
     for batch, numbers in zip(windows.split(batch_size), torch.arange(len(windows)).split(batch_size), strict=True):
@@ -189,9 +198,18 @@ def _start(
         shape = shape or hidden.shape
         held = numbers % HELD_OUT == min(HELD_OUT, len(windows)) - 1
         known = dense[:, numbers] if dense is not None else None
-        start = spill(chain.scratch, hidden.cpu())
-        streams.append(Stream(calls, held, start, start, known))
+        start = keep(hidden)
+        streams.append(Stream(keep, calls, held, start, start, known))
     return streams
+
+
+def _keeper(chain: BlockChain, windows: Int[Tensor, "windows positions"], width: int) -> Keep:
+    """Return what sets tensors aside: on a GPU if both streams and a block's activations fit, else as is asked for."""
+    device = chain.model.device
+    numbers = windows.numel() * (2 * chain.model.config.get_text_config().hidden_size + width)
+    if device.type != "cpu" and numbers * chain.model.dtype.itemsize <= STREAMS_SHARE * free_bytes(device):
+        return partial(spill, None)
+    return lambda tensor: spill(chain.scratch, tensor.cpu())
 
 
 def _sequential_(
@@ -205,17 +223,17 @@ def _sequential_(
     linear = mlp.output
     for stream in streams:
         output, (tap,) = chain.run(block, stream.cut().to(device), stream.calls[block])
-        stream.cut = spill(chain.scratch, output.cpu())
+        stream.cut = stream.keep(output)
         dense, activation = stream.dense().to(device), tap.projections[0].input
         moments.add(with_one(activation, linear), dense - output, dense, stream.held)
-        activations.append(spill(chain.scratch, activation.cpu()))
+        activations.append(stream.keep(activation))
     change, refit = moments.refit(mlp.name)
     if change is not None:
         change = change.to(linear.weight)
         _add_(linear, change)
         for stream, read in zip(streams, activations, strict=True):
-            found = functional.linear(with_one(read().to(device), linear), change).cpu()
-            stream.cut = spill(chain.scratch, stream.cut() + found)
+            repaired = functional.linear(with_one(read().to(device), linear), change)
+            stream.cut = stream.keep(stream.cut().to(device) + repaired)
     return [refit]
 
 
@@ -230,7 +248,7 @@ def _parallel_(
     removed = [mlp.output.weight[:, rest] for mlp, rest in zip(mlps, rests, strict=True)]
     for stream in streams:
         dense, taps = chain.run(block, stream.dense().to(chain.model.device), stream.calls[block])
-        stream.dense = spill(chain.scratch, dense.cpu())
+        stream.dense = stream.keep(dense)
         for place, tap in enumerate(taps):
             activation, linear = tap.projections[0].input, mlps[place].output
             residual = functional.linear(activation[..., rests[place]], removed[place])
@@ -265,7 +283,7 @@ def _pass_cut_stream(chain: BlockChain, block: int, inputs: list[Spilled], strea
     """Move the cut stream through the block as it is now."""
     for stream, before in zip(streams, inputs, strict=True):
         output, _ = chain.run(block, before().to(chain.model.device), stream.calls[block])
-        stream.cut = spill(chain.scratch, output.cpu())
+        stream.cut = stream.keep(output)
 
 
 def _pass_dense_stream(chain: BlockChain, block: int, streams: list[Stream]) -> None:
@@ -275,7 +293,7 @@ def _pass_dense_stream(chain: BlockChain, block: int, streams: list[Stream]) -> 
             output = stream.known[block]
         else:
             output, _ = chain.run(block, stream.dense().to(chain.model.device), stream.calls[block])
-        stream.dense = spill(chain.scratch, output.cpu())
+        stream.dense = stream.keep(output)
 
 
 def with_one(activation: Float[Tensor, "*batch kept"], linear: Projection) -> Float[Tensor, "*batch kept_and_one"]:

@@ -20,10 +20,7 @@ class Moments:
     """Sums over tokens that determine every ridge regression of the residual on the activations, in float64."""
 
     def __init__(self) -> None:
-        self.gram = torch.zeros(())
-        self.cross = torch.zeros(())
-        self.residual = 0.0
-        self.output = 0.0
+        self.gram, self.cross, self.residual, self.output = (torch.zeros((), dtype=torch.float64) for _ in range(4))
 
     def add(
         self,
@@ -31,20 +28,20 @@ class Moments:
         residual: Float[Tensor, "tokens hidden"],
         output: Float[Tensor, "tokens hidden"],
     ) -> None:
-        """Add a batch; products are in the tensors' dtype, sums in float64."""
+        """Add a batch; products are in the tensors' dtype, sums in float64, where the tensors are."""
         if not len(activation):
             return
-        self.gram = self.gram.to(activation.device) + gram(activation).double()
-        self.cross = self.cross.to(activation.device) + (residual.T @ activation).double()
-        self.residual += float(residual.double().square().sum())
-        self.output += float(output.double().square().sum())
+        self.gram = _plus(self.gram, gram(activation))
+        self.cross = _plus(self.cross, residual.T @ activation)
+        self.residual = _plus(self.residual, residual.double().square().sum())
+        self.output = _plus(self.output, output.double().square().sum())
 
     def error(self, change: Float[Tensor, "hidden kept"] | None) -> float:
         """Compute the squared residual after a change of the output projection, relative to the squared output."""
-        if change is None:
-            return self.residual / self.output
-        left = self.residual - 2 * (change * self.cross).sum() + ((change @ self.gram) * change).sum()
-        return float(left) / self.output
+        left = self.residual
+        if change is not None:
+            left = left - 2 * (change * self.cross).sum() + ((change @ self.gram) * change).sum()
+        return float(left / self.output)
 
     def solve(self, damping: float) -> Float[Tensor, "hidden kept"] | None:
         """Solve for the change of the output projection at a given damping; None if the system cannot be solved."""
@@ -63,6 +60,13 @@ class Moments:
         return total
 
 
+def _plus(total: Float[Tensor, "*shape"], values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Return the sum in float64, written over the total once there is one."""
+    if total.shape != values.shape or total.device != values.device:
+        return total.to(values.device) + values.double()
+    return total.add_(values)
+
+
 class HeldOut:
     """Moments of the fitted and of the held-out tokens."""
 
@@ -77,12 +81,19 @@ class HeldOut:
         dense: Float[Tensor, "windows positions hidden"],
         held: Bool[Tensor, "windows"],
     ) -> None:
-        """Add a batch; each token is weighted by the inverse square of the dense stream's norm, or all equally."""
+        """Add a batch; each token is weighted by the inverse square of the dense stream's norm, or all equally.
+
+        `held` is on the CPU, so that nothing waits for the device of the others.
+        """
         size = at_least_float32(dense).square().mean(-1, keepdim=True)
         scale = size.clamp(min=torch.finfo(size.dtype).tiny).rsqrt() if self.weighted else 1.0
         rows = [at_least_float32(each) * scale for each in (activation, residual, dense)]
         for moments, windows in ((self.fit, ~held), (self.held, held)):
-            moments.add(*(each[windows.to(each.device)].flatten(0, 1) for each in rows))
+            numbers = windows.nonzero().flatten()
+            if len(numbers) == len(held):
+                moments.add(*(each.flatten(0, 1) for each in rows))
+            elif len(numbers):
+                moments.add(*(each[numbers.to(each.device)].flatten(0, 1) for each in rows))
 
     def refit(self, name: str) -> tuple[Float[Tensor, "hidden kept"] | None, Refit]:
         """Choose the damping on the held-out tokens and solve on all tokens; no change if the plain cut is better.
@@ -92,9 +103,10 @@ class HeldOut:
         Raises:
             RunError: activations are not finite.
         """
-        if not all(map(math.isfinite, (self.fit.residual, self.fit.output, self.held.residual, self.held.output))):
+        totals = [float(total) for each in (self.fit, self.held) for total in (each.residual, each.output)]
+        if not all(map(math.isfinite, totals)):
             raise RunError(f"activations of {name} are not finite; check the checkpoint, or compute in --dtype float32")
-        if not (self.fit.output and self.held.output):
+        if not (totals[1] and totals[3]):
             return None, Refit(name, None, 0.0, 0.0)
         plain = least = self.held.error(None)
         best = None
