@@ -8,12 +8,14 @@ from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from peft import PeftModel
 from rich.console import Console
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.integrations import integration_utils
 from transformers.pytorch_utils import Conv1D
@@ -31,7 +33,8 @@ from hifiprune.recovery.distillation import CachedTeacher
 from hifiprune.recovery.lora import with_adapter
 from hifiprune.recovery.rows import split
 from hifiprune.recovery.time_limit import TimeLimit
-from hifiprune.recovery.trainer import TimedTrainer
+from hifiprune.recovery.trainer import TimedTrainer, batches_together
+from hifiprune.recovery.trainer import train as run_trainer
 from hifiprune.recovery.training_data import Example
 from hifiprune.results import Pair, RecoverResults
 from hifiprune.run_record import RunRecord
@@ -41,7 +44,10 @@ from tests.conftest import save_checkpoint
 from tests.families import VARIANTS, family_name, load, tiny_model, tiny_tokens
 from tests.naive import logits_of
 from tests.processes import command, forked
+from tests.test_memory import shape
+from tests.test_waiting import Reads, without_waiting
 
+EMPTY: Any = []
 QUICK = TrainingConfig(
     max_steps=6, gradient_accumulation_steps=2, seq_len=32, lora_r=4, lora_alpha=8, learning_rate=1e-2,
     evaluate_every=2, held_out=0.2,
@@ -788,3 +794,90 @@ def test_a_run_is_repeated_from_its_record(pruned: Path, tmp_path: Path) -> None
     )
     assert "training ...\n" in result.err
     assert json.loads((tmp_path / "other" / "run.json").read_text())["arguments"]["training"]["seed"] == 4
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_no_value_is_read_within_a_step(
+    method: str, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_waiting(monkeypatch)
+    step, start, end = torch.optim.AdamW.step, Watch.on_step_begin, Watch.on_step_end
+    counted: list[tuple[str, Any]] = []
+
+    def optimize(*arguments: Any, **options: Any) -> Any:
+        with _disable_current_modes():  # a fused optimizer keeps its count of steps on the device
+            return step(*arguments, **options)
+
+    def began(*arguments: Any, **options: Any) -> None:
+        counted.append(("begin", reads.names.copy()))
+        start(*arguments, **options)
+
+    def ended(*arguments: Any, **options: Any) -> None:
+        counted.append(("end", reads.names.copy()))
+        end(*arguments, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", optimize)
+    monkeypatch.setattr(Watch, "on_step_begin", began)
+    monkeypatch.setattr(Watch, "on_step_end", ended)
+    with Reads() as reads:
+        run(pruned, tmp_path / "out", replace(QUICK, method=method, max_steps=3))
+    assert [what for what, _ in counted] == ["begin", "end"] * 3
+    assert all(counted[number][1] == counted[number + 1][1] for number in (0, 2, 4))
+    assert reads.names, "values are read between them"
+
+
+def test_a_gpu_trains_by_fused_steps_in_bfloat16_and_is_read_now_and_then(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(pruned / "pruned")
+    adapted = with_adapter(load(pruned / "pruned", dtype=torch.bfloat16), QUICK)
+    bfloat16 = load(pruned / "pruned", dtype=torch.bfloat16)
+    found: dict[str, Any] = {}
+
+    def keep(**settings: Any) -> None:
+        found.update(settings)
+        raise Interruption
+
+    monkeypatch.setattr("hifiprune.recovery.trainer.TrainingArguments", keep)
+    for network, device, mixed in [
+        (model, "cpu", False), (model, "cuda", True), (adapted, "cuda", True), (bfloat16, "cuda", False)
+    ]:  # fmt: skip
+        with pytest.raises(Interruption):
+            run_trainer(network, QUICK, EMPTY, EMPTY, tmp_path, Watch(TimeLimit(None), 1), device=device, together=2)
+        assert found["bf16"] == mixed, "float32 weights that are trained are computed with in bfloat16"
+        assert found["optim"] == ("adamw_torch" if device == "cpu" else "adamw_torch_fused")
+        assert (found["logging_steps"] == 1) == (device == "cpu")
+        assert (found["per_device_train_batch_size"], found["gradient_accumulation_steps"]) == (2, 1)
+
+
+def test_a_gpu_takes_batches_of_a_step_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hifiprune.recovery.trainer.free_bytes", lambda _: 60 * 10**9)
+    small, large = shape(768, 2048, 12), shape(4096, 11_008, 32)
+    default, full = TrainingConfig(), TrainingConfig(method="full")
+    assert batches_together(small, default, "cpu") == 1
+    assert batches_together(small, replace(default, per_device_batch_size=1), "cuda") == 1, "as it was asked for"
+    assert batches_together(small, default, "cuda") == 32
+    assert batches_together(small, replace(default, gradient_accumulation_steps=6), "cuda") == 6
+    assert batches_together(large, default, "cuda") == 2, "which keep it busy"
+    assert batches_together(large, full, "cuda") == 1, "for want of room"
+    monkeypatch.setattr("hifiprune.recovery.trainer.free_bytes", lambda _: 8 * 10**9)
+    together = batches_together(small, default, "cuda")
+    assert together in (2, 4, 8, 16)
+    small.config._attn_implementation = "flash_attention_2"
+    assert batches_together(small, default, "cuda") == 1, "packed examples are kept apart in one row alone"
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_batches_that_go_together_learn_the_same(method: str, pruned: Path, tmp_path: Path) -> None:
+    rate = 1e-2 if method == "lora" else 1e-3
+    training = replace(QUICK, method=method, learning_rate=rate, lora_dropout=0.0, max_steps=2)
+    training = replace(training, gradient_accumulation_steps=4)
+    run(pruned, tmp_path / "one", training)
+    with patch("hifiprune.commands.recover.batches_together", lambda *_: 4):
+        run(pruned, tmp_path / "four", training)
+    before = weights_of(pruned / "pruned")
+    one, four = weights_of(tmp_path / "one"), weights_of(tmp_path / "four")
+    change = sum(float((one[name] - before[name]).square().sum()) for name in before)
+    off = sum(float((one[name] - four[name]).square().sum()) for name in before)
+    assert change > 0
+    assert off < 1e-2 * change

@@ -1,6 +1,7 @@
 """The loss of recovery training against transformers' own, and against plain formulas under autograd in float64."""
 
 import random
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from hifiprune.engine.sliced_objective import Rows
 from hifiprune.recovery.distillation import ROWS_A_FILE, CachedTeacher, LikeliestTarget, Teacher
 from hifiprune.recovery.loss import sliced_loss
 from hifiprune.recovery.packing import IGNORED, pack
+from hifiprune.recovery.trainer import collated
 from hifiprune.recovery.training_data import Example
 from hifiprune.scoring.objectives import SoftLabels
 from tests.families import FORMS, ROUTED, tiny_model, tiny_tokens
+from tests.test_waiting import on_meta, without_waiting
 
 
 def batch(windows: int = 3, positions: int = 11) -> dict[str, Tensor]:
@@ -198,3 +201,36 @@ def test_matching_hidden_states_is_the_naive_formula(variant: str) -> None:
         found = student(**batch()).loss
     plain = loss_of(student, SoftLabels(1.0), Teacher(dense))
     assert_same(student, found, plain + naive, rtol=1e-4)
+
+
+@pytest.mark.parametrize("target", ["labels", "teacher", "likeliest"])
+def test_a_gpu_is_not_waited_for_within_a_batch(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device whatever needs a value on the host is refused."""
+    without_waiting(monkeypatch)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # there is none for meta
+    student, dense = on_meta(tiny_model("llama", torch.bfloat16)), on_meta(tiny_model("llama", torch.bfloat16))
+    rows = collated([{name: values[row] for name, values in batch().items()} for row in range(3)])
+    if target == "likeliest":
+        rows["guide_values"], rows["guide_columns"] = torch.zeros(3, 11, 5), torch.zeros(3, 11, 4, dtype=torch.int32)
+    moved = {name: values.to("meta") for name, values in rows.items()}
+    teacher = Teacher(dense) if target == "teacher" else None
+    with sliced_loss(student.requires_grad_().train(), SoftLabels(0.0 if target == "labels" else 0.5), teacher):
+        loss: Tensor = student(**moved, num_items_in_batch=moved["labels"].ne(IGNORED).sum()).loss
+        loss.backward()
+    assert all(parameter.grad is not None for parameter in student.parameters())
+    student.eval()
+    with sliced_loss(student, SoftLabels(0.0)):
+        assert student(**moved).logits.shape == (3, 2)
+    moved.pop("places")
+    with pytest.raises((RuntimeError, NotImplementedError)), sliced_loss(student, SoftLabels(0.0)):
+        student(**moved)
+
+
+def test_places_are_those_before_a_label() -> None:
+    rows = collated([{name: values[row] for name, values in batch().items()} for row in range(3)])
+    assert rows["places"].tolist() == [*range(3, 10), *range(22 + 3, 22 + 10)]
+    assert all(torch.equal(rows[name], values) for name, values in batch().items())
+    model = tiny_model("llama")
+    plain, placed = ({**batch()}, rows)
+    with sliced_loss(model.eval(), SoftLabels(0.0)):
+        assert torch.equal(model(**plain).logits, model(**placed).logits)

@@ -40,7 +40,7 @@ from hifiprune.recovery.loss import sliced_loss
 from hifiprune.recovery.packing import Packed
 from hifiprune.recovery.rows import split
 from hifiprune.recovery.time_limit import OutOfTimeError
-from hifiprune.recovery.trainer import gathered, last_state, limit_batch
+from hifiprune.recovery.trainer import batches_together, gathered, last_state, limit_batch
 from hifiprune.recovery.trainer import train as run_trainer
 from hifiprune.recovery.training_data import read_examples
 from hifiprune.reports.model_card import write_card
@@ -156,7 +156,8 @@ def train(job: RecoverJob, lesson: Lesson, held: Packed) -> Outcome:
         job, student, model_hash, [asdict(training), rows.digest(), held.digest(), lesson.teacher_hash, processes()]
     )
     dtype = str(student.dtype).removeprefix("torch.")
-    batches = replace(compute, dtype=dtype, batch_size=training.per_device_batch_size)
+    together = batches_together(student, training, resolved_device(compute))
+    batches = replace(compute, dtype=dtype, batch_size=training.rows * together)
     logger.info(_announce(training, rows, held, Estimator(job.started, batches, loaded=True)))
     set_seed(training.seed)  # LoRA starts at random
     trained = _trainable(student, training)
@@ -172,6 +173,7 @@ def train(job: RecoverJob, lesson: Lesson, held: Packed) -> Outcome:
             folder,
             watch,
             device=resolved_device(compute),
+            together=together,
             report_to=job.config.report_to,
         )
         weights = gathered(trainer)
@@ -224,7 +226,7 @@ def write(job: RecoverJob, outcome: Outcome) -> None:
 def _explained(model: PreTrainedModel, training: TrainingConfig, folder: Path) -> Iterator[None]:
     """Turn a device without memory or a disk without room into one message."""
     try:
-        with memory_explained(model, training.per_device_batch_size * training.seq_len):
+        with memory_explained(model, training.rows * training.seq_len):
             yield
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch's file writer
@@ -258,7 +260,7 @@ def _merged(trained: nn.Module, checkpoint: Checkpoint) -> PreTrainedModel:
 
 
 def _tokens_per_step(training: TrainingConfig) -> int:
-    return training.per_device_batch_size * training.gradient_accumulation_steps * training.seq_len * processes()
+    return training.rows * training.gradient_accumulation_steps * training.seq_len * processes()
 
 
 def _announce(training: TrainingConfig, rows: Packed, held: Packed, estimator: Estimator) -> str:

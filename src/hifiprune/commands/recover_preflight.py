@@ -120,7 +120,7 @@ def check_training(compute: ComputeConfig, training: TrainingConfig) -> None:
         UserError: these are such.
     """
     check_launcher(low_rank=training.method == "lora")
-    if "flash" in (compute.attention or "") and training.per_device_batch_size > 1:
+    if "flash" in (compute.attention or "") and training.rows > 1:
         raise UserError(
             "flash attention keeps packed examples apart in batches of one row only: --per-device-batch-size 1"
         )

@@ -36,7 +36,13 @@ class TrainingConfig(Checked):
     max_minutes: float | None = option(
         None, "Wall-clock limit of the whole run, in minutes; such a run is not repeatable.", bounds=POSITIVE
     )
-    per_device_batch_size: int = option(1, "Rows per step on each device.", panel=OPTIMIZATION, bounds=COUNT)
+    per_device_batch_size: int | None = option(
+        None,
+        "Rows per batch on each device.",
+        panel=OPTIMIZATION,
+        bounds=COUNT,
+        shown_default="1; a GPU takes several of a step's batches together, by size and free memory",
+    )
     gradient_accumulation_steps: int = option(
         32, "Batches whose gradients make one optimizer step.", panel=OPTIMIZATION, bounds=COUNT
     )
@@ -100,6 +106,11 @@ class TrainingConfig(Checked):
         super().__post_init__()
         if self.cache_teacher and (self.match_hidden or not self.distill_weight):
             raise UserError("cache-teacher keeps distributions: give a --distill-weight above 0, and no --match-hidden")
+
+    @property
+    def rows(self) -> int:
+        """Return the rows of a batch."""
+        return self.per_device_batch_size or 1
 
     @property
     def taught(self) -> bool:

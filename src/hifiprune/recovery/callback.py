@@ -103,6 +103,7 @@ class Watch(TrainerCallback):
         self.look_start = time.monotonic()
         if self.share == 1 or state.global_step >= state.max_steps:
             control.should_training_stop = control.should_evaluate = control.should_save = True
+        control.should_log |= control.should_evaluate  # on a GPU not every step is
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
         """Keep the clock, last of all: a state without it is not whole."""

@@ -35,8 +35,9 @@ def sliced_loss(
 
     Args:
         model: called with `input_ids`, `position_ids`, `labels`, when several batches make a step with
-            `num_items_in_batch`, the number of labels that the sum over tokens is divided by, and with what
-            `hifiprune.recovery.distillation.CachedTeacher` adds.
+            `num_items_in_batch`, the number of labels that the sum over tokens is divided by, with `places`, the
+            flat indices of tokens before a label, and with what `hifiprune.recovery.distillation.CachedTeacher` adds.
+            Without `places` a GPU is asked for them, and waited for.
         kernel: the loss of a token.
         teacher: for a kernel that needs one, where rows do not bring what it would say.
         match_hidden: weight of the squared difference between the model's hidden states and the teacher's, relative to
@@ -48,30 +49,31 @@ def sliced_loss(
         input_ids: Tensor,
         position_ids: Tensor,
         labels: Tensor,
+        places: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         guide_values: Tensor | None = None,
         guide_columns: Tensor | None = None,
         **unused: Any,
     ) -> CausalLMOutput:
         learned = guided(labels)
-        answers = labels.roll(-1, 1)[learned]
+        places = learned.flatten().nonzero().flatten() if places is None else places
+        answers = _rows_at(places, labels.roll(-1, 1))
         every = model.training and match_hidden > 0
-        states = [each[learned] for each in hidden_states(model, input_ids, position_ids, every=every)]
+        states = [_rows_at(places, each) for each in hidden_states(model, input_ids, position_ids, every=every)]
         hidden = states[-1]
         count = learned.sum() if num_items_in_batch is None else num_items_in_batch
         if not model.training:
             losses = hidden.new_zeros(learned.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
-            losses[learned] = torch.cat(
-                [values for *_, values in _slices(hidden.detach(), head, SoftLabels(0.0), answers, None)]
-            )
+            parts = [values for *_, values in _slices(hidden.detach(), head, SoftLabels(0.0), answers, None)]
+            losses.view(-1).index_copy_(0, places, torch.cat(parts))
             rows = torch.stack((losses.sum(1), learned.sum(1).to(losses)), 1)
             return CausalLMOutput(loss=losses.sum() / count, logits=rows)
         target: Target | None = None
         if guide_values is not None and guide_columns is not None:
-            kept = guide_values[learned], guide_columns[learned]
+            kept = _rows_at(places, guide_values), _rows_at(places, guide_columns)
             target = LikeliestTarget(*kept, kernel.temperature)
         elif teacher:
-            wanted = [each[learned] for each in teacher.states(input_ids, position_ids, every=every)]
+            wanted = [_rows_at(places, each) for each in teacher.states(input_ids, position_ids, every=every)]
             target = WholeTarget(wanted[-1], Head.of(teacher.model))
         weight, bias = head.linear.weight, head.linear.bias
         total = SlicedLoss.apply(hidden, weight, bias, head, kernel, answers, target)  # type: ignore[no-untyped-call]
@@ -82,6 +84,11 @@ def sliced_loss(
     forward_: Callable[..., Any] = forward
     with overridden([(model, forward_)]):
         yield
+
+
+def _rows_at(places: Int[Tensor, "tokens"], values: Tensor) -> Tensor:
+    """Return the tokens at these places of all rows."""
+    return values.flatten(0, 1).index_select(0, places.to(values.device))
 
 
 def relative_difference(

@@ -1,6 +1,7 @@
 """Training after the cut, by transformers' Trainer."""
 
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -8,31 +9,40 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     EvalPrediction,
+    PreTrainedModel,
     PrinterCallback,
     Trainer,
     TrainingArguments,
 )
 
 from hifiprune.config.recover import TrainingConfig
+from hifiprune.engine.memory import choose_batches, free_bytes
 from hifiprune.io.distributed import processes
 from hifiprune.progress import note
 from hifiprune.recovery.callback import CLOCK, Watch
-from hifiprune.recovery.distillation import CachedTeacher
+from hifiprune.recovery.distillation import CachedTeacher, guided
 from hifiprune.recovery.packing import Packed
 from hifiprune.recovery.time_limit import OutOfTimeError
 
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw-bf16": "adamw_torch", "8-bit": "adamw_bnb_8bit"}
 """What transformers' Trainer calls each optimizer."""
+ON_GPU = {**OPTIMIZERS, "adamw": "adamw_torch_fused", "adamw-bf16": "adamw_torch_fused"}
+"""What it calls them on a GPU."""
+LOGGED_ON_GPU = 10
+"""Steps between readings of the loss on a GPU, each of which waits for it."""
+OPTIMIZED = 3
+"""Numbers that training adds for each trained weight: its gradient and two moments."""
 
 
 def limit_batch(training: TrainingConfig, rows: int) -> TrainingConfig:
     """Return the same with a batch size of no more than each device's share of all rows; tell if it was more."""
     share, size = -(-rows // processes()), training.per_device_batch_size
-    if size <= share:
+    if size is None or size <= share:
         return training
     note(f"There are {rows} rows to train on: --per-device-batch-size {size} is cut down to {share}.")
     return replace(training, per_device_batch_size=share)
@@ -42,6 +52,10 @@ class TimedTrainer(Trainer):
     """Transformers' Trainer, whose learning rate can fall with the time that is spent."""
 
     watch: Watch
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Count no operations, for which all parameters would be walked through at every batch."""
+        return 0
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Create a cosine over the steps, or over the time where that is limited and spent sooner."""
@@ -65,6 +79,7 @@ def train(
     watch: Watch,
     *,
     device: str,
+    together: int = 1,
     report_to: str = "none",
 ) -> TimedTrainer:
     """Train `model`, which returns its loss, and leave it in its best state by held-out loss; resumes from `folder`.
@@ -77,27 +92,30 @@ def train(
         folder: where states are kept.
         watch: tells of progress.
         device: `cpu`, or anything else for what torch finds.
+        together: batches of an optimizer step that are one on the device; see `batches_together`.
         report_to: experiment tracker of transformers' own, told of losses too.
     """
     steps = training.max_steps if training.max_steps is not None else -1
-    mixed = device != "cpu" and next(model.parameters()).dtype == torch.float32
-    resumed = last_state(folder)
+    on_gpu, resumed = device != "cpu", last_state(folder)
+    rows_at_once = training.rows * together
+    mixed = on_gpu and any(each.dtype == torch.float32 for each in model.parameters() if each.requires_grad)
+    optimizer = (ON_GPU if on_gpu else OPTIMIZERS)[training.optimizer]
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=training.epochs,
         max_steps=steps,
-        per_device_train_batch_size=training.per_device_batch_size,
-        per_device_eval_batch_size=training.per_device_batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        per_device_train_batch_size=rows_at_once,
+        per_device_eval_batch_size=rows_at_once,
+        gradient_accumulation_steps=training.gradient_accumulation_steps // together,
         learning_rate=training.learning_rate,
         lr_scheduler_type="cosine",
         weight_decay=training.weight_decay,
-        optim=OPTIMIZERS[training.optimizer],
+        optim=optimizer,
         activation_checkpointing=training.gradient_checkpointing,
         bf16=mixed,
-        use_cpu=device == "cpu",
+        use_cpu=not on_gpu,
         seed=training.seed,
-        logging_steps=1,
+        logging_steps=LOGGED_ON_GPU if on_gpu else 1,
         logging_nan_inf_filter=False,
         eval_strategy="steps",
         eval_on_start=resumed is None,
@@ -110,7 +128,8 @@ def train(
         greater_is_better=False,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
-        dataloader_pin_memory=device != "cpu",
+        dataloader_pin_memory=on_gpu,
+        accelerator_config={"non_blocking": on_gpu},
         disable_tqdm=True,
         report_to=report_to,
     )
@@ -120,14 +139,33 @@ def train(
         arguments,
         train_dataset=rows,
         eval_dataset=held,
+        data_collator=collated,
         callbacks=[watch],
         compute_metrics=mean_of_labels,
     )
     trainer.watch = watch
     trainer.remove_callback(PrinterCallback)
-    with suppress(OutOfTimeError):  # in the first look at the held-out rows
+    own_dtypes = disable_input_dtype_casting(model, active=mixed)  # autocast says in which dtype an adapter computes
+    with own_dtypes, suppress(OutOfTimeError):  # in the first look at the held-out rows
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     return trainer
+
+
+def batches_together(model: PreTrainedModel, training: TrainingConfig, device: str) -> int:
+    """Return how many of an optimizer step's batches a device takes as one: 1 where their size was asked for."""
+    one_by_one = device == "cpu" or "flash" in str(model.config._attn_implementation)  # which packs one row alone
+    if training.per_device_batch_size is not None or one_by_one:
+        return 1
+    weights = sum(each.numel() * each.element_size() for each in model.parameters())
+    room = (free_bytes(torch.device(device)) - OPTIMIZED * weights * (training.method == "full")) // 2
+    steps, recompute = training.gradient_accumulation_steps, training.gradient_checkpointing
+    return choose_batches(model, training.seq_len, steps, room, recompute=recompute)
+
+
+def collated(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack rows, and say where a label follows, which would make a GPU wait if it was asked."""
+    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    return batch | {"places": guided(batch["labels"]).flatten().nonzero().flatten()}
 
 
 def gathered(trainer: Trainer) -> dict[str, Tensor] | None:
