@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -81,7 +81,19 @@ class Activations:
     def taylor(self) -> Tensor:
         """Compute `h * dC/dh` in float32 or better, once, in place of the gradient."""
         assert self.gradient is not None
-        return at_least_float32(self.gradient).mul_(self.activation)
+        if self.gradient.device.type == "cpu" or self.gradient.dtype.itemsize >= torch.float32.itemsize:
+            return at_least_float32(self.gradient).mul_(self.activation)
+        return float32_product(self.gradient, self.activation)
+
+
+def float32_product(one: Tensor, other: Tensor) -> Tensor:
+    """Multiply two tensors of a 16-bit dtype; same as `one.float() * other.float()`, by one kernel of a GPU."""
+    return torch.addcmul(_zero(one.device), one, other)
+
+
+@cache
+def _zero(device: torch.device) -> Float[Tensor, "1"]:
+    return torch.zeros(1, device=device)
 
 
 ActivationHook = Callable[[Activations], None]

@@ -47,7 +47,11 @@ def absolute(seen: Activations) -> Float[Tensor, "1 neurons"]:
 
 def square(seen: Activations) -> Float[Tensor, "1 neurons"]:
     """Sum `(h * dC/dh) ** 2` over positions: large changes count for more than many small ones."""
-    return seen.taylor.flatten(0, 1).square().sum(0, keepdim=True)
+    rows = seen.taylor.flatten(0, 1)
+    if rows.device.type == "cpu":
+        return rows.square().sum(0, keepdim=True)
+    total: Tensor = torch.linalg.vector_norm(rows, 2, dim=0, keepdim=True)  # no square is written to memory
+    return total.square_()
 
 
 def weight_absolute(seen: Activations) -> Float[Tensor, "1 neurons"]:
