@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from hifiprune.config.groups import CriterionOptions
 from hifiprune.engine.block_chain import BlockChain
 from hifiprune.engine.hooks import Activations, float32_product
+from hifiprune.engine.lm_head import PART, Head, rows_of_slice
 from hifiprune.engine.memory import Graphs
 from hifiprune.models.detect import settled_family
 from hifiprune.models.mlp import find_mlps
@@ -128,3 +129,13 @@ def test_a_gpus_sum_of_squares_is_the_cpus() -> None:
     wanted = square(seen)
     seen.taylor = seen.taylor.as_subclass(OnGpu)
     torch.testing.assert_close(square(seen).as_subclass(Tensor), wanted, rtol=1e-6, atol=0)
+
+
+def test_a_gpu_takes_a_window_of_logits_at_once() -> None:
+    gpu, cpu, vocabulary = torch.device("cuda"), torch.device("cpu"), 32_000
+    assert rows_of_slice(vocabulary, gpu) == 1048
+    assert rows_of_slice(vocabulary, cpu) == 196
+    assert rows_of_slice(128_256, gpu) == 261
+    weights = [nn.Linear(1, 3 * PART, bias=False, device=device) for device in ("meta", "cpu")]
+    parts = [[len(part) for _, part in Head(weight)._weight(weight.weight.device)] for weight in weights]
+    assert parts == [[3 * PART], [PART] * 3]

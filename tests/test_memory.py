@@ -47,7 +47,7 @@ def llama_7b() -> PreTrainedModel:
 @pytest.mark.parametrize("windows", MEASURED)
 def test_estimates_of_memory_are_near_what_was_measured(windows: int) -> None:
     for recompute, measured in zip((True, False), MEASURED[windows], strict=True):
-        estimated = working_bytes(llama_7b(), 1024 * windows, Graphs(recompute)) / 1e9
+        estimated = working_bytes(llama_7b(), 1024 * windows, Graphs(recompute), GPU) / 1e9
         assert estimated / 1.35 <= measured <= estimated * 1.3
 
 
@@ -69,7 +69,7 @@ def test_larger_models_need_fewer_windows_and_a_cpu_takes_one() -> None:
     assert all(one > other for one, other in pairwise(sizes))
     assert sizes[2:] == [2, 1]
     for model, size in zip(shapes, sizes, strict=True):
-        assert working_bytes(model, 1024 * size, Graphs(recompute=True)) <= GPU_BYTES
+        assert working_bytes(model, 1024 * size, Graphs(recompute=True), GPU) <= GPU_BYTES
         assert choose_batch(model, 1024, torch.device("cpu"), 10**11) == 1
     assert choose_graphs(llama_7b(), 1024, torch.device("cpu"), 10**10) == Graphs(recompute=True)
     assert choose_graphs(llama_7b(), 4096, torch.device("cpu"), 10**11) == Graphs(recompute=False)

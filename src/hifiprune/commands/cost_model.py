@@ -100,12 +100,14 @@ class Estimator(Trial):
             memory += batches * state * (self.on_cpu or keeps_states(batches * state, self._free))  # the teacher's
         if self.streamed:
             memory += group * (2 + objectives) * state + inputs * (not self._spills)
-            head = self._head_bytes * self._head_is_held + slice_bytes(self.skeleton)
+            head = self._head_bytes * self._head_is_held + slice_bytes(self.skeleton, self.device)
             memory += max(self._two_blocks + 2 * graph_bytes(self.skeleton, tokens), head)
         else:
             projections = any(job.uses_projections for jobs in passes for job in jobs)
             graphs = self.graphs(tokens)
-            memory += working_bytes(self.skeleton, tokens, graphs, objectives=objectives, projections=projections)
+            memory += working_bytes(
+                self.skeleton, tokens, graphs, self.device, objectives=objectives, projections=projections
+            )
         seconds = sum(self._sweeping(jobs, batches, ceil(batches / group), size, positions) for jobs in passes)
         return Cost("scoring", seconds, memory, inputs * self._spills)
 
@@ -217,5 +219,5 @@ class Estimator(Trial):
         """Return the seconds to read the head once a group, or for every slice of positions in every direction."""
         if not self.streamed or not objectives:
             return 0.0
-        slices = tokens / rows_of_slice(self.config.vocab_size)
+        slices = tokens / rows_of_slice(self.config.vocab_size, self.device)
         return (groups if self._head_is_held else slices * (1 + objectives)) * self._head_bytes * self.rates[2]

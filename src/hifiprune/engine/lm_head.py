@@ -14,8 +14,9 @@ from hifiprune.errors import UserError
 from hifiprune.io.safetensors_stream import Stored
 
 SLICE_BYTES = 24 * 2**20  # one [slice, vocabulary] float32 matrix
+GPU_SLICE_BYTES = 128 * 2**20  # the same on a GPU, which larger matrices keep busy with fewer operations
 SLICE_ROWS = 128  # at least, for a fast matrix product
-PART = 16_384  # of the vocabulary, for one matrix product
+PART = 16_384  # of the vocabulary, for one matrix product on a CPU
 CACHE_BYTES = 3 * 2**20  # rows that a CPU's cache holds while the elementwise steps pass over them
 
 
@@ -66,7 +67,7 @@ class Head:
     @property
     def slice_rows(self) -> int:
         """Return the number of positions per matrix product."""
-        return rows_of_slice(self.vocabulary)
+        return rows_of_slice(self.vocabulary, self.device)
 
     @property
     def cache_rows(self) -> int:
@@ -100,16 +101,17 @@ class Head:
         if self.stored is not None and self.held is None:
             parts = self.stored.chunks(PART)
         else:
-            parts = iter((self.linear.weight.detach() if self.held is None else self.held).split(PART))
+            whole = self.linear.weight.detach() if self.held is None else self.held
+            parts = iter(whole.split(PART if device.type == "cpu" else len(whole)))
         start = 0
         for part in parts:
             yield slice(start, start + len(part)), part.to(device)
             start += len(part)
 
 
-def rows_of_slice(vocabulary: int) -> int:
-    """Return how many rows of logits fit into `SLICE_BYTES`, at least `SLICE_ROWS`."""
-    return max(SLICE_ROWS, SLICE_BYTES // (4 * vocabulary))
+def rows_of_slice(vocabulary: int, device: torch.device) -> int:
+    """Return how many rows of logits fit into a slice on a device, at least `SLICE_ROWS`."""
+    return max(SLICE_ROWS, (SLICE_BYTES if device.type == "cpu" else GPU_SLICE_BYTES) // (4 * vocabulary))
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

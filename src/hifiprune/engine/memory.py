@@ -8,7 +8,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from hifiprune.engine.lm_head import SLICE_BYTES, SLICE_ROWS
+from hifiprune.engine.lm_head import rows_of_slice
 from hifiprune.engine.offload import offload_of
 from hifiprune.io.distributed import neighbours
 from hifiprune.models.mlp import width_of
@@ -45,8 +45,8 @@ def choose_batch(model: PreTrainedModel, positions: int, device: torch.device, f
     """Return the number of windows per step: one on a CPU; as many as keep a GPU busy and have room on it."""
     if device.type == "cpu":
         return 1
-    size = max(1, int(BUSY / (weights_of_block(model) * positions)))
-    while size > 1 and working_bytes(model, size * positions, Graphs(recompute=True)) > room_for_pass(device, free):
+    size, room = max(1, int(BUSY / (weights_of_block(model) * positions))), room_for_pass(device, free)
+    while size > 1 and working_bytes(model, size * positions, Graphs(recompute=True), device) > room:
         size -= 1
     return size
 
@@ -54,21 +54,23 @@ def choose_batch(model: PreTrainedModel, positions: int, device: torch.device, f
 def choose_graphs(model: PreTrainedModel, tokens: int, device: torch.device, free: int) -> Graphs:
     """Return whether to recompute blocks: where the graphs of all have no room; a GPU keeps those that have."""
     room = room_for_pass(device, free)
-    if working_bytes(model, tokens, Graphs(recompute=False)) <= room:
+    if working_bytes(model, tokens, Graphs(recompute=False), device) <= room:
         return Graphs(recompute=False)
     if device.type == "cpu":
         return Graphs(recompute=True)
     most = range(1, model.config.get_text_config().num_hidden_layers)
-    fitting = [kept for kept in most if working_bytes(model, tokens, Graphs(recompute=True, kept=kept)) <= room]
+    fitting = [kept for kept in most if working_bytes(model, tokens, Graphs(recompute=True, kept=kept), device) <= room]
     return Graphs(recompute=True, kept=max(fitting, default=1))
 
 
-def choose_batches(model: PreTrainedModel, positions: int, most: int, room: int, *, recompute: bool) -> int:
+def choose_batches(
+    model: PreTrainedModel, positions: int, most: int, device: torch.device, room: int, *, recompute: bool
+) -> int:
     """Return how many of `most` training rows go through a GPU at once: a divisor that keeps it busy and has room."""
     fitting = [
         size
         for size in range(1, most + 1)
-        if most % size == 0 and TRAINED * working_bytes(model, size * positions, Graphs(recompute)) <= max(room, 0)
+        if most % size == 0 and TRAINED * working_bytes(model, size * positions, Graphs(recompute), device) <= room
     ]
     wanted = BUSY / (weights_of_block(model) * positions)
     return min((size for size in fitting if size >= wanted), default=max(fitting, default=1))
@@ -86,7 +88,13 @@ def room_for_pass(device: torch.device, free: int) -> int:
 
 
 def working_bytes(
-    model: PreTrainedModel, tokens: int, graphs: Graphs, *, objectives: int = 1, projections: bool = False
+    model: PreTrainedModel,
+    tokens: int,
+    graphs: Graphs,
+    device: torch.device,
+    *,
+    objectives: int = 1,
+    projections: bool = False,
 ) -> int:
     """Estimate the memory above the weights for steps of `tokens` positions: graphs, gradients, slices of logits.
 
@@ -97,7 +105,7 @@ def working_bytes(
     kept = (graphs.kept + 1) * graph + 2 * layers * state if graphs.recompute else layers * graph
     gradients = (objectives - 1) * state
     products = PROJECTIONS * FLOAT32 * width_of(model.config) * config.hidden_size if projections else 0
-    return int(kept + gradients + slice_bytes(model) + products)
+    return int(kept + gradients + slice_bytes(model, device) + products)
 
 
 def state_bytes(model: PreTrainedModel, tokens: int) -> int:
@@ -116,9 +124,10 @@ def keeps_states(size: int, free: int) -> bool:
     return size <= free * STATES_SHARE
 
 
-def slice_bytes(model: PreTrainedModel) -> int:
+def slice_bytes(model: PreTrainedModel, device: torch.device) -> int:
     """Return the bytes of one slice of logits and their gradients."""
-    return int(SLICES * max(SLICE_BYTES, FLOAT32 * SLICE_ROWS * model.config.get_text_config().vocab_size))
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    return SLICES * FLOAT32 * rows_of_slice(vocabulary, device) * vocabulary
 
 
 def group_of(model: PreTrainedModel, tokens: int, objectives: int = 0) -> int:

@@ -159,7 +159,7 @@ def batches_together(model: PreTrainedModel, training: TrainingConfig, device: s
     weights = sum(each.numel() * each.element_size() for each in model.parameters())
     room = (free_bytes(torch.device(device)) - OPTIMIZED * weights * (training.method == "full")) // 2
     steps, recompute = training.gradient_accumulation_steps, training.gradient_checkpointing
-    return choose_batches(model, training.seq_len, steps, room, recompute=recompute)
+    return choose_batches(model, training.seq_len, steps, torch.device(device), room, recompute=recompute)
 
 
 def collated(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
