@@ -111,7 +111,12 @@ class Head:
 
 def rows_of_slice(vocabulary: int, device: torch.device) -> int:
     """Return how many rows of logits fit into a slice on a device, at least `SLICE_ROWS`."""
-    return max(SLICE_ROWS, (SLICE_BYTES if device.type == "cpu" else GPU_SLICE_BYTES) // (4 * vocabulary))
+    return max(SLICE_ROWS, bytes_of_slice(device) // (4 * vocabulary))
+
+
+def bytes_of_slice(device: torch.device) -> int:
+    """Return the bytes of a slice of logits on a device, of more than `SLICE_ROWS` rows."""
+    return SLICE_BYTES if device.type == "cpu" else GPU_SLICE_BYTES
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

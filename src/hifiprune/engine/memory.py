@@ -8,7 +8,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from hifiprune.engine.lm_head import rows_of_slice
+from hifiprune.engine.lm_head import SLICE_ROWS, bytes_of_slice
 from hifiprune.engine.offload import offload_of
 from hifiprune.io.distributed import neighbours
 from hifiprune.models.mlp import width_of
@@ -126,8 +126,8 @@ def keeps_states(size: int, free: int) -> bool:
 
 def slice_bytes(model: PreTrainedModel, device: torch.device) -> int:
     """Return the bytes of one slice of logits and their gradients."""
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    return SLICES * FLOAT32 * rows_of_slice(vocabulary, device) * vocabulary
+    least = FLOAT32 * SLICE_ROWS * int(model.config.get_text_config().vocab_size)
+    return SLICES * max(bytes_of_slice(device), least)
 
 
 def group_of(model: PreTrainedModel, tokens: int, objectives: int = 0) -> int:
