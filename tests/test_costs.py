@@ -271,7 +271,7 @@ def test_a_run_on_an_h100_is_foretold_within_a_third(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     compute = hp.ComputeConfig(device="cpu", dtype="bfloat16", batch_size=1, recompute=False)
     estimator = Figures(find_checkpoint(str(tmp_path)), compute)
-    estimator.device = torch.device("cuda")
+    estimator.device, estimator._free = torch.device("cuda"), 0  # as if states had no room there: they went to the host
     took = {"loading": 39.09, "scoring": 3.846, "repair": 21.25, "writing": 7.506}  # hifiprune prune, 32 windows
     foretold = {
         "loading": estimator.loading(),
@@ -282,7 +282,12 @@ def test_a_run_on_an_h100_is_foretold_within_a_third(tmp_path: Path) -> None:
     assert {step: cost.seconds for step, cost in foretold.items()} == {
         step: pytest.approx(seconds, rel=0.3) for step, seconds in took.items()
     }
-    assert estimator.repair(32, 1024, 7552).seconds == pytest.approx(25.05, rel=0.3), "by itself, as it was timed too"
+    whole = estimator.repair(32, 1024, 7552)
+    assert whole.seconds == pytest.approx(25.05, rel=0.3), "by itself, as it was timed too"
+    estimator._free = 60 * 10**9
+    stay = estimator.repair(32, 1024, 7552)
+    assert whole.seconds - stay.seconds == pytest.approx(12.35), "states stay on the GPU now"
+    assert stay.memory - whole.memory == 32 * 1024 * (2 * 4096 + 7552) * 2
 
 
 def test_a_gpu_is_tried_with_what_it_will_do(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from hifiprune.io.distributed import processes
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.mlp import count_parameters, find_blocks, seen_mlps
 from hifiprune.pruning.reconstruct import LOOKS, Training
-from hifiprune.pruning.repair import HELD_OUT
+from hifiprune.pruning.repair import HELD_OUT, STREAMS_SHARE
 from hifiprune.results import Cost
 from hifiprune.scoring.accumulate import StatisticJob, needs
 from hifiprune.scoring.criteria import find_criterion
@@ -133,7 +133,9 @@ class Estimator(Trial):
         hidden, size = self.config.hidden_size, self.batch(windows, positions)
         tokens, batches = size * positions, ceil(windows / size)
         forward = self.pace(sweep, size, positions, (), False).block
-        moving = self.moving(tokens, width)
+        states = windows * positions * ((3 if training else 2) * hidden + width) * self.dtype.itemsize
+        stay = not self.on_cpu and states <= STREAMS_SHARE * self._free
+        moving = 0.0 if stay else self.moving(tokens, width)
         block = batches * (REPAIR_PASSES * forward + moving + self.seen * self.moments(tokens, width))
         block += self.mlps * self.solution(width)
         trained = 0
@@ -142,12 +144,11 @@ class Estimator(Trial):
             longest = 60 * training.minutes / self.layers if training.minutes else inf
             block += min(longest, forward * (TRAINING_PASSES * taken + (LOOKS + 2) * ceil(batches / HELD_OUT)))
             trained = self._stored_blocks // self.layers // self.checkpoint.dtype().itemsize
-        states = windows * positions * ((3 if training else 2) * hidden + width) * self.dtype.itemsize
         projections = self.layers * self.mlps * width * hidden * self.checkpoint.dtype().itemsize
         memory = self.base + self.mlps * torch.float64.itemsize * (GRAMS * width * width + CROSSES * width * hidden)
         memory += self._two_blocks * self.streamed + graph_bytes(self.skeleton, tokens)
         memory += torch.float32.itemsize * TRAINING_COPIES * trained
-        memory += states * (self.on_cpu and not self._spills)
+        memory += states * (stay or (self.on_cpu and not self._spills))
         seconds = self._streamed(self.layers * block, sweeps=1)
         return Cost("cutting and repairing", seconds, memory, (states + projections) * self._spills)
 
