@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 import hifiprune as hp
+from hifiprune.commands.messages import remark_on_more_text
 from hifiprune.engine.temporary_cut import cut
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.mlp import find_blocks, find_mlps
 from hifiprune.pruning.repair import HELD_OUT, cut_and_repair_, residual_stream
+from hifiprune.results import Refit
 from tests.commands import Result, refused
 from tests.commands import run as run_command
 from tests.families import FORMS, tiny_model, tiny_tokens
@@ -103,6 +106,12 @@ def test_the_parallel_form_is_least_squares_on_the_dense_model(variant: str, wei
         if bias is not None:
             torch.testing.assert_close(mlp.output.bias, bias + change[:, -1], rtol=1e-6, atol=1e-8)
         assert refit.error < refit.plain_error
+        positions = len(inputs) // WINDOWS
+        fitted = (torch.arange(WINDOWS) % HELD_OUT != HELD_OUT - 1).repeat_interleave(positions)
+        trial = ridge(inputs[fitted], residual[fitted], scale[fitted].double(), refit.damping)
+        left = (scale * (residual - inputs @ trial.T))[fitted].square().sum()
+        plain = (scale * residual)[fitted].square().sum()
+        assert refit.fitted_share == pytest.approx(float(left / plain), rel=1e-5)
     assert solved >= 2, "or there was nothing to check"
 
 
@@ -390,6 +399,38 @@ def test_repair_on_text_from_the_model_itself(world: Path, tmp_path: Path, mixed
     assert result.code == 0, result.err
     assert len(result.json["results"]["repair"]) == 3
     assert [stage["name"] for stage in result.json["stages"]].count("sampling text from the model") == 1
+
+
+def test_few_windows_are_told_before_and_after(world: Path, tmp_path: Path) -> None:
+    def told(name: str, *words: object) -> str:
+        result = prune(world / "dense", tmp_path / name, "--calibration", world / "calibration.txt", *words)
+        assert result.code == 0, result.err
+        return " ".join(result.err.split())
+
+    few = told("few", "--seq-len", 8, "--num-samples", 3)
+    assert "24 calibration tokens are fewer than the 29 neurons that repair refits in each MLP" in few
+    assert "--num-samples 15 or more" in few
+    assert "calibration tokens are fewer" not in told("none", "--seq-len", 8, "--num-samples", 3, "--repair", "none")
+    enough = told("enough", "--seq-len", 32, "--num-samples", 60)
+    assert "fewer" not in enough
+    assert "More text would help" not in enough
+
+
+@pytest.mark.parametrize(
+    ("fitted", "message"),
+    [
+        (0.4, ""),  # a held-out share of 0.5 that is as good as it gets at 0.45
+        (0.2, "by up to 30% of the error that it leaves on held-out windows: --num-samples 32."),
+        (None, ""),
+    ],
+)
+def test_more_text_is_recommended_where_the_fit_is_better_than_what_is_held_out(
+    caplog: pytest.LogCaptureFixture, fitted: float | None, message: str
+) -> None:
+    refits = [Refit("a", 0.1, 0.2, 0.1, fitted), Refit("b", 0.1, 0.4, 0.2, fitted)]
+    with caplog.at_level(logging.INFO, "hifiprune"):
+        remark_on_more_text(refits, hp.Calibration("x", 8))
+    assert caplog.text.strip().endswith(message) if message else not caplog.text
 
 
 REFUSED: list[tuple[tuple[object, ...], str]] = [

@@ -80,12 +80,21 @@ class Scoring(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Refit:
-    """Squared residual of an output projection before and after its refit; no damping if the plain cut was better."""
+    """Squared residual of an output projection before and after its refit; no damping if the plain cut was better.
+
+    Attributes:
+        name: of the MLP.
+        damping: that was chosen.
+        plain_error: of the plain cut on held-out tokens, relative to the squared output.
+        error: of the refit on them.
+        fitted_share: what the refit leaves of the plain cut's residual on the tokens that it was fitted to.
+    """
 
     name: str
     damping: float | None
     plain_error: float
     error: float
+    fitted_share: float | None = None
 
 
 @dataclass(frozen=True)

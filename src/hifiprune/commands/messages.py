@@ -1,5 +1,6 @@
 """Messages before the work begins: expected costs, and remarks."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -21,10 +22,15 @@ from hifiprune.io.tokenization import special_tokens
 from hifiprune.plan import EXPERT, ModelShape
 from hifiprune.progress import about, logger, note
 from hifiprune.pruning.reconstruct import Training
-from hifiprune.results import Cost
+from hifiprune.results import Cost, Refit
 from hifiprune.scores import Scores
 from hifiprune.scoring.criteria import CRITERIA, find_criterion
 from hifiprune.scoring.score import Request, count_passes
+
+TOKENS_PER_NEURON = 4
+"""Calibration tokens for each neuron that is refitted, which are recommended where there are few."""
+HELPS = 0.1
+"""Share of repair's held-out error that more text would remove, above which that is said."""
 
 
 def announce_plan(budget: Budget, shape: ModelShape, width: int, round_to: int, allocation: str) -> str:
@@ -102,6 +108,34 @@ def remark_on_scale(scores: Scores, allocation: AllocationConfig) -> None:
     if allocation.method == "global" and known and not known.across_layers:
         logger.warning(
             f"Scores by '{scores.criterion}' are not on one scale in all layers; widths by them mean little."
+        )
+
+
+def remark_on_amount(calibration: Calibration, width: int) -> None:
+    """Remark if repair has fewer tokens than neurons to refit, so that its moments are singular but for damping."""
+    tokens = calibration.num_samples * calibration.seq_len
+    if tokens < width:
+        note(
+            f"{tokens} calibration tokens are fewer than the {width} neurons that repair refits in each MLP: damping "
+            f"decides much of it. Use --num-samples {-(-TOKENS_PER_NEURON * width // calibration.seq_len)} or more."
+        )
+
+
+def remark_on_more_text(refits: Sequence[Refit], calibration: Calibration) -> None:
+    """Remark if repair fits its text much better than the held-out windows, which more text would change.
+
+    A regression on `n` tokens errs as much less on them as it errs more on others, both by a share that falls as `1/n`:
+    endless text would bring both errors to the middle.
+    """
+    known = [refit for refit in refits if refit.fitted_share is not None]
+    held = sum(refit.error for refit in known)
+    fitted = sum(refit.plain_error * (refit.fitted_share or 0.0) for refit in known)
+    share = (held - fitted) / 2 / held if held else 0.0
+    if share > HELPS:
+        wanted = calibration.num_samples * 2 ** math.ceil(math.log2(share / HELPS))
+        logger.info(
+            f"More text would help the repair, by up to {share:.0%} of the error that it leaves on held-out windows: "
+            f"--num-samples {wanted}."
         )
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hifiprune.commands.cost_model import Estimator
 from hifiprune.commands.job import DenseModel, PruneJob
-from hifiprune.commands.messages import announce_repair, remark_on_scale
+from hifiprune.commands.messages import announce_repair, remark_on_more_text, remark_on_scale
 from hifiprune.commands.prune_preflight import resolve
 from hifiprune.commands.score import describe_scores
 from hifiprune.commands.steps import Windows, calibration_windows, estimate_costs, read_calibration, score_dense
@@ -105,6 +105,8 @@ def cut_and_repair(
                 batch_size=estimator.batch(*windows.shape),
                 resume_folder=job.resume_folder.of(model, dense.hash),
             )
+        assert job.calibration
+        remark_on_more_text(repair.refits, job.calibration)
     elif job.config.bias_compensation or not dense.stored_plainly:
         model = dense.load_scored(scores, job.checkpoint.dtype())
         cut_(model, plan, scores.means if job.config.bias_compensation else None)

@@ -11,6 +11,7 @@ from hifiprune.commands.inspect import shape_of
 from hifiprune.commands.job import PruneJob
 from hifiprune.commands.messages import (
     announce_plan,
+    remark_on_amount,
     remark_on_blocks,
     remark_on_ignored,
     remark_on_options,
@@ -99,6 +100,8 @@ def resolve(model: str, output: str | Path, config: PruneConfig, scores: Scores 
     check_space(target, int(checkpoint.dtype().itemsize * shape.total_parameters * (1 - shape.ratio_at(width))))
     note(announce_plan(config.budget, shape, width, system.round_to, config.allocation.method))
     remark_on_blocks(config.budget, shape, width, config.allocation)
+    if calibration and system.repair != "none":
+        remark_on_amount(calibration, width)
     ratio = config.budget.ratio or shape.ratio_at(width)
     remark_on_options(scores, ratio)
     resident = resident_for(config, calibration)

@@ -109,15 +109,16 @@ class HeldOut:
         if not (totals[1] and totals[3]):
             return None, Refit(name, None, 0.0, 0.0)
         plain = least = self.held.error(None)
-        best = None
+        best, fitted = None, None
         for damping in DAMPINGS:
             change = self.fit.solve(damping)
             error = least if change is None else self.held.error(change)
             if not error < least:
                 break
-            best, least = damping, error
+            best, least, fitted = damping, error, change
         change = None if best is None else self.fit.merge(self.held).solve(best)
-        return change, Refit(name, best, plain, least)
+        before = self.fit.error(None)
+        return change, Refit(name, best, plain, least, self.fit.error(fitted) / before if before else None)
 
 
 def gram(rows: Float[Tensor, "tokens columns"]) -> Float[Tensor, "columns columns"]:
