@@ -1,5 +1,6 @@
 """How many windows a step has, and of which blocks the graphs are kept, by the free memory of a GPU."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from tests.families import tiny_model, tiny_tokens
 GPU = torch.device("cuda")
 MEASURED = {1: (1.362, 6.165), 2: (2.139, 11.75), 4: (3.694, 22.68), 8: (6.968, 44.93)}
 """GB above the weights for windows of 1,024 tokens, by their number, with blocks recomputed and with all graphs kept:
-the shape of Llama-2-7B in bfloat16 on an H100."""
+the shape of Llama-2-7B in bfloat16 on an H100, 2026-11-27."""
 
 
 def shape(hidden: int, width: int, layers: int, vocabulary: int = 32_000) -> PreTrainedModel:
@@ -109,3 +110,15 @@ def test_the_estimate_goes_by_the_same_choice(checkpoint: Path, monkeypatch: pyt
     monkeypatch.setattr("hifiprune.commands.cost_model.choose_batch", lambda *_: 4)
     monkeypatch.setattr("hifiprune.commands.cost_model.choose_graphs", lambda *_: Graphs(recompute=True, kept=2))
     assert estimator.scoring(request, 8, 16).seconds == 2 * ((layers - 2) * 20 + 2 * 15 + 1)
+
+
+def test_as_many_tokens_keep_a_gpu_busy_as_was_measured(shared: Path) -> None:
+    lines = (shared / "gpu" / "2026-11-27-h100.jsonl").read_text(encoding="utf-8").splitlines()
+    entries = {entry["name"]: entry for entry in map(json.loads, lines) if entry["phase"] == "cost7b"}
+    one, two, four = (entries[f"hfprune, batch {size}, recompute False"]["ms_per_window"] for size in (1, 2, 4))
+    assert one > 1.4 * two, "one window of 1,024 tokens leaves the GPU waiting"
+    assert two < 1.03 * four, "more than two gain nothing"
+    assert choose_batch(llama_7b(), 1024, GPU, 10**11) == 2
+    for size, (recomputed, whole) in MEASURED.items():
+        assert entries[f"hfprune, batch {size}, recompute True"]["peak_gb"] == recomputed
+        assert entries[f"hfprune, batch {size}, recompute False"]["peak_gb"] == pytest.approx(whole, abs=0.01)

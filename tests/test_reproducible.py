@@ -1,5 +1,6 @@
 """Deterministic algorithms where they are asked for, and what a record says of runs without them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import torch
 from torch import Tensor
 
 from hifiprune.engine.block_chain import BlockChain
-from hifiprune.engine.reproducible import WORKSPACE, cumulative, deterministic, repeatability
+from hifiprune.engine.reproducible import AGREEMENT, WORKSPACE, cumulative, deterministic, repeatability
 from hifiprune.errors import RunError, UserError
 from tests.commands import run
+from tests.conftest import ROOT
 
 
 def settings() -> tuple[bool, bool, bool]:
@@ -82,3 +84,13 @@ def test_sums_of_integers_draw_the_same_labels(monkeypatch: pytest.MonkeyPatch) 
         found = cumulative(probabilities.as_subclass(OnGpu))
     torch.testing.assert_close(found.as_subclass(Tensor), probabilities.double().cumsum(-1).float(), rtol=2e-7, atol=0)
     torch.testing.assert_close(wanted, probabilities.double().cumsum(-1).float(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_agreement_is_the_measured_one(shared: Path) -> None:
+    lines = (shared / "gpu" / "2026-11-27-h100.jsonl").read_text(encoding="utf-8").splitlines()
+    (again,) = [entry for entry in map(json.loads, lines) if entry["name"].startswith("hfprune again,")]
+    assert not again["bit_equal"]
+    assert f"{again['kept_alike_min']:.2%} of the same neurons" in AGREEMENT
+    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    assert f"{again['kept_alike_min']:.2%}" in page
+    assert f"{again['kept_alike']:.2%} on average" in page
