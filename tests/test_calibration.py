@@ -23,7 +23,7 @@ from hifiprune.calibration import (
     load_windows,
     sample_windows,
 )
-from hifiprune.config.texts import mixture
+from hifiprune.config.texts import RECOMMENDED, mixture
 from hifiprune.io.prompts import read_prompts
 from hifiprune.io.text_sources import python_docs, read_documents
 from tests.conftest import byte_tokenizer
@@ -165,15 +165,33 @@ def test_hub_data_sets_are_streamed_by_id_config_and_split(monkeypatch: pytest.M
 
     monkeypatch.setattr("huggingface_hub.utils.get_session", Hub)
     monkeypatch.setattr("datasets.load_dataset", load)
-    for source in ("org/data", "org/data:validation", "org/data:en:test"):
+    for source in ("org/data", "org/data:validation", "org/data:train_sft", "org/data:en:test", "org/data:en"):
         assert sorted(texts_of(source)) == sorted(DOCUMENTS)
     assert asked == [
         ("org/data", None, "train", True, False),
         ("org/data", None, "validation", True, False),
+        ("org/data", None, "train_sft", True, False),
         ("org/data", "en", "test", True, False),
+        ("org/data", "en", "train", True, False),
     ]
     with pytest.raises(UserError, match="is written id"):
         texts_of("a:b:c:d")
+
+
+def test_the_recommended_text_is_read_from_both_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import Dataset
+
+    letters = {("HuggingFaceFW/fineweb-edu", "sample-10BT"): "f", ("allenai/c4", "en"): "c"}
+
+    def load(name: str, config: str, split: str, **_: object) -> object:
+        assert split == "train"
+        return Dataset.from_dict({"text": [letters[name, config] * 100] * 20}).to_iterable_dataset()
+
+    monkeypatch.setattr("huggingface_hub.utils.get_session", Hub)
+    monkeypatch.setattr("datasets.load_dataset", load)
+    calibration = Calibration(**mixture([*RECOMMENDED]), num_samples=12, seq_len=30)  # type: ignore[arg-type]
+    windows = load_windows(calibration, byte_tokenizer())
+    assert sorted(byte_tokenizer().decode(window[:1]) for window in windows) == ["c"] * 6 + ["f"] * 6
 
 
 def test_a_hub_that_gives_no_data_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

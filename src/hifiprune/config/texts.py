@@ -9,6 +9,8 @@ from hifiprune.errors import UserError
 from hifiprune.io.text_sources import SELF, check_named
 
 SAMPLERS = ("auto", "documents", "stream")
+RECOMMENDED = ("HuggingFaceFW/fineweb-edu:sample-10BT", "allenai/c4:en")
+"""General text of the hub, in equal parts, for models without a use of their own."""
 MOST_TOKENS = 2**32
 """Largest number of tokens of all windows; papers use some hundred thousand."""
 
@@ -45,7 +47,8 @@ class Calibration(Checked):
     source: str = option(
         help="Calibration text: a .txt, .jsonl, .csv or .parquet file (also .gz, .bz2, .xz, .zst), a folder of these, "
         "'-' for standard input, a hub data set id[:config][:split], 'python-docs' (ships with Python) or 'self' "
-        "(sampled from the model). Repeat it to mix sources; SOURCE:0.3 gets 30% of the windows.",
+        "(sampled from the model). Repeat it to mix sources; SOURCE:0.3 gets 30% of the windows. Recommended: text "
+        f"like that of the model's use, or {' with '.join(RECOMMENDED)}.",
         flag="--calibration",
         metavar="SOURCE",
         words=mixture,

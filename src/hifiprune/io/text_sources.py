@@ -16,6 +16,8 @@ TEXT_COLUMNS = ("text", "content", "document", "article", "passage")
 SELF, PYTHON_DOCS = "self", "python-docs"
 HUB_SECONDS = 10
 """Seconds in which the hub must answer, before its clients try again and again."""
+SPLITS = "train|test|valid|dev|eval"
+"""What names of splits begin with: any other single name after that of a hub data set is a config."""
 HUB_ROWS = 20_000
 """Rows read from a hub data set for text at most, after shuffling its stream."""
 PARQUET_ROWS = 256
@@ -230,8 +232,9 @@ def _hub_rows(source: str, seed: int, most: int | None) -> Iterator[Row]:
     name, *rest = source.split(":")
     if len(rest) > 2:
         raise UserError(f"'{source}' names no file here, and a hub data set is written id[:config][:split]")
-    config = rest[0] if len(rest) == 2 else None
-    split = rest[-1] if rest else "train"
+    named_split = rest and (len(rest) == 2 or re.match(SPLITS, rest[0]))
+    split = rest.pop() if named_split else "train"
+    config = rest[0] if rest else None
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
     except Exception as error:  # of a client that huggingface_hub chooses
