@@ -144,6 +144,30 @@ def test_from_the_table_to_a_pruned_model(world: Path, tmp_path: Path) -> None:
     assert len({*plan.widths}) > 1
 
 
+def test_weight_files_take_at_most_the_size_asked_for(world: Path, tmp_path: Path) -> None:
+    words = ("prune", world / "dense", "--criterion", "magnitude", "--round-to", 4)
+
+    def size(folder: Path) -> int:
+        return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+    dense = size(world / "dense")
+    wanted = dense * 9 // 10 // 1000
+    result = run(*words, "--output", tmp_path / "out", "--max-size", f"{wanted}KB")
+    assert result.code == 0, result.err
+    width = hp.Plan.load(tmp_path / "out" / "hifiprune" / "plan.json").widths[0]
+    assert size(tmp_path / "out") <= wanted * 1000
+    assert run(*words, "--output", tmp_path / "wider", "--width", width + 4).code == 0
+    assert size(tmp_path / "wider") > wanted * 1000
+    for value, message in [
+        (f"{dense}KB", "the dense model's weight files take no more"),
+        ("1KB", "is less than is left where every MLP keeps 4 neurons"),
+        ("6 GB", "max-size '6 GB' must be a number and a unit"),
+    ]:
+        refused = run(*words, "--output", tmp_path / "none", "--max-size", value)
+        assert refused.code == 2
+        assert message in " ".join(refused.err.split())
+
+
 def test_a_table_that_does_not_fit_is_refused(world: Path, tmp_path: Path) -> None:
     scores, table = tmp_path / "s.safetensors", tmp_path / "widths.json"
     assert run("score", world / "dense", "--output", scores, "--criterion", "magnitude").code == 0
