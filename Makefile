@@ -1,11 +1,12 @@
 # Targets: demo, test, test-exhaustive, test-browser, test-llama-cpp, test-readers, chromium, check, docs, notebook, figures,
-# bench, bench-gpu, test-gpu, wheel-test, dist, publish. Those that need an environment make it first.
+# bench, bench-gpu, test-gpu, test-oldest, wheel-test, dist, publish. Those that need an environment make it first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ENGINE := $(VENV)-llama-cpp
 READERS := $(VENV)-readers
 READERS_4 := $(VENV)-readers-4
+OLDEST := $(VENV)-oldest
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 # Checks types and shapes at every call, which takes as long again as what is called: for tests of numerics only, of a
 # variant of each form of block (tests/conftest.py).
@@ -14,7 +15,7 @@ TYPED := $(addprefix tests/test_,$(addsuffix .py,allocation calibration criteria
 	objectives repair scoring scratch streaming training_loss))
 
 .PHONY: demo test test-exhaustive test-browser test-llama-cpp test-readers chromium check docs notebook figures bench bench-gpu \
-	test-gpu wheel-test dist publish
+	test-gpu test-oldest wheel-test dist publish
 
 demo: $(VENV)/.installed
 	@$(BIN)/hifiprune demo --output demo-out
@@ -58,6 +59,10 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/scoring.py
 	$(BIN)/hifiprune demo --output demo-out --overwrite
 	cp demo-out/demo.json benchmarks/results/demo.json
+
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -m "not exhaustive" $(addprefix tests/test_,$(addsuffix .py,products criteria repair scoring \
+		cut cutting experts streaming resuming recovery cli))
 
 bench-gpu: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.gpu
@@ -118,4 +123,12 @@ $(READERS_4)/.installed: constraints.txt Makefile
 	@echo "Making the environment in $(READERS_4), with transformers 4.57.6 ..."
 	@test -x $(READERS_4)/bin/python || $(PYTHON) -m venv $(READERS_4)
 	@$(READERS_4)/bin/pip install --quiet transformers==4.57.6 $$(grep -E '^(torch|numpy|safetensors)==' constraints.txt)
+	@touch $@
+
+$(OLDEST)/.installed: pyproject.toml constraints.txt constraints-oldest.txt
+	@echo "Making the environment in $(OLDEST), with the oldest torch (a build for GPUs: 6 GB) ..."
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	@grep -Ev '^(torch|torchao|sympy)==' constraints.txt > $(OLDEST)/constraints.txt
+	@$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt --constraint constraints-oldest.txt \
+		--editable . beartype hypothesis pytest
 	@touch $@

@@ -8,6 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+MIXED = "dtype" in torch.ops.aten.mm.overloads()
+"""Whether this version of torch multiplies 16-bit matrices with a float32 result."""
+
 
 def multiply(left: Float[Tensor, "rows inner"], right: Float[Tensor, "inner columns"], out: Tensor) -> None:
     """Write `left.float() @ right.float()`, in float64 if `out` is, into `out`."""
@@ -37,7 +40,7 @@ def add_product(
 def by_tensor_cores(left: Tensor, right: Tensor, out: Tensor) -> bool:
     """Return whether tensor cores compute the product as exactly as it is asked for."""
     narrow = right.dtype == torch.bfloat16 and left.dtype != torch.float64
-    return right.is_cuda and narrow and out.dtype == torch.float32
+    return MIXED and right.is_cuda and narrow and out.dtype == torch.float32
 
 
 def split(values: Tensor, dtype: torch.dtype) -> list[Tensor]:
