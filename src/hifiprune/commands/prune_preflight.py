@@ -210,10 +210,10 @@ def budget_of_size(max_size: str, checkpoint: Checkpoint, shape: ModelShape, rou
     Raises:
         UserError: the dense model takes no more, or none does.
     """
-    most, dense = size_in_bytes("max-size", max_size), checkpoint.weight_bytes
+    most, removable = size_in_bytes("max-size", max_size), checkpoint.dtype().itemsize * shape.total_parameters
+    dense = checkpoint.weight_bytes if checkpoint.is_here else removable
     if dense <= most:
         raise UserError(f"max-size {max_size}: the dense model's weight files take no more, {disk_size(dense)}")
-    removable = checkpoint.dtype().itemsize * shape.total_parameters
     sizes = {
         width: dense - round(removable * shape.ratio_at(width)) for width in range(round_to, shape.neurons, round_to)
     }
