@@ -118,6 +118,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
                 "--seeds", "1", "--calibration", "TEXT", "--num-samples", "2", "--seq-len", "16", "--text", "HELD",
                 "--max-windows", "1"),
     "inspect": ("MODEL", "--deploy"),
+    "generate": ("MODEL", "--prompt", "a", "--max-new-tokens", "2"),
     "push": ("MODEL", "me/model"),
 }  # fmt: skip
 

@@ -360,6 +360,7 @@ def test_no_help_is_cut_off_at_80_columns(command: str, monkeypatch: pytest.Monk
     assert max(map(len, shown.splitlines())) <= 80
     starred = set(re.findall(r"^│ \*  (--[\w-]+)", shown, re.MULTILINE))
     needed = {"compare": {"--output", "--calibration"}, "ablate": {"--scores"}, "recover": {"--data"}}
+    needed["generate"] = {"--prompt"}
     needed["table"] = {"--output", "--scores", "--calibration"}
     outputs = {"--output"} if command in ("prune", "score", "export") else set()
     assert starred == needed.get(command, outputs)

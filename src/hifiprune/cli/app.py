@@ -41,7 +41,7 @@ def _root(context: Context, version: Annotated[bool, Option("--version", help="S
 for command in (
     commands.demo, commands.inspect, commands.prune, commands.score, commands.table, commands.evaluate,
     commands.criteria, commands.compare, commands.ablate, commands.recover, commands.bench, commands.report,
-    commands.export, commands.push,
+    commands.export, commands.generate, commands.push,
 ):  # fmt: skip
     app.command(cls=Command, short_help=command.__doc__)(command)
 

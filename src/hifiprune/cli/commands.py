@@ -16,6 +16,7 @@ from hifiprune.config.bench import BenchConfig
 from hifiprune.config.demo import DemoConfig
 from hifiprune.config.evaluate import EvaluateConfig
 from hifiprune.config.export import ExportConfig
+from hifiprune.config.generate import GenerateConfig
 from hifiprune.config.prune import PruneConfig, ScoreConfig, TableConfig
 from hifiprune.config.recover import TRAININGS, RecoverConfig
 from hifiprune.config.study import AblateConfig, CompareConfig
@@ -36,7 +37,7 @@ def demo(
     from hifiprune.commands import demo
 
     record = demo.run(output, config)
-    show(record.to_dict(), as_json, lambda: tables.demonstrated(record))
+    show(record.to_dict(), as_json, lambda: tables.demonstrated(record, output))
 
 
 @with_config
@@ -250,6 +251,16 @@ def export(
 
     results = hp.export(model, output, config)
     show(results, as_json, lambda: tables.exported(results, local_path(output)))
+
+
+@with_config
+def generate(model: Model, config: GenerateConfig, *, as_json: bool) -> None:
+    """Continue a prompt, and show where a second model (--against) parts from it."""
+    from hifiprune.cli import tables
+    from hifiprune.commands.generate import generate as generated
+
+    results = generated(model, config)
+    show(results, as_json, lambda: tables.generated(results))
 
 
 @with_config

@@ -7,12 +7,14 @@ from typing import Any
 from rich.table import Table
 
 from hifiprune.commands.export import ExportResults
+from hifiprune.commands.generate import GenerateResults
 from hifiprune.commands.inspect import InspectResults
 from hifiprune.commands.next_steps import (
     next_is_measuring,
     next_is_pruning,
     next_is_without_dry_run,
     next_step,
+    program,
     sources_of,
 )
 from hifiprune.commands.push import PushResults
@@ -119,6 +121,20 @@ def exported(results: ExportResults, output: Path) -> None:
     console().print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
+def generated(results: GenerateResults) -> None:
+    """Print the continuations, and where they part."""
+    lines = [f"{found.model}:\n{found.text.strip()}\n" for found in results.continuations]
+    if results.same_tokens is not None:
+        ours, theirs = (found.tokens for found in results.continuations)
+        same = results.same_tokens
+        if ours == theirs:
+            lines.append(f"The same {same} tokens.")
+        else:
+            one, other = (repr(part[same]) if same < len(part) else "the end" for part in (ours, theirs))
+            lines.append(f"The first {same} tokens are the same; then {one} in place of {other}.")
+    console().print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
 def pushed(results: PushResults, folder: str) -> None:
     """Print the files that `push` uploaded, or would upload."""
     table = new_table("file", "size")
@@ -161,8 +177,8 @@ def inspected(results: InspectResults) -> None:
     next_is_pruning(results.model)
 
 
-def demonstrated(record: RunRecord[DemoResults]) -> None:
-    """Print the results of the demo."""
+def demonstrated(record: RunRecord[DemoResults], output: str) -> None:
+    """Print the results of the demo in the folder `output`, and how to try its models."""
     results, table = record.results, new_table("", "dense", "pruned")
     for row in demo_rows(record):
         table.add_row(*row)
@@ -173,6 +189,10 @@ def demonstrated(record: RunRecord[DemoResults]) -> None:
         samples.add_row(sample["prompt"], sample["dense"], sample["pruned"])
     console().print(samples)
     if results.dense:
+        both = shlex.join([*program(), "generate", str(Path(output, "pruned")), "--against", results.dense])
+        console().print(
+            f"A prompt of yours, by both: {both} --prompt TEXT", highlight=False, soft_wrap=True, markup=False
+        )
         next_is_pruning(results.dense, ratio=0.3, calibration=results.calibration)
 
 
