@@ -8,9 +8,9 @@ import torch
 from hifiprune.config.generate import GenerateConfig
 from hifiprune.engine.compute import check_compute, load
 from hifiprune.errors import UserError
+from hifiprune.io.chat_templates import ChatTemplate
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.find_checkpoint import find_checkpoint
-from hifiprune.recovery.chat_templates import ChatTemplate
 
 
 @dataclass(frozen=True)
