@@ -1,9 +1,10 @@
 """Whether other readers take outputs as they take the dense model: configurations as publishers ship them, cut.
 
 Tiny random models get the configuration files of well-known repositories, shrunk (`tests/published.py`), and are cut to
-three quarters of their neurons. Each reader reads the result, and the dense model whose removed neurons are set to
-zero: transformers 4.57.6, ours, mlx-lm on a CPU, and llama.cpp's converter, of which tensors and settings are compared.
-Writes `results/readers.json`. Run it by `make test-readers`, which makes the environments.
+three quarters of their neurons; two of them to widths that differ by layer, in the layout deci. Each reader reads the
+result, and the dense model whose removed neurons are set to zero: transformers 4.57.6, ours, mlx-lm on a CPU, and
+llama.cpp's converter, of which tensors and settings are compared. Writes `results/readers.json`. Run it by
+`make test-readers`, which makes the environments.
 """
 
 import json
@@ -17,8 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from hifiprune.models.mlp import find_mlps
-
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "readers.json"
 OLD = Path(sys.prefix).with_name(f"{Path(sys.prefix).name}-4") / "bin" / "python"
@@ -26,6 +25,17 @@ IDS = np.random.default_rng(0).integers(1000, 40000, 20).tolist()
 READ_DENSE = "the dense model was read"
 SAME = 1e-4
 """Largest difference of logits, as a share of their standard deviation."""
+DIFFERING: dict[str, dict[str, Any]] = {
+    "llama-deci": {"intermediate_size": 768},
+    "qwen2-deci": {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "attention_dropout": 0.0, "hidden_act": "silu",
+        "hidden_size": 64, "initializer_range": 0.3, "intermediate_size": 768, "max_position_embeddings": 128,
+        "max_window_layers": 2, "num_attention_heads": 4, "num_hidden_layers": 2, "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 128, "tie_word_embeddings": True,
+        "torch_dtype": "float32", "use_cache": True, "use_sliding_window": False, "vocab_size": 257,
+    },
+}  # fmt: skip
+"""Configurations for widths that differ by layer, in the layout deci; the first on top of Llama's."""
 WIDTHS = (".feed_forward_length", ".expert_feed_forward_length", ".expert_shared_feed_forward_length")
 ARCHITECTURE, CARD = ("general.architecture", "general.file_type"), ("general.", "GGUF.")
 """What else stands under `general` is taken from a card or the folder's name."""
@@ -44,6 +54,8 @@ def main() -> None:
         facts: dict[str, dict[str, Any]] = {name: {} for name in names}
         for title, (python, how) in readers.items():
             for name in names:
+                if name in DIFFERING and how == "converter":
+                    continue  # hifiprune export makes files of these
                 facts[name][title] = asked([python, __file__, how, f"{scratch}/{name}"])
                 sys.stdout.write(f"{name}, {title}: {facts[name][title]}\n")
                 sys.stdout.flush()
@@ -52,38 +64,64 @@ def main() -> None:
 
 def make(scratch: Path) -> list[str]:
     """Write every model cut, and dense with the removed neurons set to zero; return their names."""
-    import torch
     from transformers import AutoTokenizer
 
     import hifiprune as hp
     from benchmarks.llama import fetch_converter
     from hifiprune.commands.demo import fetch_smollm2
-    from tests.families import load
+    from hifiprune.pruning.cut_checkpoint import cut_checkpoint
     from tests.published import PUBLISHED, publish
 
     fetch_converter(ROOT / ".cache" / "llama.cpp")
     source = fetch_smollm2(ROOT / ".cache" / "smollm2")
     tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    for name, published in PUBLISHED.items():
+    differing = DIFFERING | {"llama-deci": PUBLISHED["llama"] | DIFFERING["llama-deci"]}
+    for name, published in (PUBLISHED | differing).items():
         facts = json.loads(json.dumps(published))
         (facts if "vocab_size" in facts else facts["text_config"])["vocab_size"] = len(tokenizer)
         dense = publish(scratch / name / "dense", facts)
         tokenizer.save_pretrained(dense)
-        width = 24 if "moe_intermediate_size" in facts else 48
-        cut, zeroed = scratch / name / "cut", scratch / name / "zeroed"
-        hp.prune(
-            str(dense), cut, hp.PruneConfig(hp.Budget(width=width), round_to=1, criterion="magnitude", repair="none")
-        )
-        plan, model = hp.Plan.load(cut / "hifiprune" / "plan.json"), load(dense)
-        with torch.no_grad():
-            for mlp, kept in zip(find_mlps(model), plan.kept, strict=True):
-                removed = torch.ones(mlp.neurons, dtype=torch.bool).index_fill(0, kept, False)
-                mlp.output.weight[:, removed] = 0
-        model.save_pretrained(zeroed)
-        for file in dense.iterdir():
-            if file.suffix != ".safetensors":
-                shutil.copyfile(file, zeroed / file.name)
-    return [*PUBLISHED]
+        cut = scratch / name / "cut"
+        if name in DIFFERING:
+            cut_checkpoint(str(dense), cut, plan := differing_plan(dense))
+        else:
+            budget = hp.Budget(width=24 if "moe_intermediate_size" in facts else 48)
+            hp.prune(str(dense), cut, hp.PruneConfig(budget, round_to=1, criterion="magnitude", repair="none"))
+            plan = hp.Plan.load(cut / "hifiprune" / "plan.json")
+        write_zeroed(dense, plan, scratch / name / "zeroed")
+    return [*PUBLISHED, *DIFFERING]
+
+
+def differing_plan(dense: Path) -> Any:
+    """Keep 256, 512 or all 768 neurons of a layer, at random."""
+    import torch
+
+    import hifiprune as hp
+    from hifiprune.models.find_checkpoint import find_checkpoint
+    from hifiprune.models.mlp import find_mlps
+
+    mlps, chance = find_mlps(find_checkpoint(str(dense)).skeleton()), torch.Generator().manual_seed(0)
+    widths = [256 * (1 + layer % 3) for layer in range(len(mlps))]
+    kept = [torch.randperm(768, generator=chance)[:width].sort().values for width in widths]
+    return hp.Plan(kept, [768] * len(mlps), [mlp.name for mlp in mlps], None, 0.0, 0, 0)
+
+
+def write_zeroed(dense: Path, plan: Any, folder: Path) -> None:
+    """Write the dense model with the output columns of removed neurons set to zero."""
+    import torch
+
+    from hifiprune.models.mlp import find_mlps
+    from tests.families import load
+
+    model = load(dense)
+    with torch.no_grad():
+        for mlp, kept in zip(find_mlps(model), plan.kept, strict=True):
+            removed = torch.ones(mlp.neurons, dtype=torch.bool).index_fill(0, kept, False)
+            mlp.output.weight[:, removed] = 0
+    model.save_pretrained(folder)
+    for file in dense.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copyfile(file, folder / file.name)
 
 
 def asked(words: list[str]) -> dict[str, Any]:
@@ -113,9 +151,11 @@ def by_transformers(folder: Path) -> Any:
     import torch
     import transformers
 
-    (name,) = json.loads((folder / "config.json").read_text())["architectures"]
+    facts = json.loads((folder / "config.json").read_text())
+    (name,), code = facts["architectures"], "auto_map" in facts
+    kind: Any = transformers.AutoModelForCausalLM if code else getattr(transformers, name)
     how = {"attn_implementation": "eager", "output_loading_info": True}
-    model, report = getattr(transformers, name).from_pretrained(folder, trust_remote_code=False, **how)
+    model, report = kind.from_pretrained(folder, trust_remote_code=code, **how)
     assert not report["missing_keys"], f"missing: {sorted(report['missing_keys'])[:3]}"
     assert not report["mismatched_keys"], f"mismatched: {report['mismatched_keys'][:3]}"
     with torch.no_grad():
