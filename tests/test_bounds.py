@@ -47,7 +47,7 @@ INF, NAN = float("inf"), float("nan")
         ("weight_decay", NAN, "weight-decay nan must be a finite number"),
         ("weight_decay", -1.0, "weight-decay -1 must be at least 0"),
         ("temperature", INF, "temperature inf must be a finite number"),
-        ("temperature", 0.0, "temperature 0 must be above 0"),
+        ("match_hidden", -1.0, "match-hidden -1 must be at least 0"),
         ("match_hidden", NAN, "match-hidden nan must be a finite number"),
         ("match_hidden", INF, "match-hidden inf must be a finite number"),
         ("weight_decay", INF, "weight-decay inf must be a finite number"),

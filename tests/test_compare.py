@@ -762,7 +762,7 @@ def test_every_option_arrives(world: Path, tmp_path: Path) -> None:
         "ratios": [0.2, 0.1],
         "calibration": {
             "source": str(tmp_path / "text.jsonl"), "num_samples": 4, "seq_len": 16, "seed": 7, "sampler": "stream",
-            "text_column": "b", "mixed": [], "bos": True,
+            "text_column": "b", "mixed": [], "bos": True, "prompts": None,
         },
         "seeds": 2,
         "texts": [

@@ -221,6 +221,7 @@ def pruned(dense: Path, output: Path, world: Path, *words: object) -> dict[str, 
     words = (*words, "--repair", "local", "--repair-steps", 6)
     result = run("prune", dense, "--output", output, "--width", 24, *text, *words)
     assert result.code == 0, result.err
+    assert "blocks better by training" in result.out
     record: dict[str, Any] = json.loads((output / "run.json").read_text())
     return record
 

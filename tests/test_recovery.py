@@ -851,7 +851,7 @@ def test_a_gpu_trains_by_fused_steps_in_bfloat16_and_is_read_now_and_then(
 
 
 def test_a_gpu_takes_batches_of_a_step_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hifiprune.recovery.trainer.free_bytes", lambda _: 60 * 10**9)
+    monkeypatch.setattr("hifiprune.recovery.trainer.free_bytes", lambda _: 64 * 10**9)
     small, large = shape(768, 2048, 12), shape(4096, 11_008, 32)
     default, full = TrainingConfig(), TrainingConfig(method="full")
     assert batches_together(small, default, "cpu") == 1

@@ -194,5 +194,10 @@ def test_a_table_that_does_not_fit_is_refused(world: Path, tmp_path: Path) -> No
     table.write_text(table.read_text().replace("0.0", "NaN"))
     assert "was changed since" in run(*words).err
     table.write_text("{}")
+    anew = ("prune", world / "dense", "--output", tmp_path / "out", "--table", tmp_path / "none.json", "--width", 32)
+    missing = run(*anew, "--calibration", world / "calibration.txt", "--num-samples", 4, "--seq-len", 16)
+    assert missing.code == 2
+    assert "none.json does not exist; make it with 'hifiprune table'" in " ".join(missing.err.split())
+    assert "Scoring" not in missing.err
     assert "holds no widths" in run(*words).err
     assert not (tmp_path / "out").exists()

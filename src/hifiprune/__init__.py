@@ -21,6 +21,7 @@ _MODULES = {
     "bench": "commands.bench",
     "export": "commands.export",
     "inspect": "commands.inspect",
+    "generate": "commands.generate",
     "report": "commands.report",
     "push": "commands.push",
     "PruneConfig": "config",
@@ -32,6 +33,7 @@ _MODULES = {
     "AblateConfig": "config",
     "BenchConfig": "config",
     "ExportConfig": "config",
+    "GenerateConfig": "config",
     # options that most of them take
     "Budget": "config",
     "Calibration": "config",

@@ -4,6 +4,7 @@ from hifiprune.commands.bench import bench as bench
 from hifiprune.commands.compare import compare as compare
 from hifiprune.commands.evaluate import evaluate as evaluate
 from hifiprune.commands.export import export as export
+from hifiprune.commands.generate import generate as generate
 from hifiprune.commands.inspect import inspect as inspect
 from hifiprune.commands.prune import prune as prune
 from hifiprune.commands.push import push as push
@@ -19,6 +20,7 @@ from hifiprune.config import CompareConfig as CompareConfig
 from hifiprune.config import ComputeConfig as ComputeConfig
 from hifiprune.config import EvaluateConfig as EvaluateConfig
 from hifiprune.config import ExportConfig as ExportConfig
+from hifiprune.config import GenerateConfig as GenerateConfig
 from hifiprune.config import PruneConfig as PruneConfig
 from hifiprune.config import RecoverConfig as RecoverConfig
 from hifiprune.config import ScoreConfig as ScoreConfig

@@ -62,6 +62,8 @@ class WidthTable:
         Raises:
             UserError: the file is missing, holds no table, or was changed.
         """
+        if not local_path(path).exists():
+            raise UserError(f"table of widths {path} does not exist; make it with 'hifiprune table'")
         text = read_text(local_path(path))
         if f'"{FORMAT}"' not in text:
             raise UserError(f"{path} holds no widths in the format {FORMAT}; make it with 'hifiprune table'")

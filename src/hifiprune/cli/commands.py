@@ -257,9 +257,8 @@ def export(
 def generate(model: Model, config: GenerateConfig, *, as_json: bool) -> None:
     """Continue a prompt, and show where a second model (--against) parts from it."""
     from hifiprune.cli import tables
-    from hifiprune.commands.generate import generate as generated
 
-    results = generated(model, config)
+    results = hp.generate(model, config)
     show(results, as_json, lambda: tables.generated(results))
 
 

@@ -48,6 +48,11 @@ def pruned(record: RunRecord[PruneResults], output: Path) -> None:
                 "",
                 f"{left / plain:.1%} of the unrepaired cut's, on held-out windows (lower is better)",
             )
+    if blocks := results.reconstruction:
+        trained = sum(block.step > 0 for block in blocks)
+        table.add_row("blocks better by training", "", f"{trained} of {len(blocks)}")
+        shares = [block.error / block.before for block in blocks if block.before]
+        table.add_row("error after training", "", f"{sum(shares) / max(1, len(shares)):.2%} of the refit's, on average")
     console().print(table)
     show_costs(record)
     next_is_measuring(output, record.arguments["model"], sources_of(record.arguments["calibration"]))

@@ -44,6 +44,7 @@ from hifiprune.scores import Scores
 from hifiprune.scoring.criteria import find_criterion
 from hifiprune.scoring.early_stopping import Stability
 from hifiprune.scoring.load_scores import check_layout, load_scores
+from hifiprune.width_table import WidthTable
 
 
 def resolve(model: str, output: str | Path, config: PruneConfig, scores: Scores | None = None) -> PruneJob:
@@ -63,6 +64,10 @@ def resolve(model: str, output: str | Path, config: PruneConfig, scores: Scores 
     calibration = text_for(asked_system, config, scored=scored)
     if scores is None and config.scores:
         scores = load_scores(config.scores)
+    if config.allocation.table:
+        table = WidthTable.load(config.allocation.table)
+        if scores:
+            table.require_scores(scores)
     system = scored_by(scores, asked_system, config) if scores else asked_system
     stability = stability_of(config, system, scored=scored)
     options = options_of(replace(config, calibration=calibration))

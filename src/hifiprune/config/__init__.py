@@ -3,6 +3,7 @@
 from hifiprune.config.bench import BenchConfig
 from hifiprune.config.evaluate import EvaluateConfig, Tasks
 from hifiprune.config.export import ExportConfig
+from hifiprune.config.generate import GenerateConfig
 from hifiprune.config.groups import AllocationConfig, Budget, ComputeConfig, CriterionOptions
 from hifiprune.config.prune import PruneConfig, ScoreConfig, TableConfig
 from hifiprune.config.recover import RecoverConfig, TrainingConfig
@@ -20,6 +21,7 @@ __all__ = [
     "CriterionOptions",
     "EvaluateConfig",
     "ExportConfig",
+    "GenerateConfig",
     "PruneConfig",
     "RecoverConfig",
     "ScoreConfig",

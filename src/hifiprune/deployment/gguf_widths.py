@@ -140,7 +140,7 @@ def _grouped(reader: GGUFReader, architecture: str) -> Iterator[tuple[str, list[
 
 def _own_width(
     name: str, parts: list[ReaderTensor], widths: Sequence[int]
-) -> tuple[str, np.ndarray[Any, Any], gguf.GGMLQuantizationType]:
+) -> tuple[str, np.ndarray[Any, np.dtype[Any]], gguf.GGMLQuantizationType]:
     """Return a tensor with its MLP's neurons alone: rows of gate and up, columns of down."""
     kind, values = parts[0].tensor_type, np.concatenate([part.data for part in parts])
     found = BLOCK.match(name)
