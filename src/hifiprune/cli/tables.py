@@ -136,7 +136,8 @@ def generated(results: GenerateResults) -> None:
             lines.append(f"The same {same} tokens.")
         else:
             one, other = (repr(part[same]) if same < len(part) else "the end" for part in (ours, theirs))
-            lines.append(f"The first {same} tokens are the same; then {one} in place of {other}.")
+            until = f"The first {same} tokens are the same; then the first" if same else "From the start the first"
+            lines.append(f"{until} model says {one} and the second {other}.")
     console().print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
