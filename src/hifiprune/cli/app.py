@@ -7,7 +7,7 @@ from io import TextIOWrapper
 from typing import Annotated
 
 import typer
-from typer import Context, Option
+from typer import Option
 from typer.exceptions import TyperException
 
 from hifiprune.cli import commands
@@ -29,13 +29,10 @@ app = typer.Typer(
 
 
 @app.callback(invoke_without_command=True)
-def _root(context: Context, version: Annotated[bool, Option("--version", help="Show the version.")] = False) -> None:
+def _root(version: Annotated[bool, Option("--version", help="Show the version.")] = False) -> None:
     if version:
         typer.echo(f"hifiprune {__version__}")
         raise typer.Exit
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
-        raise typer.Exit(2)
 
 
 for command in (
@@ -70,7 +67,9 @@ def _run() -> int:
     """Run the command; return the exit code, after saying what went wrong."""
     try:
         check_command(sys.argv)
-        code = follow_first(app(prog_name="hifiprune", standalone_mode=False) or 0)
+        words = sys.argv[1:]
+        done = app(words or ["--help"], prog_name="hifiprune", standalone_mode=False)
+        code = follow_first(done or (0 if words else 2))
         sys.stdout.flush()
         return code
     except TyperException as error:

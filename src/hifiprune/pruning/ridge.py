@@ -60,7 +60,7 @@ class Moments:
         return total
 
 
-def _plus(total: Float[Tensor, "*shape"], values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+def _plus(total: Tensor, values: Tensor) -> Tensor:
     """Return the sum in float64, written over the total once there is one."""
     if total.shape != values.shape or total.device != values.device:
         return total.to(values.device) + values.double()

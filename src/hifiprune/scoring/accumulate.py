@@ -172,7 +172,7 @@ class Pass:
         starts, tokens = range(0, len(self.windows), size), self.windows.to(device, torch.int64)
         return [*zip(starts, tokens.split(size), strict=True)][rank() :: processes()]
 
-    def _store_for(self, own: Sequence[tuple[int, Int[Tensor, "windows positions"]]]) -> torch.device:
+    def _store_for(self, own: Sequence[tuple[int, Int[Tensor, "_ positions"]]]) -> torch.device:
         """Return where to keep final hidden states: on the device if they take little of it, else on the host."""
         device = self.chain.model.device
         size = sum(state_bytes(self.chain.model, tokens.numel()) for _, tokens in own)
@@ -236,13 +236,13 @@ class Pass:
             else:
                 totals[seen.layer] = found.to(torch.float64, copy=True)
 
-    def _check(self, own: Sequence[tuple[int, Int[Tensor, "windows positions"]]], *, now: bool) -> None:
+    def _check(self, own: Sequence[tuple[int, Int[Tensor, "_ positions"]]], *, now: bool) -> None:
         """Refuse sums that are not finite; a GPU, which must be waited for, is asked `now`, or once in a while."""
         if now or not waits(self.chain.model.device) or time.monotonic() - self.checked_at >= SECONDS_BETWEEN:
             self._require_finite([tokens for _, tokens in own[self.checked : self.done]])
             self.checked, self.checked_at = self.done, time.monotonic()
 
-    def _require_finite(self, batches: Sequence[Int[Tensor, "windows positions"]]) -> None:
+    def _require_finite(self, batches: Sequence[Int[Tensor, "_ positions"]]) -> None:
         layers = [layer for totals in self.totals.values() for layer in totals]
         sums = torch.stack([total.sum() for totals in self.totals.values() for total in totals.values()])
         if not sums.isfinite().all():
