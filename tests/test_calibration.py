@@ -253,9 +253,11 @@ def test_windows_hold_prompts_and_what_the_model_answers(make_checkpoint: Callab
     model.generation_config.eos_token_id = ends = list(range(200, 250))
     prompts = [[1, 2, 3], [4, 5], [6]]
     calibration = Calibration("self", 40, 30, seed=3, prompts="x.txt")
-    windows = sample_windows(model, calibration, Texts(torch.empty(0, 30), prompts))
+    windows = sample_windows(model, calibration, Texts(torch.empty(0, 30, dtype=torch.int64), prompts))
     assert windows.shape == (40, 30)
-    assert torch.equal(windows, sample_windows(model, calibration, Texts(torch.empty(0, 30), prompts)))
+    assert torch.equal(
+        windows, sample_windows(model, calibration, Texts(torch.empty(0, 30, dtype=torch.int64), prompts))
+    )
     answered = torch.zeros(40, 30, dtype=torch.bool)
     asked: set[tuple[int, ...]] = set()
     for row, window in enumerate(windows.tolist()):

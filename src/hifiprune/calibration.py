@@ -275,7 +275,9 @@ def sample_windows(
         UserError: the model names no start or end token to begin with.
     """
     generator = torch.Generator(model.device).manual_seed(calibration.seed)
-    read, prompts = (texts.windows, texts.prompts) if texts else (torch.empty(0, calibration.seq_len), [])
+    read, prompts = (
+        (texts.windows, texts.prompts) if texts else (torch.empty(0, calibration.seq_len, dtype=torch.int64), [])
+    )
     beginnings = cycle(random.Random(calibration.seed).sample(prompts, len(prompts)) or [[start_token(model.config)]])
     given = [deque(next(beginnings)) for _ in range(calibration.num_samples - len(read))]  # tokens that are not sampled
     first = torch.tensor([[tokens.popleft()] for tokens in given], device=model.device)
