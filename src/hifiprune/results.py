@@ -120,18 +120,6 @@ class ScoreResults:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableResults:
-    """Results of `table`: for every MLP the widths measured, and the KL divergence in nats that each costs."""
-
-    names: list[str]
-    widths: list[list[int]]
-    costs: list[list[float]]
-    criterion: str
-    model_hash: str
-    data_hash: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class PruneResults(ScoreResults):
     """Results of `prune`."""
 

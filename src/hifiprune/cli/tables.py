@@ -24,8 +24,9 @@ from hifiprune.io.atomic import disk_size
 from hifiprune.models.checkpoint import Checkpoint
 from hifiprune.models.lineage import dense_of, pruning_of, record_of
 from hifiprune.progress import console, duration
-from hifiprune.results import DemoResults, PruneResults, RecoverResults, ScoreResults, TableResults
+from hifiprune.results import DemoResults, PruneResults, RecoverResults, ScoreResults
 from hifiprune.run_record import RunRecord
+from hifiprune.width_table import WidthTable
 
 
 def pruned(record: RunRecord[PruneResults], output: Path) -> None:
@@ -71,7 +72,7 @@ def scored(record: RunRecord[ScoreResults], model: str, output: Path) -> None:
     next_is_pruning(model, scores=output, calibration=record.arguments["calibration"])
 
 
-def widths_measured(record: RunRecord[TableResults], model: str, output: Path) -> None:
+def widths_measured(record: RunRecord[WidthTable], model: str, output: Path) -> None:
     """Print the result of `table`: KL divergences in nats, by share of an MLP's own width."""
     results = record.results
     shares = [width / results.widths[0][-1] for width in results.widths[0][:-1]]

@@ -1,6 +1,5 @@
 """`table`: check, load, measure what every width of every MLP costs, write."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 from hifiprune.calibration import load_windows
@@ -17,13 +16,13 @@ from hifiprune.models.detect import family_of
 from hifiprune.models.lineage import commits_of
 from hifiprune.progress import about, labelled, logger
 from hifiprune.pruning.measure_widths import measure_widths
-from hifiprune.results import TableResults
 from hifiprune.run_record import RunRecord
 from hifiprune.scoring.load_scores import check_layout, load_scores
+from hifiprune.width_table import WidthTable
 
 
 @exclusive
-def table_checkpoint(model: str, output: str | Path, config: TableConfig) -> RunRecord[TableResults]:
+def table_checkpoint(model: str, output: str | Path, config: TableConfig) -> RunRecord[WidthTable]:
     """Measure the KL divergence that every width of every MLP costs, and write the table.
 
     Args:
@@ -35,7 +34,7 @@ def table_checkpoint(model: str, output: str | Path, config: TableConfig) -> Run
         UserError: something asked for cannot be done, found before the weights are loaded where possible.
         RunError: numbers, memory or disk failed.
     """
-    record: RunRecord[TableResults] = RunRecord("table", {"model": model, "output": str(output), **to_dict(config)})
+    record: RunRecord[WidthTable] = RunRecord("table", {"model": model, "output": str(output), **to_dict(config)})
     if config.calibration.is_sampled:
         raise UserError("a table of widths needs a text: give a file or data set as --calibration")
     scores = load_scores(config.scores)
@@ -81,7 +80,7 @@ def table_checkpoint(model: str, output: str | Path, config: TableConfig) -> Run
             batch_size=compute.batch,
             resume_folder=resume_folder.of(dense, model_hash),
         )
-    record.results = TableResults(**asdict(table))
+    record.results = table
     table.save(target, overwrite=config.overwrite)
     resume_folder.remove()
     return record
